@@ -1,0 +1,57 @@
+# Every target makes its own .venv on a machine with nothing but Python >= 3.10, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= clm
+DEMO_OUTPUT ?= demo-output
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.dpsm_hf-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help: ## Show this list
+	@echo "make <target>   (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+
+venv: $(STAMP) ## Create .venv with the tested versions and this package (editable)
+
+# torch goes first and alone: a build of it that is already at hand (a CPU wheel, say) then satisfies
+# the requirement, and the big download is not repeated when another package fails to install.
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: '$(PYTHON)' is missing or older than Python 3.10. Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv' || { \
+	  echo "error: '$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@if test -x $(PY) && $(PY) -m pip --version >/dev/null 2>&1; then :; \
+	elif $(PYTHON) -c 'import ensurepip' >/dev/null 2>&1; then echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then echo "creating $(VENV) (pip from the system)"; \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; \
+	else echo "error: '$(PYTHON)' has neither ensurepip nor pip. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; fi
+	@echo "installing $(TORCH) (the biggest download)"
+	@$(PY) -m pip install -qq "$(TORCH)" -c constraints.txt
+	@echo "installing this package and what it needs"
+	@$(PY) -m pip install -qq -e ".[test]" -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real text and compare; PRESET=clm|summarization
+	$(PY) -m dpsm_hf.demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
+
+test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style (ruff), formatting (ruff format) and types (mypy)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy dpsm_hf
+
+format: $(STAMP) ## Rewrite the sources in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## Remove what the tools left behind (not .venv, not the demo's runs)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find dpsm_hf tests -name __pycache__ -type d -prune -exec rm -rf {} +

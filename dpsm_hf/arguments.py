@@ -1,0 +1,156 @@
+"""Arguments: `DPSMConfig` and `DPSMSeq2SeqConfig`, TrainingArguments with the fields of DPSM."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .calibration import GRID_BINS
+from .schedules import AlphaSchedule, get_alpha_schedule
+from .scoring_rules import LOSS_TYPES, Objective
+
+
+@dataclass
+class DPSMArguments:
+    """What to train with; the trainers use these defaults when they are given plain TrainingArguments.
+
+    Raises:
+        ValueError: for a value out of its range, an unknown schedule, or options that contradict each other.
+    """
+
+    loss_type: str = field(
+        default="dpsm",
+        metadata={
+            "help": "The training loss: dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the others are "
+            "fixed scoring rules. Evaluation reports all of them, and eval_loss stays cross-entropy.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    alpha_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a name "
+            "registered with register_alpha_schedule."
+        },
+    )
+    alpha_start: float | None = field(default=None, metadata={"help": "Alpha before the ramp, in [0, 1] (0)."})
+    alpha_end: float = field(
+        default=1.0, metadata={"help": "Alpha after the ramp, in [0, 1]; the fixed alpha of the constant schedule."}
+    )
+    alpha_warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "Length of the ramp: 1 or more counts optimizer steps, below 1 is a share of all of them."},
+    )
+    alpha_hold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
+            "(late_linear and step: 0.5, else 0)."
+        },
+    )
+    alpha_feedback_gain: float = field(
+        default=2.0,
+        metadata={"help": "feedback: alpha moves by gain * (mean confidence - accuracy) after each evaluation."},
+    )
+    alpha_feedback_limit: float = field(
+        default=0.1, metadata={"help": "feedback: the most that alpha moves after one evaluation."}
+    )
+    alpha_feedback_metric: str = field(
+        default="eval_signed_gap", metadata={"help": "feedback: the logged held-out gap that moves alpha."}
+    )
+    score_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Epsilon of score smoothing (Shao et al. 2024) for the Brier or spherical score; 0 is off."},
+    )
+    focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of loss_type=focal."})
+    z_loss: float = field(default=0.0, metadata={"help": "Weight of log(Z)**2 added to the training loss; 0 is off."})
+    calibration_bins: int = field(
+        default=15,
+        metadata={
+            "help": f"Bins of the reliability diagrams; a divisor of {GRID_BINS}. ECE is reported at 10, 15, 100."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        self.objective()
+        self.schedule()
+        if self.focal_gamma != 2.0 and self.loss_type != "focal":
+            raise ValueError(
+                f"focal_gamma={self.focal_gamma} has no effect on loss_type={self.loss_type!r}; "
+                "leave it out or choose loss_type='focal'."
+            )
+        if self.calibration_bins < 1 or GRID_BINS % self.calibration_bins:
+            raise ValueError(
+                f"calibration_bins={self.calibration_bins} does not divide {GRID_BINS}; use 10, 15, 20, 50 or 100."
+            )
+        if self.loss_type == "dpsm" and self.alpha_schedule == "feedback":
+            if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
+                raise ValueError(
+                    "alpha_schedule='feedback' moves alpha after evaluations, but eval_strategy='no' makes none; "
+                    "set eval_strategy='steps' and eval_steps."
+                )
+
+    def objective(self, alpha: float | None = None) -> Objective:
+        """Return the training objective, at a given alpha or at ``alpha_end``."""
+        return Objective(
+            loss_type=self.loss_type,
+            alpha=self.alpha_end if alpha is None else alpha,
+            label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
+            score_smoothing=self.score_smoothing,
+            focal_gamma=self.focal_gamma,
+            z_loss=self.z_loss,
+        )
+
+    def schedule(self) -> AlphaSchedule:
+        """Return the alpha schedule these arguments describe."""
+        return get_alpha_schedule(
+            self.alpha_schedule,
+            warmup_steps=self.alpha_warmup_steps,
+            start=self.alpha_start,
+            end=self.alpha_end,
+            hold=self.alpha_hold,
+            gain=self.alpha_feedback_gain,
+            limit=self.alpha_feedback_limit,
+            metric=self.alpha_feedback_metric,
+        )
+
+
+@dataclass
+class DPSMConfig(DPSMArguments, TrainingArguments):
+    """TrainingArguments with the fields of `DPSMArguments`; no default of TrainingArguments is changed.
+
+    With this config `DPSMTrainer` installs `AlphaScheduleCallback` and `CalibrationCallback`.
+    """
+
+
+@dataclass
+class DPSMSeq2SeqConfig(DPSMArguments, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the fields of `DPSMArguments`; see `DPSMConfig`."""
+
+
+def dpsm_arguments(args: TrainingArguments) -> DPSMArguments:
+    """Return the DPSM fields of training arguments: their own, or the defaults for plain TrainingArguments.
+
+    Raises:
+        ValueError: if the defaults contradict what the plain arguments ask for.
+    """
+    if isinstance(args, DPSMArguments):
+        return args
+    return _PlainDefaults(label_smoothing_factor=args.label_smoothing_factor)
+
+
+@dataclass
+class _PlainDefaults(DPSMArguments):
+    label_smoothing_factor: float = 0.0
+
+
+def dpsm_field_names() -> list[str]:
+    """Return the names of the fields that DPSM adds to TrainingArguments."""
+    return [f.name for f in dataclasses.fields(DPSMArguments)]

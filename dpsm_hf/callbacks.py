@@ -1,0 +1,179 @@
+"""Callbacks: what the alpha schedule resolves to, and calibration files and pictures at each evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .arguments import dpsm_arguments
+from .calibration import TokenCalibration
+from .distributed import sum_over_processes
+from .evaluation import add_batch
+from .losses import score_tokens
+from .models import align_targets, label_alignment
+from .plots import ReliabilityDisplay
+
+logger = logging.get_logger(__name__)
+
+
+class AlphaScheduleCallback(TrainerCallback):
+    """Print and log what the alpha schedule resolves to, and warn where it will not do what was meant.
+
+    It warns when alpha never reaches ``alpha_end`` in this many steps, and when a resumed run resolves to another
+    schedule than the one its checkpoint was trained with. The resolved schedule is an entry of ``state.log_history``.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Describe the schedule of this run."""
+        dpsm = dpsm_arguments(args)
+        if dpsm.loss_type != "dpsm":
+            description = f"loss_type {dpsm.loss_type}: a fixed rule, the alpha schedule is not used"
+        else:
+            schedule = dpsm.schedule()
+            description = schedule.describe(state.max_steps)
+            if not schedule.reaches_end(state.max_steps):
+                logger.warning(
+                    f"alpha never reaches alpha_end={dpsm.alpha_end:g} in {state.max_steps} steps ({description}). "
+                    "Shorten alpha_warmup_steps or alpha_hold, or train longer."
+                )
+        earlier = next((e["alpha_schedule"] for e in reversed(state.log_history) if "alpha_schedule" in e), None)
+        if earlier is not None and earlier != description:
+            logger.warning(
+                f"the checkpoint was trained with another alpha schedule: it was '{earlier}' and goes on as "
+                f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
+            )
+        if earlier != description:
+            entry: dict[str, Any] = {"alpha_schedule": description, "step": state.global_step}
+            state.log_history.append(entry)
+        if state.is_world_process_zero:
+            print(f"DPSM | {description}", flush=True)
+
+
+class CalibrationCallback(TrainerCallback):
+    """Write metrics, the reliability diagram and its data to ``output_dir/calibration/`` at each evaluation.
+
+    In a `DPSMTrainer` it is handed what the evaluation saw. In any other Trainer it listens to the model: a forward
+    hook scores the logits of each evaluation batch against its labels and the metrics are added to what ``evaluate``
+    returns. The picture goes to Weights & Biases and TensorBoard when the Trainer reports to them.
+
+    Args:
+        bins: equal-width bins of the diagram; the default is ``calibration_bins`` of the arguments, or 15.
+    """
+
+    def __init__(self, bins: int | None = None) -> None:
+        self.bins = bins
+        self._calibration = TokenCalibration()
+        self._prefix = "eval"
+        self._listens = True
+        self._hook: Any = None
+        self._tensorboard: Any = None
+
+    # ---- where the statistics come from ----------------------------------------------------------------------------
+
+    def receive(self, calibration: TokenCalibration, prefix: str, tensorboard: Any = None) -> None:
+        """Take the statistics of the evaluation that is about to be reported, complete over all processes."""
+        self._calibration, self._prefix = calibration, prefix
+        self._tensorboard = tensorboard or self._tensorboard
+
+    def stop_listening(self) -> None:
+        """Leave scoring to the trainer."""
+        self._listens = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _listen(self, model: nn.Module | None) -> None:
+        if self._listens and self._hook is None and model is not None:
+            self._hook = model.register_forward_hook(self._score, with_kwargs=True)
+
+    def _score(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        labels = kwargs.get("labels")
+        if model.training or labels is None or not isinstance(output, Mapping):
+            return
+        alignment, logits = label_alignment(model), output.get("logits")
+        if alignment is None or logits is None:
+            return
+        scores = score_tokens(logits.detach(), align_targets(labels, logits, alignment))
+        add_batch(self._calibration, scores, labels.shape[0])
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to listen to the model."""
+        self._listen(kwargs.get("model"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen to the model that is trained, which model_init may just have made."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._listen(kwargs.get("model"))
+
+    # ---- what is written -------------------------------------------------------------------------------------------
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the files of this evaluation."""
+        metrics = kwargs.get("metrics")
+        calibration, self._calibration = self._calibration, TokenCalibration()
+        if self._listens:
+            calibration = calibration.to(args.device).reduce(sum_over_processes)
+            if metrics is not None and calibration.tokens:
+                self._prefix = next((k[: -len("_loss")] for k in metrics if k.endswith("_loss")), "eval")
+                metrics.update({f"{self._prefix}_{k}": v for k, v in calibration.compute().items()})
+        if not state.is_world_process_zero or not calibration.tokens:
+            return
+        bins = self.bins or int(getattr(args, "calibration_bins", 15))
+        record = {
+            "schema": 1,
+            "step": state.global_step,
+            "split": self._prefix,
+            "tokens": calibration.tokens,
+            "metrics": calibration.compute(),
+            "curve": calibration.curve(bins).as_dict(),
+        }
+        folder = Path(str(args.output_dir)) / "calibration"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"{self._prefix}-step-{state.global_step:06d}"
+        write_json(record, stem.with_suffix(".json"))
+        display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}")
+        display.save(stem.with_suffix(".png"))
+        self._send(args, state, display, stem.with_suffix(".png"))
+
+    def _send(self, args: TrainingArguments, state: TrainerState, display: ReliabilityDisplay, picture: Path) -> None:
+        report_to = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+        tag = f"{self._prefix}/reliability_diagram"
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({tag: wandb.Image(str(picture)), "train/global_step": state.global_step})
+        if "tensorboard" in report_to:
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(log_dir=str(Path(str(args.output_dir)) / "runs" / "calibration"))
+            self._tensorboard.add_figure(tag, display.figure_, state.global_step)
+            self._tensorboard.flush()
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write JSON so that the file is either whole or not there, whenever the process is killed."""
+    text = json.dumps(record, indent=1, allow_nan=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    os.replace(temporary, path)

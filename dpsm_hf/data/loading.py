@@ -1,0 +1,349 @@
+"""One way into the data for every script: hub data sets, local files, and the text that Python itself carries."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import functools
+import gzip
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
+
+logger = logging.getLogger(__name__)
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
+
+EMBEDDED_DATASETS = {"python-docs": load_python_docs, "python-docstrings": load_python_docstrings}
+SITE_PACKAGES = "site-packages"
+FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
+
+# What the readers below datasets raise for a file without rows.
+_NO_ROWS = {"SchemaInferenceError", "EmptyDataError", "StopIteration"}
+
+_LOCAL_REMEDY = (
+    "Use local files with --train_file and --validation_file (csv, json, jsonl, txt or parquet), a folder with such "
+    "files as --dataset_name, or the real text that every Python carries with --dataset_name python-docs (language "
+    "modelling) or python-docstrings (summarisation)."
+)
+
+
+def load_text_datasets(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    *,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    required_splits: Sequence[str] = ("train",),
+    validation_split_percentage: int | None = 5,
+    streaming: bool = False,
+    keep_linebreaks: bool = True,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> AnyDatasetDict:
+    """Load the splits of a run, by name or from files.
+
+    Args:
+        dataset_name: ``python-docs``, ``python-docstrings``, a hub data set or a local folder.
+        dataset_config_name: Configuration of a hub data set; ``site-packages`` adds the installed packages'
+            docstrings to the two embedded sets.
+        train_file: A csv, json, jsonl, txt or parquet file, also with ``.gz`` behind; likewise the next two.
+        validation_file: The file of the validation split.
+        test_file: The file of the test split.
+        required_splits: Splits that must exist and hold at least one row.
+        validation_split_percentage: Share of train, in percent, that becomes the validation split where there
+            is none; None or 0 makes none.
+        streaming: Give iterable data sets that read while training.
+        keep_linebreaks: Keep the line ends of txt files.
+        cache_dir: Where ``datasets`` keeps its files.
+        token: Hub token.
+        trust_remote_code: Accepted for old command lines; ``datasets`` no longer runs code from the hub.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        ConnectionError: The hub cannot be reached.
+        FileNotFoundError: A file or a hub data set does not exist.
+        ValueError: Contradicting sources, an unknown extension, a file that cannot be read or is not UTF-8, or
+            a required split that is missing or empty.
+    """
+    given = {"train": train_file, "validation": validation_file, "test": test_file}
+    files = {split: path for split, path in given.items() if path is not None}
+    check_sources(dataset_name, files)
+    if trust_remote_code and dataset_name is not None:
+        logger.warning("trust_remote_code has no effect on data sets: the datasets library runs no code from the hub.")
+    if dataset_name is None:
+        raw = _load_files(files, streaming, keep_linebreaks, cache_dir)
+    elif dataset_name in EMBEDDED_DATASETS:
+        raw = _load_embedded(dataset_name, dataset_config_name, streaming)
+    else:
+        raw = _load_named(dataset_name, dataset_config_name, streaming, cache_dir, token)
+    described = repr(dataset_name) if dataset_name is not None else "the given files"
+    splits: dict[str, AnyDataset] = {str(name): part for name, part in raw.items()}
+    if "validation" not in splits and "train" in splits and validation_split_percentage:
+        check_not_empty(splits["train"], "train", described)
+        splits = _with_validation(splits, validation_split_percentage, "validation" in required_splits)
+    for split in required_splits:
+        if split not in splits:
+            raise ValueError(
+                f"There is no {split!r} split in {described}; it has {', '.join(map(repr, splits)) or 'none'}. "
+                f"Give one with --{split}_file, or leave out the option that needs it."
+            )
+        check_not_empty(splits[split], split, described)
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def check_sources(dataset_name: str | None, files: Mapping[str, str]) -> None:
+    """Refuse contradicting or missing sources before anything is loaded.
+
+    Args:
+        dataset_name: The named data set, or None.
+        files: Paths by split.
+
+    Raises:
+        ValueError: Both a name and files, neither, an unknown extension, or extensions of different kinds.
+    """
+    if dataset_name is not None and files:
+        options = " and ".join(f"--{split}_file" for split in files)
+        raise ValueError(f"--dataset_name {dataset_name} and {options} contradict each other: give one or the other.")
+    if dataset_name is None and not files:
+        raise ValueError("Give a data set with --dataset_name, or files with --train_file or --validation_file.")
+    builders = {path: file_builder(path) for path in files.values()}
+    if len(set(builders.values())) > 1:
+        raise ValueError(f"All data files must be of one kind, but these differ: {', '.join(builders)}.")
+
+
+def file_builder(path: str) -> str:
+    """Name the ``datasets`` builder for a file by its extension, looking through ``.gz``.
+
+    Args:
+        path: Path of a data file.
+
+    Returns:
+        ``csv``, ``json``, ``text`` or ``parquet``.
+
+    Raises:
+        ValueError: The extension is none of the known ones.
+    """
+    suffixes = [suffix.lstrip(".").lower() for suffix in Path(path).suffixes]
+    compressed = bool(suffixes) and suffixes[-1] == "gz"
+    extension = suffixes[-2] if compressed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    builder = FILE_BUILDERS.get(extension)
+    if builder is None or (compressed and builder == "parquet"):
+        raise ValueError(
+            f"The data file {path!r} must end in {', '.join('.' + known for known in FILE_BUILDERS)} "
+            "(or one of the text kinds followed by .gz)."
+        )
+    return builder
+
+
+def check_columns(dataset: AnyDataset, wanted: Mapping[str, str | None], split: str) -> None:
+    """Refuse a data set that lacks a column.
+
+    Args:
+        dataset: One split.
+        wanted: Column names by the option that asked for them; None entries are skipped.
+        split: The split's name, for the message.
+
+    Raises:
+        ValueError: A column is missing; the message lists those that are there.
+    """
+    present = column_names(dataset)
+    for option, name in wanted.items():
+        if name is not None and name not in present:
+            close = difflib.get_close_matches(name, present, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{option} {name!r} is not a column of the {split} split; its columns are "
+                f"{', '.join(map(repr, present))}.{hint}"
+            )
+
+
+def column_names(dataset: AnyDataset) -> list[str]:
+    """List the columns of a split, looking at its first row where a stream does not know them.
+
+    Args:
+        dataset: One split.
+
+    Returns:
+        The names in order; empty for an empty stream.
+    """
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
+def check_not_empty(dataset: AnyDataset, split: str, described: str) -> None:
+    """Refuse a split without rows.
+
+    Args:
+        dataset: One split; of a stream the first row is read.
+        split: Its name.
+        described: Where it came from, for the message.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    empty = len(dataset) == 0 if isinstance(dataset, Dataset) else next(iter(dataset), None) is None
+    if empty:
+        raise ValueError(f"The {split} split of {described} is empty (0 rows).")
+
+
+def _load_embedded(name: str, config_name: str | None, streaming: bool) -> AnyDatasetDict:
+    if config_name not in (None, SITE_PACKAGES):
+        raise ValueError(
+            f"--dataset_config_name {config_name!r}: {name} has the configuration {SITE_PACKAGES!r} (adds the "
+            "installed packages) or none (the standard library alone)."
+        )
+    loaded = EMBEDDED_DATASETS[name](include_site_packages=config_name == SITE_PACKAGES)
+    if not streaming:
+        return loaded
+    return IterableDatasetDict({split: part.to_iterable_dataset() for split, part in loaded.items()})
+
+
+def _load_named(
+    name: str, config_name: str | None, streaming: bool, cache_dir: str | None, token: str | None
+) -> AnyDatasetDict:
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(name)
+        return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in saved.items()}) if streaming else saved
+    try:
+        loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"The data set {name!r} cannot be loaded because the Hugging Face hub cannot be reached ({error}). "
+            + _LOCAL_REMEDY
+        ) from error
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no data set {name!r}: not on the Hugging Face hub (or it is private or gated, and --token does "
+            f"not open it), and not as a local folder. {_LOCAL_REMEDY}"
+        ) from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise ValueError(
+            f"The data set {name!r} is a loading script, and the datasets library runs no scripts any more. Use a "
+            f"copy of it in parquet form, or export it. {_LOCAL_REMEDY}"
+        ) from error
+    return loaded
+
+
+def _load_files(
+    files: Mapping[str, str], streaming: bool, keep_linebreaks: bool, cache_dir: str | None
+) -> AnyDatasetDict:
+    builder = file_builder(next(iter(files.values())))
+    for split, path in files.items():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--{split}_file {path!r}: there is no such file.")
+        if Path(path).stat().st_size == 0:
+            raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} has no bytes.")
+        if builder != "parquet":
+            check_utf8(path)
+    loaded = {
+        split: _load_file(builder, split, path, streaming, keep_linebreaks, cache_dir) for split, path in files.items()
+    }
+    return IterableDatasetDict(loaded) if streaming else DatasetDict(loaded)
+
+
+def _load_file(
+    builder: str, split: str, path: str, streaming: bool, keep_linebreaks: bool, cache_dir: str | None
+) -> AnyDataset:
+    # utf-8-sig drops the byte order mark that Windows editors put first; csv and json readers do so by themselves.
+    options: dict[str, Any] = (
+        {"keep_linebreaks": keep_linebreaks, "encoding": "utf-8-sig"} if builder == "text" else {}
+    )
+    try:
+        part = datasets.load_dataset(
+            builder, data_files={split: path}, split=split, cache_dir=cache_dir, streaming=streaming, **options
+        )
+        if streaming:
+            next(iter(part), None)  # A stream reads nothing, and reports nothing, before its first row.
+    except (DatasetsError, ValueError, StopIteration, OSError) as error:
+        cause = error.__cause__ or error
+        if type(cause).__name__ in _NO_ROWS or "corresponds to no data" in str(cause):
+            raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} holds none.") from error
+        raise ValueError(f"--{split}_file {path!r} could not be read as {builder}: {cause}") from error
+    return part
+
+
+def check_utf8(path: str) -> None:
+    """Refuse a text file that is not UTF-8, naming the first byte that is wrong.
+
+    Args:
+        path: A file, possibly ending in ``.gz`` (the offset then counts in the unpacked text).
+
+    Raises:
+        ValueError: The file is not UTF-8, or not gzip though it is named so.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    consumed = 0
+    opener = gzip.open if path.lower().endswith(".gz") else open
+    start = b""
+    try:
+        with opener(path, "rb") as file:
+            while block := file.read(1 << 20):
+                start = start or block[:4]
+                pending = len(decoder.getstate()[0])
+                decoder.decode(block)
+                consumed += len(block)
+            pending = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # The decoder's offset counts from the bytes it had held back from the block before.
+        offset = consumed - pending + error.start
+        raise ValueError(
+            f"The file {path!r} is not UTF-8: byte {offset} is 0x{error.object[error.start]:02x} ({error.reason}). "
+            f"Convert it first, for instance with: iconv -f {_guess_encoding(start)} -t UTF-8 {path} > converted.txt"
+        ) from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"The file {path!r} is not a complete gzip file: {error}") from error
+
+
+def _guess_encoding(start: bytes) -> str:
+    return "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
+
+
+def _with_validation(splits: dict[str, AnyDataset], percentage: int, required: bool) -> dict[str, AnyDataset]:
+    """Cut the validation split from the first rows of train (of every 100 rows, in a stream)."""
+    if not 0 < percentage < 100:
+        raise ValueError(f"--validation_split_percentage {percentage} must lie between 1 and 99.")
+    train = splits["train"]
+    if isinstance(train, IterableDataset):
+        kept = train.filter(functools.partial(_in_training_share, percentage=percentage), with_indices=True)
+        held_out = train.filter(functools.partial(_in_validation_share, percentage=percentage), with_indices=True)
+        return {**splits, "train": kept, "validation": held_out}
+    rows = len(train)
+    held_out_rows = max(1, round(rows * percentage / 100))
+    if held_out_rows >= rows:
+        if not required:
+            return splits
+        raise ValueError(
+            f"The train split has {rows} row(s), too few to hold out {percentage} % for validation: give a "
+            "--validation_file."
+        )
+    return {
+        **splits,
+        "train": train.select(range(held_out_rows, rows)),
+        "validation": train.select(range(held_out_rows)),
+    }
+
+
+def _in_validation_share(row: dict[str, Any], index: int, percentage: int) -> bool:
+    return index % 100 < percentage
+
+
+def _in_training_share(row: dict[str, Any], index: int, percentage: int) -> bool:
+    return index % 100 >= percentage

@@ -1,0 +1,74 @@
+"""Figures and styles that every picture of this package shares.
+
+Only matplotlib's object interface is used (``Figure`` with the Agg canvas, never pyplot), so drawing needs no display
+and is safe in threads and beside a user's own plots. Colours are those of Okabe & Ito (2008), which stay apart for
+colour-blind readers; marker and dash pattern repeat the distinction for print without colour.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 3)), ":")
+_FIXED_STYLES = {"ce": 0, "brier": 1, "dpsm": 2, "spherical": 3, "focal": 4}
+
+
+def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:
+    """Make a figure without axes and without touching pyplot's global state.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the outermost figure that axes belong to.
+
+    Args:
+        ax: the axes.
+
+    Raises:
+        ValueError: if they were removed from their figure.
+    """
+    figure = ax.get_figure(root=True)
+    if not isinstance(figure, Figure):
+        raise ValueError("These axes belong to no figure any more; make new ones with figure.add_subplot().")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
+    """Write a figure to a file whose ending names the format, and make its folder.
+
+    Args:
+        figure: the figure.
+        path: where to; ``.png``, ``.svg`` and ``.pdf`` are usual.
+        dpi: dots per inch of pixel formats.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without a date in the file the same numbers give the same bytes.
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    figure.savefig(path, dpi=dpi, metadata=metadata)
+    return path
+
+
+def run_style(name: str, position: int) -> dict[str, Any]:
+    """Choose colour, marker and dash pattern of a run; the known losses always look the same.
+
+    Args:
+        name: name of the run; ``ce``, ``brier``, ``dpsm``, ``spherical`` and ``focal`` have fixed styles.
+        position: position among the runs, for any other name.
+    """
+    index = _FIXED_STYLES.get(name, position + len(_FIXED_STYLES)) % len(OKABE_ITO)
+    return {"color": OKABE_ITO[index], "marker": _MARKERS[index], "linestyle": _DASHES[index]}

@@ -1,0 +1,258 @@
+"""Plain sentences on what a set of runs shows, derived from its numbers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .records import RunRecord
+
+# Differences below this share are called equal: one run cannot tell them from the choice of seed.
+TIE = 0.005
+
+
+@dataclass(frozen=True)
+class _Measure:
+    key: str
+    words: str
+    higher_is_better: bool = False
+    points: bool = False
+    decimals: int = 4
+
+
+_PERPLEXITY = _Measure("eval_perplexity", "perplexity", decimals=2)
+_BRIER = _Measure("eval_brier", "Brier score")
+_ECE = _Measure("eval_ece_15", "ECE-15")
+_ACCURACY = _Measure("eval_token_accuracy", "token accuracy", higher_is_better=True, points=True)
+_ROUGE = _Measure("eval_rougeLsum", "ROUGE-Lsum", higher_is_better=True, decimals=2)
+_MEASURES = (_ROUGE, _PERPLEXITY, _BRIER, _ECE, _ACCURACY)
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _change(measure: _Measure, run: RunRecord, reference: RunRecord) -> float | None:
+    """Relative difference of a run to the reference; positive is higher. ``None`` when either figure is missing."""
+    ours, theirs = run.value(measure.key), reference.value(measure.key)
+    if ours is None or theirs is None:
+        return None
+    if theirs == 0:
+        return 0.0 if ours == 0 else math.copysign(math.inf, ours)
+    return (ours - theirs) / abs(theirs)
+
+
+def _side(measure: _Measure, change: float) -> int:
+    """+1 when the run is better than the reference, -1 when worse, 0 for a tie."""
+    if abs(change) < TIE:
+        return 0
+    return 1 if (change > 0) == measure.higher_is_better else -1
+
+
+def _phrase(measure: _Measure, run: RunRecord, reference: RunRecord) -> str:
+    ours, theirs, change = run.value(measure.key), reference.value(measure.key), _change(measure, run, reference)
+    assert ours is not None and theirs is not None and change is not None  # only called for measures both have
+    if measure.points:
+        figures = f"{100 * ours:.2f} % against {100 * theirs:.2f} %"
+    else:
+        figures = f"{ours:,.{measure.decimals}f} against {theirs:,.{measure.decimals}f}"
+    side = _side(measure, change)
+    if side == 0:
+        return f"{measure.words} is the same within {100 * TIE:g} % ({figures})"
+    word = "higher" if change > 0 else "lower"
+    if measure.points:
+        size = f"{100 * abs(ours - theirs):.2f} points"
+    elif not math.isfinite(change):
+        size = "infinitely"
+    elif change >= 2:
+        size = f"{change + 1:.1f} times as high"
+        return f"{measure.words} is {size}, which is {'better' if side > 0 else 'worse'} ({figures})"
+    else:
+        size = f"{100 * abs(change):.1f} %"
+    return f"{measure.words} is {size} {word}, which is {'better' if side > 0 else 'worse'} ({figures})"
+
+
+def verdict(run: RunRecord, reference: RunRecord) -> list[str]:
+    """Compare one run with the reference in a few sentences: the sum first, then the figures.
+
+    Args:
+        run: the run under test.
+        reference: the run to compare with.
+    """
+    changes = [(measure, _change(measure, run, reference)) for measure in _MEASURES]
+    known = [(measure, change) for measure, change in changes if change is not None]
+    if not known:
+        return [f"{run.title} and {reference.title} have no evaluation figure in common, so they cannot be compared."]
+    wins = [measure.words for measure, change in known if _side(measure, change) > 0]
+    losses = [measure.words for measure, change in known if _side(measure, change) < 0]
+    a, b = run.title, reference.title
+    if wins and losses:
+        head = f"On this run {a} is better than {b} on {_join(wins)} and worse on {_join(losses)}."
+    elif wins:
+        head = f"On this run {a} is better than {b} on {_join(wins)} and worse on none of the figures compared."
+    elif losses:
+        head = (
+            f"On this run {a} loses to {b}: it is worse on {_join(losses)} and better on none of the figures compared."
+        )
+    else:
+        head = f"On this run {a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
+    sentences = [
+        head,
+        f"In figures, {a}'s " + "; ".join(_phrase(measure, run, reference) for measure, _ in known) + ".",
+    ]
+    sentences += _calibration_caveats(run, reference, wins, losses)
+    return sentences
+
+
+def _calibration_caveats(run: RunRecord, reference: RunRecord, wins: list[str], losses: list[str]) -> list[str]:
+    sentences = []
+    sides = {}
+    for bins in (10, 15, 100):
+        change = _change(_Measure(f"eval_ece_{bins}", ""), run, reference)
+        if change is not None:
+            sides[bins] = _side(_ECE, change)
+    if 1 in sides.values() and -1 in sides.values():
+        parts = [f"{'better' if side > 0 else 'worse' if side < 0 else 'equal'} at {n}" for n, side in sides.items()]
+        sentences.append(f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}.")
+    if _ECE.words in wins and _PERPLEXITY.words in losses:
+        sentences.append(
+            "A lower ECE beside a higher perplexity is not a better model: one that only ever predicts the overall "
+            "frequencies of the tokens has an ECE near 0."
+        )
+    gaps = [(record, record.value("eval_signed_gap")) for record in (reference, run)]
+    words = [
+        f"{record.title} is {'over' if gap > 0 else 'under'}confident by {100 * abs(gap):.2f} points on average"
+        for record, gap in gaps
+        if gap is not None
+    ]
+    if words:
+        sentences.append(f"{_join(words)} (mean confidence minus accuracy).")
+    return sentences
+
+
+def _schedule(run: RunRecord) -> list[str]:
+    alphas = [
+        (int(e["step"]), float(e["alpha"])) for e in run.log_history if e.get("alpha") is not None and "step" in e
+    ]
+    if run.loss_type != "dpsm" or not alphas:
+        return []
+    steps, top = alphas[-1][0], max(alpha for _, alpha in alphas)
+    first = next(step for step, alpha in alphas if alpha == top)
+    if top < 1:
+        return [f"α, the weight of the Brier score, never exceeded {top:.2f}: part of the loss stayed cross-entropy."]
+    share = 100 * (steps - first) / steps if steps else 0.0
+    return [
+        f"α had reached 1 by step {first:,} of {steps:,}, so the last {share:.0f} % of training was pure Brier score."
+    ]
+
+
+def _overfit(run: RunRecord) -> list[str]:
+    evals = [(int(e["step"]), float(e["eval_nll"])) for e in run.log_history if e.get("eval_nll") is not None]
+    evals = [(step, value) for step, value in evals if math.isfinite(value)]
+    final = run.value("eval_nll")
+    if not evals or final is None:
+        return []
+    step, lowest = min(evals, key=lambda pair: pair[1])
+    if final <= lowest * 1.01:
+        return []
+    return [
+        f"The held-out NLL of {run.title} was lowest at step {step:,} ({lowest:.4f}) and has risen to {final:.4f}."
+    ]
+
+
+def _cost(run: RunRecord, reference: RunRecord) -> list[str]:
+    ours, theirs = run.value("train_seconds"), reference.value("train_seconds")
+    if not ours or not theirs:
+        return []
+    ratio = ours / theirs
+    return [
+        f"Training took {run.title} {ours:.1f} s and {reference.title} {theirs:.1f} s ({ratio:.2f} times as long)."
+    ]
+
+
+def _failures(records: Sequence[RunRecord]) -> list[str]:
+    sentences = []
+    for record in records:
+        if record.status != "finished":
+            reason = f": {record.message}" if record.message else ""
+            sentences.append(f"The run {record.name!r} {record.status} and is not compared{reason}.")
+        elif record.diverged:
+            where = f" from step {record.diverged_at:,} on" if record.diverged_at is not None else ""
+            sentences.append(
+                f"The run {record.name!r} ({record.title}) diverged (not finite{where}) and is not compared."
+            )
+        elif not record.metrics:
+            sentences.append(f"The run {record.name!r} has no evaluation figures and is not compared.")
+    return sentences
+
+
+def _same_start(records: Sequence[RunRecord]) -> list[str]:
+    starts = {}
+    for record in records:
+        first = next((e for e in record.log_history if e.get("step") == 0 and e.get("eval_nll") is not None), None)
+        if first is not None:
+            starts[record.name] = float(first["eval_nll"])
+    if len(records) < 2 or len(starts) < len(records):
+        return []
+    if len(set(starts.values())) == 1:
+        value = next(iter(starts.values()))
+        return [f"All runs started from the same weights: the held-out NLL before training is {value:.4f} for each."]
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in starts.items())
+    return [f"Caution: the runs did NOT start from the same weights (held-out NLL before training: {figures})."]
+
+
+def scope(records: Sequence[RunRecord]) -> str:
+    """Say what the figures are: kind, split, size, bins and seeds.
+
+    Args:
+        records: the runs.
+    """
+    splits = sorted({str(r.calibration.get("split")) for r in records if r.calibration and r.calibration.get("split")})
+    counts = sorted({int(count) for r in records if (count := r.value("eval_tokens")) is not None})
+    seeds = sorted({str(r.run.get("seed")) for r in records if r.run.get("seed") is not None})
+    split = f" on the {'/'.join(splits)} split" if splits else " on the evaluation split"
+    size = f" ({'–'.join(f'{count:,}' for count in (counts[:1] + counts[1:][-1:]))} tokens)" if counts else ""
+    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(seeds)}" if seeds else "seed not recorded"
+    return (
+        f"All figures are token-level{split}{size}; calibration is top-label (confidence is the largest probability), "
+        f"ECE-10/15/100 with 10, 15 and 100 bins of equal width. One run each, {seed}."
+    )
+
+
+def findings(records: Sequence[RunRecord], reference: str = "ce", focus: str = "dpsm") -> list[str]:
+    """Write what the runs show as plain sentences.
+
+    Args:
+        records: the runs.
+        reference: loss type to compare with.
+        focus: loss type whose comparison comes first and in full.
+
+    Returns:
+        Sentences, the most important first. Runs that failed or diverged are named as such and not compared.
+    """
+    usable = [record for record in records if record.comparable]
+    base = next((record for record in usable if record.loss_type == reference), None)
+    tested = [record for record in usable if record.loss_type != reference]
+    tested.sort(key=lambda record: record.loss_type != focus)
+    sentences = []
+    for record in tested if base is not None else []:
+        assert base is not None
+        sentences += verdict(record, base)
+        sentences += _schedule(record) + _cost(record, base) if record.loss_type == focus else []
+    for record in usable:
+        sentences += _overfit(record)
+    sentences += _failures(records)
+    if not sentences:
+        sentences.append(f"There is no finished {reference!r} run and another one, so nothing can be compared.")
+    elif base is None:
+        sentences.append(f"Without a finished {reference!r} run there is nothing to compare the others with.")
+    sentences += _same_start(usable)
+    sentences.append(scope(records))
+    if base is not None and tested:
+        tokens = base.value("eval_tokens")
+        size = f", {tokens:,.0f} held-out tokens" if tokens else ""
+        sentences.append(
+            f"One seed{size}: differences of this size can be noise. Repeat with other seeds before believing them."
+        )
+    return sentences

@@ -1,0 +1,149 @@
+"""What a trainer has to know about a model: its vocabulary, and which label each row of logits is scored against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from .losses import IGNORE_INDEX
+
+Alignment = Literal["shifted", "aligned"]
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """Return the language model inside wrappers of torch.compile, data parallelism and PEFT."""
+    for attribute in ("_orig_mod", "module"):
+        while isinstance(getattr(model, attribute, None), nn.Module):
+            model = getattr(model, attribute)
+    return cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return the number of logits a token has, or None if the model does not tell."""
+    core = core_model(model)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    if head is not None and hasattr(head, "out_features"):
+        return int(head.out_features)
+    return getattr(getattr(core, "config", None), "vocab_size", None)
+
+
+def label_alignment(model: nn.Module) -> Alignment | None:
+    """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown."""
+    core = core_model(model)
+    if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+        return "aligned"
+    names = {base.__name__ for base in type(core).__mro__}
+    if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return "shifted"
+    if names & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+        return "shifted"
+    return "aligned" if names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
+
+
+def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
+    """Find the alignment of an unknown model by comparing its own loss on a batch with both possibilities.
+
+    Args:
+        model: called once without gradient, in evaluation mode (so that no random number is drawn).
+        inputs: a batch with ``labels``.
+
+    Raises:
+        ValueError: if neither possibility reproduces the model's loss.
+    """
+    core = core_model(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(**inputs)
+    finally:
+        model.train(was_training)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+    labels = inputs["labels"]
+    found: dict[str, float] = {}
+    if isinstance(logits, Tensor) and isinstance(loss, Tensor) and logits.shape[:-1] == labels.shape:
+        for alignment in ("shifted", "aligned"):
+            targets = align_targets(labels, logits, alignment)
+            flat = logits.float().reshape(-1, logits.shape[-1])
+            value = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX)
+            if torch.allclose(value, loss.float().mean(), rtol=1e-3, atol=1e-5):
+                return alignment  # type: ignore[return-value]
+            found[alignment] = float(value)
+    own = float(loss.float().mean()) if isinstance(loss, Tensor) else None
+    raise ValueError(
+        f"{type(core).__name__} is not a language model that DPSM knows, and its own loss on the first batch ({own}) "
+        f"is not the cross-entropy of its logits against the labels (shifted by one or aligned: {found}). "
+        "DPSM scores tokens from logits [batch, length, vocabulary]; loss_type='ce' trains any model as Trainer does."
+    )
+
+
+def align_targets(labels: Tensor, logits: Tensor, alignment: Alignment) -> Tensor:
+    """Return the label that each row of logits is scored against, ``[B, T]`` as the logits' first two dimensions.
+
+    Logits of virtual tokens that come before the text (PEFT's prompt tuning) are not scored, except that the last of
+    them predicts the first label of the text.
+
+    Raises:
+        ValueError: if the logits are shorter than the labels.
+    """
+    virtual = logits.shape[-2] - labels.shape[-1]
+    if virtual < 0:
+        raise ValueError(
+            f"the model returned logits for {logits.shape[-2]} positions but the labels have {labels.shape[-1]}; "
+            "every label position needs its logits (leave logits_to_keep and the like out of the batch)."
+        )
+    if alignment == "aligned":
+        return F.pad(labels, (virtual, 0), value=IGNORE_INDEX)
+    return F.pad(labels, (virtual, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+
+
+def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch as the model takes it when it is not to compute a loss of its own.
+
+    Raises:
+        ValueError: if an encoder-decoder cannot derive its decoder's inputs from the labels.
+    """
+    batch = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+    core = core_model(model)
+    if not getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+        return batch
+    if batch.get("decoder_input_ids") is None and batch.get("decoder_inputs_embeds") is None:
+        prepare = getattr(core, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is None:
+            raise ValueError(
+                f"{type(core).__name__} cannot make decoder_input_ids from labels; let the data collator add them "
+                "(DataCollatorForSeq2Seq(tokenizer, model=model) does)."
+            )
+        batch["decoder_input_ids"] = prepare(labels=inputs["labels"])
+    return batch
+
+
+def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
+    """Return the weighted load-balancing loss of a mixture-of-experts model, or None where it has none.
+
+    Models add it only when they are given labels, so whoever computes the loss outside has to.
+
+    Raises:
+        ValueError: if the router's loss is switched on but the output does not carry it.
+    """
+    config = getattr(core_model(model), "config", None)
+    if not getattr(config, "output_router_logits", False):
+        return None
+    auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    if not isinstance(auxiliary, Tensor):
+        raise ValueError(
+            f"{type(core_model(model)).__name__} has output_router_logits=True but returns no aux_loss without "
+            "labels, so its router cannot be trained here; set output_router_logits=False or loss_type='ce'."
+        )
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) * auxiliary

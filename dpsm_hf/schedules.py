@@ -1,0 +1,296 @@
+"""Schedules of the mixing weight alpha: pure functions of the step, the total steps and the held-out metrics.
+
+A schedule keeps no state of its own, so training that resumes at a step resumes at its alpha, exactly. With ``s`` the
+optimizer steps done, ``T`` the total, ``H`` the hold and ``W`` the warm-up (both in steps), alpha goes from ``start``
+to ``end`` along ``shape(s)`` in [0, 1]:
+
+=============  ===========================================================================================
+``linear``     ``min(1, (s - H) / W)``, 0 before H
+``cosine``     ``(1 - cos(pi * min(1, (s - H) / W))) / 2``, 0 before H
+``constant``   1 at every step: alpha is ``end`` throughout (the fixed-alpha ablations)
+``late_linear``  as ``linear``, with a hold of half of training unless given: CE first, then a ramp
+``step``       0 before H, 1 from H on (half of training unless given): a hard switch
+``triangle``   up over W after H, then down to 0 at the last step: CE, mix, CE
+``feedback``   moved after each evaluation by ``clip(gain * gap, -limit, limit)``, see `feedback_alpha`
+=============  ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LogHistory = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The numbers a schedule is given, lengths still as the user wrote them (>= 1 steps, < 1 a share of the total)."""
+
+    start: float = 0.0
+    end: float = 1.0
+    warmup_steps: float = 0.1
+    hold: float = 0.0
+    gain: float = 2.0
+    limit: float = 0.1
+    metric: str = "eval_signed_gap"
+
+
+@dataclass(frozen=True)
+class ScheduleSpan:
+    """The lengths of a schedule in optimizer steps, resolved for one training run."""
+
+    total: int
+    warmup: int
+    hold: int
+
+
+AlphaFunction = Callable[[int, ScheduleSpan, ScheduleOptions, LogHistory], float]
+
+
+def _ramp(step: int, span: ScheduleSpan) -> float:
+    if step < span.hold:
+        return 0.0
+    return 1.0 if span.warmup <= 0 else min(1.0, (step - span.hold) / span.warmup)
+
+
+def _between(options: ScheduleOptions, share: float) -> float:
+    # written so that the end points are hit exactly
+    return options.start * (1.0 - share) + options.end * share
+
+
+def _linear(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    return _between(options, _ramp(step, span))
+
+
+def _cosine(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    return _between(options, 0.5 * (1.0 - math.cos(math.pi * _ramp(step, span))))
+
+
+def _constant(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    return options.end
+
+
+def _switch(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    return options.end if step >= span.hold else options.start
+
+
+def _triangle(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    peak = span.hold + span.warmup
+    if step < peak:
+        return _between(options, _ramp(step, span))
+    # the last step that is taken is T - 1: there alpha is back at its start
+    fall = max(1, span.total - 1 - peak)
+    return _between(options, max(0.0, 1.0 - (step - peak) / fall))
+
+
+def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    """Move alpha after each evaluation by a bounded multiple of the held-out signed calibration gap.
+
+    ``alpha <- clip(alpha + clip(gain * gap, -limit, limit), low, high)`` for every entry of the log history that has
+    the metric (mean confidence minus accuracy), in order, beginning at ``start``; low and high are the smaller and
+    the larger of ``start`` and ``end``. An over-confident model (gap > 0) is moved toward the Brier score.
+    """
+    alpha = options.start
+    low, high = sorted((options.start, options.end))
+    for entry in history:
+        gap = entry.get(options.metric)
+        if gap is not None and math.isfinite(gap) and entry.get("step", 0) <= step:
+            move = min(options.limit, max(-options.limit, options.gain * gap))
+            alpha = min(high, max(low, alpha + move))
+    return alpha
+
+
+@dataclass(frozen=True)
+class _Registered:
+    function: AlphaFunction
+    start: float
+    hold: float
+    uses_warmup: bool
+    uses_hold: bool
+    needs_total: bool
+
+
+_SCHEDULES: dict[str, _Registered] = {}
+
+
+def register_alpha_schedule(
+    name: str,
+    *,
+    start: float = 0.0,
+    hold: float = 0.0,
+    uses_warmup: bool = True,
+    uses_hold: bool = True,
+    needs_total: bool = False,
+) -> Callable[[AlphaFunction], AlphaFunction]:
+    """Make a function available as ``alpha_schedule=name``.
+
+    Args:
+        name: how arguments refer to the schedule; a name that is taken is refused.
+        start, hold: defaults of ``alpha_start`` and ``alpha_hold`` for this schedule.
+        uses_warmup, uses_hold: whether the function reads these lengths; giving one that is not read is an error.
+        needs_total: whether the function reads the total number of steps itself.
+
+    Example::
+
+        @register_alpha_schedule("square_root")
+        def square_root(step, span, options, history):
+            return options.end * min(1.0, step / span.warmup) ** 0.5
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if name in _SCHEDULES:
+        raise ValueError(f"an alpha schedule named {name!r} exists already; choose another name.")
+
+    def register(function: AlphaFunction) -> AlphaFunction:
+        _SCHEDULES[name] = _Registered(function, start, hold, uses_warmup, uses_hold, needs_total)
+        return function
+
+    return register
+
+
+register_alpha_schedule("linear")(_linear)
+register_alpha_schedule("cosine")(_cosine)
+register_alpha_schedule("constant", uses_warmup=False, uses_hold=False)(_constant)
+register_alpha_schedule("late_linear", hold=0.5)(_linear)
+register_alpha_schedule("step", hold=0.5, uses_warmup=False)(_switch)
+register_alpha_schedule("triangle", needs_total=True)(_triangle)
+register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(feedback_alpha)
+
+
+def available_alpha_schedules() -> list[str]:
+    """Return the names that `get_alpha_schedule` knows, third parties' included."""
+    return list(_SCHEDULES)
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """A named schedule with its options; call it with the step and the total steps to get alpha."""
+
+    name: str
+    options: ScheduleOptions
+
+    def resolve(self, total_steps: int) -> ScheduleSpan:
+        """Return the schedule's lengths in steps, shares rounded up as Transformers rounds ``warmup_steps``.
+
+        Raises:
+            ValueError: if a share is to be taken of an unknown total (``total_steps`` of 0).
+        """
+        registered = _SCHEDULES[self.name]
+        lengths = {}
+        for name, used, value in (
+            ("warmup", registered.uses_warmup, self.options.warmup_steps),
+            ("hold", registered.uses_hold, self.options.hold),
+        ):
+            share = 0.0 < value < 1.0
+            if used and share and total_steps <= 0:
+                raise ValueError(
+                    f"{name} is {value}, a share of all steps, but the total is not known; "
+                    "give it in steps (>= 1) or give total_steps."
+                )
+            # 1e-9: 0.1 * 1000 must be 100 and not, for a rounding error, 101
+            lengths[name] = math.ceil(value * total_steps - 1e-9) if share else int(value)
+        if registered.needs_total and total_steps <= 0:
+            raise ValueError(f"the {self.name!r} schedule needs the total number of steps; give total_steps.")
+        return ScheduleSpan(total_steps, **lengths)
+
+    def check(self, total_steps: int) -> None:
+        """Raise the ValueError that calling with this total would raise."""
+        self(0, total_steps)
+
+    def __call__(self, step: int, total_steps: int, log_history: LogHistory = ()) -> float:
+        """Return alpha for the optimizer step after ``step`` finished ones.
+
+        Raises:
+            ValueError: if the schedule (a third party's, say) leaves [0, 1].
+        """
+        function = _SCHEDULES[self.name].function
+        alpha = float(function(step, self.resolve(total_steps), self.options, log_history))
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"the {self.name!r} schedule gave alpha={alpha} at step {step}, outside [0, 1].")
+        return alpha
+
+    def describe(self, total_steps: int) -> str:
+        """Return one line that says how alpha will move, in steps."""
+        span, options = self.resolve(total_steps), self.options
+        registered = _SCHEDULES[self.name]
+        if self.name == "constant":
+            return f"constant: alpha = {options.end:g} at every step"
+        if self.name == "feedback":
+            return (
+                f"feedback: alpha starts at {options.start:g} and moves by {options.gain:g} * {options.metric} after "
+                f"each evaluation, at most {options.limit:g} at a time, between "
+                f"{min(options.start, options.end):g} and {max(options.start, options.end):g}"
+            )
+        parts = [f"{self.name}: alpha {options.start:g} -> {options.end:g}"]
+        if registered.uses_hold and span.hold:
+            parts.append(f"from step {span.hold}")
+        if registered.uses_warmup:
+            parts.append(f"over {span.warmup} steps")
+        if self.name == "triangle":
+            parts.append(f"and back to {options.start:g} at the last")
+        return " ".join(parts) + f" (of {total_steps})"
+
+    def reaches_end(self, total_steps: int) -> bool:
+        """Return whether alpha equals its end at the last step or at the end of the ramp, if that is ever taken.
+
+        Where alpha goes under "feedback" depends on what is measured: True.
+        """
+        if self.name == "feedback":
+            return True
+        span, last = self.resolve(total_steps), max(0, total_steps - 1)
+        steps = (min(span.hold + span.warmup, last), last)
+        return any(abs(self(step, total_steps) - self.options.end) < 1e-12 for step in steps)
+
+
+def get_alpha_schedule(
+    name: str,
+    *,
+    warmup_steps: float = 0.1,
+    start: float | None = None,
+    end: float = 1.0,
+    hold: float | None = None,
+    gain: float = 2.0,
+    limit: float = 0.1,
+    metric: str = "eval_signed_gap",
+) -> AlphaSchedule:
+    """Return the schedule of that name, checked.
+
+    Args:
+        name: one of `available_alpha_schedules`.
+        warmup_steps: length of the ramp; >= 1 counts optimizer steps, below 1 is a share of all of them, 0 jumps.
+        start, end: alpha before and after, in [0, 1]; the start defaults to 0.
+        hold: length of the phase before the ramp (or the switch), in the same unit as ``warmup_steps``; the default
+            is the schedule's own.
+        gain, limit, metric: of "feedback": see `feedback_alpha`.
+
+    Raises:
+        ValueError: for an unknown name (with the list), an alpha outside [0, 1], a negative length, a hold given to
+            a schedule without one, or a ``start`` given to "constant".
+    """
+    if name not in _SCHEDULES:
+        raise ValueError(
+            f"alpha_schedule={name!r} is unknown; choose one of {', '.join(_SCHEDULES)} "
+            "(or register your own with register_alpha_schedule)."
+        )
+    registered = _SCHEDULES[name]
+    if name == "constant" and start is not None and start != end:
+        raise ValueError(f"alpha_start={start} contradicts alpha_schedule='constant', which stays at alpha_end={end}.")
+    if hold is not None and not registered.uses_hold:
+        raise ValueError(f"alpha_hold={hold} has no effect on alpha_schedule={name!r}; leave it out.")
+    resolved_start = registered.start if start is None else start
+    resolved_hold = registered.hold if hold is None else hold
+    for label, value in (("alpha_start", resolved_start), ("alpha_end", end)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{label}={value} lies outside [0, 1]; it is the weight of the Brier score in the mix.")
+    for label, value in (("alpha_warmup_steps", warmup_steps), ("alpha_hold", resolved_hold)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{label}={value} must be 0 or more: >= 1 is steps, below 1 a share of all steps.")
+        if value > 1.0 and value != int(value):
+            raise ValueError(f"{label}={value} is neither a share (below 1) nor a whole number of steps.")
+    if not limit > 0.0 or not math.isfinite(gain):
+        raise ValueError(f"feedback needs a positive limit and a finite gain, not limit={limit}, gain={gain}.")
+    return AlphaSchedule(name, ScheduleOptions(resolved_start, end, warmup_steps, resolved_hold, gain, limit, metric))

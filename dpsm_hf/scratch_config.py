@@ -1,0 +1,150 @@
+"""Configurations for models that are trained from nothing, consistent with their tokenizer and row length."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def build_config_from_scratch(
+    model_type: str | None,
+    overrides: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    block_size: int | None = None,
+) -> PreTrainedConfig:
+    """Make a configuration for a model that is trained from nothing, consistent with its tokenizer.
+
+    The overrides go to the constructor, so that values derived there (Llama's key-value heads from its
+    heads, say) follow them. Vocabulary size and special token ids come from the tokenizer unless
+    overridden; the number of positions is raised to ``block_size`` unless overridden.
+
+    Args:
+        model_type: A key of ``transformers.CONFIG_MAPPING`` such as ``gpt2`` or ``bart``.
+        overrides: ``name=value`` pairs joined by commas, for instance ``n_embd=128,n_layer=4``.
+        tokenizer: The tokenizer of the run, or None to keep the configuration's own vocabulary.
+        block_size: Tokens of a training row, or None when rows are bounded elsewhere.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: No or unknown model type, an unknown or malformed override, a vocabulary smaller than
+            the tokenizer's, or fewer positions than ``block_size``.
+    """
+    if model_type is None:
+        raise ValueError(
+            "Give --model_name_or_path to fine-tune a model, --config_name, or --model_type (for instance gpt2) "
+            "to train from scratch."
+        )
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"--model_type {model_type!r} is not a model type of transformers.{hint}")
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    given = parse_config_overrides(overrides, default)
+    names = {_real_name(default, name) for name in given}
+    values: dict[str, Any] = dict(given)
+    if tokenizer is not None:
+        wanted = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if default.is_encoder_decoder:
+            # BART starts decoding with </s>, T5 and PEGASUS with <pad>: keep the family's choice, renumbered.
+            starts_with_eos = getattr(default, "decoder_start_token_id", None) == default.eos_token_id
+            wanted["decoder_start_token_id"] = wanted["eos_token_id" if starts_with_eos else "pad_token_id"]
+            if getattr(default, "forced_eos_token_id", None) is not None:
+                wanted["forced_eos_token_id"] = tokenizer.eos_token_id
+        values.update({name: value for name, value in wanted.items() if _real_name(default, name) not in names})
+    if block_size is not None and hasattr(default, "max_position_embeddings"):
+        real = _real_name(default, "max_position_embeddings")
+        if real not in names and 0 < default.max_position_embeddings < block_size:
+            values[real] = block_size
+    config = config_class(**values)
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"--config_overrides vocab_size={config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} "
+            "tokens. Leave vocab_size out to take the tokenizer's size."
+        )
+    check_block_size(config, block_size)
+    return config
+
+
+def check_block_size(config: PreTrainedConfig, block_size: int | None) -> None:
+    """Refuse rows that are longer than the model has learned positions for.
+
+    Args:
+        config: The model's configuration.
+        block_size: Tokens of a training row, or None when that is not known yet.
+
+    Raises:
+        ValueError: ``block_size`` exceeds ``max_position_embeddings`` (``n_positions`` in GPT-2).
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if block_size is not None and isinstance(positions, int) and 0 < positions < block_size:
+        name = _real_name(config, "max_position_embeddings")
+        raise ValueError(
+            f"--block_size {block_size} is longer than the model's {positions} positions ({name}). Use a block_size "
+            f"of at most {positions}, or when training from scratch --config_overrides {name}={block_size}."
+        )
+
+
+def parse_config_overrides(overrides: str | None, default: PreTrainedConfig) -> dict[str, Any]:
+    """Read ``name=value,name=value`` with the types that the default configuration has.
+
+    Args:
+        overrides: The text, or None.
+        default: A configuration with default values; its attributes are the names allowed.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ValueError: A piece without ``=``, an unknown name, or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for piece in filter(None, (part.strip() for part in (overrides or "").split(","))):
+        name, separator, text = (part.strip() for part in piece.partition("="))
+        if not separator or not name or not text:
+            raise ValueError(f"--config_overrides: {piece!r} should be name=value, with commas between the pairs.")
+        if not hasattr(default, name):
+            close = difflib.get_close_matches(name, [*default.to_dict(), *default.attribute_map], n=3)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"--config_overrides: a {default.model_type} configuration has no {name!r}.{hint}")
+        values[name] = _typed(text, getattr(default, name), name)
+    return values
+
+
+def _typed(text: str, example: Any, name: str) -> Any:
+    try:
+        if isinstance(example, bool):
+            words = {"true": True, "1": True, "yes": True, "y": True}
+            words |= {"false": False, "0": False, "no": False, "n": False}
+            return words[text.lower()]
+        if isinstance(example, int):
+            return int(text)
+        if isinstance(example, float):
+            return float(text)
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if isinstance(example, bool) else f"of type {type(example).__name__}"
+        raise ValueError(f"--config_overrides: {name}={text!r} should be {kind}.") from error
+    if isinstance(example, str):
+        return text
+    words_or_none: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words_or_none:
+        return words_or_none[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _real_name(config: PreTrainedConfig, name: str) -> str:
+    return config.attribute_map.get(name, name)

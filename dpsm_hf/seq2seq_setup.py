@@ -1,0 +1,144 @@
+"""Fits an encoder-decoder model, its tokenizer and its generation settings together before training."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import MBart50Tokenizer, MBartTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Tokenizers that put a language code into every row. Since transformers 5 one class each, backed by `tokenizers`.
+MULTILINGUAL_TOKENIZERS = (MBartTokenizer, MBart50Tokenizer)
+
+# Model types pretrained with a task name in front of the source.
+_PREFIXED_MODEL_TYPES = ("t5",)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot pad or end a sequence.
+
+    Args:
+        tokenizer: The tokenizer to check.
+
+    Raises:
+        ValueError: If it has no pad token or no end token.
+    """
+    for attribute, purpose in (("pad_token", "pad batches"), ("eos_token", "end summaries")):
+        if getattr(tokenizer, f"{attribute}_id") is None:
+            raise ValueError(
+                f"The tokenizer {type(tokenizer).__name__} has no {attribute}, which is needed to {purpose}. Use the "
+                "tokenizer of an encoder-decoder model, --tokenizer_name train-bpe, or set the token and save it."
+            )
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Enlarge the model's token embeddings where the tokenizer has more tokens; never shrink them.
+
+    Args:
+        model: Changed in place.
+        tokenizer: Its length is the number of rows needed.
+    """
+    rows: int = model.get_input_embeddings().weight.size(0)  # type: ignore[union-attr, operator]
+    if len(tokenizer) > rows:
+        logger.info("Enlarging the token embeddings from %d to the tokenizer's %d rows.", rows, len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def set_languages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lang: str | None = None,
+    forced_bos_token: str | None = None,
+) -> None:
+    """Set the language of sources and summaries, and the token that generation must write first.
+
+    mBART starts the decoder with the language code (see `check_decoder_start`). mBART-50 starts it with `</s>` and
+    writes the code first, which `forced_bos_token` makes sure of. Generation settings go to `model.generation_config`: in transformers 5 a model
+    whose config holds them cannot be saved.
+
+    Args:
+        model: Its generation config is changed in place.
+        tokenizer: Changed in place where it is multilingual.
+        lang: A language code of the tokenizer such as `en_XX`; required by multilingual tokenizers.
+        forced_bos_token: Token that generation must write first; None for none.
+
+    Raises:
+        ValueError: If a language is required and missing, or a code or token is not in the vocabulary.
+    """
+    generation = model.generation_config
+    if isinstance(tokenizer, MULTILINGUAL_TOKENIZERS):
+        codes = ", ".join(sorted(tokenizer.lang_code_to_id))
+        if lang is None:
+            raise ValueError(f"{type(tokenizer).__name__} is multilingual: pass --lang with one of {codes}.")
+        if lang not in tokenizer.lang_code_to_id or _token_id(tokenizer, lang) is None:
+            raise ValueError(f"--lang '{lang}' is not a language code of this tokenizer; it has {codes}.")
+        tokenizer.src_lang = lang
+        tokenizer.tgt_lang = lang
+        if generation is not None:
+            # A code left over from another fine-tuning would force the wrong language.
+            generation.forced_bos_token_id = None
+    if forced_bos_token is not None:
+        token_id = _token_id(tokenizer, forced_bos_token)
+        if token_id is None:
+            raise ValueError(
+                f"--forced_bos_token '{forced_bos_token}' is not one token of {type(tokenizer).__name__}'s vocabulary."
+            )
+        if generation is not None:
+            generation.forced_bos_token_id = token_id
+
+
+def check_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation start with the token that training starts the decoder with.
+
+    BART, T5 and PEGASUS start with `config.decoder_start_token_id`. mBART moves the last token of the labels to the
+    front (the language code; `</s>` for mBART-50 or a tokenizer without codes), whatever its config says.
+
+    Args:
+        model: Changed in place (config and generation config).
+        tokenizer: Shows how a label row ends; its languages are already set.
+
+    Raises:
+        ValueError: If there is no start token.
+    """
+    generation = model.generation_config
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None and generation is not None:
+        start = generation.decoder_start_token_id
+    model.config.decoder_start_token_id = start
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        try:
+            start = int(prepare(torch.tensor([tokenizer(text_target="a").input_ids]))[0, 0])
+        except (TypeError, ValueError):  # what BART and T5 raise without a start token
+            start = None
+    if start is None:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder_start_token_id, so its decoder has nothing to start from. Set it "
+            "in the config (BART: the id of </s>; T5 and PEGASUS: the id of <pad>), or with "
+            "--config_overrides decoder_start_token_id=ID when training from scratch."
+        )
+    model.config.decoder_start_token_id = start
+    if generation is not None:
+        generation.decoder_start_token_id = start
+
+
+def check_source_prefix(model: PreTrainedModel, source_prefix: str | None, from_scratch: bool) -> None:
+    """Warn when a pretrained T5 is used without the task prefix it was trained with.
+
+    Args:
+        model: The model.
+        source_prefix: Value of --source_prefix; None when it was not given.
+        from_scratch: True for fresh weights, which expect no prefix.
+    """
+    if source_prefix is None and not from_scratch and model.config.model_type in _PREFIXED_MODEL_TYPES:
+        logger.warning(
+            "A T5 model is used without a source prefix; the pretrained ones expect one, for example "
+            "--source_prefix 'summarize: '."
+        )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """Return the id of a token, or None when it is not in the vocabulary (where lookup gives the unknown id)."""
+    return tokenizer.get_vocab().get(token)

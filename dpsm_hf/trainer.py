@@ -1,0 +1,362 @@
+"""`DPSMTrainer` and `DPSMSeq2SeqTrainer`: the Hugging Face trainers, training with scheduled proper scoring rules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+
+from .arguments import DPSMArguments, dpsm_arguments
+from .calibration import TokenCalibration
+from .callbacks import AlphaScheduleCallback, CalibrationCallback
+from .data_checks import check_dataset_labels
+from .distributed import sum_over_processes
+from .evaluation import add_batch
+from .losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
+from .models import (
+    Alignment,
+    align_targets,
+    inputs_without_labels,
+    label_alignment,
+    probe_alignment,
+    router_loss,
+    vocabulary_size,
+)
+from .tally import TokenTally
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class DPSMMixin(_Base):
+    """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
+
+    Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
+
+    - Training: one denominator, the number of scored tokens of the whole optimizer step over all processes, so the
+      gradient is the same at any split of the batch into accumulation steps and processes.
+    - alpha is a function of ``state.global_step``, ``state.max_steps`` and ``state.log_history`` alone: resuming is
+      exact.
+    - Evaluation keeps sufficient statistics, never logits.
+    """
+
+    model: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
+        self._alignment: Alignment | None = label_alignment(self.model)
+        self._tally = TokenTally()
+        self._alpha: float | None = None
+        self._last_batch: tuple[TokenScores, Tensor] | None = None
+        self._evaluated: TokenScores | None = None
+        self._train_started: float | None = None
+        self._tally_started = 0.0
+        self._seconds_evaluating = 0.0
+        self._batch_of_step = (-1, 0)
+        #: What the last evaluation saw, over all processes.
+        self.calibration: TokenCalibration | None = None
+        self._refuse_other_losses()
+        if self._owns_loss():
+            # the denominator is ours whether or not the model's forward has a place for it
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+        if isinstance(self.args, DPSMArguments):
+            for kind in (AlphaScheduleCallback, CalibrationCallback):
+                if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
+                    self.add_callback(kind())
+        for callback in self._calibration_callbacks():
+            callback.stop_listening()
+
+    # ---- what is trained -------------------------------------------------------------------------------------------
+
+    @property
+    def dpsm(self) -> DPSMArguments:
+        """Return the DPSM fields in force: of the arguments, or the defaults for plain TrainingArguments."""
+        return self.args if isinstance(self.args, DPSMArguments) else self._plain_arguments  # type: ignore[return-value]
+
+    @property
+    def alpha(self) -> float | None:
+        """Return the Brier weight of the next optimizer step; None if the loss is not a mix."""
+        if self.dpsm.loss_type != "dpsm":
+            return None
+        return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
+
+    def _owns_loss(self) -> bool:
+        """Return whether the loss is computed here: always, but for plain CE on a model whose logits are unknown."""
+        return self.compute_loss_func is None and (self._alignment is not None or self.dpsm.loss_type != "ce")
+
+    def _refuse_other_losses(self) -> None:
+        if self.dpsm.loss_type == "ce":
+            return
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func would replace loss_type={self.dpsm.loss_type!r}, which could then have no effect; "
+                "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
+            raise ValueError(
+                f"loss_type={self.dpsm.loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
+                "the loss itself; use loss_type='ce' or another parallelism."
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch: the objective while training, cross-entropy while evaluating.
+
+        Args:
+            model: possibly wrapped; it is called without labels, so that it computes no loss of its own.
+            inputs: a batch with ``labels`` (``[B, T]``, -100 is not scored), optionally ``shift_labels``.
+            return_outputs: return ``(loss, outputs)``.
+            num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
+                by the scored tokens of this batch.
+        """
+        if "labels" not in inputs or not self._owns_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._alignment is None:
+            self._alignment = probe_alignment(self.model, inputs)
+        labels, shift_labels = inputs["labels"], inputs.get("shift_labels")
+        outputs = model(**inputs_without_labels(self.model, inputs))
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        targets = align_targets(labels, logits, self._alignment) if shift_labels is None else shift_labels
+
+        training = model.training
+        plain_ce = not training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
+        if training:
+            self._alpha = self.alpha
+        objective = None if plain_ce else self.dpsm.objective(self._alpha)
+        # labels are checked here, before cross-entropy would index with a wrong one
+        scores = score_tokens(logits if objective else logits.detach(), targets, objective)
+        denominator = self._denominator(scores, num_items_in_batch)
+        if scores.loss is not None:
+            loss = scores.loss.sum() / denominator
+        else:
+            shifted = self._alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
+            loss = self._cross_entropy(logits, labels, None if shifted else targets, denominator)
+        auxiliary = router_loss(self.model, outputs) if training else None
+        if auxiliary is not None:
+            # weighted by its share of the step's tokens, it too is independent of the split into micro-batches
+            loss = loss + auxiliary.to(loss.device) * scores.scored.sum() / denominator
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
+            # data parallelism averages gradients over processes, but the denominator is already global
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+
+        self._last_batch = (scores, targets)
+        if training:
+            self._tally.add(scores)
+        else:
+            self._evaluated = scores
+        if isinstance(outputs, tuple):
+            outputs = (loss, *outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _denominator(self, scores: TokenScores, num_items_in_batch: Tensor | int | None) -> Tensor | int:
+        if num_items_in_batch is None:
+            return scores.scored.sum().clamp_min(1)
+        if not isinstance(num_items_in_batch, Tensor):
+            return max(1, num_items_in_batch)
+        if self.args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
+            replicas = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
+            num_items_in_batch = num_items_in_batch.reshape(-1)[0] * replicas
+        # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
+        return num_items_in_batch.clamp_min(1).to(scores.nll.device)
+
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, targets: Tensor | None, denominator: Tensor | int
+    ) -> Tensor:
+        """Return cross-entropy by the very operations of Trainer and its models, so that it is equal bit for bit.
+
+        ``targets`` are the labels aligned with the logits, or None where ``labels`` are, shifted by one.
+        """
+        if self.label_smoother is not None:
+            shift = targets is None
+            labels = labels if targets is None else targets
+            return self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=denominator)
+        if targets is None:
+            targets = align_targets(labels, logits, "shifted")
+        flat_logits = logits.float().reshape(-1, logits.shape[-1])
+        total = F.cross_entropy(flat_logits, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / denominator
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one micro-batch and stop with its place if its loss is not finite.
+
+        Raises:
+            FloatingPointError: naming the step, the micro-batch and the token, before the optimizer uses the gradient.
+                With ``logging_nan_inf_filter=False`` (no waiting for the device) the next log raises instead.
+        """
+        step, batch = self._batch_of_step
+        self._batch_of_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 1)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # the loop that called us waits for this very number, so looking at it here costs nothing
+        if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
+            raise FloatingPointError(self._describe_non_finite(float(loss.mean())))
+        return loss
+
+    def _describe_non_finite(self, loss: float) -> str:
+        place = f"optimizer step {self.state.global_step + 1}, micro-batch {self._batch_of_step[1]}"
+        cause = ""
+        if self._last_batch is not None:
+            scores, targets = self._last_batch
+            bad = (scores.scored & ~torch.isfinite(scores.nll)).nonzero()
+            if invalid := describe_invalid_labels(targets, vocabulary_size(self.model) or 2**62):
+                cause = f" {invalid}"
+            elif len(bad):
+                length = targets.shape[-1]
+                sample, token = divmod(int(bad[0]), length)
+                cause = (
+                    f" The logits of {len(bad)} scored tokens are NaN or infinite, first in sample {sample} of the "
+                    f"micro-batch at position {token}."
+                )
+        return (
+            f"the training loss is {loss} at {place}.{cause} Nothing was updated with it: the last checkpoint is "
+            "sound. Usual remedies: a lower learning rate, max_grad_norm, bf16 instead of fp16, a look at that sample."
+        )
+
+    # ---- training log ----------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does, after looking at the labels and the schedule for errors."""
+        if self.train_dataset is not None:
+            if has_length(self.train_dataset) and len(self.train_dataset) == 0:  # type: ignore[arg-type]
+                raise ValueError(
+                    "train_dataset is empty: there is nothing to train on. Look at its split and filters."
+                )
+            check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
+        self._tally.reset()
+        self._train_started = None
+        self._seconds_evaluating = 0.0
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer.log` does; training entries also get token means over all processes, and alpha."""
+        if "loss" in logs:
+            means, tokens = self._tally.drain(self.args.device)
+            if any(value != value for value in means.values()):
+                raise FloatingPointError(self._describe_non_finite(float("nan")))
+            if self._alpha is not None:
+                logs["alpha"] = self._alpha
+            logs.update(means)
+            seconds = self._train_seconds()
+            if tokens and seconds > self._tally_started:
+                logs["tokens_per_second"] = tokens / (seconds - self._tally_started)
+                logs["train_seconds"] = seconds
+            self._tally_started = seconds
+        super().log(logs, start_time)
+
+    def _train_seconds(self) -> float:
+        """Return the wall-clock seconds since the first batch of this `train()`, evaluation not counted."""
+        if self._train_started is None:
+            return 0.0
+        return time.perf_counter() - self._train_started - self._seconds_evaluating
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect the batches of one optimizer step; the clock of the log starts with the first."""
+        if self._train_started is None:
+            self._train_started, self._tally_started = time.perf_counter(), 0.0
+        return super().get_batch_samples(*args, **kwargs)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
+        self._take_evaluated()
+        # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
+        scored = self._scored_model(model) if getattr(self.args, "predict_with_generate", False) else model
+        target = scored if not prediction_loss_only else model
+        result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
+        scores = self._take_evaluated()
+        if scores is not None and self.calibration is not None:
+            add_batch(self.calibration, scores, inputs["labels"].shape[0])
+        return result
+
+    def _take_evaluated(self) -> TokenScores | None:
+        scores, self._evaluated = self._evaluated, None
+        return scores
+
+    def _scored_model(self, model: nn.Module) -> Any:
+        def call(**batch: Any) -> dict[str, Any]:
+            count = self._get_num_items_in_batch([batch], self.args.device)
+            loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+            return {"loss": loss, "logits": logits}
+
+        return call
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as the trainer does and merge the token metrics, prefixed, into the output's metrics.
+
+        Raises:
+            ValueError: if the data set is empty.
+        """
+        dataset = getattr(dataloader, "dataset", None)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
+        started, train_seconds = time.perf_counter(), self._train_seconds()
+        self.calibration = TokenCalibration()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.calibration = self.calibration.to(self.args.device).reduce(sum_over_processes)
+        if self.calibration.tokens:
+            metrics: dict[str, Any] = {
+                f"{metric_key_prefix}_{name}": value for name, value in self.calibration.compute().items()
+            }
+            if self.is_in_train:
+                metrics[f"{metric_key_prefix}_train_seconds"] = train_seconds
+            # a metric of the user's own compute_metrics keeps its name
+            assert output.metrics is not None  # the loop always returns a dict
+            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
+            for callback in self._calibration_callbacks():
+                callback.receive(self.calibration, metric_key_prefix, self._tensorboard_writer())
+        self._seconds_evaluating += time.perf_counter() - started
+        return output
+
+    def _calibration_callbacks(self) -> list[CalibrationCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
+
+    def _tensorboard_writer(self) -> Any:
+        writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+        return next((writer for writer in writers if writer is not None), None)
+
+
+class DPSMTrainer(DPSMMixin, Trainer):
+    """A `Trainer` that trains with Dynamic Proper-Score Mixing; takes the arguments of `Trainer`.
+
+    Example::
+
+        trainer = DPSMTrainer(model=model, args=DPSMConfig(output_dir="out"), train_dataset=train, eval_dataset=dev)
+        trainer.train()
+    """
+
+
+class DPSMSeq2SeqTrainer(DPSMMixin, Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` that trains with Dynamic Proper-Score Mixing; takes the arguments of `Seq2SeqTrainer`."""

@@ -1,0 +1,65 @@
+"""Shared by all tests: an offline, single-threaded, quiet environment, and real tokenizers and data where present."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch, datasets or transformers: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import gzip
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def data_root() -> Path:
+    """The folder with real data sets and tokenizers: $DPSM_DATA, or shared/data beside the checkout."""
+    named = os.environ.get("DPSM_DATA")
+    return Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[..., Path]:
+    """A function from path parts under the data folder to a path; skips, with the reason, where it is absent."""
+
+    def find(*parts: str) -> Path:
+        path = data_root().joinpath(*parts)
+        if not path.exists():
+            pytest.skip(f"{'/'.join(parts)} is not in the data folder (set DPSM_DATA to a folder that has it)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(real_data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function from gpt2, bart or pegasus to a folder for `AutoTokenizer.from_pretrained`; skips if absent."""
+
+    def find(name: str) -> str:
+        source = real_data("tokenizers", name)
+        packed = source / "tokenizer.json.gz"
+        if not packed.exists():
+            return str(source)
+        folder = tmp_path_factory.getbasetemp() / f"tokenizer-{name}"
+        if not folder.exists():
+            folder.mkdir()
+            with gzip.open(packed, "rb") as archive, open(folder / "tokenizer.json", "wb") as file:
+                shutil.copyfileobj(archive, file)
+            (folder / "tokenizer_config.json").write_text(
+                '{"tokenizer_class": "PegasusTokenizer", "model_max_length": 1024}', encoding="utf-8"
+            )
+        return str(folder)
+
+    return find
