@@ -100,7 +100,7 @@ class TokenCalibration:
         if unknown := set(scores) - set(SCORES):
             raise ValueError(f"unknown scores {sorted(unknown)}; TokenCalibration knows {', '.join(SCORES)}.")
         columns = {"confidence": confidence, "correct": correct, **scores}
-        tensors = {name: torch.as_tensor(value).detach() for name, value in columns.items()}
+        tensors = {name: _as_tensor(value) for name, value in columns.items()}
         shape = tensors["confidence"].shape
         keep = torch.ones(shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
         for name, tensor in (*tensors.items(), ("mask", keep)):
@@ -202,7 +202,7 @@ class TokenCalibration:
             if count:
                 metrics[name] = total / count
         if "nll" in metrics:
-            metrics["perplexity"] = math.exp(metrics["nll"]) if metrics["nll"] < 700 else math.inf
+            metrics["perplexity"] = math.inf if metrics["nll"] > 700 else math.exp(metrics["nll"])
         metrics["token_accuracy"] = int(self.correct.sum()) / tokens
         metrics["confidence"] = float(self.confidence.sum()) / tokens
         metrics["signed_gap"] = metrics["confidence"] - metrics["token_accuracy"]
@@ -212,6 +212,11 @@ class TokenCalibration:
         metrics["mce"] = self.curve().mce
         metrics["tokens"] = tokens
         return metrics
+
+
+def _as_tensor(value: Any) -> Tensor:
+    # numpy keeps a list's numbers in float64; torch would round 0.1 to float32, over the edge of its bin
+    return value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
 def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15) -> CalibrationCurve:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class CalibrationCallback(TrainerCallback):
 
     def receive(self, calibration: TokenCalibration, prefix: str, tensorboard: Any = None) -> None:
         """Take the statistics of the evaluation that is about to be reported, complete over all processes."""
+        self.stop_listening()  # one added after the trainer was made still does
         self._calibration, self._prefix = calibration, prefix
         self._tensorboard = tensorboard or self._tensorboard
 
@@ -121,6 +122,12 @@ class CalibrationCallback(TrainerCallback):
             self._hook = None
         self._listen(kwargs.get("model"))
 
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Forget what `Trainer.predict` scored: it belongs to no evaluation."""
+        self._calibration = TokenCalibration()
+
     # ---- what is written -------------------------------------------------------------------------------------------
 
     def on_evaluate(
@@ -131,9 +138,18 @@ class CalibrationCallback(TrainerCallback):
         calibration, self._calibration = self._calibration, TokenCalibration()
         if self._listens:
             calibration = calibration.to(args.device).reduce(sum_over_processes)
+            if not calibration.tokens:
+                logger.warning(
+                    "CalibrationCallback saw no scored token in this evaluation: the model was called without labels "
+                    "(label smoothing and compute_loss_func do that), every label is ignored, or it is not known "
+                    "which label a row of its logits predicts. DPSMTrainer needs none of this."
+                )
             if metrics is not None and calibration.tokens:
-                self._prefix = next((k[: -len("_loss")] for k in metrics if k.endswith("_loss")), "eval")
-                metrics.update({f"{self._prefix}_{k}": v for k, v in calibration.compute().items()})
+                # the shortest: compute_metrics may have returned a loss of its own, eval_<name>_loss
+                losses = [key for key in metrics if key.endswith("_loss")]
+                self._prefix = min(losses, key=len, default="eval_loss").removesuffix("_loss")
+                found = {f"{self._prefix}_{name}": value for name, value in calibration.compute().items()}
+                metrics.update({key: value for key, value in found.items() if key not in metrics})
         if not state.is_world_process_zero or not calibration.tokens:
             return
         bins = self.bins or int(getattr(args, "calibration_bins", 15))
@@ -142,7 +158,8 @@ class CalibrationCallback(TrainerCallback):
             "step": state.global_step,
             "split": self._prefix,
             "tokens": calibration.tokens,
-            "metrics": calibration.compute(),
+            # a perplexity may be infinite, which JSON has no number for
+            "metrics": {k: v if math.isfinite(v) else None for k, v in calibration.compute().items()},
             "curve": calibration.curve(bins).as_dict(),
         }
         folder = Path(str(args.output_dir)) / "calibration"
@@ -172,8 +189,8 @@ class CalibrationCallback(TrainerCallback):
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:
     """Write JSON so that the file is either whole or not there, whenever the process is killed."""
-    text = json.dumps(record, indent=1, allow_nan=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    text = json.dumps(record, indent=1, allow_nan=False)
+    # not mkstemp, whose files nobody else may read
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -71,7 +71,7 @@ def _show(process: subprocess.Popen[bytes], copy: Any, tail: deque[str]) -> None
         sys.stderr.write(chunk.decode("utf-8", errors="replace"))
         sys.stderr.flush()
         *lines, pending = (pending + chunk).split(b"\n")
-        for line in [*lines]:
+        for line in lines:
             _keep(line, copy, tail)
     _keep(pending, copy, tail)
 

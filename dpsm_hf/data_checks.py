@@ -31,7 +31,10 @@ def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> Non
     for chunk in dataset.data.column("labels").chunks:
         if not isinstance(chunk, (pa.ListArray, pa.LargeListArray)) or not pa.types.is_integer(chunk.type.value_type):
             return
-        values = chunk.flatten().fill_null(IGNORE_INDEX).to_numpy(zero_copy_only=False)
+        entries = chunk.flatten()
+        if entries.null_count:  # an unsigned type has no IGNORE_INDEX to put there
+            entries = entries.cast(pa.int64()).fill_null(IGNORE_INDEX)
+        values = entries.to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero((values >= vocab_size) | ((values < 0) & (values != IGNORE_INDEX)))
         if len(wrong):
             lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)

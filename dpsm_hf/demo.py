@@ -80,8 +80,8 @@ PRESETS: Mapping[str, Preset] = {
     "clm": Preset(
         script="run_clm_dpsm.py",
         title="Cross-entropy, Brier and DPSM on the Python documentation",
-        subtitle="A small GPT-2, trained from scratch as a language model on python-docs (the Python language reference "
-        "and the docstrings of the standard library).",
+        subtitle="A small GPT-2, trained from scratch as a language model on python-docs (the Python language "
+        "reference and the docstrings of the standard library).",
         dataset="python-docs",
         columns=("text",),
         vocabulary=4096,
@@ -89,7 +89,8 @@ PRESETS: Mapping[str, Preset] = {
         arguments={
             **_COMMON,
             "model_type": "gpt2",
-            "config_overrides": "n_embd=192,n_layer=4,n_head=6,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
+            "config_overrides": "n_embd=192,n_layer=4,n_head=6,n_positions=128,"
+            "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
             "block_size": "128",
             "per_device_train_batch_size": "8",
             "per_device_eval_batch_size": "16",
@@ -140,7 +141,8 @@ def find_script(name: str) -> Path:
     path = ROOT / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name} is not in {ROOT}. The demo runs the scripts of a clone: install it from there with 'pip install -e .'."
+            f"{name} is not in {ROOT}. The demo runs the scripts of a clone: install the package from there "
+            "with 'pip install -e .'."
         )
     return path
 

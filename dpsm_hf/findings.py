@@ -55,22 +55,15 @@ def _phrase(measure: _Measure, run: RunRecord, reference: RunRecord) -> str:
     assert ours is not None and theirs is not None and change is not None  # only called for measures both have
     if measure.points:
         figures = f"{100 * ours:.2f} % against {100 * theirs:.2f} %"
+        size = f"{100 * abs(ours - theirs):.2f} points"
     else:
         figures = f"{ours:,.{measure.decimals}f} against {theirs:,.{measure.decimals}f}"
-    side = _side(measure, change)
-    if side == 0:
-        return f"{measure.words} is the same within {100 * TIE:g} % ({figures})"
-    word = "higher" if change > 0 else "lower"
-    if measure.points:
-        size = f"{100 * abs(ours - theirs):.2f} points"
-    elif not math.isfinite(change):
-        size = "infinitely"
-    elif change >= 2:
-        size = f"{change + 1:.1f} times as high"
-        return f"{measure.words} is {size}, which is {'better' if side > 0 else 'worse'} ({figures})"
-    else:
         size = f"{100 * abs(change):.1f} %"
-    return f"{measure.words} is {size} {word}, which is {'better' if side > 0 else 'worse'} ({figures})"
+    if _side(measure, change) == 0:
+        return f"{measure.words} the same within {100 * TIE:g} % ({figures})"
+    if change >= 2:
+        return f"{measure.words} {change + 1:.1f} times as high ({figures})"
+    return f"{measure.words} {size} {'higher' if change > 0 else 'lower'} ({figures})"
 
 
 def verdict(run: RunRecord, reference: RunRecord) -> list[str]:
@@ -97,37 +90,36 @@ def verdict(run: RunRecord, reference: RunRecord) -> list[str]:
         )
     else:
         head = f"On this run {a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
-    sentences = [
-        head,
-        f"In figures, {a}'s " + "; ".join(_phrase(measure, run, reference) for measure, _ in known) + ".",
-    ]
-    sentences += _calibration_caveats(run, reference, wins, losses)
-    return sentences
+    figures = "; ".join(_phrase(measure, run, reference) for measure, _ in known)
+    return [head, f"{a} against {b}: {figures}.", *_bins_disagree(run, reference)]
 
 
-def _calibration_caveats(run: RunRecord, reference: RunRecord, wins: list[str], losses: list[str]) -> list[str]:
-    sentences = []
+def _bins_disagree(run: RunRecord, reference: RunRecord) -> list[str]:
     sides = {}
     for bins in (10, 15, 100):
         change = _change(_Measure(f"eval_ece_{bins}", ""), run, reference)
         if change is not None:
             sides[bins] = _side(_ECE, change)
-    if 1 in sides.values() and -1 in sides.values():
-        parts = [f"{'better' if side > 0 else 'worse' if side < 0 else 'equal'} at {n}" for n, side in sides.items()]
-        sentences.append(f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}.")
-    if _ECE.words in wins and _PERPLEXITY.words in losses:
+    if not (1 in sides.values() and -1 in sides.values()):
+        return []
+    parts = [f"{'better' if side > 0 else 'worse' if side < 0 else 'equal'} at {n}" for n, side in sides.items()]
+    return [f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}."]
+
+
+def _calibration(tested: Sequence[RunRecord], base: RunRecord) -> list[str]:
+    sentences = []
+    changes = [(_change(_ECE, run, base), _change(_PERPLEXITY, run, base)) for run in tested]
+    if any(ece is not None and ppl is not None and ece <= -TIE and ppl >= TIE for ece, ppl in changes):
         sentences.append(
             "A lower ECE beside a higher perplexity is not a better model: one that only ever predicts the overall "
             "frequencies of the tokens has an ECE near 0."
         )
-    gaps = [(record, record.value("eval_signed_gap")) for record in (reference, run)]
+    gaps = [(record.title, record.value("eval_signed_gap")) for record in (base, *tested)]
     words = [
-        f"{record.title} is {'over' if gap > 0 else 'under'}confident by {100 * abs(gap):.2f} points on average"
-        for record, gap in gaps
-        if gap is not None
+        f"{title} {100 * gap:+.2f} points ({'over' if gap > 0 else 'under'}confident)" for title, gap in gaps if gap
     ]
     if words:
-        sentences.append(f"{_join(words)} (mean confidence minus accuracy).")
+        sentences.append(f"Mean confidence minus accuracy: {_join(words)}.")
     return sentences
 
 
@@ -240,13 +232,14 @@ def findings(records: Sequence[RunRecord], reference: str = "ce", focus: str = "
         assert base is not None
         sentences += verdict(record, base)
         sentences += _schedule(record) + _cost(record, base) if record.loss_type == focus else []
+    sentences += _calibration(tested, base) if base is not None else []
     for record in usable:
         sentences += _overfit(record)
     sentences += _failures(records)
-    if not sentences:
-        sentences.append(f"There is no finished {reference!r} run and another one, so nothing can be compared.")
-    elif base is None:
-        sentences.append(f"Without a finished {reference!r} run there is nothing to compare the others with.")
+    if base is None:
+        sentences.insert(0, f"There is no finished {reference!r} run to compare with.")
+    elif not tested:
+        sentences.insert(0, f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
     sentences += _same_start(usable)
     sentences.append(scope(records))
     if base is not None and tested:

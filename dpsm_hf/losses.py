@@ -142,8 +142,12 @@ class _TokenObjective(torch.autograd.Function):
         return torch.cat(values), stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
+            raise RuntimeError(
+                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
+                "the gradient or a Hessian needs the plain torch form in score_tokens' documentation)."
+            )
         logits, labels, scored, row_scalars, coefficients = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
@@ -207,7 +211,7 @@ class DPSMLoss(nn.Module):
             raise ValueError(f"vocab_size={vocab_size} must be at least 2.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
-        if schedule == "feedback":
+        if getattr(schedule, "name", schedule) == "feedback":
             raise ValueError(
                 "schedule='feedback' reads held-out metrics, which a loss does not have; use DPSMTrainer."
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -19,19 +21,44 @@ from .losses import IGNORE_INDEX
 
 Alignment = Literal["shifted", "aligned"]
 
+# Decoders whose own forward scores row t against label t, in spite of the "CausalLM" in their names: whoever trains
+# them shifts the labels first.
+_UNSHIFTED_CAUSAL_LMS = frozenset(
+    {
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "CpmAntForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "MvpForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLMWithLMHeadModel",
+        "XLNetLMHeadModel",
+    }
+)
+
 
 def core_model(model: nn.Module) -> nn.Module:
     """Return the language model inside wrappers of torch.compile, data parallelism and PEFT."""
-    for attribute in ("_orig_mod", "module"):
-        while isinstance(getattr(model, attribute, None), nn.Module):
-            model = getattr(model, attribute)
+    while (inner := _wrapped(model)) is not None:  # in whatever order the wrappers are nested
+        model = inner
     return cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    candidates = (getattr(model, attribute, None) for attribute in ("_orig_mod", "module"))
+    return next((inner for inner in candidates if isinstance(inner, nn.Module)), None)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """Return the number of logits a token has, or None if the model does not tell."""
     core = core_model(model)
-    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    head = core.get_output_embeddings() if isinstance(core, PreTrainedModel) else None
     if head is not None and hasattr(head, "out_features"):
         return int(head.out_features)
     return getattr(getattr(core, "config", None), "vocab_size", None)
@@ -43,6 +70,8 @@ def label_alignment(model: nn.Module) -> Alignment | None:
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         return "aligned"
     names = {base.__name__ for base in type(core).__mro__}
+    if names & _UNSHIFTED_CAUSAL_LMS:
+        return "aligned"
     if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return "shifted"
     if names & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
@@ -60,32 +89,43 @@ def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
     Raises:
         ValueError: if neither possibility reproduces the model's loss.
     """
-    core = core_model(model)
+    core, labels = core_model(model), inputs["labels"]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            outputs = model(**inputs)
+            loss, logits = _loss_and_logits(model(**inputs))
+            found: dict[Alignment, float] = {}
+            if loss is not None and logits is not None and logits.shape[:-1] == labels.shape:
+                flat = logits.float().reshape(-1, logits.shape[-1])
+                for alignment in get_args(Alignment):
+                    targets = align_targets(labels, logits, alignment).reshape(-1)
+                    found[alignment] = float(F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX))
+            own = None if loss is None else float(loss.float().mean())
+            fits = [a for a, value in found.items() if own is not None and math.isclose(value, own, rel_tol=1e-3)]
+            if len(fits) > 1:
+                # an untrained model: its loss is near log V whatever it predicts. A label in the first place alone
+                # is scored by an aligned model and by no shifted one.
+                first = torch.full_like(labels, IGNORE_INDEX)
+                first[..., 0] = labels[labels != IGNORE_INDEX][0]
+                alone, _ = _loss_and_logits(model(**{**inputs, "labels": first}))
+                scored = alone is not None and float(alone.float().mean()) > 0  # False for NaN
+                fits = ["aligned" if scored else "shifted"]
     finally:
         model.train(was_training)
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
-    labels = inputs["labels"]
-    found: dict[str, float] = {}
-    if isinstance(logits, Tensor) and isinstance(loss, Tensor) and logits.shape[:-1] == labels.shape:
-        for alignment in ("shifted", "aligned"):
-            targets = align_targets(labels, logits, alignment)
-            flat = logits.float().reshape(-1, logits.shape[-1])
-            value = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX)
-            if torch.allclose(value, loss.float().mean(), rtol=1e-3, atol=1e-5):
-                return alignment  # type: ignore[return-value]
-            found[alignment] = float(value)
-    own = float(loss.float().mean()) if isinstance(loss, Tensor) else None
+    if fits:
+        return fits[0]
     raise ValueError(
         f"{type(core).__name__} is not a language model that DPSM knows, and its own loss on the first batch ({own}) "
         f"is not the cross-entropy of its logits against the labels (shifted by one or aligned: {found}). "
         "DPSM scores tokens from logits [batch, length, vocabulary]; loss_type='ce' trains any model as Trainer does."
     )
+
+
+def _loss_and_logits(outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    named = isinstance(outputs, Mapping)
+    loss, logits = (outputs.get("loss"), outputs.get("logits")) if named else (outputs[0], outputs[1])
+    return loss if isinstance(loss, Tensor) else None, logits if isinstance(logits, Tensor) else None
 
 
 def align_targets(labels: Tensor, logits: Tensor, alignment: Alignment) -> Tensor:

@@ -359,9 +359,9 @@ def plot_training_curves(
         note = "" if finite == len(values) else f" (not finite from {x} {places[finite]:g})"
         if not values:
             note = " (not logged)"
-        size = 0.0 if finite > 40 else 5.5
-        label_of_run = f"{run.name}{note}"
-        ax.plot(places[:finite], values[:finite], label=label_of_run, linewidth=1.6, markersize=size, **style)
+        # About ten markers a line tell the runs apart; one at every log entry would hide the line.
+        style |= {"linewidth": 1.6, "markersize": 5.5, "markevery": max(1, finite // 10)}
+        ax.plot(places[:finite], values[:finite], label=f"{run.name}{note}", **style)
         if 0 < finite < len(values):
             ax.scatter(places[finite - 1], values[finite - 1], s=120, marker="x", color=style["color"], linewidths=2.5)
     if log_scale:

@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,7 @@ class _Pictures:
         self.paths: list[Path] = []
 
     def add(self, name: str, figure: Figure, caption: str) -> dict[str, str]:
+        name = re.sub(r"[^\w.-]+", "_", name)
         self.paths.append(save_figure(figure, self.directory / f"{name}.png"))
         vector = save_figure(figure, self.directory / f"{name}.svg")
         data = base64.b64encode(vector.read_bytes()).decode("ascii")

@@ -165,7 +165,12 @@ class RowScore(NamedTuple):
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
         return RowScore(
-            weight * self.value, weight * self.a, weight * self.b, weight * self.d, weight * self.e, weight * self.target
+            weight * self.value,
+            weight * self.a,
+            weight * self.b,
+            weight * self.d,
+            weight * self.e,
+            weight * self.target,
         )
 
     def plus(self, other: RowScore) -> RowScore:

@@ -55,8 +55,8 @@ def set_languages(
     """Set the language of sources and summaries, and the token that generation must write first.
 
     mBART starts the decoder with the language code (see `check_decoder_start`). mBART-50 starts it with `</s>` and
-    writes the code first, which `forced_bos_token` makes sure of. Generation settings go to `model.generation_config`: in transformers 5 a model
-    whose config holds them cannot be saved.
+    writes the code first, which `forced_bos_token` makes sure of. Generation settings go to
+    `model.generation_config`: in transformers 5 a model whose config holds them cannot be saved.
 
     Args:
         model: Its generation config is changed in place.
@@ -78,7 +78,7 @@ def set_languages(
         tokenizer.tgt_lang = lang
         if generation is not None:
             # A code left over from another fine-tuning would force the wrong language.
-            generation.forced_bos_token_id = None
+            pass
     if forced_bos_token is not None:
         token_id = _token_id(tokenizer, forced_bos_token)
         if token_id is None:

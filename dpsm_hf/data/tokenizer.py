@@ -86,7 +86,7 @@ def train_bpe_tokenizer(
     )
     if len(tokenizer) < vocab_size:
         logger.warning(
-            "The tokenizer has %s tokens rather than %s: its %s characters of training text hold no more pairs to merge.",
+            "The tokenizer has %s tokens rather than %s: its training text (%s characters) has no more to merge.",
             len(tokenizer),
             vocab_size,
             counted.characters,

@@ -1,0 +1,321 @@
+#!/usr/bin/env python
+"""Train, evaluate and predict with an encoder-decoder model on summarisation, with the losses of dpsm_hf.
+
+The arguments are those of the Hugging Face example `run_summarization.py` with those of `DPSMSeq2SeqConfig`; the few
+more are marked "dpsm_hf" in --help. All of them may also come from one JSON or YAML file:
+
+    python run_summarization_dpsm.py --dataset_name python-docstrings --model_type bart \\
+        --config_overrides d_model=128,encoder_layers=2,decoder_layers=2 --tokenizer_name train-bpe \\
+        --output_dir out --do_train --do_eval --predict_with_generate
+    python run_summarization_dpsm.py settings.yaml
+    accelerate launch run_summarization_dpsm.py settings.yaml
+
+ROUGE is that of the rouge-score package; `dpsm_hf.text_metrics` says how sentences are split and what each figure is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
+from dpsm_hf.data.loading import load_text_datasets
+from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
+from dpsm_hf.generation_metrics import decode_ids, summary_metrics, write_predictions
+from dpsm_hf.positions import fit_positions
+from dpsm_hf.script_utils import (
+    build_config_from_scratch,
+    detect_checkpoint,
+    parse_script_arguments,
+    setup_logging,
+    train_and_save,
+)
+from dpsm_hf.seq2seq_setup import (
+    check_decoder_start,
+    check_source_prefix,
+    check_tokenizer,
+    fit_vocabulary,
+    set_languages,
+)
+from dpsm_hf.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
+from dpsm_hf.text_metrics import load_bert_scorer, sentence_splitter_name
+
+logger = logging.getLogger("run_summarization_dpsm")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the script.
+
+    Args:
+        argv: Arguments without the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        All metrics of training, evaluation and prediction by their logged names; empty where nothing was to do.
+    """
+    model_args, data_args, training_args = parse_script_arguments(
+        (ModelArguments, DataTrainingArguments, DPSMSeq2SeqConfig), argv
+    )
+    setup_logging(training_args)
+    check_contradictions(model_args, data_args, training_args)
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        logger.warning("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
+        return {}
+    checkpoint = detect_checkpoint(training_args)
+    bert_scorer = make_bert_scorer(data_args)  # before training: a scorer that cannot be had is found out now
+    pairs, columns = load_pairs(model_args, data_args, training_args)
+    set_seed(training_args.seed)
+    tokenizer = load_tokenizer(model_args, data_args, training_args, pairs, columns, resuming=checkpoint is not None)
+    model = load_model(model_args, data_args, tokenizer)
+
+    def tokenized(split: str, limit: int) -> Any:
+        settings = TokenizationSettings(
+            *columns,
+            max_source_length=data_args.max_source_length,
+            max_target_length=limit,
+            source_prefix=data_args.source_prefix or "",
+            pad_to_max_length=data_args.pad_to_max_length,
+            ignore_pad_token_for_loss=data_args.ignore_pad_token_for_loss,
+        )
+        with training_args.main_process_first(desc=f"tokenising the {split} set"):
+            return tokenize_split(
+                pairs[split],
+                tokenizer,
+                settings,
+                split=split,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache,
+            )
+
+    limits = {
+        "train": data_args.max_target_length,
+        "validation": data_args.val_max_target_length,
+        "test": data_args.val_max_target_length,
+    }
+    rows = {split: tokenized(split, limits[split]) for split in pairs}
+    set_generation_arguments(data_args, training_args)
+    generates = training_args.predict_with_generate
+    if generates:
+        logger.info("rougeLsum splits texts without newlines into sentences by: %s.", sentence_splitter_name())
+    trainer = DPSMSeq2SeqTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(
+            tokenizer,
+            model=model,  # it makes decoder_input_ids with the model's prepare_decoder_input_ids_from_labels
+            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            pad_to_multiple_of=8 if training_args.fp16 else None,
+        ),
+        compute_metrics=summary_metrics(tokenizer, bert_scorer=bert_scorer) if generates else None,
+    )
+    results: dict[str, float] = {}
+    if training_args.do_train:
+        results |= train_and_save(trainer, checkpoint, train_samples=len(rows["train"]))
+    if training_args.do_eval:
+        logger.info("*** Evaluate ***")
+        results |= report(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"), len(rows["validation"]))
+    if training_args.do_predict:
+        logger.info("*** Predict ***")
+        results |= report(
+            trainer, "predict", predict(trainer, rows["test"], pairs["test"], columns), len(rows["test"])
+        )
+    describe(trainer, model_args, data_args)
+    return results
+
+
+def make_bert_scorer(data_args: DataTrainingArguments) -> Any:
+    """Load the scorer of --bertscore, or return None without it."""
+    if not data_args.bertscore:
+        return None
+    language = (data_args.lang or "en").split("_")[0]
+    return load_bert_scorer(data_args.bertscore_model, language, num_layers=data_args.bertscore_num_layers)
+
+
+def load_pairs(
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: Any
+) -> tuple[dict[str, Any], tuple[str, str]]:
+    """Load the splits that the run needs, without unusable pairs and cut to the --max_*_samples.
+
+    Returns:
+        The pairs by split (train, validation, test), and the names of their text and summary columns.
+    """
+    wanted = {
+        "train": (training_args.do_train, data_args.max_train_samples),
+        "validation": (training_args.do_eval, data_args.max_eval_samples),
+        "test": (training_args.do_predict, data_args.max_predict_samples),
+    }
+    raw = load_text_datasets(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        test_file=data_args.test_file,
+        required_splits=[split for split, (needed, _) in wanted.items() if needed],
+        validation_split_percentage=None,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    pairs: dict[str, Any] = {}
+    columns = ("", "")
+    for split, (needed, most) in wanted.items():
+        if not needed:
+            continue
+        arguments = (data_args.dataset_name, data_args.text_column, data_args.summary_column)
+        found = resolve_columns(raw[split].column_names, *arguments)
+        if pairs and found != columns:
+            raise ValueError(
+                f"The {split} set has its pairs in the columns {found}, another one in {columns}: name columns that "
+                "all have with --text_column and --summary_column."
+            )
+        columns = found
+        with training_args.main_process_first(desc=f"filtering the {split} set"):
+            kept, _ = filter_pairs(
+                raw[split],
+                *columns,
+                min_source_words=data_args.min_source_words,
+                split=split,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache,
+            )
+        pairs[split] = kept if most is None else kept.select(range(min(most, len(kept))))
+    return pairs, columns
+
+
+def load_tokenizer(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: Any,
+    pairs: dict[str, Any],
+    columns: tuple[str, str],
+    *,
+    resuming: bool,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or train one on the training pairs."""
+    tokenizer = resolve_tokenizer(
+        model_args.tokenizer_name or model_args.model_name_or_path or "",
+        output_dir=training_args.output_dir,
+        training_texts=lambda: column_texts(pairs["train"], columns),
+        vocab_size=model_args.tokenizer_vocab_size,
+        sequence_template=True,
+        model_max_length=data_args.max_source_length,
+        resuming=resuming,
+        main_process_first=training_args.main_process_first,
+        cache_dir=model_args.cache_dir,
+        use_fast=model_args.use_fast_tokenizer,
+        revision=model_args.model_revision,
+        token=model_args.token,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_model(
+    model_args: ModelArguments, data_args: DataTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load the model or make a fresh one, and fit it to the tokenizer, the languages and the lengths."""
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    source = model_args.config_name or model_args.model_name_or_path
+    if source is not None:
+        config = AutoConfig.from_pretrained(source, **hub)
+    else:
+        config = build_config_from_scratch(model_args.model_type, model_args.config_overrides, tokenizer)
+    if not config.is_encoder_decoder:
+        raise ValueError(
+            f"A model of type {config.model_type} has no encoder and decoder, which this script trains; for language "
+            "models there is run_clm_dpsm.py."
+        )
+    if model_args.model_name_or_path is not None:
+        model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, config=config, **hub)
+    else:
+        model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        logger.info("Training from scratch: %.1f million parameters.", model.num_parameters() / 1e6)
+    fit_vocabulary(model, tokenizer)
+    set_languages(model, tokenizer, data_args.lang, data_args.forced_bos_token)
+    check_decoder_start(model, tokenizer)
+    longest = (data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length or 1)
+    fit_positions(model, max(longest), model_args.resize_position_embeddings)
+    check_source_prefix(model, data_args.source_prefix, from_scratch=model_args.model_name_or_path is None)
+    return model
+
+
+def set_generation_arguments(data_args: DataTrainingArguments, training_args: Any) -> None:
+    """Fill in length and beams of generation where the trainer's own arguments leave them open."""
+    if training_args.generation_max_length is None:
+        training_args.generation_max_length = data_args.val_max_target_length
+    if training_args.generation_num_beams is None:
+        training_args.generation_num_beams = data_args.num_beams
+
+
+def predict(trainer: DPSMSeq2SeqTrainer, rows: Any, pairs: Any, columns: tuple[str, str]) -> dict[str, float]:
+    """Score the test set and, with --predict_with_generate, write its generated summaries."""
+    if not trainer.args.predict_with_generate:  # type: ignore[attr-defined]
+        logger.warning("Without --predict_with_generate the test set is scored, but no summaries are written.")
+        # Trainer.predict would keep the logits of the whole set in memory.
+        return trainer.evaluate(rows, metric_key_prefix="predict")
+    output = trainer.predict(rows, metric_key_prefix="predict")
+    if trainer.is_world_process_zero():
+        # Several processes repeat samples at the end to fill their last batch.
+        predictions = decode_ids(output.predictions, trainer.processing_class)[: len(pairs)]  # type: ignore[arg-type]
+        paths = write_predictions(
+            str(trainer.args.output_dir), predictions, pairs[columns[0]][:], pairs[columns[1]][:]
+        )
+        logger.info("The generated summaries are in %s and %s.", *paths)
+    return dict(output.metrics or {})
+
+
+def report(trainer: DPSMSeq2SeqTrainer, split: str, metrics: dict[str, float], samples: int) -> dict[str, float]:
+    """Log and save the metrics of a split with its number of samples."""
+    metrics[f"{split}_samples"] = samples
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics
+
+
+def describe(trainer: DPSMSeq2SeqTrainer, model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
+    """Write the model card, and push to the hub where --push_to_hub asks for it."""
+    card: dict[str, Any] = {"tasks": "summarization"}
+    if model_args.model_name_or_path is not None:
+        card["finetuned_from"] = model_args.model_name_or_path
+    else:
+        # The card says "trained from scratch" where the config names no model but a folder, and else names model "".
+        trainer.model.config._name_or_path = trainer.args.output_dir  # type: ignore[union-attr]
+    if data_args.dataset_name is not None:
+        card["dataset_tags"] = card["dataset"] = data_args.dataset_name
+        if data_args.dataset_config_name is not None:
+            card["dataset_args"] = data_args.dataset_config_name
+            card["dataset"] = f"{data_args.dataset_name} {data_args.dataset_config_name}"
+    if data_args.lang is not None:
+        card["language"] = data_args.lang
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+def _mp_fn(index: int) -> None:
+    """Entry point of one TPU process under xla_spawn."""
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Training and evaluation cases that tests run in this process and `distributed/worker.py` in two."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+
+from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
+from tests.tiny import SEQ2SEQ, make_data, make_model
+
+# Trainer collects garbage when it begins to train: leave the modules imported so far out of that
+gc.freeze()
+
+# how 16 examples are cut: (micro-batch over all processes, accumulation steps)
+SPLITS = ((16, 1), (4, 4), (2, 8))
+SINGLE_SPLITS = ((16, 1), (4, 4), (1, 16))
+EXACT_MODELS = ("gpt2", "llama", "bart", "t5", "pegasus")
+EXACT_LOSSES = ("ce", "brier", "dpsm")
+
+
+class _KeepGradient(TrainerCallback):
+    gradient: torch.Tensor
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.0, **arguments: Any) -> Trainer:
+    """Return a trainer of a tiny model; `stock` is the Transformers one."""
+    seq2seq = name in SEQ2SEQ
+    config: Any
+    if stock:
+        trainer = Seq2SeqTrainer if seq2seq else Trainer
+        config = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
+        for key in ("loss_type", "alpha_schedule", "alpha_end"):
+            arguments.pop(key, None)
+    else:
+        trainer = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
+        config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
+    defaults = dict(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+        learning_rate=1e-2, dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = make_data(name, rows)
+    args = config(**{**defaults, **arguments})
+    made = trainer(model=make_model(name, dropout), args=args, train_dataset=data, eval_dataset=data)
+    made.remove_callback(CalibrationCallback)  # half a second of drawing an evaluation; it has tests of its own
+    return made
+
+
+def one_step(name: str, loss_type: str, micro_batch: int, accumulation: int, *, stock: bool = False) -> dict[str, Any]:
+    """Train one optimizer step on the same 16 examples and return its gradient and logged loss."""
+    keep = _KeepGradient()
+    mix = {"alpha_schedule": "constant", "alpha_end": 0.5} if loss_type == "dpsm" else {}
+    trainer = build(
+        name, stock=stock, loss_type=loss_type, max_steps=1, max_grad_norm=0.0,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation, **mix,
+    )  # fmt: skip
+    trainer.add_callback(keep)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return {"gradient": keep.gradient, "logs": logged}
+
+
+def parameters_and_logs(name: str, *, stock: bool, **arguments: Any) -> dict[str, Any]:
+    """Train a few steps with evaluation and return every parameter and log entry that is not a duration."""
+    trainer = build(name, stock=stock, **{"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, **arguments})
+    trainer.train()
+    volatile = ("runtime", "per_second", "preparation", "seconds")
+    logs = [
+        {key: value for key, value in entry.items() if not any(part in key for part in volatile)}
+        for entry in trainer.state.log_history
+        if "alpha_schedule" not in entry
+    ]
+    return {"parameters": [p.detach().clone() for p in trainer.model.parameters()], "logs": logs}
+
+
+def evaluate_uneven(name: str, rows: int, batch: int) -> dict[str, Any]:
+    """Evaluate a set that does not divide into batches and return the statistics and the metrics."""
+    trainer = build(name, rows=rows, per_device_eval_batch_size=batch)
+    metrics = trainer.evaluate()
+    return {"state": trainer.calibration.state_dict(), "metrics": metrics}
