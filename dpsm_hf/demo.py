@@ -72,6 +72,7 @@ _COMMON = {
     "eval_strategy": "steps",
     "logging_first_step": "true",
     "save_strategy": "no",
+    "dataloader_pin_memory": "false",
     "report_to": "none",
     "log_level": "warning",
 }
@@ -181,9 +182,10 @@ def source_digest(script: str) -> str:
         script: file name of the training script.
     """
     digest = hashlib.sha256()
-    for path in [*sorted(PACKAGE.rglob("*.py")), find_script(script)]:
-        if path.name not in _READERS or path.parent != PACKAGE:
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    sources = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    for name, path in {**sources, script: find_script(script)}.items():
+        if name not in _READERS:
+            digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -34,6 +34,7 @@ class Column:
         decimals: digits after the point.
         scale: factor between the stored and the shown value.
         unit: appended to the heading in brackets, empty for none.
+        group: caption of the table it stands in.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Column:
     decimals: int = 4
     scale: float = 1.0
     unit: str = ""
+    group: str = "Token-level figures on held-out text, at the end of training"
 
     @property
     def heading(self) -> str:
@@ -58,11 +60,13 @@ class Column:
         return f"{value * self.scale:,.{self.decimals}f}"
 
 
+_TEXTS = "Generated texts against the references (ROUGE F1, out of 100)"
+_COST = "Cost of training (scored tokens a second: median of the log; peak memory of the whole process)"
 COLUMNS: tuple[Column, ...] = (
-    Column("eval_rouge1", "ROUGE-1", True, 2),
-    Column("eval_rouge2", "ROUGE-2", True, 2),
-    Column("eval_rougeL", "ROUGE-L", True, 2),
-    Column("eval_rougeLsum", "ROUGE-Lsum", True, 2),
+    Column("eval_rouge1", "ROUGE-1", True, 2, group=_TEXTS),
+    Column("eval_rouge2", "ROUGE-2", True, 2, group=_TEXTS),
+    Column("eval_rougeL", "ROUGE-L", True, 2, group=_TEXTS),
+    Column("eval_rougeLsum", "ROUGE-Lsum", True, 2, group=_TEXTS),
     Column("eval_perplexity", "perplexity", False, 2),
     Column("eval_nll", "NLL", False, 4),
     Column("eval_brier", "Brier", False, 4),
@@ -70,9 +74,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("eval_ece_15", "ECE-15", False, 4),
     Column("eval_ece_100", "ECE-100", False, 4),
     Column("eval_token_accuracy", "accuracy", True, 2, 100.0, "%"),
-    Column("tokens_per_second", "tokens/s", True, 0),
-    Column("peak_memory_mb", "peak memory", False, 0, unit="MB"),
-    Column("train_seconds", "training", False, 1, unit="s"),
+    Column("tokens_per_second", "tokens/s", True, 0, group=_COST),
+    Column("peak_memory_mb", "peak memory", False, 0, unit="MB", group=_COST),
+    Column("train_seconds", "training", False, 1, unit="s", group=_COST),
 )
 
 
@@ -227,10 +231,14 @@ def best_of(records: Sequence[RunRecord], column: Column) -> set[str]:
     return {name for name, value in shown.items() if value == best}
 
 
-def table_columns(records: Sequence[RunRecord]) -> list[Column]:
-    """Choose the columns for which at least one run has a value.
+def table_columns(records: Sequence[RunRecord]) -> list[tuple[str, list[Column]]]:
+    """Choose the columns for which at least one run has a value, in groups with a caption.
 
     Args:
         records: the runs.
     """
-    return [column for column in COLUMNS if any(column.key in record.metrics for record in records)]
+    groups: dict[str, list[Column]] = {}
+    for column in COLUMNS:
+        if any(column.key in record.metrics for record in records):
+            groups.setdefault(column.group, []).append(column)
+    return list(groups.items())

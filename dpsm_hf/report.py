@@ -35,7 +35,6 @@ _CURVES = (
     ("nll", "training NLL (nats a token)", "Training negative log-likelihood", False),
     ("grad_norm", "gradient norm", "Norm of the gradient before clipping", True),
 )
-_COSTS = ("tokens_per_second", "peak_memory_mb", "train_seconds")
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,18 @@ def text_table(records: Sequence[RunRecord]) -> str:
     """
     if not records:
         raise ValueError("A comparison table needs at least one run; got none.")
-    columns = table_columns(records)
     blocks = []
-    for part in (
-        [column for column in columns if column.key not in _COSTS],
-        [column for column in columns if column.key in _COSTS],
-    ):
-        if part:
-            rows = [["loss", *(column.heading for column in part)]]
-            rows += [[record.title, *(_cell(record, column, records)[0] for column in part)] for record in records]
-            widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-            lines = [
-                "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
-                for row in rows
-            ]
-            blocks.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+    for caption, columns in table_columns(records):
+        rows = [["loss", *(column.heading for column in columns)]]
+        rows += [[record.title, *(_cell(record, column, records)[0] for column in columns)] for record in records]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        # The marks of the best hang outside the columns, so that the digits stay in line with the headings.
+        rows[0][1:] = [f"{heading} " for heading in rows[0][1:]]
+        lines = [
+            "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i] + 1) for i, cell in enumerate(row))
+            for row in rows
+        ]
+        blocks.append("\n".join([caption, "-" * len(lines[0]), *(line.rstrip() for line in lines)]))
     return "\n\n".join([*blocks, "↓ lower is better, ↑ higher is better, * best of its column"])
 
 
@@ -96,21 +92,15 @@ def _cell(record: RunRecord, column: Column, records: Sequence[RunRecord]) -> tu
 
 
 def _html_tables(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    columns = table_columns(records)
-    groups = (
-        ("Quality on held-out text, at the end of training", [c for c in columns if c.key not in _COSTS]),
-        ("Cost of training", [c for c in columns if c.key in _COSTS]),
-    )
     tables = []
-    for caption, part in groups:
+    for caption, columns in table_columns(records):
         rows = []
         for record in records:
-            cells = [_cell(record, column, records) for column in part]
+            cells = [_cell(record, column, records) for column in columns]
             note = record.status if record.status != "finished" else "diverged" if record.diverged else ""
             shown = [{"text": text.rstrip(" *"), "state": state} for text, state in cells]
             rows.append({"title": record.title, "note": note, "cells": shown})
-        if part:
-            tables.append({"caption": caption, "columns": part, "rows": rows})
+        tables.append({"caption": caption, "columns": columns, "rows": rows})
     return tables
 
 

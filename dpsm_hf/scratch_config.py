@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def build_config_from_scratch(
@@ -78,7 +81,7 @@ def build_config_from_scratch(
 
 
 def check_block_size(config: PreTrainedConfig, block_size: int | None) -> None:
-    """Refuse rows that are longer than the model has learned positions for.
+    """Refuse rows that are longer than the model has learned positions for; warn where positions are rotary.
 
     Args:
         config: The model's configuration.
@@ -88,7 +91,13 @@ def check_block_size(config: PreTrainedConfig, block_size: int | None) -> None:
         ValueError: ``block_size`` exceeds ``max_position_embeddings`` (``n_positions`` in GPT-2).
     """
     positions = getattr(config, "max_position_embeddings", None)
-    if block_size is not None and isinstance(positions, int) and 0 < positions < block_size:
+    if block_size is None or not isinstance(positions, int) or not 0 < positions < block_size:
+        return
+    if hasattr(config, "rope_parameters"):
+        logger.warning(
+            "block_size %s exceeds the %s positions of the model's rotary embedding.", block_size, positions
+        )
+    else:
         name = _real_name(config, "max_position_embeddings")
         raise ValueError(
             f"--block_size {block_size} is longer than the model's {positions} positions ({name}). Use a block_size "

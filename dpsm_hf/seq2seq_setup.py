@@ -78,7 +78,7 @@ def set_languages(
         tokenizer.tgt_lang = lang
         if generation is not None:
             # A code left over from another fine-tuning would force the wrong language.
-            pass
+            generation.forced_bos_token_id = None
     if forced_bos_token is not None:
         token_id = _token_id(tokenizer, forced_bos_token)
         if token_id is None:

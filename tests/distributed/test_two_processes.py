@@ -34,7 +34,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def one() -> dict[tuple[str, str], dict[str, Any]]:
     """The whole batch at once in this process, for each model and loss."""
-    return {(n, l): cases.one_step(n, l, 16, 1) for n in cases.EXACT_MODELS for l in cases.EXACT_LOSSES}
+    return {(n, loss): cases.one_step(n, loss, 16, 1) for n in cases.EXACT_MODELS for loss in cases.EXACT_LOSSES}
 
 
 @pytest.mark.parametrize("split", cases.SPLITS, ids=str)

@@ -346,6 +346,10 @@ def test_mbart_writes_the_language_into_rows_and_generation(tmp_path: Path) -> N
     made = tokenize_pairs({"document": ["the cat"], "summary": ["cat"]}, tokenizer, SETTINGS)
     assert made["input_ids"][0][-2:] == made["labels"][0][-2:] == [tokenizer.eos_token_id, code]
     decoder_inputs = model.prepare_decoder_input_ids_from_labels(torch.tensor(made["labels"]))
+    tokenizer.tgt_lang = "fr_XX"  # summaries go through the tokenizer's target side
+    other = tokenize_pairs({"document": ["the cat"], "summary": ["cat"]}, tokenizer, SETTINGS)
+    assert other["input_ids"] == made["input_ids"]
+    assert other["labels"][0][-1] == tokenizer.convert_tokens_to_ids("fr_XX")
     assert decoder_inputs[0, 0] == code == model.generation_config.decoder_start_token_id
     model.save_pretrained(tmp_path)  # transformers 5 refuses generation settings in the config
 

@@ -151,7 +151,7 @@ def test_schedule_cost_and_overfitting_are_derived_from_the_log() -> None:
 
 def test_best_of_a_column_knows_its_direction_and_ties() -> None:
     records = [run("ce"), run("dpsm", metrics={**METRICS, "eval_perplexity": 90.0, "eval_token_accuracy": 0.3})]
-    columns = {column.key: column for column in table_columns(records)}
+    columns = {column.key: column for _, group in table_columns(records) for column in group}
     assert best_of(records, columns["eval_perplexity"]) == {"dpsm"}
     assert best_of(records, columns["eval_token_accuracy"]) == {"dpsm"}
     assert best_of(records, columns["eval_brier"]) == set()
