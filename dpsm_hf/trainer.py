@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from .data_checks import check_dataset_labels
 from .distributed import sum_over_processes
 from .evaluation import add_batch
 from .losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
+from .model_card import add_objective_section, objective_section
 from .models import (
     Alignment,
     align_targets,
@@ -322,6 +324,8 @@ class DPSMMixin(_Base):
         dataset = getattr(dataloader, "dataset", None)
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
+        # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
+        self.gather_function = self.accelerator.gather_for_metrics
         started, train_seconds = time.perf_counter(), self._train_seconds()
         self.calibration = TokenCalibration()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -339,6 +343,14 @@ class DPSMMixin(_Base):
                 callback.receive(self.calibration, metric_key_prefix, self._tensorboard_writer())
         self._seconds_evaluating += time.perf_counter() - started
         return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.is_world_process_zero() and card.exists():
+            section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
+            add_objective_section(card, section)
 
     def _calibration_callbacks(self) -> list[CalibrationCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]

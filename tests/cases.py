@@ -85,3 +85,19 @@ def evaluate_uneven(name: str, rows: int, batch: int) -> dict[str, Any]:
     trainer = build(name, rows=rows, per_device_eval_batch_size=batch)
     metrics = trainer.evaluate()
     return {"state": trainer.calibration.state_dict(), "metrics": metrics}
+
+
+def generate_uneven(rows: int, batch: int) -> int:
+    """Evaluate by generation and return how many samples compute_metrics is given."""
+    seen: list[int] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append(len(prediction.predictions))
+        return {}
+
+    trainer = build(
+        "bart", rows=rows, per_device_eval_batch_size=batch, predict_with_generate=True, generation_max_length=4
+    )
+    trainer.compute_metrics = compute_metrics
+    trainer.evaluate()
+    return seen[0]

@@ -74,3 +74,8 @@ def test_uneven_evaluation_equals_one_process(name: str, case: str, two: Any) ->
         torch.testing.assert_close(double["state"][key], single["state"][key], rtol=1e-9, atol=1e-9)
     for key in ("eval_nll", "eval_brier", "eval_ece_15", "eval_token_accuracy"):
         assert double["metrics"][key] == pytest.approx(single["metrics"][key], rel=1e-9)
+
+
+def test_generated_samples_are_not_scored_twice(two: Any) -> None:
+    # five samples in batches of two fill up to eight on two processes
+    assert two["generated"] == 5

@@ -37,6 +37,7 @@ def main(path: str) -> None:
         for name in ("gpt2", "bart"):
             for rows, batch in ((11, 4), (13, 2), (8, 4)):
                 results[f"uneven/{name}/{rows}/{batch}"] = cases.evaluate_uneven(name, rows, batch)
+        results["generated"] = cases.generate_uneven(5, 2)
     assert dist.get_world_size() == 2
     if dist.get_rank() == 0:
         torch.save(results, path)

@@ -330,5 +330,16 @@ def test_saved_model_is_the_plain_model(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path))
     again = type(trainer.model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True))
-    trainer.create_model_card()
-    assert (Path(trainer.args.output_dir) / "README.md").exists()
+
+
+def test_model_card_says_what_was_trained_and_how_calibrated_it_is() -> None:
+    trainer = cases.build("gpt2", max_steps=4, label_smoothing_factor=0.1)
+    train(trainer)
+    trainer.evaluate()
+    for _ in range(2):  # a second call replaces the section
+        trainer.create_model_card(model_name="tiny")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert card.count("## Training objective") == 1
+    assert "linear: alpha 0 -> 1 over 1 steps (of 4)" in card and "label_smoothing_factor=0.1" in card
+    assert "| ECE, 15 equal-width bins |" in card
+    assert card.startswith("---")  # the metadata block of the hub is still the head of the file

@@ -1,0 +1,64 @@
+"""The part of a model card that says what the model was trained with and how well calibrated it came out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import DPSMArguments
+
+_BEGIN, _END = "<!-- dpsm_hf: begin -->", "<!-- dpsm_hf: end -->"
+
+_METRICS = {
+    "nll": "negative log-likelihood (nats a token)",
+    "perplexity": "perplexity",
+    "brier": "Brier score",
+    "token_accuracy": "token accuracy",
+    "confidence": "mean confidence",
+    "signed_gap": "confidence minus accuracy",
+    "ece_10": "ECE, 10 equal-width bins",
+    "ece_15": "ECE, 15 equal-width bins",
+    "ece_100": "ECE, 100 equal-width bins",
+    "tokens": "scored tokens",
+}
+
+
+def objective_section(arguments: DPSMArguments, max_steps: int, log_history: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown with the training objective and the last evaluation's token metrics.
+
+    Args:
+        arguments: the DPSM fields in force.
+        max_steps: optimizer steps of the run, which shares of the schedule refer to; 0 if nothing was trained.
+        log_history: of the trainer's state.
+    """
+    lines = ["## Training objective", ""]
+    if arguments.loss_type == "dpsm":
+        lines.append("Dynamic Proper-Score Mixing, `(1 - alpha) * CE + alpha * Brier` for each token.")
+        if max_steps > 0:
+            lines.append(f"Schedule: {arguments.schedule().describe(max_steps)}.")
+    else:
+        lines.append(f"The token-level scoring rule `{arguments.loss_type}`.")
+    options = [
+        f"`{name}={value:g}`"
+        for name in ("label_smoothing_factor", "score_smoothing", "z_loss")
+        if (value := getattr(arguments, name, 0.0))
+    ]
+    if options:
+        lines.append("Options: " + ", ".join(options) + ".")
+    last = next((entry for entry in reversed(log_history) if "eval_nll" in entry), None)
+    if last is not None:
+        lines += ["", f"Evaluation at step {last['step']}, token-level and top-label, one run:", ""]
+        lines += ["| metric | value |", "|---|---|"]
+        lines += [
+            f"| {text} | {last[f'eval_{name}']:,.6g} |" for name, text in _METRICS.items() if f"eval_{name}" in last
+        ]
+    return "\n".join(lines)
+
+
+def add_objective_section(card: Path, section: str) -> None:
+    """Put the section at the end of a model card, in place of the one that an earlier call put there."""
+    text = card.read_text(encoding="utf-8")
+    text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", text, flags=re.DOTALL)
+    card.write_text(f"{text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n", encoding="utf-8")
