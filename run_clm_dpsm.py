@@ -175,7 +175,7 @@ def load_model(
         dtype = None if model_args.dtype == "auto" else model_args.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model_args.trust_remote_code)
         logger.info("Training from scratch: %.2f million parameters.", model.num_parameters() / 1e6)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[index, union-attr]
         model.resize_token_embeddings(len(tokenizer))
     return model
 
@@ -207,7 +207,8 @@ def evaluate(trainer: DPSMTrainer, prefix: str, rows: AnyDataset, samples: int |
     if samples is not None:
         metrics[f"{prefix}_samples"] = samples
     # exp(loss) is off where a model's loss divides by another count than the scored tokens, as GPT-2's does.
-    metrics["perplexity" if prefix == "eval" else f"{prefix}_perplexity"] = metrics[f"{prefix}_perplexity"]
+    if prefix == "eval":
+        metrics["perplexity"] = metrics["eval_perplexity"]  # run_clm.py's name
     trainer.log_metrics(prefix, metrics)
     trainer.save_metrics(prefix, metrics)
     return metrics

@@ -76,8 +76,8 @@ class ModelArguments:
             )
         if self.model_name_or_path is None and self.config_name is None and self.model_type is None:
             raise ValueError(
-                "There is no model: give --model_name_or_path to fine-tune one, or --model_type (for instance gpt2) or "
-                "--config_name to train from scratch."
+                "There is no model: give --model_name_or_path to fine-tune one, or --model_type (for instance gpt2) "
+                "or --config_name to train from scratch."
             )
         if self.model_name_or_path is None and self.tokenizer_name is None:
             raise ValueError(
@@ -91,8 +91,8 @@ class ModelArguments:
         if self.tokenizer_name == TRAIN_BPE and self.model_name_or_path is not None:
             raise ValueError(
                 f"--tokenizer_name {TRAIN_BPE} makes new tokens, which the embeddings of --model_name_or_path "
-                f"{self.model_name_or_path} know nothing of: train from scratch with --model_type, or keep the model's "
-                "own tokenizer."
+                f"{self.model_name_or_path} know nothing of: train from scratch with --model_type, or keep the "
+                "model's own tokenizer."
             )
 
 

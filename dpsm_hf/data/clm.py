@@ -33,6 +33,7 @@ class ClmPreprocessing:
     With ``packing="batch"`` and everything else off, the rows are those of the upstream ``run_clm.py``: texts are
     joined 1,000 at a time and what is left of each thousand is dropped. ``packing="split"`` joins the whole split,
     so only its end can be shorter than a row; that end is kept unless it has fewer than ``min_remainder`` tokens.
+    (Of a stream made of several shards, each shard is packed like a split.)
 
     Args:
         block_size: Tokens of a row.
@@ -339,7 +340,7 @@ def _prepare_stream(
     if options.packing == "batch":
         pack = functools.partial(pack_batch, block_size=options.block_size)
         return tokenized.map(pack, batched=True, remove_columns=["input_ids"], features=_FEATURES)
-    # Shards stay apart, so that loader workers and processes can share them; each of these packs what it reads.
+    # Shards stay apart, so that loader workers and processes can share them, and each is packed by itself.
     count = max(1, tokenized.num_shards)
     shards = [tokenized.shard(num_shards=count, index=index) for index in range(count)] if count > 1 else [tokenized]
     arguments = {"shards": shards, "tokenizer": tokenizer, "options": options}
@@ -351,11 +352,10 @@ def _packed_rows(
 ) -> Iterator[dict[str, list[int]]]:
     packer = _packer(tokenizer, options)
     for shard in shards:
-        for row in shard:
-            for tokens in packer.add([row["input_ids"]]):
-                yield _row(tokens)
-    for tokens in packer.finish():
-        yield _row(tokens)
+        # Not `for row in shard`: inside a loader worker that would divide the shard among the workers once more.
+        for batch in shard.iter(batch_size=100):
+            yield from map(_row, packer.add(batch["input_ids"]))
+    yield from map(_row, packer.finish())
 
 
 def _row(tokens: list[int]) -> dict[str, list[int]]:
