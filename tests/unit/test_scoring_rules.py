@@ -21,7 +21,8 @@ CASES: list[dict[str, Any]] = [
       for rule in ("ce", "brier", "spherical")
       for smooth in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
       for z in (0.0, 0.01)),
-    *({"loss_type": rule, "score_smoothing": 0.3, "z_loss": z} for rule in ("brier", "spherical") for z in (0.0, 0.01)),
+    *({"loss_type": rule, "score_smoothing": 0.3, "z_loss": z}
+      for rule in ("brier", "spherical") for z in (0.0, 0.01)),
     *({"loss_type": "focal", "focal_gamma": gamma, "label_smoothing": smooth, "z_loss": z}
       for gamma in (0.0, 0.5, 1.0, 2.0) for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
     *({"loss_type": "dpsm", "alpha": alpha, **smooth, "z_loss": z}
@@ -94,7 +95,8 @@ def test_gradcheck() -> None:
     labels[1] = -100
     for case in ({"loss_type": "dpsm", "alpha": 0.4, "z_loss": 0.1}, {"loss_type": "spherical"}):
         objective = Objective(**case)
-        assert torch.autograd.gradcheck(lambda z, o=objective: score_tokens(z, labels, o).loss, logits.requires_grad_())
+        leaf = logits.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda z, o=objective: score_tokens(z, labels, o).loss, leaf)
 
 
 def test_second_derivative_is_refused() -> None:
@@ -194,6 +196,21 @@ def test_float32_keeps_its_digits_as_the_target_becomes_certain(loss_type: str, 
             naive_errors.append(abs(plain.item() - truth) / abs(truth))
     # the point of the row statistics: the textbook form has lost at least three more digits
     assert not naive_errors or not max(naive_errors) < 1e-4
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.get("label_smoothing")], ids=name_of)
+def test_a_target_that_is_certain_in_floating_point(case: dict[str, Any]) -> None:
+    logits, labels = torch.zeros(1, 5), torch.tensor([2])
+    logits[0, 2] = 300.0  # exp(-300) is 0 in float32
+    value, gradient = value_and_gradient(logits, labels, Objective(**{**case, "z_loss": 0.0}))
+    share = case.get("score_smoothing", 0.0) / 5 * (case["alpha"] if case["loss_type"] == "dpsm" else 1.0)
+    if not case.get("score_smoothing"):
+        assert value.item() == 0 and (gradient == 0).all()
+    else:  # the others are all in the tail: -share * log p_j each, on top of the Brier score of smoothed labels
+        assert torch.isfinite(value).all()
+        _, expected = reference_gradient(logits.double(), labels, **{**case, "z_loss": 0.0})
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+        assert gradient[0, 0].item() == pytest.approx(-share)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
