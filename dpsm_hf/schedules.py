@@ -130,7 +130,7 @@ def register_alpha_schedule(
     Args:
         name: how arguments refer to the schedule; a name that is taken is refused.
         start, hold: defaults of ``alpha_start`` and ``alpha_hold`` for this schedule.
-        uses_warmup, uses_hold: whether the function reads these lengths; giving one that is not read is an error.
+        uses_warmup, uses_hold: whether the function reads these lengths; a hold that is not read is an error.
         needs_total: whether the function reads the total number of steps itself.
 
     Example::
@@ -230,7 +230,7 @@ class AlphaSchedule:
             parts.append(f"from step {span.hold}")
         if registered.uses_warmup:
             parts.append(f"over {span.warmup} steps")
-        if self.name == "triangle":
+        if self.name == "triangle" and span.hold + span.warmup < total_steps - 1:
             parts.append(f"and back to {options.start:g} at the last")
         return " ".join(parts) + f" (of {total_steps})"
 
