@@ -24,11 +24,16 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
-from dpsm_hf.clm_arguments import DataTrainingArguments, ModelArguments, check_contradictions, resolve_block_size
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, AnyDatasetDict, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
-from dpsm_hf.script_utils import (
+from dpsm_hf.scripts.clm_arguments import (
+    DataTrainingArguments,
+    ModelArguments,
+    check_contradictions,
+    resolve_block_size,
+)
+from dpsm_hf.scripts.script_utils import (
     build_config_from_scratch,
     check_block_size,
     detect_checkpoint,

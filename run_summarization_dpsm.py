@@ -32,23 +32,23 @@ from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
 from dpsm_hf.data.loading import load_text_datasets
 from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
-from dpsm_hf.generation_metrics import decode_ids, summary_metrics, write_predictions
-from dpsm_hf.positions import fit_positions
-from dpsm_hf.script_utils import (
+from dpsm_hf.scripts.generation_metrics import decode_ids, summary_metrics, write_predictions
+from dpsm_hf.scripts.positions import fit_positions
+from dpsm_hf.scripts.script_utils import (
     build_config_from_scratch,
     detect_checkpoint,
     parse_script_arguments,
     setup_logging,
     train_and_save,
 )
-from dpsm_hf.seq2seq_setup import (
+from dpsm_hf.scripts.seq2seq_setup import (
     check_decoder_start,
     check_source_prefix,
     check_tokenizer,
     fit_vocabulary,
     set_languages,
 )
-from dpsm_hf.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
+from dpsm_hf.scripts.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
 from dpsm_hf.text_metrics import load_bert_scorer, sentence_splitter_name
 
 logger = logging.getLogger("run_summarization_dpsm")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import run_clm_dpsm
 from dpsm_hf import DPSMTrainer
-from dpsm_hf.clm_arguments import DataTrainingArguments, ModelArguments
 from dpsm_hf.data.python_text import load_python_docs
+from dpsm_hf.scripts.clm_arguments import DataTrainingArguments, ModelArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

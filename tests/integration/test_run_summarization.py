@@ -32,7 +32,7 @@ from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CO
 import run_summarization_dpsm
 from dpsm_hf import DPSMSeq2SeqTrainer
 from dpsm_hf.data.python_text import load_python_docstrings
-from dpsm_hf.summarization_arguments import DataTrainingArguments, ModelArguments
+from dpsm_hf.scripts.summarization_arguments import DataTrainingArguments, ModelArguments
 from run_summarization_dpsm import main
 
 TINY = (
@@ -303,7 +303,7 @@ def test_t5_with_its_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert model.config.decoder_start_token_id == model.config.pad_token_id == 0
     evaluate = arguments(tmp_path / "eval", *DOCSTRINGS, "--model_name_or_path", str(tmp_path / "out"), "--do_eval")
-    with caplog.at_level(logging.WARNING, logger="dpsm_hf.seq2seq_setup"):
+    with caplog.at_level(logging.WARNING, logger="dpsm_hf.scripts.seq2seq_setup"):
         without = main(evaluate)
         assert "--source_prefix" in caplog.text
         caplog.clear()

@@ -43,9 +43,9 @@ from dpsm_hf.data.summarization import (
     tokenize_pairs,
     tokenize_split,
 )
-from dpsm_hf.generation_metrics import decode_ids, summary_metrics, write_predictions
-from dpsm_hf.positions import fit_positions, position_limit, resize_positions
-from dpsm_hf.seq2seq_setup import (
+from dpsm_hf.scripts.generation_metrics import decode_ids, summary_metrics, write_predictions
+from dpsm_hf.scripts.positions import fit_positions, position_limit, resize_positions
+from dpsm_hf.scripts.seq2seq_setup import (
     check_decoder_start,
     check_source_prefix,
     check_tokenizer,
@@ -320,7 +320,7 @@ def test_fit_positions_follows_the_argument(caplog: pytest.LogCaptureFixture) ->
     for resize in (None, True):
         model = bart()
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="dpsm_hf.positions"):
+        with caplog.at_level(logging.WARNING, logger="dpsm_hf.scripts.positions"):
             fit_positions(model, 40, resize)
         assert position_limit(model) == 40
         assert ("from 16 to 40" in caplog.text) is (resize is None)
@@ -413,7 +413,7 @@ def test_a_missing_decoder_start_is_an_error(tokenizer: BertTokenizer) -> None:
 
 def test_source_prefix_warning_is_for_pretrained_t5_only(caplog: pytest.LogCaptureFixture) -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=8, num_layers=1, num_heads=2))
-    with caplog.at_level(logging.WARNING, logger="dpsm_hf.seq2seq_setup"):
+    with caplog.at_level(logging.WARNING, logger="dpsm_hf.scripts.seq2seq_setup"):
         check_source_prefix(t5, None, from_scratch=True)
         check_source_prefix(t5, "summarize: ", from_scratch=False)
         check_source_prefix(bart(), None, from_scratch=False)

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainingArguments
 
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
-from dpsm_hf.scratch_config import parse_config_overrides
-from dpsm_hf.script_utils import (
+from dpsm_hf.scripts.scratch_config import parse_config_overrides
+from dpsm_hf.scripts.script_utils import (
     build_config_from_scratch,
     check_block_size,
     detect_checkpoint,

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dpsm_hf.scratch_config import build_config_from_scratch, check_block_size
+from dpsm_hf.scripts.scratch_config import build_config_from_scratch, check_block_size
 
 logger = logging.getLogger(__name__)
 
