@@ -15,6 +15,11 @@ from tests.tiny import SEQ2SEQ, make_data, make_model
 # Trainer collects garbage when it begins to train: leave the modules imported so far out of that
 gc.freeze()
 
+# Transformers 5.20 knows it as gradient checkpointing, 5.23 under both names
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+
 # how 16 examples are cut: (micro-batch over all processes, accumulation steps)
 SPLITS = ((16, 1), (4, 4), (2, 8))
 SINGLE_SPLITS = ((16, 1), (4, 4), (1, 16))

@@ -20,8 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "bf16_accumulation": {"bf16": True, "gradient_accumulation_steps": 3},
     "prediction_loss_only": {"prediction_loss_only": True},
-    "activation_checkpointing": {"activation_checkpointing": True},
-    "activation_checkpointing_accumulation": {"activation_checkpointing": True, "gradient_accumulation_steps": 3},
+    "activation_checkpointing": {cases.CHECKPOINTING: True},
+    "activation_checkpointing_accumulation": {cases.CHECKPOINTING: True, "gradient_accumulation_steps": 3},
     "dropout": {"dropout": 0.1},
 }
 

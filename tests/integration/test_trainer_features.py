@@ -72,7 +72,7 @@ def test_bf16_training_agrees_with_float32() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_activation_checkpointing_changes_nothing(name: str) -> None:
-    plain, checkpointed = (cases.build(name, max_steps=3, activation_checkpointing=on) for on in (False, True))
+    plain, checkpointed = (cases.build(name, max_steps=3, **{cases.CHECKPOINTING: on}) for on in (False, True))
     train(plain), train(checkpointed)
     for mine, theirs in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
