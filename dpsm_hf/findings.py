@@ -10,6 +10,8 @@ from .records import RunRecord
 
 # Differences below this share are called equal: one run cannot tell them from the choice of seed.
 TIE = 0.005
+# ROUGE-Lsum (out of 100) of texts that share little more than frequent words with the reference.
+WEAK_ROUGE = 10.0
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,26 @@ def _overfit(run: RunRecord) -> list[str]:
 
 
 def _cost(run: RunRecord, reference: RunRecord) -> list[str]:
-    ours, theirs = run.value("train_seconds"), reference.value("train_seconds")
+    ours, theirs = run.value("tokens_per_second"), reference.value("tokens_per_second")
     if not ours or not theirs:
         return []
-    ratio = ours / theirs
     return [
-        f"Training took {run.title} {ours:.1f} s and {reference.title} {theirs:.1f} s ({ratio:.2f} times as long)."
+        f"{run.title} trained {ours:,.0f} scored tokens a second and {reference.title} {theirs:,.0f} "
+        f"(median of the log, {ours / theirs:.2f} times as many)."
     ]
+
+
+def _unsteady(records: Sequence[RunRecord]) -> list[str]:
+    """Say so when a run's speed varied so much that its seconds are the machine's doing rather than the loss's."""
+    sentences = []
+    for record in records:
+        speeds = sorted(float(e["tokens_per_second"]) for e in record.log_history if e.get("tokens_per_second"))
+        if len(speeds) >= 5 and speeds[len(speeds) // 5] < 0.6 * speeds[len(speeds) // 2]:
+            sentences.append(
+                f"Caution: the speed of the run {record.name!r} varied between {speeds[0]:,.0f} and {speeds[-1]:,.0f} "
+                "tokens a second, as when another program uses the machine; its seconds compare with nothing."
+            )
+    return sentences
 
 
 def _failures(records: Sequence[RunRecord]) -> list[str]:
@@ -192,6 +207,36 @@ def _same_start(records: Sequence[RunRecord]) -> list[str]:
         return [f"All runs started from the same weights: the held-out NLL before training is {value:.4f} for each."]
     figures = ", ".join(f"{name} {value:.4f}" for name, value in starts.items())
     return [f"Caution: the runs did NOT start from the same weights (held-out NLL before training: {figures})."]
+
+
+def _weak_texts(records: Sequence[RunRecord]) -> list[str]:
+    scores = [score for record in records if (score := record.value(_ROUGE.key)) is not None]
+    if not scores or max(scores) >= WEAK_ROUGE:
+        return []
+    return [
+        f"No ROUGE-Lsum reaches {WEAK_ROUGE:g}: none of these models writes usable texts, and which of them leads "
+        "on ROUGE says nothing."
+    ]
+
+
+def _noise(base: RunRecord) -> str:
+    """Say how far figures can move by chance; for ECE, what a perfectly calibrated model would show.
+
+    With n_b tokens of confidence c_b in a bin, accuracy scatters around c_b with variance c_b (1 - c_b) / n_b, whose
+    root times sqrt(2 / pi) is the mean gap; ECE adds these with the weights n_b / N (tokens taken as independent).
+    """
+    text = "One seed: differences of a few per cent can be noise. Repeat with other seeds before believing them."
+    curve = (base.calibration or {}).get("curve", {})
+    bins = zip(curve.get("count", ()), curve.get("confidence", ()), strict=True)
+    pairs = [(count, confidence) for count, confidence in bins if count and confidence is not None]
+    if not pairs:
+        return text
+    total = sum(count for count, _ in pairs)
+    floor = sum(math.sqrt(2 / math.pi * count * mean * (1 - mean)) for count, mean in pairs) / total
+    return (
+        f"{text} On {total:,} tokens even a perfectly calibrated model would show an ECE-{len(curve['count'])} of "
+        f"about {floor:.4f}, so smaller differences in ECE say nothing here."
+    )
 
 
 def scope(records: Sequence[RunRecord]) -> str:
@@ -233,6 +278,7 @@ def findings(records: Sequence[RunRecord], reference: str = "ce", focus: str = "
         sentences += verdict(record, base)
         sentences += _schedule(record) + _cost(record, base) if record.loss_type == focus else []
     sentences += _calibration(tested, base) if base is not None else []
+    sentences += _weak_texts(usable)
     for record in usable:
         sentences += _overfit(record)
     sentences += _failures(records)
@@ -240,12 +286,8 @@ def findings(records: Sequence[RunRecord], reference: str = "ce", focus: str = "
         sentences.insert(0, f"There is no finished {reference!r} run to compare with.")
     elif not tested:
         sentences.insert(0, f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
-    sentences += _same_start(usable)
+    sentences += _unsteady(usable) + _same_start(usable)
     sentences.append(scope(records))
     if base is not None and tested:
-        tokens = base.value("eval_tokens")
-        size = f", {tokens:,.0f} held-out tokens" if tokens else ""
-        sentences.append(
-            f"One seed{size}: differences of this size can be noise. Repeat with other seeds before believing them."
-        )
+        sentences.append(_noise(base))
     return sentences

@@ -67,6 +67,7 @@ def test_ece_and_title_of_a_worked_example(source: Any) -> None:
 
 def test_bars_stand_on_their_bins_and_empty_bins_have_none() -> None:
     display = ReliabilityDisplay.from_curve(CURVE, name="ce").plot()
+    # All of these bins hold few tokens, so there is one kind of bar.
     bars = [(round(b.get_x(), 2), round(b.get_height(), 2)) for b in display.ax_.containers[0]]  # type: ignore[union-attr]
     assert bars == [(0.0, 0.2), (0.5, 0.5), (0.75, 0.75)]
     gaps = [(round(b.get_y(), 2), round(b.get_height(), 2)) for b in display.ax_.containers[1]]  # type: ignore[union-attr]
@@ -76,12 +77,24 @@ def test_bars_stand_on_their_bins_and_empty_bins_have_none() -> None:
     assert shares == pytest.approx([0.5, 0.0, 0.3, 0.2])
 
 
+def test_bins_with_few_tokens_stand_back() -> None:
+    many = {**CURVE, "count": [1000, 0, 49, 50]}
+    display = ReliabilityDisplay.from_curve(many, name="ce").plot()
+    assert legend(display.ax_)[1:] == ["accuracy", "accuracy, under 50 tokens", "gap to confidence"]
+    full, faint = display.ax_.containers[:2]
+    assert [round(b.get_x(), 2) for b in full] == [0.0, 0.75]  # type: ignore[union-attr]
+    assert [round(b.get_x(), 2) for b in faint] == [0.5]  # type: ignore[union-attr]
+    both = ReliabilityDisplay.overlay([ReliabilityDisplay.from_curve(many, name) for name in ("ce", "dpsm")]).plot()
+    hollow = [line for line in both.ax_.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[0.6], [0.6]]
+
+
 def test_several_models_share_one_diagram_with_their_ece_in_the_legend() -> None:
     other = {**CURVE, "accuracy": [0.1, None, 0.6, 0.9]}
     displays = [ReliabilityDisplay.from_curve(CURVE, "ce"), ReliabilityDisplay.from_curve(other, "dpsm")]
     display = ReliabilityDisplay.overlay(displays).plot()
     assert legend(display.ax_) == ["perfectly calibrated", "ce (ECE 0.110)", "dpsm (ECE 0.0000)"]
-    lines = display.ax_.get_lines()[1:]
+    lines = [line for line in display.ax_.get_lines()[1:] if not str(line.get_label()).startswith("_")]
     assert len({line.get_marker() for line in lines}) == 2
     assert len({line.get_color() for line in lines}) == 2
     assert display.histogram_ax_ is not None and len(display.histogram_ax_.patches) == 2

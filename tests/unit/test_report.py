@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def test_dpsm_better_on_everything() -> None:
     assert "perplexity 10.0 % lower (90.00 against 100.00)" in figures
     assert "ECE-15 50.0 % lower (0.0100 against 0.0200)" in figures
     assert "token accuracy 5.00 points higher (30.00 % against 25.00 %)" in figures
-    assert any("differences of this size can be noise" in sentence for sentence in rest)
+    assert any("differences of a few per cent can be noise" in sentence for sentence in rest)
 
 
 def test_dpsm_worse_on_everything_is_said_plainly() -> None:
@@ -92,6 +94,14 @@ def test_mixed_result_warns_that_low_ece_is_not_a_better_model() -> None:
     assert "A lower ECE beside a higher perplexity is not a better model" in said
     assert "Mean confidence minus accuracy: cross-entropy +1.00 points (overconfident) and DPSM -2.00" in said
     assert "depends on the number of bins: DPSM is equal at 10, better at 15 and worse at 100" in said
+
+
+def test_rouge_of_models_that_cannot_write_is_not_taken_for_a_result() -> None:
+    weak, strong = {**METRICS, "eval_rougeLsum": 4.9}, {**METRICS, "eval_rougeLsum": 24.9}
+    assert "ROUGE-Lsum reaches 10: none of these models writes usable texts" in text(
+        run("ce", metrics={**METRICS, "eval_rougeLsum": 2.6}), run("dpsm", metrics=weak)
+    )
+    assert "usable" not in text(run("ce", metrics=weak), run("dpsm", metrics=strong))
 
 
 def test_equal_runs_are_called_equal() -> None:
@@ -134,6 +144,17 @@ def test_scope_names_kind_split_bins_tokens_and_seed() -> None:
         assert words in said
 
 
+def test_noise_floor_of_ece_matches_a_simulation() -> None:
+    generator = random.Random(0)
+    floors = []
+    for _ in range(2000):
+        right = [sum(generator.random() < c for _ in range(n)) for n, c in ((60, 0.2), (40, 0.7))]
+        floors.append(abs(right[0] - 12) / 100 + abs(right[1] - 28) / 100)
+    said = text(run("ce"), run("dpsm"))
+    stated = float(re.findall(r"ECE-2 of about ([0-9.]+),", said)[0])
+    assert stated == pytest.approx(sum(floors) / len(floors), rel=0.05)
+
+
 def test_the_same_start_is_stated_and_another_one_is_a_caution() -> None:
     assert "All runs started from the same weights" in text(run("ce"), run("dpsm"))
     said = text(run("ce"), run("dpsm", log_history=history(start=8.1, alpha=True)))
@@ -141,12 +162,23 @@ def test_the_same_start_is_stated_and_another_one_is_a_caution() -> None:
 
 
 def test_schedule_cost_and_overfitting_are_derived_from_the_log() -> None:
-    slow = run("dpsm", metrics={**METRICS, "train_seconds": 55.0})
+    slow = run("dpsm", metrics={**METRICS, "tokens_per_second": 3600.0})
     said = text(run("ce"), slow)
     assert "α had reached 1 by step 10 of 20, so the last 50 % of training was pure Brier score." in said
-    assert "Training took DPSM 55.0 s and cross-entropy 50.0 s (1.10 times as long)." in said
+    assert "DPSM trained 3,600 scored tokens a second and cross-entropy 4,000 (median of the log, 0.90 times" in said
     rising = run("ce", metrics={**METRICS, "eval_nll": 5.5})
     assert "held-out NLL of cross-entropy was lowest at step 20 (4.6052) and has risen to 5.5000" in text(rising, slow)
+
+
+def test_a_run_on_a_busy_machine_is_a_caution() -> None:
+    def at(*speeds: float) -> RunRecord:
+        entries = [{"step": i, "loss": 5.0, "tokens_per_second": speed} for i, speed in enumerate(speeds, 1)]
+        return run("ce", log_history=entries)
+
+    said = text(at(4000, 4100, 900, 1000, 4000, 4200, 4000), run("dpsm"))
+    assert "the speed of the run 'ce' varied between 900 and 4,200 tokens a second" in said
+    # One slow entry is the start of the process, not another program.
+    assert "Caution" not in text(at(900, 4000, 4100, 4000, 4200, 4000, 3900), run("dpsm"))
 
 
 def test_best_of_a_column_knows_its_direction_and_ties() -> None:
