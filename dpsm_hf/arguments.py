@@ -25,54 +25,57 @@ class DPSMArguments:
     loss_type: str = field(
         default="dpsm",
         metadata={
-            "help": "The training loss: dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the others are "
-            "fixed scoring rules. Evaluation reports all of them, and eval_loss stays cross-entropy.",
+            "help": "dpsm_hf: the training loss. dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the "
+            "others are fixed. Whatever is chosen, eval_loss is cross-entropy and NLL, Brier and ECE are reported.",
             "choices": list(LOSS_TYPES),
         },
     )
     alpha_schedule: str = field(
         default="linear",
         metadata={
-            "help": "How alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a name "
-            "registered with register_alpha_schedule."
+            "help": "dpsm_hf: how alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a "
+            "name registered with register_alpha_schedule."
         },
     )
-    alpha_start: float | None = field(default=None, metadata={"help": "Alpha before the ramp, in [0, 1] (0)."})
+    alpha_start: float | None = field(
+        default=None, metadata={"help": "dpsm_hf: alpha before the ramp, in [0, 1]; 0 if left out."}
+    )
     alpha_end: float = field(
-        default=1.0, metadata={"help": "Alpha after the ramp, in [0, 1]; the fixed alpha of the constant schedule."}
+        default=1.0,
+        metadata={"help": "dpsm_hf: alpha after the ramp, in [0, 1]; of constant, the fixed one."},
     )
     alpha_warmup_steps: float = field(
         default=0.1,
-        metadata={"help": "Length of the ramp: 1 or more counts optimizer steps, below 1 is a share of all of them."},
+        metadata={"help": "dpsm_hf: length of the ramp; 1 or more counts steps, below 1 is a share of all."},
     )
     alpha_hold: float | None = field(
         default=None,
         metadata={
-            "help": "Length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
+            "help": "dpsm_hf: length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
             "(late_linear and step: 0.5, else 0)."
         },
     )
     alpha_feedback_gain: float = field(
         default=2.0,
-        metadata={"help": "feedback: alpha moves by gain * (mean confidence - accuracy) after each evaluation."},
+        metadata={"help": "dpsm_hf: feedback: alpha moves by gain * (confidence - accuracy) at evaluations."},
     )
     alpha_feedback_limit: float = field(
-        default=0.1, metadata={"help": "feedback: the most that alpha moves after one evaluation."}
+        default=0.1, metadata={"help": "dpsm_hf: feedback: the most that alpha moves after one evaluation."}
     )
     alpha_feedback_metric: str = field(
-        default="eval_signed_gap", metadata={"help": "feedback: the logged held-out gap that moves alpha."}
+        default="eval_signed_gap", metadata={"help": "dpsm_hf: feedback: the logged held-out gap that moves alpha."}
     )
     score_smoothing: float = field(
         default=0.0,
-        metadata={"help": "Epsilon of score smoothing (Shao et al. 2024) for the Brier or spherical score; 0 is off."},
+        metadata={"help": "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off."},
     )
-    focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of loss_type=focal."})
-    z_loss: float = field(default=0.0, metadata={"help": "Weight of log(Z)**2 added to the training loss; 0 is off."})
+    focal_gamma: float = field(default=2.0, metadata={"help": "dpsm_hf: exponent of loss_type=focal."})
+    z_loss: float = field(
+        default=0.0, metadata={"help": "dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off."}
+    )
     calibration_bins: int = field(
         default=15,
-        metadata={
-            "help": f"Bins of the reliability diagrams; a divisor of {GRID_BINS}. ECE is reported at 10, 15, 100."
-        },
+        metadata={"help": f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}."},
     )
 
     def __post_init__(self) -> None:

@@ -14,6 +14,10 @@ from torch import Tensor
 # Divisible by 10, 15, 20, 25, 30, 50, 100, ...: any of these numbers of equal bins follows exactly from the grid.
 GRID_BINS = 3000
 SCORES = ("nll", "brier", "spherical", "entropy")
+METRICS = (
+    *SCORES, "perplexity", "token_accuracy", "confidence", "signed_gap", "ece_10", "ece_15", "ece_100", "adaptive_ece",
+    "mce", "tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

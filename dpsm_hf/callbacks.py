@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -56,7 +58,7 @@ class AlphaScheduleCallback(TrainerCallback):
             entry: dict[str, Any] = {"alpha_schedule": description, "step": state.global_step}
             state.log_history.append(entry)
         if state.is_world_process_zero:
-            print(f"DPSM | {description}", flush=True)
+            tqdm.write(f"DPSM | {description}")  # print would land behind the progress bar
 
 
 class CalibrationCallback(TrainerCallback):
@@ -105,12 +107,17 @@ class CalibrationCallback(TrainerCallback):
         if alignment is None or logits is None:
             return
         scores = score_tokens(logits.detach(), align_targets(labels, logits, alignment))
-        add_batch(self._calibration, scores, labels.shape[0])
+        try:
+            add_batch(self._calibration, scores, labels.shape[0])
+        except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on
+            logger.warning_once(f"CalibrationCallback leaves this batch out: {error}")
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to listen to the model."""
+        """Begin to listen to the model of this trainer."""
+        self.stop_listening()
+        self._listens = True
         self._listen(kwargs.get("model"))
 
     def on_train_begin(
@@ -164,11 +171,12 @@ class CalibrationCallback(TrainerCallback):
         }
         folder = Path(str(args.output_dir)) / "calibration"
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{self._prefix}-step-{state.global_step:06d}"
-        write_json(record, stem.with_suffix(".json"))
+        # the name of an evaluation set may be that of a hub data set, with a slash or a dot
+        name = re.sub(r"[^\w.-]+", "_", self._prefix) + f"-step-{state.global_step:06d}"
+        write_json(record, folder / f"{name}.json")
         display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}")
-        display.save(stem.with_suffix(".png"))
-        self._send(args, state, display, stem.with_suffix(".png"))
+        picture = display.save(folder / f"{name}.png")
+        self._send(args, state, display, picture)
 
     def _send(self, args: TrainingArguments, state: TrainerState, display: ReliabilityDisplay, picture: Path) -> None:
         report_to = args.report_to if isinstance(args.report_to, list) else [args.report_to]

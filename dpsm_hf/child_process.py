@@ -23,12 +23,14 @@ class ChildResult:
     Args:
         exit_code: its exit code; negative for a signal.
         seconds: wall-clock time from start to end.
+        cpu_seconds: processor time of all its threads; ``None`` where the system does not say.
         peak_memory_mb: largest resident set in MB; ``None`` where the system does not say.
         tail: its last lines of output.
     """
 
     exit_code: int
     seconds: float
+    cpu_seconds: float | None
     peak_memory_mb: float | None
     tail: tuple[str, ...]
 
@@ -56,7 +58,7 @@ def run_child(command: Sequence[str], log: Path) -> ChildResult:
     ):
         try:
             _show(process, copy, tail)
-            exit_code, memory = _reap(process)
+            exit_code, cpu_seconds, memory = _reap(process)
         except KeyboardInterrupt:
             # The terminal has sent the interrupt to the child too, which saves and stops after its current step.
             try:
@@ -64,7 +66,7 @@ def run_child(command: Sequence[str], log: Path) -> ChildResult:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.kill()
             raise
-    return ChildResult(exit_code, time.perf_counter() - started, memory, tuple(tail))
+    return ChildResult(exit_code, time.perf_counter() - started, cpu_seconds, memory, tuple(tail))
 
 
 def _show(process: subprocess.Popen[bytes], copy: Any, tail: deque[str]) -> None:
@@ -87,11 +89,12 @@ def _keep(line: bytes, copy: Any, tail: deque[str]) -> None:
         tail.append(text)
 
 
-def _reap(process: subprocess.Popen[bytes]) -> tuple[int, float | None]:
-    """Wait for a child and return its exit code and the peak of its resident memory in MB."""
+def _reap(process: subprocess.Popen[bytes]) -> tuple[int, float | None, float | None]:
+    """Wait for a child and return its exit code, its processor time and the peak of its resident memory in MB."""
     if not hasattr(os, "wait4"):
-        return process.wait(), None
+        return process.wait(), None, None
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     # Kibibytes on Linux, bytes on macOS.
-    return process.returncode, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return process.returncode, usage.ru_utime + usage.ru_stime, memory

@@ -248,8 +248,8 @@ def train_one(command: list[str], directory: Path, loss: str, seed: int, digest:
     _write_run(directory, {**run, "status": "interrupted", "message": "stopped before it had finished"})
     result = run_child(command, directory / "log.txt")
     run |= {"seconds": round(result.seconds, 2), "exit_code": result.exit_code}
-    if result.peak_memory_mb is not None:
-        run["peak_memory_mb"] = round(result.peak_memory_mb, 1)
+    measured = {"cpu_seconds": result.cpu_seconds, "peak_memory_mb": result.peak_memory_mb}
+    run |= {key: round(value, 1) for key, value in measured.items() if value is not None}
     if result.exit_code == 0:
         _write_run(directory, {**run, "status": "finished"})
     elif result.exit_code == 130:

@@ -25,7 +25,9 @@ def real_rows(batch_size: int, device: torch.device) -> Tensor:
         bool ``[batch_size]``.
     """
     gradient_state = GradientState()
-    if not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+    # one process has nothing to fill up, and its collator may make more rows than it was given samples
+    alone = PartialState().num_processes == 1
+    if alone or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
         return torch.ones(batch_size, dtype=torch.bool, device=device)
     first = PartialState().process_index * batch_size
     return torch.arange(first, first + batch_size, device=device) < gradient_state.remainder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .calibration import SCORES, TokenCalibration
 from .distributed import real_rows
 from .losses import TokenScores
@@ -14,7 +16,17 @@ def add_batch(calibration: TokenCalibration, scores: TokenScores, batch_size: in
         calibration: the accumulator of this process.
         scores: of the batch, flattened to ``[batch_size * length]``.
         batch_size: rows of this process's batch.
+
+    Raises:
+        FloatingPointError: if the logits of a scored token are NaN or infinite, with its place in the batch.
     """
+    broken = (scores.scored & torch.isnan(scores.confidence)).nonzero()
+    if len(broken):
+        sample, position = divmod(int(broken[0]), scores.scored.numel() // batch_size)
+        raise FloatingPointError(
+            f"the logits of {len(broken)} scored tokens are NaN or infinite, first in sample {sample} of the "
+            f"evaluation batch at position {position}. The model's weights are broken or it overflows in this dtype."
+        )
     rows = real_rows(batch_size, scores.scored.device)
     calibration.update(
         confidence=scores.confidence,

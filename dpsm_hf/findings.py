@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def verdict(run: RunRecord, reference: RunRecord) -> list[str]:
     else:
         head = f"On this run {a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
     figures = "; ".join(_phrase(measure, run, reference) for measure, _ in known)
-    return [head, f"{a} against {b}: {figures}.", *_bins_disagree(run, reference)]
+    return [head, f"{a} against {b}: {figures}.", *_bins_disagree(run, reference), *_on_the_way(run, reference)]
 
 
 def _bins_disagree(run: RunRecord, reference: RunRecord) -> list[str]:
@@ -126,18 +127,38 @@ def _calibration(tested: Sequence[RunRecord], base: RunRecord) -> list[str]:
 
 
 def _schedule(run: RunRecord) -> list[str]:
-    alphas = [
-        (int(e["step"]), float(e["alpha"])) for e in run.log_history if e.get("alpha") is not None and "step" in e
-    ]
+    alphas = [float(entry["alpha"]) for entry in run.log_history if entry.get("alpha") is not None]
     if run.loss_type != "dpsm" or not alphas:
         return []
-    steps, top = alphas[-1][0], max(alpha for _, alpha in alphas)
-    first = next(step for step, alpha in alphas if alpha == top)
-    if top < 1:
-        return [f"α, the weight of the Brier score, never exceeded {top:.2f}: part of the loss stayed cross-entropy."]
-    share = 100 * (steps - first) / steps if steps else 0.0
+    if max(alphas) < 1:
+        return [
+            f"α, the weight of the Brier score, never exceeded {max(alphas):.2f}: part of the loss stayed "
+            "cross-entropy."
+        ]
+    described = next((str(e["alpha_schedule"]) for e in run.log_history if "alpha_schedule" in e), "")
+    ramp = re.fullmatch(r"(linear|cosine): alpha \S+ -> 1 over (\d+) steps \(of (\d+)\)", described)
+    if ramp is None:
+        return [f"α followed the schedule {described!r}."] if described else []
+    warmup, total = int(ramp[2]), int(ramp[3])
     return [
-        f"α had reached 1 by step {first:,} of {steps:,}, so the last {share:.0f} % of training was pure Brier score."
+        f"α reached 1 after {warmup:,} of {total:,} steps, so the last {100 * (total - warmup) / total:.0f} % of "
+        "training was pure Brier score."
+    ]
+
+
+def _on_the_way(run: RunRecord, reference: RunRecord) -> list[str]:
+    """Say at how many evaluations during training the run's ECE was the lower: one at the end may be luck."""
+    series = [
+        {int(e["step"]): float(e["eval_ece_15"]) for e in r.log_history if e.get("eval_ece_15") is not None}
+        for r in (run, reference)
+    ]
+    steps = sorted((set(series[0]) & set(series[1])) - {0})
+    if len(steps) < 3:
+        return []
+    lower = sum(series[0][step] < series[1][step] for step in steps)
+    return [
+        f"Over the {len(steps)} evaluations during training {run.title}'s ECE-15 was lower than {reference.title}'s "
+        f"at {lower}: the more mixed, the less the last one alone means."
     ]
 
 
@@ -165,16 +186,23 @@ def _cost(run: RunRecord, reference: RunRecord) -> list[str]:
     ]
 
 
-def _unsteady(records: Sequence[RunRecord]) -> list[str]:
-    """Say so when a run's speed varied so much that its seconds are the machine's doing rather than the loss's."""
+def _busy(records: Sequence[RunRecord]) -> list[str]:
+    """Name the runs that shared the machine with other programs: their seconds are not the doing of the loss."""
+    usage = [(r.run.get("cpu_seconds"), r.run.get("seconds")) for r in records]
+    cores = {r.name: cpu / wall for r, (cpu, wall) in zip(records, usage, strict=True) if cpu and wall}
     sentences = []
     for record in records:
         speeds = sorted(float(e["tokens_per_second"]) for e in record.log_history if e.get("tokens_per_second"))
         if len(speeds) >= 5 and speeds[len(speeds) // 5] < 0.6 * speeds[len(speeds) // 2]:
-            sentences.append(
-                f"Caution: the speed of the run {record.name!r} varied between {speeds[0]:,.0f} and {speeds[-1]:,.0f} "
-                "tokens a second, as when another program uses the machine; its seconds compare with nothing."
-            )
+            why = f"its speed varied between {speeds[0]:,.0f} and {speeds[-1]:,.0f} tokens a second"
+        elif record.name in cores and cores[record.name] < 0.7 * max(cores.values()):
+            why = f"it got {cores[record.name]:.1f} processor cores where another run got {max(cores.values()):.1f}"
+        else:
+            continue
+        sentences.append(
+            f"Caution: the run {record.name!r} shared the machine with other programs ({why}), so its speed and its "
+            "seconds compare with nothing."
+        )
     return sentences
 
 
@@ -286,7 +314,7 @@ def findings(records: Sequence[RunRecord], reference: str = "ce", focus: str = "
         sentences.insert(0, f"There is no finished {reference!r} run to compare with.")
     elif not tested:
         sentences.insert(0, f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
-    sentences += _unsteady(usable) + _same_start(usable)
+    sentences += _busy(usable) + _same_start(usable)
     sentences.append(scope(records))
     if base is not None and tested:
         sentences.append(_noise(base))

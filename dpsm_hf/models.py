@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
 from .losses import IGNORE_INDEX
@@ -35,12 +37,30 @@ _UNSHIFTED_CAUSAL_LMS = frozenset(
         "MvpForCausalLM",
         "PLBartForCausalLM",
         "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
         "TrOCRForCausalLM",
         "WhisperForCausalLM",
         "XLMWithLMHeadModel",
         "XLNetLMHeadModel",
     }
 )
+
+
+def _class_names(*tables: Mapping[str, Any]) -> frozenset[str]:
+    values = [value for table in tables for value in table.values()]
+    return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))
+
+
+_ALIGNED = (
+    _UNSHIFTED_CAUSAL_LMS
+    | _class_names(
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+    | {"EncoderDecoderModel", "SpeechEncoderDecoderModel", "VisionEncoderDecoderModel"}
+)
+_SHIFTED = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - _ALIGNED
 
 
 def core_model(model: nn.Module) -> nn.Module:
@@ -65,18 +85,16 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def label_alignment(model: nn.Module) -> Alignment | None:
-    """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown."""
+    """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown.
+
+    A class is known by its name in Transformers' tables, but only if the forward is its own: a subclass with another
+    forward may compute another loss.
+    """
     core = core_model(model)
-    if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+    name = next(base for base in type(core).__mro__ if "forward" in vars(base)).__name__
+    if name in _ALIGNED:
         return "aligned"
-    names = {base.__name__ for base in type(core).__mro__}
-    if names & _UNSHIFTED_CAUSAL_LMS:
-        return "aligned"
-    if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        return "shifted"
-    if names & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
-        return "shifted"
-    return "aligned" if names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
+    return "shifted" if name in _SHIFTED else None
 
 
 def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:

@@ -208,9 +208,11 @@ class ReliabilityDisplay:
                 ax.plot(x, y, label=label, markersize=6, linewidth=1.6, **style)
                 hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
                 ax.plot(x[few], y[few], markersize=6, **hollow)
+            if any((series.few & (series.count > 0)).any() for series in self._series):
+                ax.plot([], [], "o", color="0.4", markerfacecolor="white", label=f"hollow: under {FEW_TOKENS} tokens")
         ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy (top label)")
         ax.set_title(self._heading(), fontsize=10)
-        ax.legend(loc="upper left", fontsize=9, framealpha=0.9)
+        ax.legend(loc="best", fontsize=9, framealpha=0.9)
         ax.grid(alpha=0.3, linewidth=0.6)
         if self.histogram_ax_ is None:
             ax.set_xlabel("confidence (token-level)")

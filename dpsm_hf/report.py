@@ -25,6 +25,7 @@ from .figures import save_figure
 from .findings import findings
 from .plots import ReliabilityDisplay, plot_alpha, plot_training_curves, series_of
 from .records import Column, RunRecord, best_of, read_run, table_columns
+from .reliability import FEW_TOKENS
 
 # metric, name of the axis, caption, logarithmic
 _CURVES = (
@@ -154,7 +155,10 @@ def _sections(records: Sequence[RunRecord], pictures: _Pictures) -> list[dict[st
     for display in displays:
         (name,) = display.ece
         shown.append(pictures.add(f"reliability-{name}", display.figure(), f"Reliability of {name}"))
-    text = "Bars below the diagonal mean overconfidence, above it underconfidence. Token-level, top-label."
+    text = (
+        "Below the diagonal a model is overconfident, above it underconfident. Token-level, top-label. Faint bars and "
+        f"hollow points hold fewer than {FEW_TOKENS} tokens: their height is mostly chance."
+    )
     sections.append({"title": "Reliability diagrams", "text": text, "pictures": shown})
     return [section for section in sections if section["pictures"]]
 

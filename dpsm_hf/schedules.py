@@ -137,7 +137,7 @@ def register_alpha_schedule(
 
         @register_alpha_schedule("square_root")
         def square_root(step, span, options, history):
-            return options.end * min(1.0, step / span.warmup) ** 0.5
+            return options.end * min(1.0, step / max(1, span.warmup)) ** 0.5
 
     Raises:
         ValueError: if the name is taken.

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, default_compute_objective, has_length
+from transformers.utils import logging
 
 from .arguments import DPSMArguments, dpsm_arguments
-from .calibration import TokenCalibration
+from .calibration import METRICS, TokenCalibration
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
-from .data_checks import check_dataset_labels
+from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
 from .distributed import sum_over_processes
 from .evaluation import add_batch
-from .losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
+from .losses import IGNORE_INDEX, TokenScores, score_tokens
 from .model_card import add_objective_section, objective_section
 from .models import (
     Alignment,
@@ -31,6 +32,8 @@ from .models import (
     vocabulary_size,
 )
 from .tally import TokenTally
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -127,14 +130,20 @@ class DPSMMixin(_Base):
             num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
                 by the scored tokens of this batch.
         """
+        if "labels" not in inputs and model.training and self.dpsm.loss_type != "ce":
+            raise ValueError(
+                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
+                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
+            )
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._alignment is None:
-            self._alignment = probe_alignment(self.model, inputs)
         labels, shift_labels = inputs["labels"], inputs.get("shift_labels")
+        if self._alignment is None and bool((labels != IGNORE_INDEX).any()):
+            self._alignment = probe_alignment(self.model, inputs)
+        alignment = self._alignment or "aligned"  # unknown only as long as nothing was scored
         outputs = model(**inputs_without_labels(self.model, inputs))
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        targets = align_targets(labels, logits, self._alignment) if shift_labels is None else shift_labels
+        targets = align_targets(labels, logits, alignment) if shift_labels is None else shift_labels
 
         training = model.training
         plain_ce = not training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
@@ -147,7 +156,7 @@ class DPSMMixin(_Base):
         if scores.loss is not None:
             loss = scores.loss.sum() / denominator
         else:
-            shifted = self._alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
+            shifted = alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
             loss = self._cross_entropy(logits, labels, None if shifted else targets, denominator)
         auxiliary = router_loss(self.model, outputs) if training else None
         if auxiliary is not None:
@@ -213,23 +222,8 @@ class DPSMMixin(_Base):
 
     def _describe_non_finite(self, loss: float) -> str:
         place = f"optimizer step {self.state.global_step + 1}, micro-batch {self._batch_of_step[1]}"
-        cause = ""
-        if self._last_batch is not None:
-            scores, targets = self._last_batch
-            bad = (scores.scored & ~torch.isfinite(scores.nll)).nonzero()
-            if invalid := describe_invalid_labels(targets, vocabulary_size(self.model) or 2**62):
-                cause = f" {invalid}"
-            elif len(bad):
-                length = targets.shape[-1]
-                sample, token = divmod(int(bad[0]), length)
-                cause = (
-                    f" The logits of {len(bad)} scored tokens are NaN or infinite, first in sample {sample} of the "
-                    f"micro-batch at position {token}."
-                )
-        return (
-            f"the training loss is {loss} at {place}.{cause} Nothing was updated with it: the last checkpoint is "
-            "sound. Usual remedies: a lower learning rate, max_grad_norm, bf16 instead of fp16, a look at that sample."
-        )
+        scores, targets = self._last_batch or (None, None)
+        return describe_non_finite(loss, place, scores, targets, vocabulary_size(self.model))
 
     # ---- training log ----------------------------------------------------------------------------------------------
 
@@ -241,10 +235,18 @@ class DPSMMixin(_Base):
                     "train_dataset is empty: there is nothing to train on. Look at its split and filters."
                 )
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
+        if self.compute_metrics is None:
+            check_feedback_metric(self.dpsm, self.eval_dataset)
         self._tally.reset()
         self._train_started = None
         self._seconds_evaluating = 0.0
         return super().train(*args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Search as `Trainer.hyperparameter_search` does; the default objective is blind to the metrics DPSM adds."""
+        if len(args) < 2 and kwargs.get("compute_objective") is None:
+            kwargs["compute_objective"] = _default_objective
+        return super().hyperparameter_search(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log` does; training entries also get token means over all processes, and alpha."""
@@ -287,12 +289,15 @@ class DPSMMixin(_Base):
         """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
         self._take_evaluated()
         # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
-        scored = self._scored_model(model) if getattr(self.args, "predict_with_generate", False) else model
-        target = scored if not prediction_loss_only else model
+        generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
+        target = self._scored_model(model) if generates and not prediction_loss_only else model
         result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
         scores = self._take_evaluated()
         if scores is not None and self.calibration is not None:
-            add_batch(self.calibration, scores, inputs["labels"].shape[0])
+            try:
+                add_batch(self.calibration, scores, inputs["labels"].shape[0])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"at optimizer step {self.state.global_step}: {error}") from None
         return result
 
     def _take_evaluated(self) -> TokenScores | None:
@@ -326,6 +331,12 @@ class DPSMMixin(_Base):
             raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
         # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
         self.gather_function = self.accelerator.gather_for_metrics
+        dispatch = getattr(self.args.accelerator_config, "dispatch_batches", None)
+        if dispatch is False and self.accelerator.num_processes > 1 and not has_length(dataset):
+            logger.warning(
+                "dispatch_batches=False fills up the last batches of an iterable data set with samples that cannot be "
+                "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
+            )
         started, train_seconds = time.perf_counter(), self._train_seconds()
         self.calibration = TokenCalibration()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -358,6 +369,12 @@ class DPSMMixin(_Base):
     def _tensorboard_writer(self) -> Any:
         writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
         return next((writer for writer in writers if writer is not None), None)
+
+
+def _default_objective(metrics: dict[str, float]) -> float:
+    # Transformers' default adds up whatever is no loss and no speed: perplexity and a count of tokens, say
+    added = tuple(f"_{name}" for name in (*METRICS, "train_seconds"))
+    return default_compute_objective({key: value for key, value in metrics.items() if not key.endswith(added)})
 
 
 class DPSMTrainer(DPSMMixin, Trainer):

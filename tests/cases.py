@@ -12,6 +12,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
 from tests.tiny import SEQ2SEQ, make_data, make_model
 
+# removed when this process ends
+FOLDER = tempfile.TemporaryDirectory()
+
 # Trainer collects garbage when it begins to train: leave the modules imported so far out of that
 gc.freeze()
 
@@ -48,8 +51,8 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
         trainer = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
         config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
     defaults = dict(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
-        learning_rate=1e-2, dataloader_pin_memory=False,
+        output_dir=tempfile.mkdtemp(dir=FOLDER.name), use_cpu=True, disable_tqdm=True, save_strategy="no",
+        logging_steps=1, learning_rate=1e-2, dataloader_pin_memory=False,
     )  # fmt: skip
     data = make_data(name, rows)
     args = config(**{**defaults, **arguments})

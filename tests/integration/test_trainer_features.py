@@ -12,11 +12,14 @@ import torch
 from datasets import IterableDataset
 from peft import PromptTuningConfig, get_peft_model
 from transformers import (
+    BartForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     EarlyStoppingCallback,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -343,3 +346,77 @@ def test_model_card_says_what_was_trained_and_how_calibrated_it_is() -> None:
     assert "linear: alpha 0 -> 1 over 1 steps (of 4)" in card and "label_smoothing_factor=0.1" in card
     assert "| ECE, 15 equal-width bins |" in card
     assert card.startswith("---")  # the metadata block of the hub is still the head of the file
+
+
+def test_default_objective_of_a_search_is_that_of_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    data = make_data("gpt2")
+    args = config(tmp_path, eval_strategy="steps", eval_steps=3, alpha_schedule="constant")
+    trainer = DPSMTrainer(model_init=lambda trial=None: make_model("gpt2"), args=args, eval_dataset=data,
+                          train_dataset=data)  # fmt: skip
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"alpha_end": trial.suggest_categorical("alpha_end", [0.5])}, n_trials=1
+    )
+    evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert best.objective == evaluated[-1]["eval_loss"]
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent(tmp_path: Path) -> None:
+    class Penalised(GPT2LMHeadModel):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **rest: Any) -> Any:
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **rest)
+            if labels is not None:
+                output.loss = output.loss + 10 * output.logits.square().mean()
+            return output
+
+    def penalised() -> Penalised:
+        model = Penalised(make_model("gpt2").config)
+        model.load_state_dict(make_model("gpt2").state_dict())
+        return model
+
+    data, logged = make_data("gpt2"), []
+    for trainer_class, args in ((Trainer, TrainingArguments), (DPSMTrainer, DPSMConfig)):
+        extra = {"loss_type": "ce"} if args is DPSMConfig else {}
+        arguments = args(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no",
+                         logging_steps=1, **extra)  # fmt: skip
+        logged.append([e["loss"] for e in train(trainer_class(model=penalised(), args=arguments, train_dataset=data))])
+    assert logged[0] == logged[1]
+    with pytest.raises(ValueError, match="Penalised is not a language model that DPSM knows"):
+        DPSMTrainer(model=penalised(), args=config(tmp_path), train_dataset=data).train()
+
+
+def test_an_encoder_decoder_that_is_no_language_model_trains_as_in_trainer(tmp_path: Path) -> None:
+    bart = make_model("bart").config
+    bart.num_labels = 3
+    rows = [{"input_ids": [5, 6, 7, 2], "attention_mask": [1] * 4, "labels": i % 3} for i in range(4)]
+    args = config(tmp_path, loss_type="ce", max_steps=1)
+    entries = train(DPSMTrainer(model=BartForSequenceClassification(bart), args=args, train_dataset=rows))
+    assert np.isfinite(entries[0]["loss"])
+
+
+def test_more_rows_than_samples_are_all_evaluated(tmp_path: Path) -> None:
+    data = make_data("gpt2", rows=10)
+
+    def twice(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([row[key] for row in rows] * 2) for key in rows[0]}
+
+    arguments = config(tmp_path, per_device_eval_batch_size=4)
+    once = DPSMTrainer(model=make_model("gpt2"), args=arguments, eval_dataset=data).evaluate()
+    doubled = DPSMTrainer(model=make_model("gpt2"), args=arguments, eval_dataset=data, data_collator=twice).evaluate()
+    assert doubled["eval_tokens"] == 2 * once["eval_tokens"]
+    assert doubled["eval_nll"] == pytest.approx(once["eval_nll"], rel=1e-6)
+
+
+def test_names_of_evaluation_sets_become_file_names(tmp_path: Path) -> None:
+    sets = {"org/v1.5": make_data("gpt2", rows=3), "org/v1.6": make_data("gpt2", rows=3)}
+    DPSMTrainer(model=make_model("gpt2"), args=config(tmp_path), eval_dataset=sets).evaluate()
+    assert sorted(p.name for p in (tmp_path / "calibration").iterdir()) == [
+        f"eval_org_v1.{n}-step-000000.{kind}" for n in (5, 6) for kind in ("json", "png")
+    ]
+
+
+def test_generation_arguments_in_a_plain_dpsm_trainer_do_no_harm(tmp_path: Path) -> None:
+    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, predict_with_generate=True)
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=args, eval_dataset=make_data("gpt2", rows=3),
+                          compute_metrics=lambda prediction: {"rows": len(prediction.predictions)})  # fmt: skip
+    assert trainer.evaluate()["eval_rows"] == 3

@@ -86,15 +86,16 @@ def test_bins_with_few_tokens_stand_back() -> None:
     assert [round(b.get_x(), 2) for b in faint] == [0.5]  # type: ignore[union-attr]
     both = ReliabilityDisplay.overlay([ReliabilityDisplay.from_curve(many, name) for name in ("ce", "dpsm")]).plot()
     hollow = [line for line in both.ax_.get_lines() if line.get_markerfacecolor() == "white"]
-    assert [list(line.get_xdata()) for line in hollow] == [[0.6], [0.6]]
+    assert [list(line.get_xdata()) for line in hollow] == [[0.6], [0.6], []]
 
 
 def test_several_models_share_one_diagram_with_their_ece_in_the_legend() -> None:
     other = {**CURVE, "accuracy": [0.1, None, 0.6, 0.9]}
     displays = [ReliabilityDisplay.from_curve(CURVE, "ce"), ReliabilityDisplay.from_curve(other, "dpsm")]
     display = ReliabilityDisplay.overlay(displays).plot()
-    assert legend(display.ax_) == ["perfectly calibrated", "ce (ECE 0.110)", "dpsm (ECE 0.0000)"]
-    lines = [line for line in display.ax_.get_lines()[1:] if not str(line.get_label()).startswith("_")]
+    labels = ["ce (ECE 0.110)", "dpsm (ECE 0.0000)"]
+    assert legend(display.ax_) == ["perfectly calibrated", *labels, "hollow: under 50 tokens"]
+    lines = [line for line in display.ax_.get_lines() if line.get_label() in labels]
     assert len({line.get_marker() for line in lines}) == 2
     assert len({line.get_color() for line in lines}) == 2
     assert display.histogram_ax_ is not None and len(display.histogram_ax_.patches) == 2

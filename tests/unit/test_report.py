@@ -34,6 +34,8 @@ CURVE = {"bins": 2, "edges": [0, 0.5, 1], "confidence": [0.2, 0.7], "accuracy": 
 
 def history(start: float = 8.0, end: float = 4.6052, alpha: bool = False) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = [{"step": 0, "eval_nll": start, "eval_loss": start, "eval_train_seconds": 0.0}]
+    if alpha:
+        entries.insert(0, {"step": 0, "alpha_schedule": "linear: alpha 0 -> 1 over 10 steps (of 20)"})
     for step in (10, 20):
         entry: dict[str, Any] = {"step": step, "loss": 5.0, "nll": 5.0, "grad_norm": 1.0, "train_seconds": step / 2}
         if alpha:
@@ -164,7 +166,7 @@ def test_the_same_start_is_stated_and_another_one_is_a_caution() -> None:
 def test_schedule_cost_and_overfitting_are_derived_from_the_log() -> None:
     slow = run("dpsm", metrics={**METRICS, "tokens_per_second": 3600.0})
     said = text(run("ce"), slow)
-    assert "α had reached 1 by step 10 of 20, so the last 50 % of training was pure Brier score." in said
+    assert "α reached 1 after 10 of 20 steps, so the last 50 % of training was pure Brier score." in said
     assert "DPSM trained 3,600 scored tokens a second and cross-entropy 4,000 (median of the log, 0.90 times" in said
     rising = run("ce", metrics={**METRICS, "eval_nll": 5.5})
     assert "held-out NLL of cross-entropy was lowest at step 20 (4.6052) and has risen to 5.5000" in text(rising, slow)
@@ -176,9 +178,18 @@ def test_a_run_on_a_busy_machine_is_a_caution() -> None:
         return run("ce", log_history=entries)
 
     said = text(at(4000, 4100, 900, 1000, 4000, 4200, 4000), run("dpsm"))
-    assert "the speed of the run 'ce' varied between 900 and 4,200 tokens a second" in said
+    assert "the run 'ce' shared the machine" in said and "varied between 900 and 4,200 tokens a second" in said
     # One slow entry is the start of the process, not another program.
     assert "Caution" not in text(at(900, 4000, 4100, 4000, 4200, 4000, 3900), run("dpsm"))
+
+
+def test_a_run_that_got_less_of_the_processor_is_a_caution() -> None:
+    def given(loss: str, cpu: float) -> RunRecord:
+        return run(loss, run={"seed": 42, "seconds": 100.0, "cpu_seconds": cpu})
+
+    said = text(given("ce", 180.0), given("dpsm", 90.0))
+    assert "the run 'dpsm' shared the machine" in said and "0.9 processor cores where another run got 1.8" in said
+    assert "Caution" not in text(given("ce", 180.0), given("dpsm", 170.0))
 
 
 def test_best_of_a_column_knows_its_direction_and_ties() -> None:
@@ -279,3 +290,15 @@ def test_command_line_reports_on_run_directories(tmp_path: Path, capsys: pytest.
     assert "cross-entropy" in capsys.readouterr().out and (tmp_path / "report" / "report.html").exists()
     assert main([str(tmp_path / "gone"), "--output_dir", str(tmp_path / "report")]) == 2
     assert "not a directory" in capsys.readouterr().err
+
+
+def test_ece_on_the_way_is_counted() -> None:
+    def with_ece(loss: str, values: list[float]) -> RunRecord:
+        record = run(loss)
+        record.log_history[:] = [{"step": step, "eval_ece_15": value} for step, value in enumerate(values)]
+        return record
+
+    ours, theirs = with_ece("dpsm", [0.9, 0.1, 0.3, 0.1, 0.1]), with_ece("ce", [0.9, 0.2, 0.2, 0.2, 0.2])
+    assert "Over the 4 evaluations during training DPSM's ECE-15 was lower than cross-entropy's at 3" in text(
+        theirs, ours
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from dpsm_hf.data_checks import check_dataset_labels
+from dpsm_hf.checks import check_dataset_labels
 
 V = 10
 
@@ -65,7 +65,7 @@ def test_several_chunks() -> None:
 
 
 def test_only_the_first_hundreds_of_millions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpsm_hf.data_checks._MOST_TOKENS", 5)
+    monkeypatch.setattr("dpsm_hf.checks._MOST_TOKENS", 5)
     joined = concatenate_datasets([data([[1, 2, 3]]), data([[4, 5, 6]]), data([[33]])])
     check_dataset_labels(joined, V, "train_dataset")
 
