@@ -225,12 +225,12 @@ def _load_named(
         raise ConnectionError(
             f"The data set {name!r} cannot be loaded because the Hugging Face hub cannot be reached ({error}). "
             + _LOCAL_REMEDY
-        ) from error
+        ) from None
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"There is no data set {name!r}: not on the Hugging Face hub (or it is private or gated, and --token does "
             f"not open it), and not as a local folder. {_LOCAL_REMEDY}"
-        ) from error
+        ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
