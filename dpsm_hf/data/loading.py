@@ -226,7 +226,7 @@ def _load_named(
             f"The data set {name!r} cannot be loaded because the Hugging Face hub cannot be reached ({error}). "
             + _LOCAL_REMEDY
         ) from None
-    except DatasetNotFoundError as error:
+    except DatasetNotFoundError:
         raise FileNotFoundError(
             f"There is no data set {name!r}: not on the Hugging Face hub (or it is private or gated, and --token does "
             f"not open it), and not as a local folder. {_LOCAL_REMEDY}"
