@@ -156,9 +156,10 @@ def _on_the_way(run: RunRecord, reference: RunRecord) -> list[str]:
     if len(steps) < 3:
         return []
     lower = sum(series[0][step] < series[1][step] for step in steps)
+    moral = "" if lower in (0, len(steps)) else ": the more mixed, the less the last one alone means"
     return [
         f"Over the {len(steps)} evaluations during training {run.title}'s ECE-15 was lower than {reference.title}'s "
-        f"at {lower}: the more mixed, the less the last one alone means."
+        f"at {lower}{moral}."
     ]
 
 
