@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
+from dpsm_hf.scripts.model_arguments import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -22,50 +23,15 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ModelSource):
     """Which model, configuration and tokenizer to use."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."},
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "Type of a model to train from scratch: gpt2, llama, gpt_neox, opt ..."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to --model_type's configuration, for instance n_embd=128,n_layer=4,n_head=4."},
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration (hub name or folder), where it is not the model's own."}
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer (hub name or folder), where it is not the model's own; train-bpe trains a byte-level "
-            "BPE on the train split (dpsm_hf)."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the hub."})
-    use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Ask for the tokenizer that is backed by the tokenizers library."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
-    token: str | None = field(
-        default=None, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model. Only for code you have read."}
-    )
     dtype: str | None = field(
         default=None,
         metadata={
             "help": "Number type of the model's weights; auto takes that of the saved ones.",
             "choices": _DTYPES,
         },
-    )
-    tokenizer_vocab_size: int | None = field(
-        default=None, metadata={"help": "dpsm_hf: vocabulary size of --tokenizer_name train-bpe (4096)."}
     )
 
     def __post_init__(self) -> None:

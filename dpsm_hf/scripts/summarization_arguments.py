@@ -11,53 +11,19 @@ from typing import Any
 
 from dpsm_hf.data.loading import check_sources
 from dpsm_hf.data.tokenizer import TRAIN_BPE
+from dpsm_hf.scripts.model_arguments import ModelSource
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ModelSource):
     """Which model, configuration and tokenizer to use."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."},
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration (hub name or folder), where it is not the model's own."}
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer (hub name or folder), where it is not the model's own; train-bpe trains a byte-level "
-            "BPE on the training pairs (dpsm_hf)."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the hub."})
-    use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Ask for the tokenizer that is backed by the tokenizers library."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
-    token: str | None = field(
-        default=None, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model. Only for code you have read."}
-    )
     resize_position_embeddings: bool | None = field(
         default=None,
         metadata={
             "help": "What to do when rows may be longer than the model's positions: true adds positions, false is an "
             "error, left out adds them with a warning."
         },
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: type of a model to train from scratch: bart, t5, pegasus, mbart ..."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "dpsm_hf: changes to --model_type's configuration: d_model=128,encoder_layers=2"},
-    )
-    tokenizer_vocab_size: int | None = field(
-        default=None, metadata={"help": "dpsm_hf: vocabulary size of --tokenizer_name train-bpe (4096)."}
     )
 
 
