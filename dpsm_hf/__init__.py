@@ -7,6 +7,7 @@ rising from 0 to 1 on a schedule. The names below are the public interface.
 from .arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
 from .calibration import CalibrationCurve, TokenCalibration, calibration_curve
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
+from .head import linear_scoring_loss
 from .losses import DPSMLoss, TokenScores, score_tokens
 from .plots import ReliabilityDisplay
 from .schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
@@ -35,5 +36,6 @@ __all__ = [
     "calibration_curve",
     "get_alpha_schedule",
     "register_alpha_schedule",
+    "linear_scoring_loss",
     "score_tokens",
 ]

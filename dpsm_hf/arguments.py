@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .calibration import GRID_BINS
+from .chunked import FUSED_MODES
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import LOSS_TYPES, Objective
 
@@ -73,6 +74,22 @@ class DPSMArguments:
     z_loss: float = field(
         default=0.0, metadata={"help": "dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off."}
     )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
+            "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
+            "loss_type=ce then Trainer bit for bit).",
+            "choices": list(FUSED_MODES),
+        },
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 256 on a "
+            "CPU, 2048 on a GPU."
+        },
+    )
     calibration_bins: int = field(
         default=15,
         metadata={"help": f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}."},
@@ -89,6 +106,10 @@ class DPSMArguments:
                 f"focal_gamma={self.focal_gamma} has no effect on loss_type={self.loss_type!r}; "
                 "leave it out or choose loss_type='focal'."
             )
+        if self.fused_head not in FUSED_MODES:
+            raise ValueError(f"fused_head={self.fused_head!r} is unknown; choose one of {', '.join(FUSED_MODES)}.")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1; leave it out for the default.")
         if self.calibration_bins < 1 or GRID_BINS % self.calibration_bins:
             raise ValueError(
                 f"calibration_bins={self.calibration_bins} does not divide {GRID_BINS}; use 10, 15, 20, 50 or 100."

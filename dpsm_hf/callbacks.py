@@ -106,7 +106,7 @@ class CalibrationCallback(TrainerCallback):
         alignment, logits = label_alignment(model), output.get("logits")
         if alignment is None or logits is None:
             return
-        scores = score_tokens(logits.detach(), align_targets(labels, logits, alignment))
+        scores = score_tokens(logits.detach(), align_targets(labels, logits.shape[-2], alignment))
         try:
             add_batch(self._calibration, scores, labels.shape[0])
         except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on

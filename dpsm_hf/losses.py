@@ -26,14 +26,15 @@ class TokenScores:
     """What a batch of N tokens scored, each tensor of shape ``[N]`` and 0 (False) where the label is ignored.
 
     Args:
-        loss: the objective of each token, differentiable by the logits; None when none was asked for.
+        loss: the objective of each token, differentiable by the logits (from `linear_scoring_loss`: reduced as asked,
+            differentiable by its inputs); None when none was asked for.
         scored: bool, False where the label is ``ignore_index``.
         nll: ``-log p_y`` in nats, detached, as are all that follow.
         brier: ``sum_j (p_j - [j = y])**2``, in [0, 2].
         spherical: ``1 - p_y / ||p||``, in [0, 1].
         confidence: ``max_j p_j``.
         correct: 1.0 where the label has the largest logit.
-        entropy: ``-sum_j p_j log p_j`` in nats.
+        entropy: ``-sum_j p_j log p_j`` in nats; None where it was not asked for.
     """
 
     loss: Tensor | None
@@ -43,7 +44,7 @@ class TokenScores:
     spherical: Tensor
     confidence: Tensor
     correct: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 def score_tokens(

@@ -63,6 +63,10 @@ _ALIGNED = (
 _SHIFTED = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - _ALIGNED
 
 
+# What a batch holds for the loss alone; Trainer adds the last for models whose forward Liger replaced.
+_FOR_THE_LOSS = ("labels", "shift_labels", "skip_logits")
+
+
 def core_model(model: nn.Module) -> nn.Module:
     """Return the language model inside wrappers of torch.compile, data parallelism and PEFT."""
     while (inner := _wrapped(model)) is not None:  # in whatever order the wrappers are nested
@@ -117,7 +121,7 @@ def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
             if loss is not None and logits is not None and logits.shape[:-1] == labels.shape:
                 flat = logits.float().reshape(-1, logits.shape[-1])
                 for alignment in get_args(Alignment):
-                    targets = align_targets(labels, logits, alignment).reshape(-1)
+                    targets = align_targets(labels, logits.shape[-2], alignment).reshape(-1)
                     found[alignment] = float(F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX))
             own = None if loss is None else float(loss.float().mean())
             fits = [a for a, value in found.items() if own is not None and math.isclose(value, own, rel_tol=1e-3)]
@@ -146,19 +150,19 @@ def _loss_and_logits(outputs: Any) -> tuple[Tensor | None, Tensor | None]:
     return loss if isinstance(loss, Tensor) else None, logits if isinstance(logits, Tensor) else None
 
 
-def align_targets(labels: Tensor, logits: Tensor, alignment: Alignment) -> Tensor:
-    """Return the label that each row of logits is scored against, ``[B, T]`` as the logits' first two dimensions.
+def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
+    """Return the label that each of ``length`` positions of the model's output is scored against, ``[B, length]``.
 
-    Logits of virtual tokens that come before the text (PEFT's prompt tuning) are not scored, except that the last of
-    them predicts the first label of the text.
+    Virtual tokens that come before the text (PEFT's prompt tuning) are not scored, except that the last of them
+    predicts the first label of the text.
 
     Raises:
-        ValueError: if the logits are shorter than the labels.
+        ValueError: if the model's output is shorter than the labels.
     """
-    virtual = logits.shape[-2] - labels.shape[-1]
+    virtual = length - labels.shape[-1]
     if virtual < 0:
         raise ValueError(
-            f"the model returned logits for {logits.shape[-2]} positions but the labels have {labels.shape[-1]}; "
+            f"the model returned logits for {length} positions but the labels have {labels.shape[-1]}; "
             "every label position needs its logits (leave logits_to_keep and the like out of the batch)."
         )
     if alignment == "aligned":
@@ -172,7 +176,7 @@ def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[s
     Raises:
         ValueError: if an encoder-decoder cannot derive its decoder's inputs from the labels.
     """
-    batch = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+    batch = {key: value for key, value in inputs.items() if key not in _FOR_THE_LOSS}
     core = core_model(model)
     if not getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         return batch

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, default_compute_objective, has_length
 from transformers.utils import logging
 
-from .arguments import DPSMArguments, dpsm_arguments
+from .arguments import DPSMArguments
 from .calibration import METRICS, TokenCalibration
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
 from .distributed import sum_over_processes
 from .evaluation import add_batch
-from .losses import IGNORE_INDEX, TokenScores, score_tokens
+from .losses import TokenScores
 from .model_card import add_objective_section, objective_section
-from .models import (
-    Alignment,
-    align_targets,
-    inputs_without_labels,
-    label_alignment,
-    probe_alignment,
-    router_loss,
-    vocabulary_size,
-)
-from .tally import TokenTally
+from .models import vocabulary_size
+from .training_loss import TrainingLossMixin
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DPSMMixin(_Base):
+class DPSMMixin(TrainingLossMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -53,27 +38,14 @@ class DPSMMixin(_Base):
     - Evaluation keeps sufficient statistics, never logits.
     """
 
-    model: nn.Module
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
-        self._alignment: Alignment | None = label_alignment(self.model)
-        self._tally = TokenTally()
-        self._alpha: float | None = None
-        self._last_batch: tuple[TokenScores, Tensor] | None = None
-        self._evaluated: TokenScores | None = None
         self._train_started: float | None = None
         self._tally_started = 0.0
         self._seconds_evaluating = 0.0
         self._batch_of_step = (-1, 0)
         #: What the last evaluation saw, over all processes.
         self.calibration: TokenCalibration | None = None
-        self._refuse_other_losses()
-        if self._owns_loss():
-            # the denominator is ours whether or not the model's forward has a place for it
-            self.model_accepts_loss_kwargs = True
-            self.loss_is_scaled_for_ga = True
         if isinstance(self.args, DPSMArguments):
             for kind in (AlphaScheduleCallback, CalibrationCallback):
                 if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
@@ -81,127 +53,7 @@ class DPSMMixin(_Base):
         for callback in self._calibration_callbacks():
             callback.stop_listening()
 
-    # ---- what is trained -------------------------------------------------------------------------------------------
-
-    @property
-    def dpsm(self) -> DPSMArguments:
-        """Return the DPSM fields in force: of the arguments, or the defaults for plain TrainingArguments."""
-        return self.args if isinstance(self.args, DPSMArguments) else self._plain_arguments  # type: ignore[return-value]
-
-    @property
-    def alpha(self) -> float | None:
-        """Return the Brier weight of the next optimizer step; None if the loss is not a mix."""
-        if self.dpsm.loss_type != "dpsm":
-            return None
-        return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
-
-    def _owns_loss(self) -> bool:
-        """Return whether the loss is computed here: always, but for plain CE on a model whose logits are unknown."""
-        return self.compute_loss_func is None and (self._alignment is not None or self.dpsm.loss_type != "ce")
-
-    def _refuse_other_losses(self) -> None:
-        if self.dpsm.loss_type == "ce":
-            return
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                f"compute_loss_func would replace loss_type={self.dpsm.loss_type!r}, which could then have no effect; "
-                "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
-            )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
-            raise ValueError(
-                f"loss_type={self.dpsm.loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
-                "the loss itself; use loss_type='ce' or another parallelism."
-            )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss of a batch: the objective while training, cross-entropy while evaluating.
-
-        Args:
-            model: possibly wrapped; it is called without labels, so that it computes no loss of its own.
-            inputs: a batch with ``labels`` (``[B, T]``, -100 is not scored), optionally ``shift_labels``.
-            return_outputs: return ``(loss, outputs)``.
-            num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
-                by the scored tokens of this batch.
-        """
-        if "labels" not in inputs and model.training and self.dpsm.loss_type != "ce":
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
-                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
-            )
-        if "labels" not in inputs or not self._owns_loss():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, shift_labels = inputs["labels"], inputs.get("shift_labels")
-        if self._alignment is None and bool((labels != IGNORE_INDEX).any()):
-            self._alignment = probe_alignment(self.model, inputs)
-        alignment = self._alignment or "aligned"  # unknown only as long as nothing was scored
-        outputs = model(**inputs_without_labels(self.model, inputs))
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        targets = align_targets(labels, logits, alignment) if shift_labels is None else shift_labels
-
-        training = model.training
-        plain_ce = not training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
-        if training:
-            self._alpha = self.alpha
-        objective = None if plain_ce else self.dpsm.objective(self._alpha)
-        # labels are checked here, before cross-entropy would index with a wrong one
-        scores = score_tokens(logits if objective else logits.detach(), targets, objective)
-        denominator = self._denominator(scores, num_items_in_batch)
-        if scores.loss is not None:
-            loss = scores.loss.sum() / denominator
-        else:
-            shifted = alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
-            loss = self._cross_entropy(logits, labels, None if shifted else targets, denominator)
-        auxiliary = router_loss(self.model, outputs) if training else None
-        if auxiliary is not None:
-            # weighted by its share of the step's tokens, it too is independent of the split into micro-batches
-            loss = loss + auxiliary.to(loss.device) * scores.scored.sum() / denominator
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
-            # data parallelism averages gradients over processes, but the denominator is already global
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-
-        self._last_batch = (scores, targets)
-        if training:
-            self._tally.add(scores)
-        else:
-            self._evaluated = scores
-        if isinstance(outputs, tuple):
-            outputs = (loss, *outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def _denominator(self, scores: TokenScores, num_items_in_batch: Tensor | int | None) -> Tensor | int:
-        if num_items_in_batch is None:
-            return scores.scored.sum().clamp_min(1)
-        if not isinstance(num_items_in_batch, Tensor):
-            return max(1, num_items_in_batch)
-        if self.args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
-            replicas = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
-            num_items_in_batch = num_items_in_batch.reshape(-1)[0] * replicas
-        # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
-        return num_items_in_batch.clamp_min(1).to(scores.nll.device)
-
-    def _cross_entropy(
-        self, logits: Tensor, labels: Tensor, targets: Tensor | None, denominator: Tensor | int
-    ) -> Tensor:
-        """Return cross-entropy by the very operations of Trainer and its models, so that it is equal bit for bit.
-
-        ``targets`` are the labels aligned with the logits, or None where ``labels`` are, shifted by one.
-        """
-        if self.label_smoother is not None:
-            shift = targets is None
-            labels = labels if targets is None else targets
-            return self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=denominator)
-        if targets is None:
-            targets = align_targets(labels, logits, "shifted")
-        flat_logits = logits.float().reshape(-1, logits.shape[-1])
-        total = F.cross_entropy(flat_logits, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / denominator
+    # ---- training step ---------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -289,9 +141,21 @@ class DPSMMixin(_Base):
         """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
         self._take_evaluated()
         # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
-        generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
-        target = self._scored_model(model) if generates and not prediction_loss_only else model
-        result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
+        generates = (
+            isinstance(self, Seq2SeqTrainer)
+            and bool(getattr(self.args, "predict_with_generate", False))
+            and not prediction_loss_only
+        )
+        self._logits_unused = generates or prediction_loss_only
+        smoother = self.label_smoother
+        try:
+            target = self._scored_model(model, smoother) if generates else model
+            if generates:
+                self.label_smoother = None  # it would smooth the loss a second time, from logits that are not there
+            result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
+        finally:
+            self.label_smoother = smoother
+            self._logits_unused = False
         scores = self._take_evaluated()
         if scores is not None and self.calibration is not None:
             try:
@@ -304,12 +168,15 @@ class DPSMMixin(_Base):
         scores, self._evaluated = self._evaluated, None
         return scores
 
-    def _scored_model(self, model: nn.Module) -> Any:
+    def _scored_model(self, model: nn.Module, smoother: Any) -> Any:
         def call(**batch: Any) -> dict[str, Any]:
             count = self._get_num_items_in_batch([batch], self.args.device)
-            loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-            return {"loss": loss, "logits": logits}
+            self.label_smoother = smoother
+            try:
+                loss, _ = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
+            finally:
+                self.label_smoother = None
+            return {"loss": loss}
 
         return call
 

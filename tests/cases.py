@@ -45,7 +45,7 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
     if stock:
         trainer = Seq2SeqTrainer if seq2seq else Trainer
         config = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
-        for key in ("loss_type", "alpha_schedule", "alpha_end"):
+        for key in ("loss_type", "alpha_schedule", "alpha_end", "fused_head"):
             arguments.pop(key, None)
     else:
         trainer = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
@@ -61,13 +61,16 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
     return made
 
 
-def one_step(name: str, loss_type: str, micro_batch: int, accumulation: int, *, stock: bool = False) -> dict[str, Any]:
+def one_step(
+    name: str, loss_type: str, micro_batch: int, accumulation: int, *, stock: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Train one optimizer step on the same 16 examples and return its gradient and logged loss."""
     keep = _KeepGradient()
     mix = {"alpha_schedule": "constant", "alpha_end": 0.5} if loss_type == "dpsm" else {}
     trainer = build(
         name, stock=stock, loss_type=loss_type, max_steps=1, max_grad_norm=0.0,
-        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation, **mix,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+        **mix, **arguments,
     )  # fmt: skip
     trainer.add_callback(keep)
     trainer.train()

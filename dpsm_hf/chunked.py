@@ -1,0 +1,370 @@
+"""Scoring chunk by chunk: logits of some rows, their gradient in place, and the two products that carry it on.
+
+For some rows at a time: ``logits = hidden @ weight.T``, the row pass turns them into their gradient in place, and two
+matrix products carry it on to the hidden states and the weight. All of that happens in the forward pass; the backward
+pass only scales. What lives at any moment is one chunk of logits instead of ``[N, V]``.
+
+Sources: the chunked gradient-in-forward of Hsu et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks and precision; see docs/design.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .accumulation import WeightGradient
+from .row_pass import STATISTICS, PostOps, row_pass
+from .scoring_rules import Objective
+
+Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
+IMPLEMENTATIONS = ("auto", "torch", "triton", "compile", "reference")
+
+#: Values of the argument ``fused_head``.
+FUSED_MODES = ("auto", "on", "off")
+
+# Rows of a chunk. On a GPU fewer than about 1,000 make the read-modify-write of the float32 weight gradient cost more
+# than the product that it belongs to; on a CPU 256 are as fast as 1,024 and leave more memory.
+_CPU_CHUNK, _DEVICE_CHUNK = 256, 2048
+_CHUNK_BYTES = 2**29
+
+# The rows of the logits' buffer begin at multiples of this many entries: V is often odd (50257), and products of
+# matrices with unaligned rows are slow.
+_ROW_ALIGNMENT = 64
+
+# float16 holds no p**2 of a large vocabulary: its gradients are computed this much larger, and scaled at the end.
+_HALF_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a head is scored: the rule, what the model does after its head, and how the work is cut.
+
+    Args:
+        objective: the rule to differentiate; None computes the statistics alone.
+        post: what the model does to the output of its head.
+        entropy: also compute each token's entropy.
+        chunk_tokens: rows of a chunk; None chooses for the device.
+        impl: which row pass.
+    """
+
+    objective: Objective | None
+    post: PostOps = field(default_factory=PostOps)
+    entropy: bool = False
+    chunk_tokens: int | None = None
+    impl: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        if self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1; None chooses for the device.")
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An output layer that is ``F.linear(hidden, weight, bias)``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Return V."""
+        return self.weight.shape[0]
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that may need a gradient."""
+        return (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class ModuleHead:
+    """Any other output layer, run chunk by chunk under autograd: LoRA on the head, quantised weights.
+
+    Args:
+        forward: from hidden states ``[n, D]`` to the head's output ``[n, V]``.
+        parameters: every tensor that ``forward`` depends on and that may need a gradient.
+        vocab_size: V.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor | None, ...]
+    vocab_size: int
+
+
+Head = LinearHead | ModuleHead
+
+
+class ChunkedObjective(torch.autograd.Function):
+    """The loss of a batch as a function of its hidden states and its head's parameters; see `dpsm_hf.head`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        rows: Tensor | None,
+        options: HeadOptions,
+        denominator: Tensor | int | None,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 or 6]``.
+
+        ``rows`` are the indices of the M scored tokens among the hidden states, or None where all are. With a
+        ``denominator`` the loss is differentiable and its gradients are computed here; without one the values are,
+        and their gradients are computed in the backward pass, from the hidden states once more.
+        """
+        wants = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+        work = _Work(hidden, head, labels, rows, options)
+        eager = denominator is not None and options.objective is not None and any(wants)
+        # half precision underflows on 1 / N, and on p**2: there the factors are put onto the finished gradients
+        late = work.dtype == torch.float16
+        wide = torch.float64 if work.dtype == torch.float64 else torch.float32
+        tokens = torch.as_tensor(1 if denominator is None else denominator, dtype=wide, device=hidden.device)
+        scale = tokens.reciprocal()
+        values, statistics, gradients = work.run((_HALF_SCALE if late else scale) if eager else None, wants)
+        if values is None:
+            values = statistics.new_zeros(len(labels))
+        ctx.gradients = gradients
+        ctx.late = scale / _HALF_SCALE if late else None
+        if denominator is None and options.objective is not None and any(wants):
+            ctx.save_for_backward(hidden, labels, rows, *parameters)
+            ctx.work = (head, options, wants)
+            ctx.mark_non_differentiable(statistics)
+        else:
+            ctx.mark_non_differentiable(values, statistics)
+        ctx.set_materialize_grads(False)
+        return values.sum() / tokens, values, statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
+        """Scale the gradients that the forward pass computed."""
+        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
+            raise RuntimeError(
+                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
+                "the gradient or a Hessian needs the plain torch form in linear_scoring_loss' documentation)."
+            )
+        if grad_values is not None:
+            return _arrange(_gradients_of_values(ctx, grad_values))
+        if grad_loss is None:
+            return _arrange([None] * (len(ctx.needs_input_grad) - 5))
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
+                "through it a second time."
+            )
+        factor = grad_loss if ctx.late is None else grad_loss * ctx.late
+        gradients = ctx.gradients
+        if _keeps_graph():
+            return _arrange([None if g is None else (g * factor).to(dtype) for g, dtype in gradients])
+        # nobody needs them any more, so they are scaled where they stand: a copy costs as much as the whole head
+        ctx.gradients = None
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            gradients = [(None if g is None else g.mul_(factor), dtype) for g, dtype in gradients]
+        return _arrange([None if g is None else g.to(dtype) for g, dtype in gradients])
+
+
+def _arrange(gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    hidden, *parameters = gradients
+    return (hidden, None, None, None, None, None, *parameters)
+
+
+def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
+    hidden, labels, rows = ctx.saved_tensors[:3]
+    head, options, wants = ctx.work
+    work = _Work(hidden, head, labels, rows, options)
+    factor = torch.ones_like(grad_values[:1])
+    if work.dtype == torch.float16:
+        factor = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny) / _HALF_SCALE
+    _, _, gradients = work.run(grad_values / factor, wants)
+    return [None if g is None else g.mul_(factor).to(dtype) for g, dtype in gradients]
+
+
+def _keeps_graph() -> bool:
+    """Return whether the backward pass that is running may be followed by another through the same graph."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+class _Work:
+    """One walk over the chunks of a batch."""
+
+    def __init__(self, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: HeadOptions) -> None:
+        self.hidden, self.head, self.labels, self.rows, self.options = hidden, head, labels, rows, options
+        kind = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else hidden.dtype
+        if isinstance(head, LinearHead) and not self.autocast and head.weight.dtype != hidden.dtype:
+            raise ValueError(
+                f"the hidden states are {hidden.dtype} but the head's weight is {head.weight.dtype}: convert one of "
+                "them, or call the model under torch.autocast."
+            )
+
+    def run(
+        self, weight: Tensor | float | None, wants: list[bool]
+    ) -> tuple[Tensor | None, Tensor, list[tuple[Tensor | None, torch.dtype]]]:
+        """Score every chunk.
+
+        Args:
+            weight: factor of the gradient, of each scored token ``[M]`` or of all; None computes no gradient.
+            wants: whether the hidden states and each parameter of the head need one.
+
+        Returns:
+            Values ``[M]``, statistics ``[M, 5 or 6]``, and for the hidden states and each parameter the gradient (or
+            None) with the dtype it is to have.
+        """
+        hidden, head, options = self.hidden, self.head, self.options
+        chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
+        grad_hidden: Tensor | None = None
+        if weight is not None and wants[0]:
+            # rows that are not scored are never visited: they stay zero
+            grad_hidden = torch.empty_like(hidden) if self.rows is None else torch.zeros_like(hidden)
+        score = _row_pass_of(options.impl, hidden.device)
+        values, columns = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in self.parts():
+                index = part if self.rows is None else self.rows[part]
+                logits = chunk.logits(hidden[index], weight is not None)
+                factor = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
+                value, statistics = score(
+                    logits, self.labels[part], options.objective, options.post,
+                    weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
+                )  # fmt: skip
+                columns.append(statistics)
+                if value is not None:
+                    values.append(value)
+                if weight is not None:
+                    part_gradient = chunk.backward(logits)
+                    if grad_hidden is not None:
+                        grad_hidden[index] = part_gradient.to(grad_hidden.dtype)
+        if not columns:  # nothing is scored
+            columns = [hidden.new_zeros(0, len(STATISTICS) if options.entropy else len(STATISTICS) - 1).float()]
+        gradients = [(grad_hidden, hidden.dtype)]
+        for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
+            gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))
+        return torch.cat(values) if values else None, torch.cat(columns), gradients
+
+    def parts(self) -> Iterator[slice]:
+        """Return the chunks, as slices of the scored tokens."""
+        size = self.chunk_size()
+        return (slice(start, min(len(self.labels), start + size)) for start in range(0, len(self.labels), size))
+
+    def chunk_size(self) -> int:
+        """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
+        most = self.options.chunk_tokens
+        if most is None:
+            most = _CPU_CHUNK if self.hidden.device.type == "cpu" else _DEVICE_CHUNK
+            most = max(1, min(most, _CHUNK_BYTES // (self.head.vocab_size * self.dtype.itemsize)))
+        number = max(1, -(-len(self.labels) // most))
+        return max(1, -(-len(self.labels) // number))
+
+
+class _LinearChunks:
+    """Logits of a linear head in one buffer, and its gradients by matrix products."""
+
+    def __init__(self, work: _Work, wants: list[bool]) -> None:
+        head = work.head
+        assert isinstance(head, LinearHead)
+        self.wants = wants
+        self.dtype = work.dtype
+        self.weight = head.weight.detach().to(work.dtype)
+        self.bias = None if head.bias is None else head.bias.detach().to(work.dtype)
+        columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
+        self.hidden = self.buffer[:0]
+        self.grad_weight = WeightGradient()
+        self.grad_bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
+        """Return the head's output for some rows."""
+        self.hidden = hidden.to(self.dtype)
+        out = self.buffer[: len(hidden), : len(self.weight)]
+        if self.bias is None:
+            return torch.mm(self.hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, self.hidden, self.weight.t(), out=out)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Add up the parameters' gradients and return that of the rows' hidden states."""
+        if self.wants[1]:
+            self.grad_weight.add(gradient, self.hidden)
+        if self.wants[2]:
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            part = gradient.sum(0, dtype=wide)
+            self.grad_bias = part if self.grad_bias is None else self.grad_bias.add_(part)
+        return gradient @ self.weight if self.wants[0] else gradient
+
+    def totals(self) -> list[Tensor | None]:
+        """Return the gradients of weight and bias."""
+        weight = self.grad_weight.total()
+        if weight is None and self.wants[1]:
+            weight = torch.zeros_like(self.weight)
+        bias = self.grad_bias
+        if bias is None and self.wants[2] and self.bias is not None:
+            bias = torch.zeros_like(self.bias)
+        return [weight, bias]
+
+
+class _ModuleChunks:
+    """Logits of any other head, and its gradients by autograd over one chunk."""
+
+    def __init__(self, work: _Work, wants: list[bool]) -> None:
+        head = work.head
+        assert isinstance(head, ModuleHead)
+        self.head, self.work, self.wants = head, work, wants
+        self.sums: list[Tensor | None] = [None] * len(head.parameters)
+        self.graph: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
+        """Return a copy of the head's output for some rows: the module may need its own for the way back."""
+        kind = hidden.device.type
+        with torch.set_grad_enabled(gradient), torch.autocast(kind, dtype=self.work.dtype, enabled=self.work.autocast):
+            rows = hidden.detach().requires_grad_(gradient and self.wants[0])
+            output = self.head.forward(rows)
+        self.graph = (rows, output)
+        return output.detach().clone()
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Add up the parameters' gradients and return that of the rows' hidden states."""
+        assert self.graph is not None
+        rows, output = self.graph
+        needed = [i for i, want in enumerate(self.wants[1:]) if want]
+        inputs = [parameter for i in needed if (parameter := self.head.parameters[i]) is not None]
+        wanted = ([rows] if self.wants[0] else []) + inputs
+        found = list(torch.autograd.grad(output, wanted, gradient.to(output.dtype), allow_unused=True))
+        grad_rows = found.pop(0) if self.wants[0] else None
+        for i, part in zip(needed, found, strict=True):
+            if part is not None:
+                wide = part if part.dtype == torch.float64 else part.float()
+                total = self.sums[i]
+                self.sums[i] = wide if total is None else total.add_(wide)
+        self.graph = None
+        return torch.zeros_like(rows) if grad_rows is None else grad_rows
+
+    def totals(self) -> list[Tensor | None]:
+        """Return the gradient of each parameter that needs one."""
+        return [
+            torch.zeros_like(parameter) if total is None and want and parameter is not None else total
+            for total, want, parameter in zip(self.sums, self.wants[1:], self.head.parameters, strict=True)
+        ]
+
+
+def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tuple[Tensor | None, Tensor]]:
+    if impl == "compile":
+        from .compiled import compiled_row_pass  # torch.compile's machinery is slow to import
+
+        return compiled_row_pass
+    if impl == "triton" or (impl == "auto" and device.type == "cuda"):
+        from . import kernels  # Triton is there on Linux alone
+
+        if kernels.available(device):
+            return kernels.triton_row_pass
+        if impl == "triton":
+            raise ValueError(kernels.why_not(device))
+    return row_pass

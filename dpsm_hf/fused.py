@@ -1,0 +1,241 @@
+"""The fused head in a model: for the length of one call, its output layer scores tokens instead of returning logits.
+
+The forward of the language model and of its output layer are replaced on the *instance* while a batch is scored, and
+put back right after, so that nothing else (saving, generating, a user's own call) ever meets the replacement. The call
+itself goes through the wrapped model, so the hooks of DDP, FSDP and PEFT fire as always.
+
+The first batch is the check: there the output layer returns real logits for a few rows, the model goes on with them to
+whatever it does after its head, and what comes out is compared with what the fused head takes the logits to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import ModelOutput
+
+from .chunked import Head, HeadOptions, LinearHead, ModuleHead
+from .head import ScoredRows, TokenLabels, score_hidden
+from .losses import IGNORE_INDEX, TokenScores
+from .models import Alignment, align_targets, core_model
+from .output_layer import added_bias, output_layer, post_ops
+from .scoring_rules import Objective
+
+# Rows whose real logits are compared at the first batch.
+_CHECKED_ROWS = 4
+
+
+class FusedHeadError(RuntimeError):
+    """The tokens of this model cannot be scored inside its head; the message says why."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a model returns while its head scores; declared, because wrappers only look into outputs they know."""
+
+    loss: Tensor | None = None
+    scored: Tensor | None = None
+    nll: Tensor | None = None
+    brier: Tensor | None = None
+    spherical: Tensor | None = None
+    confidence: Tensor | None = None
+    correct: Tensor | None = None
+    entropy: Tensor | None = None
+    targets: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    def scores(self) -> TokenScores:
+        """Return the token scores, with the loss of the batch."""
+        names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy")
+        return TokenScores(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """What one call of the model is to score.
+
+    Args:
+        labels: ``[B, T]``.
+        alignment: which label a row of the hidden states predicts; None if ``labels`` are aligned already
+            (``shift_labels``).
+        objective: the rule.
+        denominator: the loss is the sum over tokens divided by this.
+        entropy: also compute each token's entropy.
+        chunk_tokens: rows of a chunk; None chooses for the device.
+    """
+
+    labels: Tensor
+    alignment: Alignment | None
+    objective: Objective
+    denominator: Tensor | int
+    entropy: bool = False
+    chunk_tokens: int | None = None
+
+    def targets(self, length: int) -> Tensor:
+        """Return the label of each of ``length`` positions."""
+        return self.labels if self.alignment is None else align_targets(self.labels, length, self.alignment)
+
+
+class FusedHead:
+    """Score batches inside the output layer of one model.
+
+    Args:
+        model: possibly wrapped; its core's output layer must be found by ``get_output_embeddings`` or ``lm_head``.
+
+    Raises:
+        FusedHeadError: if the model has no output layer of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.core = core_model(model)
+        self.checked = False
+        self._request: ScoringRequest | None = None
+        self._rows: ScoredRows | None = None
+        self._result: tuple[TokenScores, Tensor] | None = None
+        self._raw: Tensor | None = None
+        self._vocab_size: int | None = None
+        self._layer: nn.Module = self._find_layer()
+        self._core_forward = self._layer_forward = _missing
+        # the same objects at every call, so that torch.compile does not take them for new ones
+        self._replacements = (self._score_model, self._score_layer)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], request: ScoringRequest) -> ScoredOutput:
+        """Call the wrapped model on a batch without labels and return the scores.
+
+        Raises:
+            FusedHeadError: if the model does not use its output layer as expected, or (at the first call) does
+                something with its logits that is not known here.
+        """
+        self._request = request
+        # its labels are known long before the device has the hidden states: ask for their rows now
+        self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
+        try:
+            with self._patched():
+                output = model(**batch)
+        finally:
+            self._request = self._rows = self._result = self._raw = None
+        if not isinstance(output, ScoredOutput):
+            raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
+        self.checked = True
+        return output
+
+    def _find_layer(self) -> nn.Module:
+        layer = output_layer(self.core)
+        if layer is None:
+            raise FusedHeadError(f"{type(self.core).__name__} has no output layer that get_output_embeddings() names")
+        return layer
+
+    @contextlib.contextmanager
+    def _patched(self) -> Iterator[None]:
+        layer = self._layer = self._find_layer()  # PEFT may have changed it since
+        modules = (self.core, layer)
+        before = [vars(module).get("forward") for module in modules]
+        self._core_forward, self._layer_forward = self.core.forward, layer.forward
+        for module, replacement in zip(modules, self._replacements, strict=True):
+            module.forward = replacement  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own  # type: ignore[method-assign]
+
+    # ---- in place of the forwards ----------------------------------------------------------------------------------
+
+    def _score_model(self, *args: Any, **kwargs: Any) -> ScoredOutput:
+        return self._collect(self._core_forward(*args, **kwargs))
+
+    # the scoring is no graph that a compiler could improve, and it changes from step to step
+    @torch.compiler.disable
+    def _score_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._result is not None:
+            raise FusedHeadError(f"{type(self.core).__name__} uses its output layer more than once in a forward")
+        if args or kwargs or not isinstance(hidden_states, Tensor):
+            raise FusedHeadError("the output layer is called with more than hidden states")
+        request = self._request
+        assert request is not None and self._rows is not None  # set by the call that we are in
+        head = self._head(hidden_states)
+        options = HeadOptions(request.objective, post_ops(self.core), request.entropy, request.chunk_tokens)
+        targets = request.targets(hidden_states.shape[-2]).to(hidden_states.device)
+        if targets.shape != hidden_states.shape[:-1]:
+            raise FusedHeadError(
+                f"the output layer is given hidden states of shape {tuple(hidden_states.shape)} for labels of shape "
+                f"{tuple(targets.shape)}"
+            )
+        rows = self._rows.indices() if targets.shape == request.labels.shape else None
+        tokens = TokenLabels.of(targets, head.vocab_size, IGNORE_INDEX, rows)
+        scores = score_hidden(head, hidden_states, tokens, options, denominator=request.denominator)
+        self._result = (scores, targets)
+        if self.checked:
+            return hidden_states.new_empty(*hidden_states.shape[:-2], 0, head.vocab_size)
+        with torch.no_grad():
+            self._raw = self._layer_forward(_some_rows(hidden_states))
+        return self._raw.clone()  # the model may go on with it in place
+
+    @torch.compiler.disable
+    def _collect(self, output: Any) -> ScoredOutput:
+        if self._result is None:
+            raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
+        named = isinstance(output, Mapping)
+        if self._raw is not None:
+            self._compare(output.get("logits") if named else output[0], self._raw)
+        (scores, targets), self._result = self._result, None
+        aux_loss = output.get("aux_loss") if named else None
+        return ScoredOutput(**vars(scores), targets=targets, aux_loss=aux_loss)
+
+    def _head(self, hidden: Tensor) -> Head:
+        layer = self._layer
+        if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+            raise FusedHeadError("the output layer is sharded while it is called (tensor parallelism)")
+        bias = added_bias(self.core)
+        bias = None if bias is None else bias.to(hidden.device)
+        if getattr(self._layer_forward, "__func__", None) is nn.Linear.forward:
+            weight, own = layer.weight, cast("Tensor | None", layer.bias)
+            if bias is not None:
+                own = bias if own is None else own + bias
+            return LinearHead(cast(Tensor, weight), own)
+        forward = self._layer_forward if bias is None else _biased(self._layer_forward, bias)
+        if self._vocab_size is None:
+            with torch.no_grad():
+                self._vocab_size = forward(hidden.reshape(-1, hidden.shape[-1])[:1]).shape[-1]
+        return ModuleHead(forward, tuple(p for p in layer.parameters() if p.requires_grad), self._vocab_size)
+
+    def _compare(self, logits: Any, raw: Tensor) -> None:
+        bias = added_bias(self.core)
+        mine = post_ops(self.core)(raw.float() if bias is None else raw.float() + bias.to(raw.device))
+        name = type(self.core).__name__
+        if not isinstance(logits, Tensor) or logits.shape != mine.shape:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise FusedHeadError(f"{name} turns the output of its head {tuple(mine.shape)} into {shape}")
+        real = logits.float()
+        # from the same products, so they differ by the roundings of the post-ops in the model's dtype alone
+        tolerance = 16 * torch.finfo(raw.dtype).eps * float(raw.float().abs().max())
+        if not torch.allclose(real, mine, rtol=0.0, atol=tolerance, equal_nan=True):
+            raise FusedHeadError(
+                f"{name} does something to its logits that is not known here: they differ by up to "
+                f"{float((real - mine).abs().max()):.3g}"
+            )
+
+
+def _biased(forward: Callable[[Tensor], Tensor], bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: forward(hidden) + bias
+
+
+def _some_rows(hidden: Tensor) -> Tensor:
+    """Return a few rows of the first sample, spread over its length, ``[1, n, D]`` (``[n, D]`` for packed states)."""
+    sample = hidden[:1] if hidden.dim() > 2 else hidden
+    length = sample.shape[-2]
+    places = torch.linspace(0, length - 1, min(_CHECKED_ROWS, length)).long().to(hidden.device)
+    return sample.index_select(-2, places)
+
+
+def _missing(*args: Any, **kwargs: Any) -> Any:
+    raise FusedHeadError("the fused head is called outside of a scoring call")

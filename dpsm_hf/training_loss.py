@@ -1,0 +1,276 @@
+"""The loss of a batch as the trainers compute it: one denominator, inside the model's head or from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .arguments import DPSMArguments, dpsm_arguments
+from .distributed import sum_over_processes
+from .fused import FusedHead, FusedHeadError, ScoredOutput, ScoringRequest
+from .losses import IGNORE_INDEX, TokenScores, score_tokens
+from .models import (
+    Alignment,
+    align_targets,
+    core_model,
+    inputs_without_labels,
+    label_alignment,
+    probe_alignment,
+    router_loss,
+)
+from .scoring_rules import Objective
+from .tally import TokenTally
+
+logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class _Batch(NamedTuple):
+    """A batch whose loss is asked for."""
+
+    inputs: dict[str, Tensor | Any]
+    labels: Tensor
+    shift_labels: Tensor | None
+    alignment: Alignment
+    denominator: Tensor | int
+
+
+class TrainingLossMixin(_Base):
+    """Compute the loss of a `Trainer`; the half of `DPSMMixin` that knows scoring rules and models."""
+
+    model: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
+        self._alignment: Alignment | None = label_alignment(self.model)
+        self._tally = TokenTally()
+        self._alpha: float | None = None
+        self._last_batch: tuple[TokenScores, Tensor] | None = None
+        self._evaluated: TokenScores | None = None
+        self._logits_unused = False
+        self._fused: FusedHead | None = None
+        self._why_not_fused: str | None = None
+        self._refuse_other_losses()
+        if self._owns_loss():
+            # the denominator is ours whether or not the model's forward has a place for it
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+
+    @property
+    def dpsm(self) -> DPSMArguments:
+        """Return the DPSM fields in force: of the arguments, or the defaults for plain TrainingArguments."""
+        return self.args if isinstance(self.args, DPSMArguments) else self._plain_arguments  # type: ignore[return-value]
+
+    @property
+    def alpha(self) -> float | None:
+        """Return the Brier weight of the next optimizer step; None if the loss is not a mix."""
+        if self.dpsm.loss_type != "dpsm":
+            return None
+        return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
+
+    def _owns_loss(self) -> bool:
+        """Return whether the loss is computed here: always, but for plain CE on a model whose logits are unknown."""
+        return self.compute_loss_func is None and (self._alignment is not None or self.dpsm.loss_type != "ce")
+
+    def _refuse_other_losses(self) -> None:
+        if self.dpsm.loss_type == "ce":
+            return
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func would replace loss_type={self.dpsm.loss_type!r}, which could then have no effect; "
+                "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
+            raise ValueError(
+                f"loss_type={self.dpsm.loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
+                "the loss itself; use loss_type='ce' or another parallelism."
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch: the objective while training, cross-entropy while evaluating.
+
+        Args:
+            model: possibly wrapped; it is called without labels, so that it computes no loss of its own.
+            inputs: a batch with ``labels`` (``[B, T]``, -100 is not scored), optionally ``shift_labels``.
+            return_outputs: return ``(loss, outputs)``.
+            num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
+                by the scored tokens of this batch.
+        """
+        if "labels" not in inputs and model.training and self.dpsm.loss_type != "ce":
+            raise ValueError(
+                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
+                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
+            )
+        if "labels" not in inputs or not self._owns_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        if self._alignment is None and bool((labels != IGNORE_INDEX).any()):
+            self._alignment = probe_alignment(self.model, inputs)
+        alignment = self._alignment or "aligned"  # unknown only as long as nothing was scored
+        shift_labels = inputs.get("shift_labels")
+        denominator = self._denominator(labels, shift_labels, alignment, num_items_in_batch)
+        batch = _Batch(inputs_without_labels(self.model, inputs), labels, shift_labels, alignment, denominator)
+        training = model.training
+        if training:
+            self._alpha = self.alpha
+        outputs: Any = None
+        if not return_outputs or self._logits_unused:
+            outputs = self._score_in_head(model, batch)
+        if outputs is None:
+            loss, scores, targets, outputs = self._score_from_logits(model, batch)
+        else:
+            loss, scores, targets = outputs.loss, outputs.scores(), outputs.targets
+        auxiliary = router_loss(self.model, outputs) if training else None
+        if auxiliary is not None:
+            # weighted by its share of the step's tokens, it too is independent of the split into micro-batches
+            loss = loss + auxiliary.to(loss.device) * scores.scored.sum() / denominator
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
+            # data parallelism averages gradients over processes, but the denominator is already global
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+
+        self._last_batch = (scores, targets)
+        if training:
+            self._tally.add(scores)
+        else:
+            self._evaluated = scores
+        if isinstance(outputs, tuple):
+            outputs = (loss, *outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _objective(self, training: bool) -> Objective:
+        """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
+        if training:
+            return self.dpsm.objective(self._alpha)
+        return Objective("ce", label_smoothing=self.label_smoother.epsilon if self.label_smoother is not None else 0.0)
+
+    # ---- inside the head -------------------------------------------------------------------------------------------
+
+    def _score_in_head(self, model: nn.Module, batch: _Batch) -> ScoredOutput | None:
+        """Return the scores of a batch without its logits ever existing, or None where that is not done.
+
+        Raises:
+            ValueError: with ``fused_head="on"``, if the model cannot be scored so.
+        """
+        mode = self.dpsm.fused_head
+        if mode == "off" or self._why_not_fused is not None:
+            return None
+        failure: Exception | None = None
+        outputs: ScoredOutput | None = None
+        try:
+            if self.args.n_gpu > 1:
+                raise FusedHeadError("data parallelism in one process copies modules; start one process a GPU")
+            if self._fused is None or self._fused.core is not core_model(self.model):
+                self._fused = FusedHead(self.model)
+            request = ScoringRequest(
+                labels=batch.labels if batch.shift_labels is None else batch.shift_labels,
+                alignment=batch.alignment if batch.shift_labels is None else None,
+                objective=self._objective(model.training),
+                denominator=batch.denominator,
+                entropy=not model.training,
+                chunk_tokens=self.dpsm.chunk_tokens,
+            )
+            checked = self._fused.checked
+            outputs = self._fused(model, batch.inputs, request)
+        except Exception as error:
+            # from a model whose head was checked it is no failure of the head
+            if self._fused is not None and self._fused.checked:
+                raise
+            failure, checked = error, False
+        # every process goes the same way, or their collective operations would not match
+        if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self.args.device)):
+            self._give_up_fusing(failure, mode)
+            return None
+        return outputs
+
+    def _give_up_fusing(self, failure: Exception | None, mode: str) -> None:
+        if isinstance(failure, FusedHeadError):
+            reason = str(failure)
+        elif failure is None:
+            reason = "another process could not"
+        else:
+            reason = f"{type(failure).__name__}: {failure}"
+        if mode == "on":
+            raise ValueError(
+                f"fused_head='on', but tokens cannot be scored inside the head of this model: {reason}. Use "
+                "fused_head='auto' to fall back to full logits."
+            ) from failure
+        self._why_not_fused = reason
+        logger.warning(
+            f"Tokens cannot be scored inside the head of this model: {reason}. The loss is computed from full logits, "
+            "which is exact too and takes more memory and time; fused_head='off' does so without this warning."
+        )
+
+    # ---- from logits -----------------------------------------------------------------------------------------------
+
+    def _score_from_logits(self, model: nn.Module, batch: _Batch) -> tuple[Tensor, TokenScores, Tensor, Any]:
+        """Return the loss, the scores, the targets and the model's outputs."""
+        labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
+        outputs = model(**batch.inputs)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels
+        plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
+        # labels are checked here, before cross-entropy would index with a wrong one
+        scores = score_tokens(
+            logits.detach() if plain_ce else logits, targets, None if plain_ce else self._objective(model.training)
+        )
+        if scores.loss is not None:
+            return scores.loss.sum() / batch.denominator, scores, targets, outputs
+        shifted = alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
+        loss = self._cross_entropy(logits, labels, None if shifted else targets, batch.denominator)
+        return loss, scores, targets, outputs
+
+    def _denominator(
+        self,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        alignment: Alignment,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor | int:
+        if num_items_in_batch is None:
+            if shift_labels is not None:
+                labels = shift_labels
+            elif alignment == "shifted":
+                labels = labels[..., 1:]
+            return (labels != IGNORE_INDEX).sum().clamp_min(1)
+        if not isinstance(num_items_in_batch, Tensor):
+            return max(1, num_items_in_batch)
+        if self.args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
+            replicas = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
+            num_items_in_batch = num_items_in_batch.reshape(-1)[0] * replicas
+        # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
+        return num_items_in_batch.clamp_min(1).to(labels.device)
+
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, targets: Tensor | None, denominator: Tensor | int
+    ) -> Tensor:
+        """Return cross-entropy by the very operations of Trainer and its models, so that it is equal bit for bit.
+
+        ``targets`` are the labels aligned with the logits, or None where ``labels`` are, shifted by one.
+        """
+        if self.label_smoother is not None:
+            shift = targets is None
+            labels = labels if targets is None else targets
+            return self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=denominator)
+        if targets is None:
+            targets = align_targets(labels, logits.shape[-2], "shifted")
+        flat_logits = logits.float().reshape(-1, logits.shape[-1])
+        total = F.cross_entropy(flat_logits, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / denominator
