@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,38 +17,74 @@ class WeightGradient:
 
     Equivalent plain torch: ``total += gradient.float().T @ hidden.float()``, but each product is computed in the
     dtype of its factors.
+
+    Args:
+        weight: ``[V, D]``, whose gradient it is.
     """
 
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._blocks: list[Tensor | None] = []
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add the product of one chunk: ``gradient`` ``[n, V]``, ``hidden`` ``[n, D]``."""
         transposed = gradient.t()
+        first = not self._blocks
+        if first:
+            self._blocks = list(self._empty_blocks(hidden))
         if hidden.dtype in (torch.float32, torch.float64):
-            if self._total is None:
-                self._total = torch.mm(transposed, hidden)
-            else:
-                self._total.addmm_(transposed, hidden)
+            (total,) = self._blocks
+            assert total is not None
+            torch.mm(transposed, hidden, out=total) if first else total.addmm_(transposed, hidden)
         elif _adds_in_float32(hidden.device, hidden.dtype):
-            if self._total is None:
-                self._total = torch.mm(transposed, hidden, out_dtype=torch.float32)
+            (total,) = self._blocks
+            assert total is not None
+            if first:
+                torch.mm(transposed, hidden, out_dtype=torch.float32, out=total)
             else:
-                torch.addmm(self._total, transposed, hidden, out_dtype=torch.float32, out=self._total)
+                torch.addmm(total, transposed, hidden, out_dtype=torch.float32, out=total)
         else:
-            first = self._total is None
-            if self._total is None:
-                shape = (gradient.shape[1], hidden.shape[1])
-                self._total = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-            for start in range(0, gradient.shape[1], _BLOCK):
-                product = transposed[start : start + _BLOCK] @ hidden
-                block = self._total[start : start + _BLOCK]
+            parts = [part for block in self._blocks if block is not None for part in block.split(_BLOCK)]
+            for part, rows in zip(parts, transposed.split(_BLOCK), strict=True):
                 # copying instead of adding to zeros saves a pass over the whole weight
-                block.copy_(product) if first else block.add_(product)
+                part.copy_(rows @ hidden) if first else part.add_(rows @ hidden)
 
-    def total(self) -> Tensor | None:
-        """Return the sum in float32 (float64 for float64), or None if nothing was added."""
-        return self._total
+    def _empty_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows, columns = self._weight.shape
+        # a low-precision result is made block by block from float32 blocks that are freed as it grows
+        in_blocks = (
+            self._weight.dtype.itemsize < wide.itemsize and hidden.device.type == "cpu" and hidden.dtype != wide
+        )
+        size = _BLOCK if in_blocks else rows
+        for start in range(0, rows, size):
+            yield torch.empty(min(size, rows - start), columns, dtype=wide, device=hidden.device)
+
+    def finish(self, factor: Tensor | None, keep: bool) -> Tensor:
+        """Return ``factor * sum`` in the weight's dtype; with ``keep`` it can be asked for again."""
+        blocks, dtype = self._blocks, self._weight.dtype
+        if not blocks:
+            return torch.zeros_like(self._weight)
+        if not keep:
+            self._blocks = []
+        if len(blocks) == 1:
+            return scaled(blocks.pop() if not keep else blocks[0], factor, keep).to(dtype)  # type: ignore[arg-type]
+        result = torch.empty_like(self._weight)
+        start = 0
+        for i, block in enumerate(blocks):
+            assert block is not None  # only those of an unkept sum are freed
+            result[start : start + len(block)] = scaled(block, factor, keep)
+            start += len(block)
+            if not keep:
+                blocks[i] = None
+        return result
+
+
+def scaled(tensor: Tensor, factor: Tensor | None, keep: bool) -> Tensor:
+    """Return ``factor * tensor`` (None is 1): a new tensor if ``keep``, else made of the old one's memory."""
+    if keep:
+        return tensor.clone() if factor is None else tensor * factor
+    return tensor if factor is None else tensor.mul_(factor)
 
 
 @functools.cache

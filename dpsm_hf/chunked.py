@@ -17,9 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .accumulation import WeightGradient
+from .accumulation import WeightGradient, scaled
 from .row_pass import STATISTICS, PostOps, row_pass
 from .scoring_rules import Objective
+
+# A finished gradient, or the sum that it is still to be made of.
+Source = Tensor | WeightGradient | None
 
 Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
 IMPLEMENTATIONS = ("auto", "torch", "triton", "compile", "reference")
@@ -160,15 +163,15 @@ class ChunkedObjective(torch.autograd.Function):
                 "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
                 "through it a second time."
             )
-        factor = grad_loss if ctx.late is None else grad_loss * ctx.late
+        factor: Tensor | None = grad_loss if ctx.late is None else grad_loss * ctx.late
+        keep = _keeps_graph()
+        if factor is not None and factor.device.type == "cpu" and float(factor) == 1.0:
+            factor = None
         gradients = ctx.gradients
-        if _keeps_graph():
-            return _arrange([None if g is None else (g * factor).to(dtype) for g, dtype in gradients])
-        # nobody needs them any more, so they are scaled where they stand: a copy costs as much as the whole head
-        ctx.gradients = None
-        if factor.device.type != "cpu" or float(factor) != 1.0:
-            gradients = [(None if g is None else g.mul_(factor), dtype) for g, dtype in gradients]
-        return _arrange([None if g is None else g.to(dtype) for g, dtype in gradients])
+        if not keep:
+            # nobody needs them any more, so they are scaled where they stand: a copy costs as much as the whole head
+            ctx.gradients = None
+        return _arrange([_finish(source, dtype, factor, keep) for source, dtype in gradients])
 
 
 def _arrange(gradients: list[Tensor | None]) -> tuple[Any, ...]:
@@ -176,15 +179,21 @@ def _arrange(gradients: list[Tensor | None]) -> tuple[Any, ...]:
     return (hidden, None, None, None, None, None, *parameters)
 
 
+def _finish(source: Source, dtype: torch.dtype, factor: Tensor | None, keep: bool) -> Tensor | None:
+    if isinstance(source, WeightGradient):
+        return source.finish(factor, keep)
+    return None if source is None else scaled(source, factor, keep).to(dtype)
+
+
 def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
     hidden, labels, rows = ctx.saved_tensors[:3]
     head, options, wants = ctx.work
     work = _Work(hidden, head, labels, rows, options)
-    factor = torch.ones_like(grad_values[:1])
+    factor: Tensor | None = None
     if work.dtype == torch.float16:
         factor = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny) / _HALF_SCALE
-    _, _, gradients = work.run(grad_values / factor, wants)
-    return [None if g is None else g.mul_(factor).to(dtype) for g, dtype in gradients]
+    _, _, gradients = work.run(grad_values if factor is None else grad_values / factor, wants)
+    return [_finish(source, dtype, factor, keep=False) for source, dtype in gradients]
 
 
 def _keeps_graph() -> bool:
@@ -209,7 +218,7 @@ class _Work:
 
     def run(
         self, weight: Tensor | float | None, wants: list[bool]
-    ) -> tuple[Tensor | None, Tensor, list[tuple[Tensor | None, torch.dtype]]]:
+    ) -> tuple[Tensor | None, Tensor, list[tuple[Source, torch.dtype]]]:
         """Score every chunk.
 
         Args:
@@ -246,7 +255,7 @@ class _Work:
                         grad_hidden[index] = part_gradient.to(grad_hidden.dtype)
         if not columns:  # nothing is scored
             columns = [hidden.new_zeros(0, len(STATISTICS) if options.entropy else len(STATISTICS) - 1).float()]
-        gradients = [(grad_hidden, hidden.dtype)]
+        gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
         for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
             gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))
         return torch.cat(values) if values else None, torch.cat(columns), gradients
@@ -279,7 +288,7 @@ class _LinearChunks:
         columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
         self.hidden = self.buffer[:0]
-        self.grad_weight = WeightGradient()
+        self.grad_weight = WeightGradient(head.weight)
         self.grad_bias: Tensor | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
@@ -300,15 +309,12 @@ class _LinearChunks:
             self.grad_bias = part if self.grad_bias is None else self.grad_bias.add_(part)
         return gradient @ self.weight if self.wants[0] else gradient
 
-    def totals(self) -> list[Tensor | None]:
+    def totals(self) -> list[Source]:
         """Return the gradients of weight and bias."""
-        weight = self.grad_weight.total()
-        if weight is None and self.wants[1]:
-            weight = torch.zeros_like(self.weight)
         bias = self.grad_bias
         if bias is None and self.wants[2] and self.bias is not None:
             bias = torch.zeros_like(self.bias)
-        return [weight, bias]
+        return [self.grad_weight if self.wants[1] else None, bias]
 
 
 class _ModuleChunks:
@@ -347,7 +353,7 @@ class _ModuleChunks:
         self.graph = None
         return torch.zeros_like(rows) if grad_rows is None else grad_rows
 
-    def totals(self) -> list[Tensor | None]:
+    def totals(self) -> list[Source]:
         """Return the gradient of each parameter that needs one."""
         return [
             torch.zeros_like(parameter) if total is None and want and parameter is not None else total

@@ -51,6 +51,7 @@ class TrainingLossMixin(_Base):
     model: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _keep_liger_out_of_the_loss(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
         self._alignment: Alignment | None = label_alignment(self.model)
@@ -274,3 +275,9 @@ class TrainingLossMixin(_Base):
         flat_logits = logits.float().reshape(-1, logits.shape[-1])
         total = F.cross_entropy(flat_logits, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
         return total / denominator
+
+
+def _keep_liger_out_of_the_loss(args: Any) -> None:
+    """Leave Liger its norms and activations, but not the head: its fused loss is cross-entropy alone."""
+    if getattr(args, "use_liger_kernel", False):
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}

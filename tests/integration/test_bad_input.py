@@ -44,28 +44,29 @@ def test_a_wrong_label_that_only_a_batch_shows_is_named(loss_type: str, tmp_path
 
 
 class _PoisonAt(nn.Module):
-    """Turns one logit into NaN at a given call."""
+    """Turns one hidden state, and so a row of logits, into NaN or infinities at a given call."""
 
-    def __init__(self, head: nn.Module, call: int, value: float) -> None:
+    def __init__(self, layer: nn.Module, call: int, value: float) -> None:
         super().__init__()
-        self.head, self.call, self.value, self.calls = head, call, value, 0
+        self.layer, self.call, self.value, self.calls = layer, call, value, 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.head(hidden)
+        hidden = self.layer(hidden)
         self.calls += 1
         if self.calls == self.call:
-            logits = logits.clone()
-            logits[1, 2, 5] = self.value
-        return logits
+            hidden = hidden.clone()
+            hidden[1, 2, 5] = self.value
+        return hidden
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("fused_head", ["on", "off"])
 @pytest.mark.parametrize("loss_type", ["ce", "brier", "dpsm"])
-def test_non_finite_logits_stop_training_at_their_step(loss_type: str, value: float) -> None:
+def test_non_finite_logits_stop_training_at_their_step(loss_type: str, fused_head: str, value: float) -> None:
     trainer = cases.build("gpt2", loss_type=loss_type, max_steps=4, per_device_train_batch_size=2,
-                          gradient_accumulation_steps=2)  # fmt: skip
+                          gradient_accumulation_steps=2, fused_head=fused_head)  # fmt: skip
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["input_ids"]})
-    trainer.model.lm_head = _PoisonAt(trainer.model.lm_head, call=6, value=value)
+    trainer.model.transformer.ln_f = _PoisonAt(trainer.model.transformer.ln_f, call=6, value=value)
     with pytest.raises(FloatingPointError) as error:
         trainer.train()
     message = str(error.value)
@@ -76,7 +77,7 @@ def test_non_finite_logits_stop_training_at_their_step(loss_type: str, value: fl
 def test_non_finite_logits_are_found_at_the_next_log_without_the_filter() -> None:
     trainer = cases.build("gpt2", max_steps=4, per_device_train_batch_size=2, logging_nan_inf_filter=False)
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["input_ids"]})
-    trainer.model.lm_head = _PoisonAt(trainer.model.lm_head, call=2, value=float("nan"))
+    trainer.model.transformer.ln_f = _PoisonAt(trainer.model.transformer.ln_f, call=2, value=float("nan"))
     with pytest.raises(FloatingPointError, match="is nan"):
         trainer.train()
 
@@ -90,7 +91,7 @@ def test_an_empty_set_is_named(tmp_path: Path) -> None:
 
 
 def test_logits_shorter_than_the_labels_are_named(tmp_path: Path) -> None:
-    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path))
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, loss_type="ce"))
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.zeros(1, 4, dtype=torch.long)}
     with pytest.raises(ValueError, match="logits for 2 positions but the labels have 4"):
         trainer.compute_loss(trainer.model, {**batch, "logits_to_keep": 2})

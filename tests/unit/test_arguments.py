@@ -28,6 +28,8 @@ TYPED = {
     "alpha_feedback_metric": "eval_dev_signed_gap",
     "score_smoothing": "0.1",
     "z_loss": "1e-4",
+    "fused_head": "off",
+    "chunk_tokens": "64",
     "calibration_bins": "20",
 }
 
@@ -37,6 +39,7 @@ def test_defaults(config: type, tmp_path: Path) -> None:
     args = config(output_dir=str(tmp_path))
     assert args.loss_type == "dpsm" and args.alpha_schedule == "linear"
     assert args.alpha_warmup_steps == 0.1 and args.alpha_end == 1.0 and args.calibration_bins == 15
+    assert args.fused_head == "auto" and args.chunk_tokens is None
     assert args.schedule()(50, 1000) == 0.5
     assert args.objective(0.3).alpha == 0.3 and args.objective().alpha == 1.0
 
@@ -64,6 +67,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.alpha_feedback_gain == 1.5 and args.alpha_feedback_limit == 0.05 and args.score_smoothing == 0.1
     assert type(args.calibration_bins) is int and type(args.alpha_warmup_steps) is float
     assert args.alpha_feedback_metric == "eval_dev_signed_gap"
+    assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
     assert set(TYPED) | {"focal_gamma"} == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--loss_type", "focal", "--focal_gamma", "1.5"]
