@@ -44,10 +44,13 @@ class WeightGradient:
             else:
                 torch.addmm(total, transposed, hidden, out_dtype=torch.float32, out=total)
         else:
+            if hidden.dtype == torch.float16:
+                hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 holds
             parts = [part for block in self._blocks if block is not None for part in block.split(_BLOCK)]
             for part, rows in zip(parts, transposed.split(_BLOCK), strict=True):
+                product = rows.to(hidden.dtype) @ hidden
                 # copying instead of adding to zeros saves a pass over the whole weight
-                part.copy_(rows @ hidden) if first else part.add_(rows @ hidden)
+                part.copy_(product) if first else part.add_(product)
 
     def _empty_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -82,6 +85,9 @@ class WeightGradient:
 
 def scaled(tensor: Tensor, factor: Tensor | None, keep: bool) -> Tensor:
     """Return ``factor * tensor`` (None is 1): a new tensor if ``keep``, else made of the old one's memory."""
+    if factor is not None and tensor.dtype.itemsize < factor.dtype.itemsize:
+        # on a GPU the factor would be rounded to the tensor's dtype first
+        return (tensor.to(factor.dtype) * factor).to(tensor.dtype)
     if keep:
         return tensor.clone() if factor is None else tensor * factor
     return tensor if factor is None else tensor.mul_(factor)

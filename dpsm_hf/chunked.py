@@ -10,6 +10,7 @@ Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -132,14 +133,16 @@ class ChunkedObjective(torch.autograd.Function):
         wide = torch.float64 if work.dtype == torch.float64 else torch.float32
         tokens = torch.as_tensor(1 if denominator is None else denominator, dtype=wide, device=hidden.device)
         scale = tokens.reciprocal()
-        values, statistics, gradients = work.run((_HALF_SCALE if late else scale) if eager else None, wants)
+        # by a power of two, so that putting it off rounds nothing a second time
+        later = _HALF_SCALE * torch.exp2(tokens.log2().ceil())
+        values, statistics, gradients = work.run((scale * later if late else scale) if eager else None, wants)
         if values is None:
             values = statistics.new_zeros(len(labels))
         ctx.gradients = gradients
-        ctx.late = scale / _HALF_SCALE if late else None
+        ctx.late = later.reciprocal() if late else None
         if denominator is None and options.objective is not None and any(wants):
             ctx.save_for_backward(hidden, labels, rows, *parameters)
-            ctx.work = (head, options, wants)
+            ctx.work = (head, options, wants, work.autocast, work.dtype)
             ctx.mark_non_differentiable(statistics)
         else:
             ctx.mark_non_differentiable(values, statistics)
@@ -187,11 +190,14 @@ def _finish(source: Source, dtype: torch.dtype, factor: Tensor | None, keep: boo
 
 def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
     hidden, labels, rows = ctx.saved_tensors[:3]
-    head, options, wants = ctx.work
-    work = _Work(hidden, head, labels, rows, options)
+    head, options, wants, autocast, dtype = ctx.work
+    # the backward pass runs outside of the autocast that the forward pass was in
+    with torch.autocast(hidden.device.type, dtype=dtype) if autocast else contextlib.nullcontext():
+        work = _Work(hidden, head, labels, rows, options)
     factor: Tensor | None = None
-    if work.dtype == torch.float16:
-        factor = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny) / _HALF_SCALE
+    if work.dtype == torch.float16 and len(labels):
+        largest = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny)
+        factor = torch.exp2(largest.log2().ceil()) / _HALF_SCALE
     _, _, gradients = work.run(grad_values if factor is None else grad_values / factor, wants)
     return [_finish(source, dtype, factor, keep=False) for source, dtype in gradients]
 

@@ -94,7 +94,9 @@ def linear_scoring_loss(
         return replace(scores, loss=cast(Tensor, scores.loss).view_as(labels))
     denominator: Tensor | int = 1
     if reduction == "mean":
-        denominator = tokens.scored.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        count = tokens.scored.sum() if num_items_in_batch is None else num_items_in_batch
+        # a step without any scored token has a loss of 0, not 0 / 0
+        denominator = count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
     return score_hidden(LinearHead(lm_head_weight, bias), hidden_states, tokens, options, denominator=denominator)
 
 
@@ -109,6 +111,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
             f"hidden_states of shape {tuple(hidden.shape)} need labels of shape {tuple(hidden.shape[:-1])}, "
             f"but they have {tuple(labels.shape)}."
         )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64, but are {labels.dtype}; convert them with labels.long().")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), but has {tuple(bias.shape)}.")
 
@@ -196,8 +200,12 @@ def score_hidden(
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     if options.impl == "reference":
         return _score_all_logits(head, hidden, tokens, options, denominator)
+    parameters = head.parameters
+    if not torch.is_grad_enabled():
+        # an autograd function is told that its inputs need gradients whether or not they are recorded
+        hidden, parameters = hidden.detach(), tuple(None if p is None else p.detach() for p in parameters)
     loss, values, statistics = ChunkedObjective.apply(
-        hidden, head, tokens.kept, tokens.rows, options, denominator, *head.parameters
+        hidden, head, tokens.kept, tokens.rows, options, denominator, *parameters
     )
     result: Tensor | None = None
     if options.objective is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ class TrainingLossMixin(_Base):
             # data parallelism averages gradients over processes, but the denominator is already global
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
 
+        scores = replace(scores, loss=None)  # what is kept for the log and for errors is to hold no graph
         self._last_batch = (scores, targets)
         if training:
             self._tally.add(scores)
