@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dpsm_hf-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test bench lint format clean
 
 help: ## Show this list
 	@echo "make <target>   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -44,6 +44,9 @@ demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real te
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: $(STAMP) ## Time the head, training steps and growth against others (about 25 minutes); BENCH_ARGS
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 lint: $(STAMP) ## Check style (ruff), formatting (ruff format) and types (mypy)
 	$(PY) -m ruff check .
