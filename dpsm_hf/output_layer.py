@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from .row_pass import PostOps
 
-# Granite divides by ``config.logits_scaling``; these multiply by it.
+# Granite divides by ``config.logits_scaling``; these multiply by it, and these scale the hidden states by it.
 _MULTIPLIED_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_seed"})
+_SCALED_BEFORE_THE_HEAD = frozenset({"minicpm3"})
 
 
 def output_layer(core: nn.Module) -> nn.Module | None:
@@ -34,18 +35,22 @@ def post_ops(core: nn.Module) -> PostOps:
     """Return what the model does to the output of its layer, read from its configuration by the field's names.
 
     ``logit_scale`` multiplies (Cohere), ``logits_scaling`` divides (Granite; HyperCLOVA-X multiplies),
-    ``lm_head_multiplier`` multiplies (Falcon H1), ``final_logit_softcapping`` caps (Gemma 2 and what follows it).
-    A model that does more is found out by the check of the first batch.
+    ``lm_head_multiplier`` multiplies (Falcon H1), ``final_logit_softcapping`` caps (Gemma 2 and what follows it;
+    RecurrentGemma calls it ``logits_soft_cap``). A model that does more is found out by the check of the
+    first batch.
     """
     config: Any = getattr(core, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= float(getattr(text, name, None) or 1.0)
+    model_type = getattr(text, "model_type", "")
     logits_scaling = float(getattr(text, "logits_scaling", None) or 1.0)
-    multiplies = getattr(text, "model_type", "") in _MULTIPLIED_BY_LOGITS_SCALING
+    if model_type in _SCALED_BEFORE_THE_HEAD:
+        logits_scaling = 1.0
+    multiplies = model_type in _MULTIPLIED_BY_LOGITS_SCALING
     scale = scale * logits_scaling if multiplies else scale / logits_scaling
-    softcap = getattr(text, "final_logit_softcapping", None)
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
     return PostOps(scale, float(softcap) if softcap else None)
 
 

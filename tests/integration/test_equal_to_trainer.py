@@ -1,4 +1,4 @@
-"""With loss_type="ce" and fused_head="off" DPSMTrainer is Trainer, bit for bit: losses, logs, gradients (through the parameters)."""
+"""With loss_type="ce" and fused_head="off" DPSMTrainer is Trainer, bit for bit: losses, logs, parameters."""
 
 from __future__ import annotations
 

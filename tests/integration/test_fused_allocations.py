@@ -152,8 +152,8 @@ def test_200_steps_side_by_side(english: Dataset, tmp_path: Path) -> None:
         curves[mode] = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(curves["on"]) == 200
     for fused, plain in zip(curves["on"], curves["off"], strict=True):
-        for key in ("loss", "nll", "brier", "grad_norm"):
-            assert fused[key] == pytest.approx(plain[key], abs=1e-4, rel=1e-4), (key, fused["step"])
+        for key in ("loss", "nll", "brier"):
+            assert fused[key] == pytest.approx(plain[key], abs=1e-4, rel=0), (key, fused["step"])
         assert fused["alpha"] == plain["alpha"]
     # it learned, and was not held together by standing still
     assert curves["on"][-1]["nll"] < curves["on"][0]["nll"] - 1.5

@@ -1,0 +1,51 @@
+"""The fused head under DDP and FSDP2 in two real processes (gloo): the gradients of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import cases
+from tests.distributed.fused_worker import DDP_CASES, FSDP_CASES, gradients
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of every case in two processes."""
+    path = tmp_path_factory.mktemp("fused") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = str(ROOT / "tests" / "distributed" / "fused_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, worker, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize(("name", "find_unused"), DDP_CASES)
+def test_ddp_equals_one_process(name: str, find_unused: bool, two: Any) -> None:
+    whole, parts = cases.one_step(name, "dpsm", 16, 1, fused_head="off"), two[f"ddp/{name}/{find_unused}"]
+    difference = (parts["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
+    assert difference <= 1e-5
+    for key in ("loss", "nll", "brier", "token_accuracy", "confidence"):
+        assert parts["logs"][key] == pytest.approx(whole["logs"][key], rel=2e-6), key
+
+
+@pytest.mark.parametrize(("name", "units"), FSDP_CASES)
+def test_fsdp2_equals_one_process(name: str, units: str, two: Any) -> None:
+    whole, parts = gradients(name, None), two[f"fsdp/{name}/{units}"]
+    torch.testing.assert_close(parts["loss"], whole["loss"], rtol=2e-6, atol=0)
+    assert parts["gradients"].keys() == whole["gradients"].keys()
+    assert any("lm_head" in key or "wte" in key or "shared" in key for key in whole["gradients"])
+    for key, gradient in whole["gradients"].items():
+        assert (parts["gradients"][key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, key
