@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import WeightGradient, scaled
-from .row_pass import STATISTICS, PostOps, row_pass
+from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
 from .scoring_rules import Objective
 
 # A finished gradient, or the sum that it is still to be made of.
@@ -131,7 +131,7 @@ class ChunkedObjective(torch.autograd.Function):
         # half precision underflows on 1 / N, and on p**2: there the factors are put onto the finished gradients
         late = work.dtype == torch.float16
         wide = torch.float64 if work.dtype == torch.float64 else torch.float32
-        tokens = torch.as_tensor(1 if denominator is None else denominator, dtype=wide, device=hidden.device)
+        tokens = device_scalar(1 if denominator is None else denominator, hidden.device, wide)
         scale = tokens.reciprocal()
         # by a power of two, so that putting it off rounds nothing a second time
         later = _HALF_SCALE * torch.exp2(tokens.log2().ceil())

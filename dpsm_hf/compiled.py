@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .row_pass import PostOps, statistics_columns
+from .row_pass import PostOps, device_scalar, statistics_columns
 from .scoring_rules import Objective, logits_gradient, row_statistics, score_rows, tail_statistics, tail_threshold
 
 
@@ -25,13 +25,12 @@ def compiled_row_pass(
     gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """Do what `row_pass` does; the first call of each kind compiles for some seconds."""
-    tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=logits.device)
     if objective is not None:
         # as numbers they would be constants of the program, compiled again whenever alpha moves
-        objective = replace(objective, alpha=tensor(objective.alpha))
-    value, columns, result = _program()(
-        logits, labels, objective, post, tensor(weight), entropy, gradient and objective is not None
-    )
+        objective = replace(objective, alpha=device_scalar(objective.alpha, logits.device))
+    factor = device_scalar(weight, logits.device)
+    wanted = gradient and objective is not None
+    value, columns, result = _program()(logits, labels, objective, post, factor, entropy, wanted)
     if result is not None:
         logits.copy_(result)
     return value, columns

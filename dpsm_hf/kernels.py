@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .row_pass import STATISTICS, PostOps, row_pass
+from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
 from .scoring_rules import Objective
 
 _LOSS_CODES = {"ce": 1, "brier": 2, "dpsm": 3, "spherical": 4, "focal": 5}
@@ -90,20 +90,13 @@ def triton_row_pass(
     values = torch.empty(rows, dtype=torch.float32, device=device)
     options = objective or Objective("ce")
     row_weight = isinstance(weight, Tensor) and weight.dim() > 0
+    factor = device_scalar(weight, device).contiguous()
     if rows:
         row_kernel[(rows,)](
-            logits, labels, values, statistics, _scalar(options.alpha, device),
-            weight.float().contiguous() if isinstance(weight, Tensor) and row_weight else _scalar(weight, device),
-            logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
+            logits, labels, values, statistics, device_scalar(options.alpha, device),
+            factor, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
             options.label_smoothing or options.score_smoothing, options.focal_gamma, options.z_loss,
             **constants(objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient),
             **launch_options(vocab_size),
         )  # fmt: skip
     return None if objective is None else values, statistics
-
-
-def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    """Return a number on the device; a fill does not wait for it, as a copy from the host would."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32, non_blocking=True)
-    return torch.full((), value, dtype=torch.float32, device=device)

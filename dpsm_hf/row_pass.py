@@ -54,6 +54,13 @@ def statistics_columns(row: RowStatistics, entropy: bool) -> Tensor:
     return torch.stack([*columns, row.entropy] if entropy else columns, dim=-1)
 
 
+def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a number on the device; a fill does not wait for it, as a copy from the host would."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def row_pass(
     logits: Tensor,
     labels: Tensor,

@@ -1,0 +1,1 @@
+"""Time and memory of dpsm_hf against its alternatives: ``python -m benchmarks --help``."""

@@ -1,0 +1,49 @@
+"""Run every benchmark into one CSV, then draw it: ``python -m benchmarks`` (about half an hour on two cores).
+
+An interrupt keeps what was measured; a case that is measured again replaces its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import growth, head, plot, training_step
+from benchmarks.common import HERE, Table, slug
+
+# what a tall or a wide head is compared with on a CPU, where each sample takes seconds
+_FEW = ["compiled", "three products", "ours", "linear CE, 512"]
+
+
+def main() -> None:
+    """Run from the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    p.add_argument("--parts", nargs="+", choices=["head", "step", "growth", "plot"],
+                   default=["head", "step", "growth", "plot"])  # fmt: skip
+    arguments = p.parse_args()
+    device = torch.device(arguments.device)
+    output = arguments.output or HERE / "results" / f"{slug(device)}.csv"
+    table = Table(output, device)
+    if "head" in arguments.parts:
+        common = ["--device", arguments.device]
+        few = [] if device.type == "cuda" else ["--only", *_FEW]
+        for extra in (
+            ["--dims", "256", "768", "--vocab", "50257", "--budget", "300"],
+            ["--dims", "256", "768", "--vocab", "128256", *few],
+            ["--dims", "4096", "--budget", "60", *few],
+        ):
+            head.run(head.parser().parse_args([*common, *extra]), table, device)
+    if "step" in arguments.parts:
+        training_step.run(training_step.parser().parse_args(["--device", arguments.device]), table, device)
+    if "growth" in arguments.parts:
+        growth.run(growth.parser().parse_args(["--device", arguments.device]), table, device)
+    if "plot" in arguments.parts:
+        plot.draw(output)
+
+
+if __name__ == "__main__":
+    main()

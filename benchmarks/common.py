@@ -1,0 +1,227 @@
+"""What the benchmarks share: one CSV, interleaved samples, peak memory, and real hidden states."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+MIB = 2**20
+
+
+@dataclass
+class Row:
+    """One measured variant; ratios are paired, sample by sample, with the reference variant of the same round."""
+
+    benchmark: str
+    variant: str
+    dtype: str
+    tokens: int
+    width: int
+    vocabulary: int
+    samples: int = 0
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    ratio: float | None = None
+    ratio_p10: float | None = None
+    ratio_p90: float | None = None
+    peak_mib: float | None = None
+    peak_ratio: float | None = None
+    note: str = ""
+    date: str = ""
+    device: str = ""
+    torch: str = ""
+    transformers: str = ""
+    python: str = ""
+    commit: str = ""
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name for the CSV and for its file."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} cores, {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def slug(device: torch.device) -> str:
+    """Return the name of the device's CSV file."""
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name += f"-{torch.get_num_threads()}-cores" if device.type == "cpu" else ""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def commit() -> str:
+    """Return the short commit hash, marked where the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../dpsm_hf")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+class Table:
+    """A CSV that rows are added to as they are measured, so that an interrupt loses nothing."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        import transformers
+
+        self.path = path
+        self.stamp = {
+            "date": datetime.date.today().isoformat(), "device": device_name(device), "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
+        }  # fmt: skip
+
+    def add(self, row: Row) -> None:
+        """Append a row, replacing what an earlier run measured of the same case."""
+        for name, value in self.stamp.items():
+            setattr(row, name, value)
+        names = [f.name for f in fields(Row)]
+        key = [str(getattr(row, name)) for name in names[:6]]
+        kept = [old for old in read(self.path) if [old[name] for name in names[:6]] != key]
+        new = {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in asdict(row).items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows([*kept, new])
+        os.replace(part, self.path)
+        ratio = f"{row.ratio:6.2f} ({row.ratio_p10:.2f} to {row.ratio_p90:.2f})" if row.ratio is not None else " " * 22
+        peak = f"{row.peak_mib:8.0f} MiB" if row.peak_mib is not None else " " * 12
+        share = f" {row.peak_ratio:5.2f}" if row.peak_ratio is not None else ""
+        milliseconds = f"{row.median_ms:10.1f} ms" if row.median_ms is not None else " " * 13
+        print(f"{row.variant:28}{row.dtype:6}N={row.tokens:<6}D={row.width:<6}V={row.vocabulary:<8}"
+              f"{milliseconds} {ratio} {peak}{share} {row.note}", flush=True)  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV, none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def peak_above(run: Callable[[], object], device: torch.device) -> float | None:
+    """Return the MiB that a call needs at its peak beyond what was there before; None where that is not known.
+
+    On Linux the kernel's high-water mark of the process, after freed memory was given back.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        run()
+        return None
+    before = memory("VmRSS")
+    run()
+    return memory("VmHWM") - before
+
+
+def memory(name: str) -> float:
+    """Return a line of /proc/self/status in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def measure(
+    variants: dict[str, Callable[[], object]],
+    reference: str,
+    *,
+    samples: int,
+    budget: float,
+    device: torch.device,
+    clean: Callable[[], None],
+) -> dict[str, dict[str, float | int | str | None]]:
+    """Time every variant once a round, the order rotated, until there are enough rounds or the time is up.
+
+    Args:
+        variants: calls by name.
+        reference: the variant that the others are paired with.
+        samples: rounds.
+        budget: seconds after which no further round begins.
+        device: to synchronise.
+        clean: called before each call, outside its time.
+
+    Returns:
+        For each variant the columns of `Row`; a variant that fails has a ``note`` alone.
+    """
+    times: dict[str, list[float]] = {}
+    found: dict[str, dict[str, float | int | str | None]] = {}
+    for name, call in variants.items():  # warm-up: compiles, allocates, and tells who cannot run
+        clean()
+        try:
+            call()
+            clean()
+            found[name] = {"peak_mib": peak_above(call, device)}
+            times[name] = []
+        except Exception as error:  # out of memory, an unsupported combination: a row with a note
+            found[name] = {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+    order, started = list(times), time.perf_counter()
+    for number in range(samples):
+        if number >= 3 and time.perf_counter() - started > budget:
+            break
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            clean()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            before = time.perf_counter()
+            variants[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - before))
+    clean()
+    base = times.get(reference)
+    base_peak = found.get(reference, {}).get("peak_mib")
+    for name, values in times.items():
+        row = found[name]
+        row.update(samples=len(values), median_ms=statistics.median(values), p10_ms=percentile(values, 0.1),
+                   p90_ms=percentile(values, 0.9))  # fmt: skip
+        if base is not None:
+            ratios = [a / b for a, b in zip(values, base, strict=True)]
+            row.update(ratio=statistics.median(ratios), ratio_p10=percentile(ratios, 0.1),
+                       ratio_p90=percentile(ratios, 0.9))  # fmt: skip
+        peak = row["peak_mib"]
+        if isinstance(peak, float) and isinstance(base_peak, float) and base_peak > 0:
+            row["peak_ratio"] = peak / base_peak
+    return found
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return a percentile by linear interpolation."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

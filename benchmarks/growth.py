@@ -1,0 +1,66 @@
+"""How time and memory of the output layer grow with tokens, vocabulary and width: ours against Transformers' CE.
+
+python -m benchmarks.growth
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import head
+from benchmarks.common import HERE, Row, Table, measure, slug
+from benchmarks.hidden import hidden_states
+
+TOKENS = (256, 512, 1024, 2048, 4096)
+VOCABULARIES = (8192, 32768, 65536, 131072)
+WIDTHS = (256, 512, 1024, 2048)
+
+
+def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
+    """Vary one size at a time around 512 tokens of width 256 and a vocabulary of 50,257."""
+    cases = [("growth with tokens", n, 256, 50257) for n in arguments.tokens]
+    cases += [("growth with vocabulary", 512, 256, v) for v in arguments.vocab]
+    cases += [("growth with width", 512, d, 50257) for d in arguments.dims]
+    for benchmark, tokens, width, vocabulary in cases:
+        hidden, weight, labels = hidden_states(tokens, width, vocabulary, device, head.DTYPES[arguments.dtype])
+        hidden.requires_grad_()
+        weight.requires_grad_()
+
+        def clean(hidden: torch.Tensor = hidden, weight: torch.Tensor = weight) -> None:
+            hidden.grad = weight.grad = None
+
+        variants = {head.REFERENCE: head.transformers_ce, "ours, dpsm": head.ours("dpsm")}
+        inputs = (hidden, weight, labels)
+        calls = {name: (lambda v=v, inputs=inputs: v(*inputs).backward()) for name, v in variants.items()}
+        found = measure(calls, head.REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
+                        clean=clean)  # fmt: skip
+        for name in variants:
+            table.add(Row(benchmark, name, arguments.dtype, tokens, width, vocabulary, **found[name]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    p.add_argument("--vocab", type=int, nargs="*", default=list(VOCABULARIES))
+    p.add_argument("--dims", type=int, nargs="*", default=list(WIDTHS))
+    p.add_argument("--dtype", choices=list(head.DTYPES), default="fp32")
+    p.add_argument("--samples", type=int, default=7, help="rounds")
+    p.add_argument("--budget", type=float, default=30, help="seconds a case after which no further round begins")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    return p
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = parser().parse_args()
+    device = torch.device(arguments.device)
+    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
+
+
+if __name__ == "__main__":
+    main()

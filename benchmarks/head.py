@@ -1,0 +1,189 @@
+"""The output layer alone, forward and backward: ours against cross-entropy as Transformers computes it, and others.
+
+python -m benchmarks.head --dims 256 768 --dtypes fp32 bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import HERE, Row, Table, measure, slug
+from benchmarks.hidden import hidden_states
+from dpsm_hf import linear_scoring_loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REFERENCE = "transformers CE"
+Variant = Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def transformers_ce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy from all logits, upcast to float32 first, as Transformers' models do."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def research_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The mix as research code writes it: log-softmax, softmax and a one-hot matrix."""
+    logits = F.linear(hidden, weight).float()
+    log_p = F.log_softmax(logits, -1)
+    one_hot = F.one_hot(labels, logits.shape[-1]).float()
+    ce = -(one_hot * log_p).sum(-1)
+    brier = (log_p.exp() - one_hot).square().sum(-1)
+    return (0.5 * ce + 0.5 * brier).mean()
+
+
+def tidy_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The mix from all logits without a one-hot matrix."""
+    logits = F.linear(hidden, weight).float()
+    log_p = F.log_softmax(logits, -1)
+    own = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    p = log_p.exp()
+    brier = p.square().sum(-1) - 2 * own.exp() + 1
+    return (0.5 * -own + 0.5 * brier).mean()
+
+
+def torch_linear_ce(rows: int) -> Variant:
+    """PyTorch's own chunked linear cross-entropy, at most ``rows`` rows a chunk."""
+
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+        return F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+    return run
+
+
+def ours(loss_type: str, impl: str = "auto", chunk: int | None = None) -> Variant:
+    """The fused head; alpha is a tensor, as nothing may wait for it."""
+    alpha: dict[torch.device, Tensor] = {}
+
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        mixed = alpha.setdefault(hidden.device, torch.full((), 0.5, device=hidden.device))
+        options: dict[str, Any] = {"loss_type": loss_type, "impl": impl, "chunk_tokens": chunk}
+        return linear_scoring_loss(hidden, weight, labels, alpha=mixed, **options).loss
+
+    return run
+
+
+def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """The three matrix products that no form of the loss can do without."""
+    with torch.no_grad():
+        logits = F.linear(hidden, weight)
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), hidden)
+
+
+def liger() -> Variant:
+    """Liger's fused linear cross-entropy, whose chunks are its own rule."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda hidden, weight, labels: liger_fused_linear_cross_entropy(hidden, weight, labels)
+
+
+def apple_cce() -> Variant:
+    """Apple's cut cross-entropy."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
+
+
+def all_variants(device: torch.device) -> dict[str, Variant | str]:
+    """Return the variants by name; a string says why one cannot run here."""
+    found: dict[str, Variant | str] = {
+        REFERENCE: transformers_ce,
+        "transformers CE, compiled": torch.compile(transformers_ce),
+        "research mix": research_mix,
+        "tidy mix": tidy_mix,
+        "tidy mix, compiled": torch.compile(tidy_mix),
+        **{f"torch linear CE, {n}": torch_linear_ce(n) for n in (256, 512)},
+        "three products": bare_products,
+        "ours, ce": ours("ce"),
+        "ours, dpsm": ours("dpsm"),
+    }
+    if device.type == "cuda":
+        found["ours, dpsm, torch"] = ours("dpsm", "torch")
+        found["ours, dpsm, compile"] = ours("dpsm", "compile")
+        found.update({f"ours, dpsm, chunk {n}": ours("dpsm", chunk=n) for n in (1024, 4096)})
+        for name, make in (("Liger", liger), ("apple CCE", apple_cce)):
+            try:
+                found[name] = make()
+            except ImportError as error:
+                found[name] = f"not installed: {error}"
+    return found
+
+
+def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
+    """Measure every combination of width, vocabulary and dtype."""
+    for vocabulary in arguments.vocab:
+        for width in arguments.dims:
+            tokens = arguments.tokens or default_tokens(width, vocabulary, device)
+            for dtype in arguments.dtypes:
+                torch._dynamo.reset()
+                hidden, weight, labels = hidden_states(tokens, width, vocabulary, device, DTYPES[dtype])
+                hidden.requires_grad_()
+                weight.requires_grad_()
+                variants = {
+                    name: variant
+                    for name, variant in all_variants(device).items()
+                    if not arguments.only or any(part in name for part in [REFERENCE, *arguments.only])
+                }
+
+                def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+                    def call() -> None:
+                        loss = variant(*inputs)
+                        if loss is not None:
+                            loss.backward()
+
+                    return call
+
+                inputs = (hidden, weight, labels)
+                calls = {name: bound(v, inputs) for name, v in variants.items() if not isinstance(v, str)}
+
+                def clean(hidden: Tensor = hidden, weight: Tensor = weight) -> None:
+                    hidden.grad = weight.grad = None
+
+                # a wide head is seconds a call on a CPU: fewer samples, and the table says how many
+                samples = arguments.samples if width <= 1024 or device.type == "cuda" else min(5, arguments.samples)
+                found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean)
+                for name, variant in variants.items():
+                    columns: dict[str, Any] = found.get(name, {"note": variant})
+                    table.add(Row("head", name, dtype, tokens, width, vocabulary, **columns))
+                del hidden, weight, labels, inputs, calls
+
+
+def default_tokens(width: int, vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens are scored: few where a CPU would take seconds a call."""
+    if device.type == "cuda":
+        return 8192
+    return 256 if width > 1024 or vocabulary > 100_000 else 1024
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dims", type=int, nargs="+", default=[256, 768, 4096], help="widths of the hidden states")
+    p.add_argument("--vocab", type=int, nargs="+", default=[50257, 128256], help="rows of the output layer")
+    p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
+    p.add_argument("--tokens", type=int, help="scored tokens (CPU: 1024, 256 for a wide or tall head; GPU: 8192)")
+    p.add_argument("--samples", type=int, default=20, help="rounds; 5 for widths above 1024 on a CPU")
+    p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
+    p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    return p
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = parser().parse_args()
+    device = torch.device(arguments.device)
+    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Real hidden states: of a small GPT-2-shaped model, trained for some steps on the text that Python carries."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpsm_hf.data.python_text import load_python_docs
+from dpsm_hf.data.tokenizer import train_bpe_tokenizer
+from dpsm_hf.head import linear_scoring_loss
+
+LENGTH = 128
+
+
+@functools.cache
+def token_ids() -> Tensor:
+    """Return the ids of the language reference, by a byte-level BPE of 4,096 entries trained on it."""
+    texts = load_python_docs()["train"]["text"]
+    tokenizer = train_bpe_tokenizer(texts, 4096)
+    ids = [tokenizer(text)["input_ids"] for text in texts[:400]]
+    return torch.tensor([token for document in ids for token in document])
+
+
+def hidden_states(
+    tokens: int, width: int, vocabulary: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states ``[tokens, width]``, the weight ``[vocabulary, width]`` and the labels of real text.
+
+    One layer of that width, with an output layer of ``vocabulary`` rows, of which the text uses the first 4,096: the
+    size of a row is what is measured, and its logits are spread as in a model that has learned which tokens exist.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=max(1, width // 64), n_positions=LENGTH,
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device)
+    ids = token_ids().to(device)
+    # a wide one takes minutes a step on a CPU
+    steps, lines = (40, 4) if width <= 1024 else (4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    for step in range(steps):
+        start = (step * lines * LENGTH) % (len(ids) - lines * LENGTH - 1)
+        batch = ids[start : start + lines * LENGTH].view(lines, LENGTH)
+        hidden = model.transformer(batch).last_hidden_state
+        linear_scoring_loss(hidden[:, :-1], model.lm_head.weight, batch[:, 1:], loss_type="ce").loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = -(-(tokens + 1) // LENGTH)
+    text = ids[-rows * LENGTH :].view(rows, LENGTH)
+    with torch.no_grad():
+        hidden = torch.cat([model.transformer(text[i : i + 8]).last_hidden_state for i in range(0, rows, 8)])
+    labels = text.reshape(-1)[1 : tokens + 1].clone()
+    weight = model.lm_head.weight.detach().to(dtype)
+    return hidden.reshape(-1, width)[:tokens].to(dtype).contiguous(), weight.contiguous(), labels
