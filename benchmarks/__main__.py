@@ -22,25 +22,24 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    p.add_argument("--parts", nargs="+", choices=["head", "step", "growth", "plot"],
-                   default=["head", "step", "growth", "plot"])  # fmt: skip
+    parts = ["head", "step", "growth", "large", "plot"]
+    p.add_argument("--parts", nargs="+", choices=parts, default=parts, help="large: the wide and the tall heads")
     arguments = p.parse_args()
     device = torch.device(arguments.device)
     output = arguments.output or HERE / "results" / f"{slug(device)}.csv"
     table = Table(output, device)
+    common = ["--device", arguments.device]
+    few = [] if device.type == "cuda" else ["--only", *_FEW]
     if "head" in arguments.parts:
-        common = ["--device", arguments.device]
-        few = [] if device.type == "cuda" else ["--only", *_FEW]
-        for extra in (
-            ["--dims", "256", "768", "--vocab", "50257", "--budget", "300"],
-            ["--dims", "256", "768", "--vocab", "128256", *few],
-            ["--dims", "4096", "--budget", "60", *few],
-        ):
-            head.run(head.parser().parse_args([*common, *extra]), table, device)
+        extra = ["--dims", "256", "768", "--vocab", "50257", "--budget", "300"]
+        head.run(head.parser().parse_args([*common, *extra]), table, device)
     if "step" in arguments.parts:
-        training_step.run(training_step.parser().parse_args(["--device", arguments.device]), table, device)
+        training_step.run(training_step.parser().parse_args(common), table, device)
     if "growth" in arguments.parts:
-        growth.run(growth.parser().parse_args(["--device", arguments.device]), table, device)
+        growth.run(growth.parser().parse_args(common), table, device)
+    if "large" in arguments.parts:
+        for extra in (["--dims", "256", "768", "--vocab", "128256"], ["--dims", "4096", "--budget", "60"]):
+            head.run(head.parser().parse_args([*common, *extra, *few]), table, device)
     if "plot" in arguments.parts:
         plot.draw(output)
 

@@ -111,11 +111,12 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
     shape = (arguments.sequences, arguments.length)
     for name in arguments.models:
         for dtype in arguments.dtypes:
-            for checkpointing in (False, True):
+            # with checkpointing the blocks no longer hide the head; one model shows it
+            for checkpointing in (False, True) if name == "gpt2" else (False,):
                 case = [name, dtype, *shape, checkpointing]
                 label = f"step {name}" + (", activation checkpointing" if checkpointing else "")
                 found: dict[str, dict[str, Any]] = {variant: {} for variant in VARIANTS}
-                if not checkpointing:  # the time of the blocks is not ours; their memory hides the head's
+                if not checkpointing:
                     steps = {v: make_step(name, v, dtype, *shape, checkpointing) for v in VARIANTS}
                     found = measure(steps, REFERENCE, samples=arguments.samples, budget=arguments.budget,
                                     device=device, clean=lambda: None)  # fmt: skip
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequences", type=int, default=4, help="sequences of a batch")
     p.add_argument("--length", type=int, default=256, help="tokens of a sequence; BART's summaries have half")
     p.add_argument("--samples", type=int, default=20, help="rounds of one step of each variant")
-    p.add_argument("--budget", type=float, default=100, help="seconds a case after which no further round begins")
+    p.add_argument("--budget", type=float, default=75, help="seconds a case after which no further round begins")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
     p.add_argument("--memory-of", help=argparse.SUPPRESS)
