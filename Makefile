@@ -45,7 +45,7 @@ demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real te
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-bench: $(STAMP) ## Time the head, training steps and growth against others (about 25 minutes); BENCH_ARGS
+bench: $(STAMP) ## Time the head, training steps and growth against others (half an hour, on a quiet machine); BENCH_ARGS
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 lint: $(STAMP) ## Check style (ruff), formatting (ruff format) and types (mypy)

@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 variants = {
                     name: variant
                     for name, variant in all_variants(device).items()
-                    if not arguments.only or any(part in name for part in [REFERENCE, *arguments.only])
+                    if not arguments.only or name == REFERENCE or any(part in name for part in arguments.only)
                 }
 
                 def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, nargs="+", default=[50257, 128256], help="rows of the output layer")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     p.add_argument("--tokens", type=int, help="scored tokens (CPU: 1024, 256 for a wide or tall head; GPU: 8192)")
-    p.add_argument("--samples", type=int, default=20, help="rounds; 5 for widths above 1024 on a CPU")
+    p.add_argument("--samples", type=int, default=20, help="rounds; 5 for widths above 1024 on a CPU; 0: memory alone")
     p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
     p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,16 +12,22 @@ from typing import Any
 
 from benchmarks.common import read
 
-# Okabe and Ito's palette, told apart in colour blindness too
-OURS, THEIRS, FLOOR = "#0072B2", "#999999", "#E69F00"
+# Okabe and Ito's palette, told apart in colour blindness too; the second shade is bfloat16
+OURS, THEIRS, FLOOR = ("#0072B2", "#56B4E9"), ("#555555", "#AAAAAA"), ("#D55E00", "#E69F00")
+REFERENCE = "transformers CE"
+DTYPES = ("fp32", "bf16")
 
 
-def _colour(variant: str) -> str:
+def _colours(variant: str) -> tuple[str, str]:
     return OURS if variant.startswith("ours") else FLOOR if variant == "three products" else THEIRS
 
 
 def draw(path: Path) -> Path:
-    """Write the picture beside the CSV and return its path."""
+    """Write the picture beside the CSV and return its path.
+
+    One column with large letters, so that it can be read at 400 pixels: the head at the size of GPT-2 (or the first
+    size that was measured), and how its memory grows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,45 +36,80 @@ def draw(path: Path) -> Path:
     rows = read(path)
     if not rows:
         raise SystemExit(f"{path} has no rows: run python -m benchmarks first.")
-    widths = [row for row in rows if row["benchmark"] == "head" and row["vocabulary"] == "50257"]
-    cases = sorted({(row["dtype"], int(row["width"])) for row in widths if int(row["width"]) <= 1024}, reverse=True)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9), constrained_layout=True)
-    for axis, column, title in ((axes[0, 0], "ratio", "time"), (axes[0, 1], "peak_ratio", "peak memory")):
-        _bars(axis, widths, cases, column)
-        axis.set_title(f"Output layer, forward and backward: {title}", fontsize=11)
-        axis.set_xlabel("relative to Transformers' cross-entropy")
-    for axis, benchmark, column in (
-        (axes[1, 0], "growth with tokens", "tokens"),
-        (axes[1, 1], "growth with vocabulary", "vocabulary"),
-    ):
-        _growth(axis, [row for row in rows if row["benchmark"] == benchmark], column)
-        axis.set_title(f"Peak memory, {benchmark}", fontsize=11)
-    figure.suptitle(f"{rows[-1]['device']}, torch {rows[-1]['torch']}", fontsize=10)
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    heads = [row for row in rows if row["benchmark"] == "head" and row["ratio"]]
+    sizes = [(row["tokens"], row["width"], row["vocabulary"]) for row in heads]
+    size = next((size for size in sizes if size[1:] == ("768", "50257")), sizes[0] if sizes else None)
+    heads = [row for row, its in zip(heads, sizes, strict=True) if its == size]
+    kinds = ("tokens", "vocabulary", "width")
+    growth = [(kind, [row for row in rows if row["benchmark"] == f"growth with {kind}"]) for kind in kinds]
+    growth = [(kind, part) for kind, part in growth if len({row[kind] for row in part if row["peak_mib"]}) > 1]
+    names = _names(heads)
+    bars = 1.6 + 0.62 * len(names)
+    heights = [bars, bars] * bool(heads) + [5.0] * len(growth)
+    if not heights:
+        raise SystemExit(f"{path} has neither the head nor growth: run python -m benchmarks --parts head growth.")
+    with plt.rc_context({"font.size": 19, "axes.titlesize": 20, "axes.spines.right": False, "axes.spines.top": False}):
+        figure, axes = plt.subplots(
+            len(heights), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+        )
+        left = list(axes[:, 0])
+        if heads:
+            assert size is not None
+            n, d, v = (f"{int(x):,}" for x in size)
+            title = f"Head, {n} tokens, width {d}, vocabulary {v}:"
+            for column, what in (("ratio", "time"), ("peak_ratio", "peak memory")):
+                axis = left.pop(0)
+                _bars(axis, heads, names, column)
+                axis.set_title(f"{title}\n{what}, Transformers' cross-entropy = 1", loc="left", x=-0.55)
+        for kind, part in growth:
+            axis = left.pop(0)
+            _growth(axis, part, kind)
+            axis.set_title(f"Head: peak memory by {kind}", loc="left")
+        figure.supxlabel(f"{rows[-1]['device']}, torch {rows[-1]['torch']}", fontsize=14, color="#555555")
+        picture = path.with_suffix(".png")
+        figure.savefig(picture, dpi=100)
+        plt.close(figure)
     return picture
 
 
-def _bars(axis: Any, rows: list[dict[str, str]], cases: list[tuple[str, int]], column: str) -> None:
-    names = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "transformers CE"))
-    hatches = dict(zip(cases, ("", "//", "..", "xx", "\\\\", "++"), strict=False))
-    height = 0.8 / max(1, len(cases))
-    for k, (dtype, width) in enumerate(cases):
-        found = {r["variant"]: r for r in rows if (r["dtype"], int(r["width"])) == (dtype, width)}
+def _names(rows: list[dict[str, str]]) -> list[str]:
+    """Return what is drawn, best last: variants of one program at several chunks are one."""
+    names = dict.fromkeys(_program(row["variant"]) for row in rows if row["variant"] != REFERENCE)
+    order = {"three products": 2, "ours, ce": 1, "ours, dpsm": 1}
+    return sorted(names, key=lambda name: order.get(name, 0))
+
+
+def _program(variant: str) -> str:
+    name, _, last = variant.rpartition(", ")
+    return f"{name}, best chunk" if last.isdigit() else name if last.startswith("chunk ") else variant
+
+
+def _bars(axis: Any, rows: list[dict[str, str]], names: list[str], column: str) -> None:
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    height = 0.8 / max(1, len(dtypes))
+    right = 0.0
+    for k, dtype in enumerate(dtypes):
         for i, name in enumerate(names):
-            value = found.get(name, {}).get(column)
-            if value:
-                axis.barh(i + k * height, float(value), height, color=_colour(name), hatch=hatches[dtype, width],
-                          edgecolor="white")  # fmt: skip
-        axis.barh(0, 0, color="#dddddd", hatch=hatches[dtype, width], edgecolor="white", label=f"{dtype}, D = {width}")
-    axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=9)
+            mine = [row for row in rows if row["dtype"] == dtype and _program(row["variant"]) == name]
+            # the default, or else the fastest chunk: also of memory the same one is shown
+            mine = [row for row in mine if row["variant"] == name] or mine
+            best = min(mine, key=lambda row: float(row["ratio"]), default=None)
+            if best is None or not best[column]:
+                continue
+            value, place = float(best[column]), i + (k - (len(dtypes) - 1) / 2) * height
+            shade = DTYPES.index(dtype)
+            axis.barh(place, value, height, color=_colours(name)[shade], edgecolor="white")
+            low, high = (best["ratio_p10"], best["ratio_p90"]) if column == "ratio" else ("", "")
+            if low and high:
+                axis.plot([float(low), float(high)], [place, place], color="black", linewidth=1)
+            end = max(value, float(high or 0))
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at 1
+            axis.text(end + 0.03, place, f"{value:.2f} {dtype}", va="center", fontsize=15, bbox=white)
+            right = max(right, end)
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set_xscale("log", base=2)
-    ticks = [0.125, 0.25, 0.5, 1, 2, 4]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.legend(fontsize=8, loc="lower right")
+    axis.axvline(1, color="black", linewidth=1.5, linestyle="--")
+    axis.set_xlim(0, right * 1.25)
 
 
 def _growth(axis: Any, rows: list[dict[str, str]], column: str) -> None:
@@ -76,16 +117,17 @@ def _growth(axis: Any, rows: list[dict[str, str]], column: str) -> None:
         mine = sorted(
             (int(r[column]), float(r["peak_mib"])) for r in rows if r["variant"] == variant and r["peak_mib"]
         )
-        marker = "o" if variant.startswith("ours") else "s"
-        axis.plot(*zip(*mine, strict=True), marker=marker, color=_colour(variant), label=variant)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    ticks = sorted({int(r[column]) for r in rows})
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        if mine:
+            marker = "o" if variant.startswith("ours") else "s"
+            style = {"marker": marker, "markersize": 9, "linewidth": 3, "color": _colours(variant)[0]}
+            axis.plot(*zip(*mine, strict=True), label=variant, **style)
+    axis.set_ylim(0)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.locator_params(nbins=5)
     axis.set_xlabel(column)
-    axis.set_ylabel("MiB above the inputs")
-    axis.legend(fontsize=9)
+    axis.set_ylabel("MiB above inputs")
+    axis.legend(fontsize=17, frameon=False)
     axis.grid(alpha=0.3)
 
 

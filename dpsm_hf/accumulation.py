@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 # Rows of the weight whose low-precision product is added up at a time on a CPU: it stays in the cache.
-_BLOCK = 8192
+_BLOCK = 2048
+
+# Float32 blocks of this size are given back to the system one by one; glibc keeps what is freed in smaller ones.
+_FREED_BYTES = 40 * 2**20
 
 
 class WeightGradient:
@@ -47,7 +50,7 @@ class WeightGradient:
             if hidden.dtype == torch.float16:
                 hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 holds
             parts = [part for block in self._blocks if block is not None for part in block.split(_BLOCK)]
-            for part, rows in zip(parts, transposed.split(_BLOCK), strict=True):
+            for part, rows in zip(parts, transposed.split([len(part) for part in parts]), strict=True):
                 product = rows.to(hidden.dtype) @ hidden
                 # copying instead of adding to zeros saves a pass over the whole weight
                 part.copy_(product) if first else part.add_(product)
@@ -59,7 +62,7 @@ class WeightGradient:
         in_blocks = (
             self._weight.dtype.itemsize < wide.itemsize and hidden.device.type == "cpu" and hidden.dtype != wide
         )
-        size = _BLOCK if in_blocks else rows
+        size = max(1, _FREED_BYTES // (columns * wide.itemsize)) if in_blocks else rows
         for start in range(0, rows, size):
             yield torch.empty(min(size, rows - start), columns, dtype=wide, device=hidden.device)
 
