@@ -40,8 +40,10 @@ _CHUNK_BYTES = 2**29
 # matrices with unaligned rows are slow.
 _ROW_ALIGNMENT = 64
 
-# float16 holds no p**2 of a large vocabulary: its gradients are computed this much larger, and scaled at the end.
+# float16 holds no p**2 of a large vocabulary: its gradients are computed this much larger, and scaled at the end. Less
+# where the weight is so large that their products would not fit into float16.
 _HALF_SCALE = 1024.0
+_HALF_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class HeadOptions:
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1; None chooses for the device.")
+        if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} must be a whole number from 1 on; None chooses for the device."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class ChunkedObjective(torch.autograd.Function):
         tokens = device_scalar(1 if denominator is None else denominator, hidden.device, wide)
         scale = tokens.reciprocal()
         # by a power of two, so that putting it off rounds nothing a second time
-        later = _HALF_SCALE * torch.exp2(tokens.log2().ceil())
+        later = work.half_scale() * torch.exp2(tokens.log2().ceil()) if late else tokens
         values, statistics, gradients = work.run((scale * later if late else scale) if eager else None, wants)
         if values is None:
             values = statistics.new_zeros(len(labels))
@@ -197,7 +201,7 @@ def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
     factor: Tensor | None = None
     if work.dtype == torch.float16 and len(labels):
         largest = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny)
-        factor = torch.exp2(largest.log2().ceil()) / _HALF_SCALE
+        factor = torch.exp2(largest.log2().ceil()) / work.half_scale()
     _, _, gradients = work.run(grad_values if factor is None else grad_values / factor, wants)
     return [_finish(source, dtype, factor, keep=False) for source, dtype in gradients]
 
@@ -221,6 +225,14 @@ class _Work:
                 f"the hidden states are {hidden.dtype} but the head's weight is {head.weight.dtype}: convert one of "
                 "them, or call the model under torch.autocast."
             )
+
+    def half_scale(self) -> Tensor:
+        """Return the power of two by which float16 gradients are computed too large."""
+        largest = torch.full((), _HALF_WEIGHT, device=self.hidden.device)
+        if isinstance(self.head, LinearHead):
+            largest = torch.maximum(largest, self.head.weight.detach().abs().max().float())
+        largest = largest * max(1.0, abs(self.options.post.scale))
+        return torch.exp2((_HALF_SCALE * _HALF_WEIGHT / largest).log2().floor())
 
     def run(
         self, weight: Tensor | float | None, wants: list[bool]

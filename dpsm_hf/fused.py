@@ -11,6 +11,8 @@ whatever it does after its head, and what comes out is compared with what the fu
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,8 +29,12 @@ from .models import Alignment, align_targets, core_model
 from .output_layer import added_bias, output_layer, post_ops
 from .scoring_rules import Objective
 
-# Rows whose real logits are compared at the first batch.
+# Rows whose real logits are compared at the first batch; later ones return as many rows of zeros, so that whatever the
+# model does with its logits it can do to them.
 _CHECKED_ROWS = 4
+
+# Two threads that score with one model take turns: each puts back what it found.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class FusedHeadError(RuntimeError):
@@ -94,12 +100,15 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.core = core_model(model)
-        self.checked = False
+        self._checked: set[tuple[Any, ...]] = set()
+        self._thread = 0
+        self._grad_enabled = True
+        self._compared = False
         self._request: ScoringRequest | None = None
         self._rows: ScoredRows | None = None
         self._result: tuple[TokenScores, Tensor] | None = None
         self._raw: Tensor | None = None
-        self._vocab_size: int | None = None
+        self._vocab_sizes: dict[tuple[Any, ...], int] = {}
         self._layer: nn.Module = self._find_layer()
         self._core_forward = self._layer_forward = _missing
         # the same objects at every call, so that torch.compile does not take them for new ones
@@ -112,18 +121,32 @@ class FusedHead:
             FusedHeadError: if the model does not use its output layer as expected, or (at the first call) does
                 something with its logits that is not known here.
         """
-        self._request = request
-        # its labels are known long before the device has the hidden states: ask for their rows now
-        self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
-        try:
-            with self._patched():
-                output = model(**batch)
-        finally:
-            self._request = self._rows = self._result = self._raw = None
-        if not isinstance(output, ScoredOutput):
-            raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
-        self.checked = True
-        return output
+        with _LOCKS.setdefault(self.core, threading.RLock()):
+            self._request, self._thread, self._grad_enabled = request, threading.get_ident(), torch.is_grad_enabled()
+            # its labels are known long before the device has the hidden states: ask for their rows now
+            self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
+            key = self._state()
+            self._compared = False
+            try:
+                with self._patched():
+                    output = model(**batch)
+            finally:
+                self._request = self._rows = self._result = self._raw = None
+                self._core_forward = self._layer_forward = _missing
+            if not isinstance(output, ScoredOutput):
+                raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
+            if self._compared:
+                self._checked.add(key)
+            return output
+
+    @property
+    def checked(self) -> bool:
+        """Return whether the model was checked as it is now: in this mode, with this layer and these hooks."""
+        return self._state() in self._checked
+
+    def _state(self) -> tuple[Any, ...]:
+        layer = self._find_layer()
+        return (self.core.training, id(layer), tuple(layer._forward_hooks), tuple(self.core._forward_hooks))
 
     def _find_layer(self) -> nn.Module:
         layer = output_layer(self.core)
@@ -156,10 +179,14 @@ class FusedHead:
     # the scoring is no graph that a compiler could improve, and it changes from step to step
     @torch.compiler.disable
     def _score_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if threading.get_ident() != self._thread:
+            return self._layer_forward(hidden_states, *args, **kwargs)
         if self._result is not None:
             raise FusedHeadError(f"{type(self.core).__name__} uses its output layer more than once in a forward")
         if args or kwargs or not isinstance(hidden_states, Tensor):
             raise FusedHeadError("the output layer is called with more than hidden states")
+        if self._grad_enabled and not torch.is_grad_enabled():
+            raise FusedHeadError("the output layer is called without gradients (in a reentrant checkpoint, say)")
         request = self._request
         assert request is not None and self._rows is not None  # set by the call that we are in
         head = self._head(hidden_states)
@@ -174,14 +201,21 @@ class FusedHead:
         tokens = TokenLabels.of(targets, head.vocab_size, IGNORE_INDEX, rows)
         scores = score_hidden(head, hidden_states, tokens, options, denominator=request.denominator)
         self._result = (scores, targets)
+        rows = _some_rows(hidden_states)
         if self.checked:
-            return hidden_states.new_empty(*hidden_states.shape[:-2], 0, head.vocab_size)
+            return rows.new_zeros(*rows.shape[:-1], head.vocab_size)
+        if isinstance(head, ModuleHead) and torch.is_grad_enabled():
+            _refuse_strangers(self._layer_forward(rows), head, rows)
         with torch.no_grad():
-            self._raw = self._layer_forward(_some_rows(hidden_states))
+            raw = self._layer_forward(rows)
+        # in float32 what the model does with them is exact enough to tell a factor of 0.999 from rounding
+        self._raw = raw if raw.dtype == torch.float64 else raw.float()
         return self._raw.clone()  # the model may go on with it in place
 
     @torch.compiler.disable
-    def _collect(self, output: Any) -> ScoredOutput:
+    def _collect(self, output: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return output
         if self._result is None:
             raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
         named = isinstance(output, Mapping)
@@ -203,26 +237,52 @@ class FusedHead:
                 own = bias if own is None else own + bias
             return LinearHead(cast(Tensor, weight), own)
         forward = self._layer_forward if bias is None else _biased(self._layer_forward, bias)
-        if self._vocab_size is None:
+        key = (id(layer), *(tuple(parameter.shape) for parameter in layer.parameters()))
+        if key not in self._vocab_sizes:
             with torch.no_grad():
-                self._vocab_size = forward(hidden.reshape(-1, hidden.shape[-1])[:1]).shape[-1]
-        return ModuleHead(forward, tuple(p for p in layer.parameters() if p.requires_grad), self._vocab_size)
+                self._vocab_sizes = {key: forward(hidden.reshape(-1, hidden.shape[-1])[:1]).shape[-1]}
+        return ModuleHead(forward, tuple(p for p in layer.parameters() if p.requires_grad), self._vocab_sizes[key])
 
     def _compare(self, logits: Any, raw: Tensor) -> None:
         bias = added_bias(self.core)
-        mine = post_ops(self.core)(raw.float() if bias is None else raw.float() + bias.to(raw.device))
+        mine = post_ops(self.core)(raw if bias is None else raw + bias.detach().to(raw.device))
         name = type(self.core).__name__
         if not isinstance(logits, Tensor) or logits.shape != mine.shape:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise FusedHeadError(f"{name} turns the output of its head {tuple(mine.shape)} into {shape}")
-        real = logits.float()
-        # from the same products, so they differ by the roundings of the post-ops in the model's dtype alone
-        tolerance = 16 * torch.finfo(raw.dtype).eps * float(raw.float().abs().max())
-        if not torch.allclose(real, mine, rtol=0.0, atol=tolerance, equal_nan=True):
+        if logits.requires_grad and not (bias is not None and bias.requires_grad):
+            raise FusedHeadError(f"{name} has something trainable behind its output layer")
+        if bool(torch.isnan(raw).any()):
+            return  # broken weights are no answer to the question; the loss will say so
+        real = logits.to(raw.dtype)
+        finite = torch.isfinite(mine)
+        # from the same numbers, so they differ by the roundings of the post-ops alone
+        largest = float(torch.where(torch.isfinite(raw), raw, 0.0).abs().max())
+        tolerance = (16 if logits.dtype == raw.dtype else 2) * torch.finfo(logits.dtype).eps * largest
+        difference = torch.where(finite & torch.isfinite(real), (real - mine).abs(), 0.0)
+        if not torch.equal(finite, torch.isfinite(real)) or float(difference.max()) > tolerance:
             raise FusedHeadError(
                 f"{name} does something to its logits that is not known here: they differ by up to "
-                f"{float((real - mine).abs().max()):.3g}"
+                f"{float(difference.max()):.3g}"
             )
+        self._compared = True
+
+
+def _refuse_strangers(output: Tensor, head: ModuleHead, rows: Tensor) -> None:
+    """Find tensors that a head's output depends on beside its own parameters: their gradient would be lost."""
+    known = {id(parameter) for parameter in head.parameters}
+    pending, seen = [output.grad_fn], set()
+    # what leads to the hidden states is the model's own graph
+    stop = rows.grad_fn
+    while pending:
+        node = pending.pop()
+        if node is None or node is stop or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known and leaf is not rows:
+            raise FusedHeadError("the output layer depends on a tensor that is not among its parameters")
+        pending += [following for following, _ in node.next_functions]
 
 
 def _biased(forward: Callable[[Tensor], Tensor], bias: Tensor) -> Callable[[Tensor], Tensor]:

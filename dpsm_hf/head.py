@@ -95,13 +95,15 @@ def linear_scoring_loss(
     denominator: Tensor | int = 1
     if reduction == "mean":
         count = tokens.scored.sum() if num_items_in_batch is None else num_items_in_batch
+        if count.numel() != 1 if isinstance(count, Tensor) else not (isinstance(count, int) and count >= 0):
+            raise ValueError(f"num_items_in_batch={count} must be one whole number, the tokens of the optimizer step.")
         # a step without any scored token has a loss of 0, not 0 / 0
-        denominator = count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
+        denominator = count.reshape(()).clamp_min(1) if isinstance(count, Tensor) else max(1, count)
     return score_hidden(LinearHead(lm_head_weight, bias), hidden_states, tokens, options, denominator=denominator)
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or not len(weight) or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lm_head_weight must be [V, D] with D={hidden.shape[-1]} of the hidden states {tuple(hidden.shape)}, "
             f"but is {tuple(weight.shape)}."

@@ -38,8 +38,15 @@ class PostOps:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"logit_softcap={self.softcap} must be positive; None leaves the logits uncapped.")
+        if isinstance(self.scale, Tensor) or isinstance(self.softcap, Tensor):
+            raise ValueError(
+                "logit_scale and logit_softcap must be numbers: a tensor's gradient would be lost. Multiply the "
+                "hidden states by a scale that is trained."
+            )
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(
+                f"logit_softcap={self.softcap} must be positive and finite; None leaves the logits uncapped."
+            )
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the logits that the head's output ``z`` becomes."""

@@ -56,7 +56,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSS_TYPES)}.")
-        if not isinstance(self.alpha, Tensor) and not 0.0 <= self.alpha <= 1.0:
+        if isinstance(self.alpha, Tensor) and self.alpha.dim():
+            raise ValueError(f"alpha must be a number or a 0-d tensor, but has shape {tuple(self.alpha.shape)}.")
+        # on a device, looking would stall it
+        known = not isinstance(self.alpha, Tensor) or self.alpha.device.type == "cpu"
+        if known and not 0.0 <= float(self.alpha.detach() if isinstance(self.alpha, Tensor) else self.alpha) <= 1.0:
             raise ValueError(
                 f"alpha={self.alpha} lies outside [0, 1], the range of the Brier score's weight in the mix."
             )

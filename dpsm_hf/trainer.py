@@ -90,6 +90,7 @@ class DPSMMixin(TrainingLossMixin):
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
         self._tally.reset()
+        self._fused = None  # it would keep a model alive that model_init is about to replace
         self._train_started = None
         self._seconds_evaluating = 0.0
         return super().train(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,7 +63,7 @@ class TrainingLossMixin(_Base):
         self._evaluated: TokenScores | None = None
         self._logits_unused = False
         self._fused: FusedHead | None = None
-        self._why_not_fused: str | None = None
+        self._not_fused: weakref.ref[nn.Module] | None = None
         self._refuse_other_losses()
         if self._owns_loss():
             # the denominator is ours whether or not the model's forward has a place for it
@@ -134,10 +135,15 @@ class TrainingLossMixin(_Base):
         if training:
             self._alpha = self.alpha
         outputs: Any = None
-        if not return_outputs or self._logits_unused:
-            outputs = self._score_in_head(model, batch)
+        failure: Exception | None = None
+        # a subclass that wraps this method may look at the outputs whatever the evaluation needs
+        unused = self._logits_unused and type(self).compute_loss is TrainingLossMixin.compute_loss
+        if not return_outputs or unused:
+            outputs, failure = self._score_in_head(model, batch)
         if outputs is None:
             loss, scores, targets, outputs = self._score_from_logits(model, batch)
+            if failure is not None:  # of the head, since the batch itself is sound
+                self._give_up_fusing(failure)
         else:
             loss, scores, targets = outputs.loss, outputs.scores(), outputs.targets
         auxiliary = router_loss(self.model, outputs) if training else None
@@ -166,22 +172,25 @@ class TrainingLossMixin(_Base):
 
     # ---- inside the head -------------------------------------------------------------------------------------------
 
-    def _score_in_head(self, model: nn.Module, batch: _Batch) -> ScoredOutput | None:
-        """Return the scores of a batch without its logits ever existing, or None where that is not done.
+    def _score_in_head(self, model: nn.Module, batch: _Batch) -> tuple[ScoredOutput | None, Exception | None]:
+        """Return the scores of a batch without its logits ever existing; else None, and why where it was tried.
 
         Raises:
             ValueError: with ``fused_head="on"``, if the model cannot be scored so.
         """
-        mode = self.dpsm.fused_head
-        if mode == "off" or self._why_not_fused is not None:
-            return None
+        core = core_model(model)
+        if self.dpsm.fused_head == "off" or core is not core_model(self.model):  # another model's scores: a teacher's
+            return None, None
+        if self._not_fused is not None and self._not_fused() is core:
+            return None, None
         failure: Exception | None = None
         outputs: ScoredOutput | None = None
+        checked, random_state = False, torch.get_rng_state()
         try:
             if self.args.n_gpu > 1:
                 raise FusedHeadError("data parallelism in one process copies modules; start one process a GPU")
-            if self._fused is None or self._fused.core is not core_model(self.model):
-                self._fused = FusedHead(self.model)
+            if self._fused is None or self._fused.core is not core:
+                self._fused = FusedHead(model)
             request = ScoringRequest(
                 labels=batch.labels if batch.shift_labels is None else batch.shift_labels,
                 alignment=batch.alignment if batch.shift_labels is None else None,
@@ -193,29 +202,27 @@ class TrainingLossMixin(_Base):
             checked = self._fused.checked
             outputs = self._fused(model, batch.inputs, request)
         except Exception as error:
-            # from a model whose head was checked it is no failure of the head
-            if self._fused is not None and self._fused.checked:
+            # from a model whose head was checked it is no failure of the head; and full logits need more memory still
+            if checked or isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
                 raise
-            failure, checked = error, False
+            failure = error
         # every process goes the same way, or their collective operations would not match
         if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self.args.device)):
-            self._give_up_fusing(failure, mode)
-            return None
-        return outputs
+            failure = failure or FusedHeadError("another process could not")
+            torch.set_rng_state(random_state)  # the attempt has drawn its dropout; the batch draws it again
+            if isinstance(failure, FusedHeadError) and self.dpsm.fused_head == "on":
+                self._give_up_fusing(failure)
+            return None, failure
+        return outputs, None
 
-    def _give_up_fusing(self, failure: Exception | None, mode: str) -> None:
-        if isinstance(failure, FusedHeadError):
-            reason = str(failure)
-        elif failure is None:
-            reason = "another process could not"
-        else:
-            reason = f"{type(failure).__name__}: {failure}"
-        if mode == "on":
+    def _give_up_fusing(self, failure: Exception) -> None:
+        reason = str(failure) if isinstance(failure, FusedHeadError) else f"{type(failure).__name__}: {failure}"
+        if self.dpsm.fused_head == "on":
             raise ValueError(
                 f"fused_head='on', but tokens cannot be scored inside the head of this model: {reason}. Use "
                 "fused_head='auto' to fall back to full logits."
             ) from failure
-        self._why_not_fused = reason
+        self._fused, self._not_fused = None, weakref.ref(core_model(self.model))
         logger.warning(
             f"Tokens cannot be scored inside the head of this model: {reason}. The loss is computed from full logits, "
             "which is exact too and takes more memory and time; fused_head='off' does so without this warning."
