@@ -6,20 +6,25 @@ import csv
 import ctypes
 import datetime
 import gc
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
 _M_MMAP_THRESHOLD = -3
+# malloc gives memory of at least this size back at once: then a high-water mark is a sum of live tensors
+_EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass
@@ -160,6 +165,19 @@ def peak_above(run: Callable[[], object], device: torch.device) -> float | None:
     return memory("VmHWM") - before
 
 
+def peak_in_own_process(module: str, case: list[Any]) -> float | None:
+    """Return the peak that ``python -m module --memory-of CASE`` prints, whose heap nothing has fragmented before."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--memory-of", json.dumps(case)],
+        env={**os.environ, **_EXACT_MEMORY}, capture_output=True, text=True, check=False, cwd=HERE.parent,
+    )  # fmt: skip
+    if done.returncode:
+        print(f"{module} {case} ended with {done.returncode}: {done.stderr[-500:]}", file=sys.stderr)
+        return None
+    value = json.loads(done.stdout.strip().splitlines()[-1])
+    return None if value is None else float(value)
+
+
 def memory(name: str) -> float:
     """Return a line of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -174,6 +192,7 @@ def measure(
     budget: float,
     device: torch.device,
     clean: Callable[[], None],
+    peak: Callable[[str], float | None] | None = None,
 ) -> dict[str, dict[str, float | int | str | None]]:
     """Time every variant once a round, the order rotated, until there are enough rounds or the time is up.
 
@@ -184,6 +203,7 @@ def measure(
         budget: seconds after which no further round begins.
         device: to synchronise.
         clean: called before each call, outside its time.
+        peak: measures the memory of a variant elsewhere; None measures it here.
 
     Returns:
         For each variant the columns of `Row`; a variant that fails has a ``note`` alone.
@@ -195,7 +215,7 @@ def measure(
         try:
             call()
             clean()
-            found[name] = {"peak_mib": peak_above(call, device)}
+            found[name] = {"peak_mib": peak_above(call, device) if peak is None else peak(name)}
             times[name] = []
         except Exception as error:  # out of memory, an unsupported combination: a row with a note
             found[name] = {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"}

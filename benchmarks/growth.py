@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
         variants = {head.REFERENCE: head.transformers_ce, "ours, dpsm": head.ours("dpsm")}
         inputs = (hidden, weight, labels)
         calls = {name: (lambda v=v, inputs=inputs: v(*inputs).backward()) for name, v in variants.items()}
+        peak = head.peak_of(arguments.dtype, tokens, width, vocabulary) if device.type == "cpu" else None
         found = measure(calls, head.REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
-                        clean=clean)  # fmt: skip
+                        clean=clean, peak=peak)  # fmt: skip
         for name in variants:
             table.add(Row(benchmark, name, arguments.dtype, tokens, width, vocabulary, **found[name]))
 

@@ -6,6 +6,7 @@ python -m benchmarks.head --dims 256 768 --dtypes fp32 bf16
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import HERE, Row, Table, measure, slug
+from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
 from benchmarks.hidden import hidden_states
 from dpsm_hf import linear_scoring_loss
+from dpsm_hf.products import by_onednn, product
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFERENCE = "transformers CE"
@@ -48,11 +50,13 @@ def tidy_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (0.5 * -own + 0.5 * brier).mean()
 
 
-def torch_linear_ce(rows: int) -> Variant:
-    """PyTorch's own chunked linear cross-entropy, at most ``rows`` rows a chunk."""
+def torch_linear_ce(rows: int | None) -> Variant:
+    """PyTorch's own chunked linear cross-entropy, at most ``rows`` rows a chunk; None leaves all to its own choice."""
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+        options = torch.nn.LinearCrossEntropyOptions()
+        if rows is not None:
+            options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
         return F.linear_cross_entropy(hidden, weight, labels, options=options)
 
     return run
@@ -78,6 +82,14 @@ def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         torch.mm(logits.t(), hidden)
 
 
+def bare_products_onednn(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """The same by the library that the fused head takes for float32 on this processor."""
+    with torch.no_grad():
+        logits = product(hidden, weight)
+        product(logits, weight.t())
+        product(logits.t().contiguous(), hidden.t().contiguous())
+
+
 def liger() -> Variant:
     """Liger's fused linear cross-entropy, whose chunks are its own rule."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -92,7 +104,7 @@ def apple_cce() -> Variant:
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
 
 
-def all_variants(device: torch.device) -> dict[str, Variant | str]:
+def all_variants(device: torch.device, dtype: torch.dtype) -> dict[str, Variant | str]:
     """Return the variants by name; a string says why one cannot run here."""
     found: dict[str, Variant | str] = {
         REFERENCE: transformers_ce,
@@ -100,11 +112,13 @@ def all_variants(device: torch.device) -> dict[str, Variant | str]:
         "research mix": research_mix,
         "tidy mix": tidy_mix,
         "tidy mix, compiled": torch.compile(tidy_mix),
-        **{f"torch linear CE, {n}": torch_linear_ce(n) for n in (256, 512)},
+        **{f"torch linear CE, {n or 'auto'}": torch_linear_ce(n) for n in (None, 256, 512)},
         "three products": bare_products,
         "ours, ce": ours("ce"),
         "ours, dpsm": ours("dpsm"),
     }
+    if by_onednn(torch.empty(1024, 1024, device=device, dtype=dtype), 1024):
+        found["three products, oneDNN"] = bare_products_onednn
     if device.type == "cuda":
         found["ours, dpsm, torch"] = ours("dpsm", "torch")
         found["ours, dpsm, compile"] = ours("dpsm", "compile")
@@ -129,18 +143,9 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 weight.requires_grad_()
                 variants = {
                     name: variant
-                    for name, variant in all_variants(device).items()
+                    for name, variant in all_variants(device, DTYPES[dtype]).items()
                     if not arguments.only or name == REFERENCE or any(part in name for part in arguments.only)
                 }
-
-                def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-                    def call() -> None:
-                        loss = variant(*inputs)
-                        if loss is not None:
-                            loss.backward()
-
-                    return call
-
                 inputs = (hidden, weight, labels)
                 calls = {name: bound(v, inputs) for name, v in variants.items() if not isinstance(v, str)}
 
@@ -149,11 +154,43 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
 
                 # a wide head is seconds a call on a CPU: fewer samples, and the table says how many
                 samples = arguments.samples if width <= 1024 or device.type == "cuda" else min(5, arguments.samples)
-                found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean)
+                peak = peak_of(dtype, tokens, width, vocabulary) if device.type == "cpu" else None
+                found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean,
+                                peak=peak)  # fmt: skip
                 for name, variant in variants.items():
                     columns: dict[str, Any] = found.get(name, {"note": variant})
                     table.add(Row("head", name, dtype, tokens, width, vocabulary, **columns))
                 del hidden, weight, labels, inputs, calls
+
+
+def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+    """Return forward and backward of a variant as a call without arguments."""
+
+    def call() -> None:
+        loss = variant(*inputs)
+        if loss is not None:
+            loss.backward()
+
+    return call
+
+
+def peak_of(dtype: str, tokens: int, width: int, vocabulary: int) -> Callable[[str], float | None]:
+    """Return a function that measures the memory of a variant of this size in a process of its own."""
+    return lambda variant: peak_in_own_process("benchmarks.head", [variant, dtype, tokens, width, vocabulary])
+
+
+def own_peak(name: str, dtype: str, tokens: int, width: int, vocabulary: int) -> float | None:
+    """Return a variant's peak in this process; what is in the tensors does not change it."""
+    hidden = torch.randn(tokens, width).to(DTYPES[dtype]).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * 0.02).to(DTYPES[dtype]).requires_grad_()
+    cpu = torch.device("cpu")
+    variant = all_variants(cpu, DTYPES[dtype])[name]
+    assert not isinstance(variant, str)
+    call = bound(variant, (hidden, weight, torch.randint(vocabulary, (tokens,))))
+    for _ in range(2):  # compiles, and lets the libraries allocate what they keep
+        call()
+        hidden.grad = weight.grad = None
+    return peak_above(call, cpu)
 
 
 def default_tokens(width: int, vocabulary: int, device: torch.device) -> int:
@@ -175,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    p.add_argument("--memory-of", help=argparse.SUPPRESS)
     return p
 
 
@@ -182,6 +220,9 @@ def main() -> None:
     """Run from the command line."""
     arguments = parser().parse_args()
     device = torch.device(arguments.device)
+    if arguments.memory_of:
+        print(json.dumps(own_peak(*json.loads(arguments.memory_of))))
+        return
     run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
 
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, slug
+from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
 
 REFERENCE = "Trainer, ce"
-VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm")
-# malloc gives memory of at least this size back at once: then a high-water mark is a sum of live tensors
-_EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+FULL_LOGITS = "ours, dpsm, full logits"
+VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm", FULL_LOGITS)
 
 
 def make_model(name: str) -> nn.Module:
@@ -68,7 +64,8 @@ def make_step(
     else:
         trainer_class = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
         config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
-        extra = {"loss_type": variant.removeprefix("ours, "), "alpha_warmup_steps": 100, "fused_head": "on"}
+        extra = {"loss_type": variant.split(", ")[1], "alpha_warmup_steps": 100,
+                 "fused_head": "off" if variant == FULL_LOGITS else "on"}  # fmt: skip
     model = make_model(name)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -95,40 +92,44 @@ def make_step(
 
 def measure_memory(case: list[Any]) -> float | None:
     """Return the peak of a step above model and optimizer state, from a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training_step", "--memory-of", json.dumps(case)],
-        env={**os.environ, **_EXACT_MEMORY}, capture_output=True, text=True, check=False, cwd=HERE.parent,
-    )  # fmt: skip
-    if done.returncode:
-        print(done.stderr[-1000:], file=sys.stderr)
-        return None
-    value = json.loads(done.stdout.strip().splitlines()[-1])
-    return None if value is None else float(value)
+    return peak_in_own_process("benchmarks.training_step", case)
 
 
 def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
     """Measure every model and dtype."""
-    shape = (arguments.sequences, arguments.length)
+    short = (arguments.sequences, arguments.length)
     for name in arguments.models:
         for dtype in arguments.dtypes:
-            # with checkpointing the blocks no longer hide the head; one model shows it
-            for checkpointing in (False, True) if name == "gpt2" else (False,):
-                case = [name, dtype, *shape, checkpointing]
-                label = f"step {name}" + (", activation checkpointing" if checkpointing else "")
-                found: dict[str, dict[str, Any]] = {variant: {} for variant in VARIANTS}
-                if not checkpointing:
-                    steps = {v: make_step(name, v, dtype, *shape, checkpointing) for v in VARIANTS}
-                    found = measure(steps, REFERENCE, samples=arguments.samples, budget=arguments.budget,
-                                    device=device, clean=lambda: None)  # fmt: skip
-                    del steps
-                peaks = {v: measure_memory([name, v, *case[1:]]) for v in VARIANTS}
-                for variant in VARIANTS:
-                    columns = found[variant]
-                    columns["peak_mib"], base = peaks[variant], peaks[REFERENCE]
-                    columns["peak_ratio"] = None if not base or peaks[variant] is None else peaks[variant] / base
-                    tokens = shape[0] * (shape[1] if name == "gpt2" else shape[1] // 2)
-                    vocabulary = 50257 if name == "gpt2" else 50265
-                    table.add(Row(label, variant, dtype, tokens, 768, vocabulary, **columns))
+            measure_case(name, dtype, short, False, VARIANTS, arguments, table, device)
+            if name == "gpt2" and arguments.memory_length:
+                # the length it was trained at; without the activations of its blocks the head's share is seen
+                long = (arguments.sequences, arguments.memory_length)
+                for checkpointing in (False, True):
+                    measure_case(name, dtype, long, checkpointing, (REFERENCE, "ours, dpsm"), None, table, device)
+
+
+def measure_case(
+    name: str, dtype: str, shape: tuple[int, int], checkpointing: bool, variants: tuple[str, ...],
+    arguments: argparse.Namespace | None, table: Table, device: torch.device,
+) -> None:  # fmt: skip
+    """Add a row for each variant; without arguments memory alone is measured."""
+    found: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
+    if arguments is not None:
+        steps = {variant: make_step(name, variant, dtype, *shape, checkpointing) for variant in variants}
+        found = measure(steps, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
+                        clean=lambda: None, peak=lambda variant: None)  # fmt: skip
+        del steps
+    peaks = {variant: measure_memory([name, variant, dtype, *shape, checkpointing]) for variant in variants}
+    base = peaks[REFERENCE]
+    label = f"step {name}" + (", activation checkpointing" if checkpointing else "")
+    sequences, length = shape
+    tokens, vocabulary = (sequences * length, 50257) if name == "gpt2" else (sequences * (length // 2), 50265)
+    for variant in variants:
+        columns, peak = found[variant], peaks[variant]
+        columns.update(peak_mib=peak, peak_ratio=peak / base if peak and base else None)
+        if peak is None and not columns.get("note"):
+            columns["note"] = "memory: not measured"
+        table.add(Row(label, variant, dtype, tokens, 768, vocabulary, **columns))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,6 +139,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     p.add_argument("--sequences", type=int, default=4, help="sequences of a batch")
     p.add_argument("--length", type=int, default=256, help="tokens of a sequence; BART's summaries have half")
+    p.add_argument(
+        "--memory-length",
+        type=int,
+        default=1024,
+        help="tokens of a sequence of GPT-2 where memory alone "
+        "is measured, without and with activation checkpointing; 0 leaves that out",
+    )
     p.add_argument("--samples", type=int, default=20, help="rounds of one step of each variant")
     p.add_argument("--budget", type=float, default=75, help="seconds a case after which no further round begins")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

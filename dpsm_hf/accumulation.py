@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Rows of the weight whose low-precision product is added up at a time on a CPU: it stays in the cache.
+from .products import by_onednn, product
+
+# Rows of the weight whose product is added up at a time on a CPU: it stays in the cache.
 _BLOCK = 2048
 
 # Float32 blocks of this size are given back to the system one by one; glibc keeps what is freed in smaller ones.
@@ -35,7 +37,7 @@ class WeightGradient:
         first = not self._blocks
         if first:
             self._blocks = list(self._empty_blocks(hidden))
-        if hidden.dtype in (torch.float32, torch.float64):
+        if hidden.dtype in (torch.float32, torch.float64) and not by_onednn(hidden, len(self._weight)):
             (total,) = self._blocks
             assert total is not None
             torch.mm(transposed, hidden, out=total) if first else total.addmm_(transposed, hidden)
@@ -49,11 +51,15 @@ class WeightGradient:
         else:
             if hidden.dtype == torch.float16:
                 hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 holds
+            # oneDNN is at its best on contiguous rows
+            fast = by_onednn(hidden, len(self._weight))
+            columns = hidden.t().contiguous() if fast else hidden.t()
             parts = [part for block in self._blocks if block is not None for part in block.split(_BLOCK)]
             for part, rows in zip(parts, transposed.split([len(part) for part in parts]), strict=True):
-                product = rows.to(hidden.dtype) @ hidden
+                rows = rows.to(hidden.dtype)
+                term = product(rows.contiguous() if fast else rows, columns)
                 # copying instead of adding to zeros saves a pass over the whole weight
-                part.copy_(product) if first else part.add_(product)
+                part.copy_(term) if first else part.add_(term)
 
     def _empty_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32

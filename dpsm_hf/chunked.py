@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import WeightGradient, scaled
+from .products import by_onednn, product
 from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
 from .scoring_rules import Objective
 
@@ -32,9 +33,10 @@ IMPLEMENTATIONS = ("auto", "torch", "triton", "compile", "reference")
 FUSED_MODES = ("auto", "on", "off")
 
 # Rows of a chunk. On a GPU fewer than about 1,000 make the read-modify-write of the float32 weight gradient cost more
-# than the product that it belongs to; on a CPU 256 are as fast as 1,024 and leave more memory.
-_CPU_CHUNK, _DEVICE_CHUNK = 256, 2048
-_CHUNK_BYTES = 2**29
+# than the product that it belongs to, and half a GiB is enough. On a CPU 128 are nearly as fast as 1,024; glibc keeps
+# blocks of up to 32 MiB for the next chunk, which spares it the page faults.
+_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES = 2048, 2**29
+_CPU_LEAST, _CPU_CHUNK, _CPU_CHUNK_BYTES = 128, 256, 2**25
 
 # The rows of the logits' buffer begin at multiples of this many entries: V is often odd (50257), and products of
 # matrices with unaligned rows are slow.
@@ -271,6 +273,8 @@ class _Work:
                     part_gradient = chunk.backward(logits)
                     if grad_hidden is not None:
                         grad_hidden[index] = part_gradient.to(grad_hidden.dtype)
+                    del part_gradient
+                del logits  # before the next chunk is allocated
         if not columns:  # nothing is scored
             columns = [hidden.new_zeros(0, len(STATISTICS) if options.entropy else len(STATISTICS) - 1).float()]
         gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
@@ -287,8 +291,11 @@ class _Work:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
         most = self.options.chunk_tokens
         if most is None:
-            most = _CPU_CHUNK if self.hidden.device.type == "cpu" else _DEVICE_CHUNK
-            most = max(1, min(most, _CHUNK_BYTES // (self.head.vocab_size * self.dtype.itemsize)))
+            row_bytes = self.head.vocab_size * self.dtype.itemsize
+            if self.hidden.device.type == "cpu":
+                most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
+            else:
+                most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
         number = max(1, -(-len(self.labels) // most))
         return max(1, -(-len(self.labels) // number))
 
@@ -303,19 +310,19 @@ class _LinearChunks:
         self.dtype = work.dtype
         self.weight = head.weight.detach().to(work.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(work.dtype)
-        columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
-        self.hidden = self.buffer[:0]
+        self.hidden = work.hidden.detach()[:0]
+        self.buffer: Tensor | None = None
+        if not by_onednn(self.weight, work.chunk_size()):  # that returns memory of its own
+            columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
         self.grad_weight = WeightGradient(head.weight)
         self.grad_bias: Tensor | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
         """Return the head's output for some rows."""
         self.hidden = hidden.to(self.dtype)
-        out = self.buffer[: len(hidden), : len(self.weight)]
-        if self.bias is None:
-            return torch.mm(self.hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, self.hidden, self.weight.t(), out=out)
+        out = None if self.buffer is None else self.buffer[: len(hidden), : len(self.weight)]
+        return product(self.hidden, self.weight, self.bias, out)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Add up the parameters' gradients and return that of the rows' hidden states."""
@@ -325,7 +332,7 @@ class _LinearChunks:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             part = gradient.sum(0, dtype=wide)
             self.grad_bias = part if self.grad_bias is None else self.grad_bias.add_(part)
-        return gradient @ self.weight if self.wants[0] else gradient
+        return product(gradient, self.weight.t()) if self.wants[0] else gradient
 
     def totals(self) -> list[Source]:
         """Return the gradients of weight and bias."""

@@ -51,6 +51,13 @@ def measured(table: common.Table) -> dict[str, dict[str, str]]:
     return {row["variant"]: row for row in rows}
 
 
+@pytest.fixture
+def peaks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # importing torch and transformers once for each row would take minutes; test_memory_of_... does it for one
+    monkeypatch.setattr(head, "peak_of", lambda *case: lambda variant: head.own_peak(variant, *case))
+
+
+@pytest.mark.usefixtures("peaks_in_this_process")
 def test_the_head_alone(table: common.Table) -> None:
     options = ["--tokens", "48", "--dims", "64", "--vocab", "5003", "--dtypes", "fp32", "--samples", "3", "--only",
                "research", "linear CE", "products", "ours", "--device", "cpu"]  # fmt: skip
@@ -87,6 +94,16 @@ def test_hidden_states_and_labels_belong_to_each_other() -> None:
     assert start > 0
 
 
+def test_memory_is_measured_in_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    peak = head.peak_of("fp32", 512, 64, 8003)("ours, dpsm")
+    assert peak is not None
+    # the weight's gradient and one chunk are 9.8 MiB, two blocks of the row pass 8; all of the logits would be 16 more
+    assert 9.8 < peak < 24
+    assert common.peak_in_own_process("benchmarks.head", ["no such variant", "fp32", 8, 8, 8]) is None
+    assert "no such variant" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("peaks_in_this_process")
 def test_growth(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int]] = []
 
@@ -125,10 +142,14 @@ def test_training_steps(table: common.Table, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(training_step, "make_model", tiny_model)
     monkeypatch.setattr(training_step, "measure_memory", memory_in_this_process)
     options = ["--models", "gpt2", "--dtypes", "bf16", "--sequences", "2", "--length", "32", "--samples", "3",
-               "--device", "cpu"]  # fmt: skip
+               "--memory-length", "16", "--device", "cpu"]  # fmt: skip
     training_step.run(training_step.parser().parse_args(options), table, CPU)
-    rows = [row for row in common.read(table.path) if row["benchmark"] == "step gpt2"]
-    assert [row["variant"] for row in rows] == ["Trainer, ce", "ours, ce", "ours, dpsm"]
+    rows = common.read(table.path)
+    memory = [("32", "step gpt2"), ("32", "step gpt2, activation checkpointing")]
+    assert [(row["tokens"], row["benchmark"]) for row in rows[4:]] == [case for case in memory for _ in range(2)]
+    assert all(float(row["peak_mib"]) >= 0 and not row["median_ms"] for row in rows[4:])
+    rows = rows[:4]
+    assert [row["variant"] for row in rows] == ["Trainer, ce", "ours, ce", "ours, dpsm", "ours, dpsm, full logits"]
     for row in rows:
         assert set(row) == COLUMNS and row["samples"] == "3"
         assert float(row["ratio"]) > 0 and float(row["median_ms"]) > 0 and float(row["peak_mib"]) >= 0
