@@ -86,8 +86,8 @@ class DPSMArguments:
     chunk_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 256 on a "
-            "CPU, 2048 on a GPU."
+            "help": "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 128 to "
+            "256 on a CPU, up to 2048 on a GPU, by the size of the vocabulary."
         },
     )
     calibration_bins: int = field(
