@@ -1,0 +1,23 @@
+"""Token-level, top-label calibration from sufficient statistics: fixed memory, exact counts, no stored logits.
+
+`grid` says where confidence is cut, `accumulator` counts tokens there, `metrics` turns the counts into figures,
+`intervals` says how sure they are, `curve` is the data of a reliability diagram.
+"""
+
+from .accumulator import TokenCalibration
+from .classwise import ClassCalibration
+from .curve import CalibrationCurve, calibration_curve
+from .grid import GRID_BINS
+from .intervals import Interval
+from .metrics import METRICS, SCORES
+
+__all__ = [
+    "GRID_BINS",
+    "METRICS",
+    "SCORES",
+    "CalibrationCurve",
+    "ClassCalibration",
+    "Interval",
+    "TokenCalibration",
+    "calibration_curve",
+]

@@ -1,0 +1,284 @@
+"""The streaming accumulator: tokens on a grid of confidence, by block of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .curve import CalibrationCurve
+from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
+from .intervals import Interval, bootstrap, wilson
+from .metrics import SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
+
+#: Blocks that documents are dealt out to; what the bootstrap resamples.
+BLOCKS = 128
+
+_STATE = ("count", "correct", "confidence", "sums", "counts")
+
+# Fewer blocks than this with tokens tell too little of each other to resample.
+_FEW_BLOCKS = 10
+
+
+class TokenCalibration:
+    """Accumulate the calibration of tokens in fixed memory: int64 counts and float64 sums on a grid of confidence.
+
+    Every figure is over scored tokens, of the predicted (top) label. Counts are exact at any number of tokens. Ten
+    megabytes hold all of it, for a thousand tokens and for a billion.
+
+    Example::
+
+        calibration = TokenCalibration()
+        calibration.update(confidence=[0.9, 0.6], correct=[1, 0], nll=[0.1, 2.3])
+        calibration.compute()["ece_15"]
+        calibration.intervals()["ece_15"]
+    """
+
+    def __init__(self) -> None:
+        self.count = torch.zeros(BLOCKS, CELLS, dtype=torch.int64)
+        self.correct = torch.zeros(BLOCKS, CELLS, dtype=torch.int64)
+        self.confidence = torch.zeros(BLOCKS, CELLS, dtype=torch.float64)
+        self.sums = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.float64)
+        # tokens for which each score was given: a mean is over these alone
+        self.counts = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.int64)
+        self._undocumented = 0
+        self._edges: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens seen."""
+        return int(self.count.sum())
+
+    def update(self, *, confidence: Any, correct: Any, mask: Any = None, document: Any = None, **scores: Any) -> None:
+        """Add tokens.
+
+        Args:
+            confidence: ``[N]`` (or any shape), ``max_j p_j`` of each token, in [0, 1].
+            correct: same shape, 1 or True where the predicted token is the label.
+            mask: same shape, False for tokens that do not count (padding).
+            document: same shape, the number (int, from 0 on) of the document that each token belongs to; tokens of a
+                document are resampled together. None takes every token for a document of its own.
+            scores: any of ``nll`` (nats), ``brier``, ``spherical``, ``entropy`` (nats), ``label_probability``,
+                ``label_bytes`` (length of the label's text, where ``nll`` is given too), same shape. Without
+                ``label_probability`` it follows from ``nll``.
+
+        Raises:
+            ValueError: if shapes disagree, a confidence lies outside [0, 1] or is NaN, ``correct`` is neither 0 nor
+                1, a score is NaN or unknown, or a document is negative. Nothing is added then.
+        """
+        if unknown := set(scores) - set(SCORES):
+            raise ValueError(f"unknown scores {sorted(unknown)}; TokenCalibration knows {', '.join(SCORES)}.")
+        if "label_bytes" in scores and "nll" not in scores:
+            raise ValueError("label_bytes needs the nll of the same tokens: the two make bits per byte.")
+        columns = {"confidence": confidence, "correct": correct, **scores}
+        if document is not None:
+            columns["document"] = document
+        tensors = {name: _as_tensor(value) for name, value in columns.items()}
+        shape = tensors["confidence"].shape
+        keep = None if mask is None else torch.as_tensor(mask).bool()
+        for name, tensor in (*tensors.items(), *([] if keep is None else [("mask", keep)])):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but confidence has {tuple(shape)}.")
+        device = tensors["confidence"].device
+        values = {name: tensor.to(device).reshape(-1) for name, tensor in tensors.items()}
+        if keep is not None:
+            kept = keep.to(device).reshape(-1).nonzero().squeeze(-1)
+            values = {name: value.index_select(0, kept) for name, value in values.items()}
+        # MPS has no float64: there the (few) numbers per token travel to the host
+        home = torch.device("cpu") if device.type == "mps" else device
+        values = {name: value.to(home) for name, value in values.items()}
+        conf = values["confidence"].to(torch.float64).contiguous()  # bucketize would copy a column with a warning
+        right = values["correct"].to(torch.int64)
+        for name in scores:
+            values[name] = values[name].to(torch.float64)
+        _check(values, conf, right, scores)
+        self.to(home)
+        block = self._blocks(values.get("document"), conf)
+        if self._edges is None or self._edges.device != home:
+            self._edges = torch.from_numpy(EDGES[1:-1]).to(home)
+        cell = block * CELLS + torch.bucketize(conf, self._edges)
+        one = torch.ones((), dtype=torch.int64, device=home).expand(conf.shape)
+        self.count.view(-1).index_add_(0, cell, one)
+        self.correct.view(-1).index_add_(0, cell, right)
+        self.confidence.view(-1).index_add_(0, cell, conf)
+        summed = {name: values[name] for name in SCORES if name in values}
+        if "nll" in summed and "label_probability" not in summed:
+            summed["label_probability"] = (-summed["nll"]).exp()
+        summed["top_label_brier"] = (conf - right).square()
+        for i, name in enumerate(SUMMED):
+            if name in summed:
+                self.sums[:, i].index_add_(0, block, summed[name])
+                self.counts[:, i].index_add_(0, block, one)
+
+    def _blocks(self, document: Tensor | None, conf: Tensor) -> Tensor:
+        if document is not None:
+            return document.to(torch.int64) % BLOCKS
+        first = self._undocumented
+        self._undocumented = (first + conf.numel()) % BLOCKS
+        return torch.arange(first, first + conf.numel(), device=conf.device) % BLOCKS
+
+    def merge(self, other: TokenCalibration) -> TokenCalibration:
+        """Add the tokens of another accumulator to this one and return it."""
+        for name, mine in self.state_dict().items():
+            mine += other.state_dict()[name].to(mine.device)
+        return self
+
+    def reduce(self, function: Callable[[Tensor], Tensor]) -> TokenCalibration:
+        """Return a new accumulator whose tensors are ``function`` of these: a sum over processes, say."""
+        result = TokenCalibration()
+        result.load_state_dict({name: function(tensor) for name, tensor in self.state_dict().items()})
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that hold everything this accumulator knows."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` of another accumulator returned.
+
+        Raises:
+            ValueError: if a tensor is missing, or has the shape of another grid.
+        """
+        for name, mine in self.state_dict().items():
+            if name not in state or state[name].shape != mine.shape or state[name].dtype != mine.dtype:
+                found = "missing" if name not in state else f"{state[name].dtype} {tuple(state[name].shape)}"
+                raise ValueError(f"{name} of the state is {found}; expected {mine.dtype} {tuple(mine.shape)}.")
+        for name in _STATE:
+            setattr(self, name, state[name].clone())
+
+    def to(self, device: torch.device) -> TokenCalibration:
+        """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
+        home = torch.device("cpu") if device.type == "mps" else device
+        if self.count.device != home:
+            self.load_state_dict({name: tensor.to(home) for name, tensor in self.state_dict().items()})
+        return self
+
+    # ---- what follows from it --------------------------------------------------------------------------------------
+
+    def totals(self) -> Totals:
+        """Return the sums over all blocks, as arrays."""
+        return Totals(*(tensor.sum(0).cpu().numpy() for tensor in self.state_dict().values()))
+
+    def block_totals(self) -> Totals:
+        """Return the sums of each block, as arrays with the blocks as first axis."""
+        return Totals(*(tensor.cpu().numpy() for tensor in self.state_dict().values()))
+
+    def compute(self) -> dict[str, float]:
+        """Return every metric, without prefix; scores that were never given are left out.
+
+        docs/calibration.md has the formula, the bins and the known bias of each. ``nll``, ``brier``, ``spherical``,
+        ``entropy`` are token means, ``perplexity`` is ``exp(nll)``, ``signed_gap`` is mean confidence minus accuracy
+        (positive: over-confident), ``ece_N`` the expected calibration error over N equal-width bins, ``ece_N_null``
+        what a perfectly calibrated model with these confidences would show.
+
+        Raises:
+            ValueError: if no token was seen.
+        """
+        metrics = {name: float(value) for name, value in all_metrics(self._some_totals()).items()}
+        metrics["tokens"] = int(metrics["tokens"])
+        return metrics
+
+    def intervals(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> dict[str, Interval]:
+        """Return a confidence interval of each metric, by resampling blocks of documents; see `intervals.bootstrap`.
+
+        Documents are dealt out to 128 blocks by their number. With fewer than ten of them an interval is too narrow.
+
+        Raises:
+            ValueError: if no token was seen, or for a level or a number of samples out of range.
+        """
+        self._some_totals()
+        return bootstrap(self.block_totals(), level=level, samples=samples, seed=seed)
+
+    def _some_totals(self) -> Totals:
+        totals = self.totals()
+        if not totals.tokens:
+            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        return totals
+
+    def curve(self, bins: int = 15) -> CalibrationCurve:
+        """Return the reliability diagram with that many equal-width bins.
+
+        Raises:
+            ValueError: if the grid of 3,000 cannot be cut into that many bins.
+        """
+        check_bins(bins)
+        return self._curve(UNIFORM_BIN // (GRID_BINS // bins), np.arange(bins + 1) / bins)
+
+    def adaptive_curve(self, bins: int = 15) -> CalibrationCurve:
+        """Return the diagram with bins of equal mass, as far as the cells of the grid can be divided.
+
+        Raises:
+            ValueError: for less than one bin.
+        """
+        if not isinstance(bins, (int, np.integer)) or bins < 1:
+            raise ValueError(f"bins={bins} must be a whole number from 1 on.")
+        index = adaptive_bins(self.totals().count, bins)
+        return self._curve(index, EDGES[np.searchsorted(index, np.arange(bins + 1))])
+
+    def _curve(self, index: np.ndarray, edges: np.ndarray) -> CalibrationCurve:
+        bins = len(edges) - 1
+        member = np.zeros((CELLS, bins))
+        member[np.arange(CELLS), index] = 1
+        blocks = self.block_totals()
+        # products of float64: exact for counts, of which none reaches 2**53
+        count, correct, confidence = (part @ member for part in (blocks.count, blocks.correct, blocks.confidence))
+        total, right = count.sum(0), correct.sum(0)
+        occupied = np.where(total > 0, total, np.nan)
+        low, high = wilson(right, total)
+        if int((count.sum(1) > 0).sum()) >= _FEW_BLOCKS:
+            # tokens of a document are alike: the interval is widened by the design effect, never narrowed
+            effect = np.sqrt(np.maximum(1.0, _design_effect(count, correct)))
+            share = right / occupied
+            low, high = np.clip(share - (share - low) * effect, 0, 1), np.clip(share + (high - share) * effect, 0, 1)
+        return CalibrationCurve(
+            edges=edges,
+            confidence=confidence.sum(0) / occupied,
+            accuracy=right / occupied,
+            count=total.astype(np.int64),
+            low=low,
+            high=high,
+            histogram=in_bins(self.totals().count, 100),
+        )
+
+
+def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return the variance of each bin's accuracy over blocks ``[blocks, bins]``, in units of independent tokens.
+
+    The ratio estimator of survey sampling: ``B / (B - 1) * sum_k (r_k - a n_k)**2`` against ``n a (1 - a)``.
+    """
+    blocks = int((count.sum(1) > 0).sum())
+    total = count.sum(0)
+    share = correct.sum(0) / np.maximum(total, 1)
+    spread = ((correct - share * count) ** 2).sum(0) * blocks / (blocks - 1)
+    independent = total * share * (1 - share)
+    return np.where(independent > 0, spread / np.where(independent > 0, independent, 1), 1.0)
+
+
+def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[str, Any]) -> None:
+    """Raise for what no token can have; one question to the device where nothing is wrong."""
+    sound = ((conf >= 0) & (conf <= 1)).all()  # False for NaN too
+    sound = sound & (values["correct"] == right).all() & ((right == 0) | (right == 1)).all()
+    for name in scores:
+        sound = sound & ~torch.isnan(values[name]).any()
+    if "document" in values:
+        document = values["document"]
+        sound = sound & ((document >= 0) & (document == document.to(torch.int64))).all()
+    if bool(sound):
+        return
+    outside = conf[~((conf >= 0) & (conf <= 1))]
+    if len(outside):
+        raise ValueError(f"confidence {float(outside[0])} lies outside [0, 1]; it must be the largest probability.")
+    if not bool((values["correct"] == right).all() & ((right == 0) | (right == 1)).all()):
+        raise ValueError("correct must hold 0 or 1 (False or True) for each token.")
+    for name in scores:
+        if bool((broken := torch.isnan(values[name])).any()):
+            raise ValueError(f"{name} is NaN for {int(broken.sum())} tokens, first token {int(broken.nonzero()[0])}.")
+    raise ValueError("document must hold whole numbers from 0 on, one for each token.")
+
+
+def _as_tensor(value: Any) -> Tensor:
+    # numpy keeps a list's numbers in float64; torch would round 0.1 to float32, over the edge of its bin
+    return value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))

@@ -1,0 +1,142 @@
+"""Class-wise calibration: how far the probability of a token is from the share of places where it is the label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .accumulator import BLOCKS
+from .intervals import Interval, check_resampling, error_interval
+
+CLASS_BINS = 15
+
+
+class ClassCalibration:
+    """Accumulate the calibration of some tokens of the vocabulary, one against the rest, in fixed memory.
+
+    For token k over all N scored places: ``ece_k = sum_b |sum_i in b (1[y_i = k] - p_ik)| / N`` over 15 bins of equal
+    width, closed on the right. The class-wise ECE is their mean (Kull et al. 2019), here over the most frequent
+    tokens: over all of a vocabulary it would be a mean over tokens that never occur.
+
+    Args:
+        classes: ``[K]``, ids of the tokens.
+
+    Raises:
+        ValueError: if there is none, or one twice.
+    """
+
+    def __init__(self, classes: Sequence[int] | Tensor) -> None:
+        self.classes = torch.as_tensor(classes, dtype=torch.int64).cpu()
+        if self.classes.dim() != 1 or not len(self.classes) or len(self.classes.unique()) != len(self.classes):
+            raise ValueError(f"classes={self.classes.tolist()} must be different token ids, at least one.")
+        shape = (BLOCKS, len(self.classes), CLASS_BINS)
+        self.positive = torch.zeros(shape, dtype=torch.int64)
+        self.probability = torch.zeros(shape, dtype=torch.float64)
+        self.tokens_of_block = torch.zeros(BLOCKS, dtype=torch.int64)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of places seen."""
+        return int(self.tokens_of_block.sum())
+
+    def update(self, probability: Tensor, labels: Tensor, document: Tensor) -> None:
+        """Add places.
+
+        Args:
+            probability: ``[n, K]``, of each of the classes at each place, in [0, 1].
+            labels: ``[n]``, the token that is there.
+            document: ``[n]``, see `TokenCalibration.update`.
+
+        Raises:
+            ValueError: if shapes disagree, a probability lies outside [0, 1] or a document is negative. Nothing is
+                added then.
+        """
+        home = torch.device("cpu") if probability.device.type == "mps" else probability.device
+        p = probability.detach().to(home, torch.float64)
+        kinds = len(self.classes)
+        if p.shape != (len(labels), kinds) or document.shape != labels.shape:
+            raise ValueError(
+                f"probability {tuple(p.shape)}, labels {tuple(labels.shape)} and document {tuple(document.shape)} do "
+                f"not fit together; expected [n, {kinds}], [n] and [n]."
+            )
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError("a class probability lies outside [0, 1], or is NaN.")
+        if not bool((document >= 0).all()):
+            raise ValueError("document must hold numbers from 0 on, one for each place.")
+        self.to(home)
+        labels, block = labels.to(home), document.to(home, torch.int64) % BLOCKS
+        # p * 15 would round what is just above an edge down to it
+        edges = torch.arange(1, CLASS_BINS, dtype=torch.float64, device=home) / CLASS_BINS
+        bins = torch.bucketize(p.contiguous(), edges)
+        cell = (block[:, None] * kinds + torch.arange(kinds, device=home)) * CLASS_BINS + bins
+        hit = labels[:, None] == self.classes.to(home)
+        self.positive.view(-1).index_add_(0, cell.view(-1), hit.view(-1).long())
+        self.probability.view(-1).index_add_(0, cell.view(-1), p.reshape(-1))
+        self.tokens_of_block.index_add_(0, block, torch.ones_like(block))
+
+    def reduce(self, function: Callable[[Tensor], Tensor]) -> ClassCalibration:
+        """Return a new accumulator whose tensors are ``function`` of these: a sum over processes, say."""
+        result = ClassCalibration(self.classes)
+        result.positive = function(self.positive)
+        result.probability = function(self.probability)
+        result.tokens_of_block = function(self.tokens_of_block)
+        return result
+
+    def to(self, device: torch.device) -> ClassCalibration:
+        """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
+        home = torch.device("cpu") if device.type == "mps" else device
+        if self.positive.device != home:
+            self.positive, self.probability = self.positive.to(home), self.probability.to(home)
+            self.tokens_of_block = self.tokens_of_block.to(home)
+        return self
+
+    def compute(self) -> dict[int, float]:
+        """Return the calibration error of each class by token id.
+
+        Raises:
+            ValueError: if no token was seen.
+        """
+        return dict(zip(self.classes.tolist(), self._errors(np.ones((1, BLOCKS)))[0].tolist(), strict=True))
+
+    @property
+    def ece(self) -> float:
+        """Return the class-wise ECE, the mean over the classes."""
+        return float(np.mean(list(self.compute().values())))
+
+    def interval(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> Interval:
+        """Return a confidence interval of the class-wise ECE by resampling blocks; see `intervals.error_interval`.
+
+        Raises:
+            ValueError: if no token was seen, or for a level or a number of samples out of range.
+        """
+        check_resampling(level, samples)
+        kept = np.flatnonzero(self.tokens_of_block.cpu().numpy())
+        if len(kept) < 2:
+            return Interval(float("nan"), float("nan"))
+        weights = np.zeros((samples, BLOCKS))
+        drawn = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=samples)
+        weights[:, kept] = drawn
+        return error_interval(self.ece, self._errors(weights).mean(1), level, (0.0, 1.0))
+
+    def _errors(self, weights: np.ndarray) -> np.ndarray:
+        """Return ``[samples, K]`` for so many copies of each block."""
+        if not self.tokens:
+            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        gaps = (self.positive.double() - self.probability).cpu().numpy()
+        tokens = weights @ self.tokens_of_block.cpu().numpy()
+        drawn = np.tensordot(weights, gaps, axes=1)
+        return np.abs(drawn).sum(-1) / tokens[:, None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a record holds: the mean, its interval, and the error of each class."""
+        low, high = self.interval()
+        return {
+            "ece": self.ece,
+            "interval": [None if low != low else low, None if high != high else high],
+            "bins": CLASS_BINS,
+            "classes": {str(token): error for token, error in self.compute().items()},
+        }

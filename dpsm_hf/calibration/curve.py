@@ -1,0 +1,92 @@
+"""The data of a reliability diagram, apart from its picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .accumulator import TokenCalibration
+
+
+@dataclass(frozen=True)
+class CalibrationCurve:
+    """The data of a reliability diagram; bins are closed on the right, ``(edge, next edge]``, the first also at 0.
+
+    Args:
+        edges: ``[bins + 1]`` from 0 to 1.
+        confidence: ``[bins]`` mean confidence of the tokens in each bin, NaN where there is none.
+        accuracy: ``[bins]`` share of them that is right, NaN where there is none.
+        count: ``[bins]`` int64.
+        low, high: ``[bins]`` 95 % confidence interval of the accuracy, NaN where there are no tokens.
+        histogram: ``[100]`` int64, tokens in hundredths of confidence, however few the bins.
+    """
+
+    edges: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    histogram: np.ndarray
+
+    @property
+    def ece(self) -> float:
+        """Return the expected calibration error, ``sum_b n_b / n * |accuracy_b - confidence_b|`` (Naeini 2015)."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(self.count * gaps) / max(1, self.count.sum()))
+
+    @property
+    def mce(self) -> float:
+        """Return the maximum calibration error, ``max_b |accuracy_b - confidence_b|`` over the bins with tokens."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nanmax(gaps)) if np.isfinite(gaps).any() else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain lists, with None for the mean of an empty bin: what JSON can hold."""
+
+        def plain(values: np.ndarray) -> list[float | None]:
+            return [None if math.isnan(v) else float(v) for v in values]
+
+        return {
+            "bins": len(self.count),
+            "edges": [float(e) for e in self.edges],
+            "count": [int(c) for c in self.count],
+            "histogram": [int(c) for c in self.histogram],
+            **{name: plain(getattr(self, name)) for name in ("confidence", "accuracy", "low", "high")},
+        }
+
+    def as_csv(self) -> str:
+        """Return a table with a line for each bin, its cells empty where the bin is."""
+        names = ("confidence", "accuracy", "low", "high")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["left", "right", "count", *names])
+        for i, count in enumerate(self.count):
+            cells = [getattr(self, name)[i] for name in names]
+            writer.writerow(
+                [self.edges[i], self.edges[i + 1], int(count), *("" if math.isnan(c) else float(c) for c in cells)]
+            )
+        return text.getvalue()
+
+
+def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document: Any = None) -> CalibrationCurve:
+    """Return the reliability diagram of tokens from their confidences and whether they are right.
+
+    Args:
+        confidence, correct, document: ``[N]``, see `TokenCalibration.update`.
+        bins: equal-width bins, a divisor of 3,000.
+
+    Raises:
+        ValueError: as `TokenCalibration.update` and `TokenCalibration.curve`.
+    """
+    from .accumulator import TokenCalibration
+
+    calibration: TokenCalibration = TokenCalibration()
+    calibration.update(confidence=confidence, correct=correct, document=document)
+    return calibration.curve(bins)

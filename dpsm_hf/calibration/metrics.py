@@ -1,0 +1,240 @@
+"""Figures of calibration from counts and sums on the grid; for many resamples at once.
+
+Every function takes arrays whose last axis is the cells of `dpsm_hf.calibration.grid` and whose leading axes, if any,
+are resamples of the same tokens, and returns one number for each of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .grid import CELLS, GRID_BINS, first_cells
+
+Array = np.ndarray
+
+#: Scores that a caller may give for each token; the last is the length in bytes of the text that its label stands for.
+SCORES = ("nll", "brier", "spherical", "entropy", "label_probability", "label_bytes")
+
+#: What is summed over tokens: those, and the Brier score of the confidence as a forecast of being right.
+SUMMED = (*SCORES, "top_label_brier")
+
+#: Every metric that `TokenCalibration.compute` returns.
+METRICS = (
+    *SUMMED, "perplexity", "bits_per_byte", "token_accuracy", "confidence", "signed_gap", "ece_10", "ece_15",
+    "ece_100", "ece_10_null", "ece_15_null", "ece_100_null", "debiased_ece", "adaptive_ece", "smooth_ece", "mce",
+    "reliability", "resolution", "uncertainty", "confidence_auroc", "tokens",
+)  # fmt: skip
+
+_LARGEST_EXPONENT = 700.0  # of a float64
+
+_COARSE_CELLS = 1000  # of confidence, where the smooth ECE of many resamples is computed
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is known of some tokens.
+
+    Args:
+        count: ``[..., CELLS]`` tokens.
+        correct: ``[..., CELLS]`` those whose predicted token is the label.
+        confidence: ``[..., CELLS]`` sum of their confidences.
+        sums: ``[..., len(SUMMED)]`` sums of the scores.
+        counts: ``[..., len(SUMMED)]`` tokens for which each score was given.
+    """
+
+    count: Array
+    correct: Array
+    confidence: Array
+    sums: Array
+    counts: Array
+
+    @property
+    def tokens(self) -> Array:
+        """Return the number of tokens, ``[...]``."""
+        return self.count.sum(-1)
+
+
+def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str, Array]:
+    """Return every metric of `METRICS` that the tokens allow; see docs/calibration.md for formulas and sources.
+
+    Args:
+        totals: at least one token in each resample.
+        smooth_near: a smooth ECE that the resamples' are near to; they are then searched for around it, coarser.
+    """
+    found: dict[str, Array] = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i, name in enumerate(SUMMED):
+            if totals.counts[..., i].any():
+                found[name] = totals.sums[..., i] / totals.counts[..., i]
+    if "nll" in found:
+        found["perplexity"] = perplexity(found["nll"])
+        found |= _bits_per_byte(totals)
+    tokens = totals.tokens
+    accuracy = totals.correct.sum(-1) / tokens
+    found["token_accuracy"] = accuracy
+    found["confidence"] = totals.confidence.sum(-1) / tokens
+    found["signed_gap"] = found["confidence"] - accuracy
+    for bins in (10, 15, 100):
+        found[f"ece_{bins}"] = equal_width_ece(totals, bins)
+    for bins in (10, 15, 100):
+        found[f"ece_{bins}_null"] = null_ece(totals, bins)
+    found["debiased_ece"] = debiased_ece(totals)
+    found["adaptive_ece"] = adaptive_ece(totals)
+    found["smooth_ece"] = smooth_ece(totals, near=smooth_near)
+    found["mce"] = maximum_error(totals)
+    found["reliability"] = reliability(totals)
+    found["uncertainty"] = accuracy * (1 - accuracy)
+    # generalised (Stephenson et al. 2008): what varies within a bin is counted here, so that the identity
+    # top_label_brier = reliability - resolution + uncertainty is exact
+    found["resolution"] = found["reliability"] + found["uncertainty"] - found["top_label_brier"]
+    found["confidence_auroc"] = confidence_auroc(totals)
+    found["tokens"] = tokens
+    return found
+
+
+def _bits_per_byte(totals: Totals) -> dict[str, Array]:
+    """Return the bits for a byte of the text, ``sum nll / (ln 2 * sum bytes)``, NaN where not all bytes are known.
+
+    Bytes are only taken with an NLL (`TokenCalibration.update`), so equal counts are of the same tokens.
+    """
+    nll, length = SUMMED.index("nll"), SUMMED.index("label_bytes")
+    size = totals.sums[..., length]
+    known = (size > 0) & (totals.counts[..., nll] == totals.counts[..., length])
+    if not known.any():
+        return {}
+    return {"bits_per_byte": np.where(known, totals.sums[..., nll] / (np.log(2) * np.where(known, size, 1)), np.nan)}
+
+
+def perplexity(nll: Array | float) -> Array:
+    """Return ``exp(nll)``, infinite where a float64 cannot hold it."""
+    nll = np.asarray(nll)
+    return np.where(nll > _LARGEST_EXPONENT, np.inf, np.exp(np.minimum(nll, _LARGEST_EXPONENT)))
+
+
+def in_bins(values: Array, bins: int) -> Array:
+    """Return sums over each of so many equal-width bins, ``[..., bins]``."""
+    return np.add.reduceat(values, first_cells(bins), axis=-1)
+
+
+def equal_width_ece(totals: Totals, bins: int) -> Array:
+    """Return ``sum_b n_b / n * |accuracy_b - confidence_b|`` over equal-width bins (Naeini et al. 2015)."""
+    gaps = in_bins(totals.correct - totals.confidence, bins)
+    return np.abs(gaps).sum(-1) / totals.tokens
+
+
+def maximum_error(totals: Totals, bins: int = 15) -> Array:
+    """Return ``max_b |accuracy_b - confidence_b|`` over the equal-width bins with tokens (Naeini et al. 2015)."""
+    count = in_bins(totals.count, bins)
+    gaps = np.abs(in_bins(totals.correct - totals.confidence, bins))
+    return np.where(count > 0, gaps / np.maximum(count, 1), 0.0).max(-1)
+
+
+def reliability(totals: Totals, bins: int = 15) -> Array:
+    """Return ``sum_b n_b / n * (accuracy_b - confidence_b)**2`` (Murphy 1973)."""
+    count = in_bins(totals.count, bins)
+    gaps = in_bins(totals.correct - totals.confidence, bins)
+    return (gaps**2 / np.maximum(count, 1)).sum(-1) / totals.tokens
+
+
+def null_ece(totals: Totals, bins: int) -> Array:
+    """Return the expected ECE of a perfectly calibrated model with these confidences.
+
+    ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)``, ``v_b`` the mean of ``c * (1 - c)`` in the bin: the mean of the
+    absolute value of a normal gap. Tokens are taken to be independent; where they are not it is a little more.
+    """
+    mean = totals.confidence / np.maximum(totals.count, 1)
+    variance = in_bins(totals.count * np.clip(mean * (1 - mean), 0, None), bins)
+    return np.sqrt(2 / np.pi * variance).sum(-1) / totals.tokens
+
+
+def debiased_ece(totals: Totals, bins: int = 15) -> Array:
+    """Return the ECE less the part that noise in the bins is expected to have added, at least 0.
+
+    ``ece - sum_b n_b / n * (E|g_b + e_b| - |g_b|)`` with the observed gap ``g_b`` and ``e_b`` normal with variance
+    ``accuracy_b (1 - accuracy_b) / n_b``: the debiased estimator of Kumar, Liang & Ma (2019), its expectation in
+    closed form instead of by simulation.
+    """
+    count = in_bins(totals.count, bins)
+    occupied = np.maximum(count, 1)
+    accuracy = in_bins(totals.correct, bins) / occupied
+    gap = np.abs(accuracy - in_bins(totals.confidence, bins) / occupied)
+    deviation = np.sqrt(accuracy * (1 - accuracy) / occupied)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(deviation > 0, gap / deviation, np.inf)
+        folded = deviation * np.sqrt(2 / np.pi) * np.exp(-(ratio**2) / 2) + gap * _erf(ratio / np.sqrt(2))
+    # without noise there is nothing to take off
+    expected = np.where(deviation > 0, folded, gap)
+    return np.maximum(0.0, (count * (2 * gap - expected)).sum(-1) / totals.tokens)
+
+
+def adaptive_bins(count: Array, bins: int = 15) -> Array:
+    """Return the bin of each cell, ``[..., CELLS]``, so that bins hold equal numbers of tokens.
+
+    A cell is never cut: it goes where the middle of its tokens lies.
+    """
+    middle = np.cumsum(count, axis=-1) - count / 2
+    total = np.maximum(count.sum(-1, keepdims=True), 1)
+    return np.minimum((middle * bins / total).astype(np.int64), bins - 1)
+
+
+def adaptive_ece(totals: Totals, bins: int = 15) -> Array:
+    """Return the ECE over bins of equal mass (Nguyen & O'Connor 2015)."""
+    index = adaptive_bins(totals.count, bins)
+    lead = index.shape[:-1]
+    rows = int(np.prod(lead, dtype=np.int64))
+    flat = (index.reshape(rows, CELLS) + bins * np.arange(rows)[:, None]).reshape(-1)
+    gaps = np.bincount(flat, weights=(totals.correct - totals.confidence).reshape(-1), minlength=rows * bins)
+    return np.abs(gaps).reshape(*lead, bins).sum(-1) / totals.tokens
+
+
+def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
+    """Return the smooth calibration error (Błasiok & Nakkiran 2024).
+
+    ``smECE_s = integral |sum_i K_s(t, c_i) (y_i - c_i) / n| dt`` with a Gaussian kernel reflected at 0 and 1, at the
+    width ``s`` where ``smECE_s = s``. Tokens stand in the middle of their 1/3000 of confidence; on even extensions a
+    reflected Gaussian is a product of the cosine series.
+    """
+    lead = totals.count.shape[:-1]
+    cells = GRID_BINS if near is None else _COARSE_CELLS
+    gaps = (totals.correct - totals.confidence).reshape(-1, CELLS)
+    residual = in_bins(gaps, cells) / totals.tokens.reshape(-1, 1)
+    series = np.fft.rfft(np.concatenate([residual, residual[:, ::-1]], axis=-1), axis=-1)
+    frequency = np.arange(series.shape[-1])
+
+    def error(width: Array) -> Array:
+        smoothed = np.fft.irfft(series * np.exp(-0.5 * (np.pi * frequency * width[:, None]) ** 2), axis=-1)
+        return np.abs(smoothed[:, :cells]).sum(-1)
+
+    # smECE_s falls as s grows, so the two cross once, where s is at most the unsmoothed error
+    low, high = np.zeros(len(residual)), np.ones(len(residual))
+    steps = 30
+    if near is not None:
+        steps = 12
+        bracket = np.full(len(residual), max(near, 1e-4))
+        low, high = np.where(error(bracket / 4) > bracket / 4, bracket / 4, 0.0), np.minimum(bracket * 4, 1.0)
+        high = np.where(error(high) <= high, high, 1.0)
+    for _ in range(steps):
+        width = (low + high) / 2
+        above = error(width) > width
+        low, high = np.where(above, width, low), np.where(above, high, width)
+    return ((low + high) / 2).reshape(lead)
+
+
+def confidence_auroc(totals: Totals) -> Array:
+    """Return the chance that a right token has a higher confidence than a wrong one; ties, a cell wide, count half.
+
+    NaN where every token is right, or none is.
+    """
+    right = totals.correct.astype(np.float64)
+    wrong = totals.count - totals.correct
+    below = np.cumsum(wrong, axis=-1) - wrong / 2
+    pairs = right.sum(-1) * wrong.sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(pairs > 0, (right * below).sum(-1) / pairs, np.nan)
+
+
+def _erf(x: Array) -> Array:
+    return torch.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy()
