@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import WeightGradient, scaled
+from .extra_statistics import ExtraStatistics
 from .products import by_onednn, product
 from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
 from .scoring_rules import Objective
@@ -58,6 +59,7 @@ class HeadOptions:
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None chooses for the device.
         impl: which row pass.
+        extra: further columns to compute from the logits of each chunk, where no gradient is computed.
     """
 
     objective: Objective | None
@@ -65,6 +67,7 @@ class HeadOptions:
     entropy: bool = False
     chunk_tokens: int | None = None
     impl: Implementation = "auto"
+    extra: ExtraStatistics | None = None
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
@@ -266,6 +269,10 @@ class _Work:
                     logits, self.labels[part], options.objective, options.post,
                     weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
                 )  # fmt: skip
+                if options.extra is not None:  # the row pass leaves the logits alone where it writes no gradient
+                    assert weight is None, "extra statistics are for evaluation"
+                    extra = options.extra(options.post(logits), self.labels[part])
+                    statistics = torch.cat([statistics, extra.to(statistics.dtype)], -1)
                 columns.append(statistics)
                 if value is not None:
                     values.append(value)
@@ -276,7 +283,8 @@ class _Work:
                     del part_gradient
                 del logits  # before the next chunk is allocated
         if not columns:  # nothing is scored
-            columns = [hidden.new_zeros(0, len(STATISTICS) if options.entropy else len(STATISTICS) - 1).float()]
+            width = len(STATISTICS) if options.entropy else len(STATISTICS) - 1
+            columns = [hidden.new_zeros(0, width + (0 if options.extra is None else options.extra.width)).float()]
         gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
         for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
             gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))

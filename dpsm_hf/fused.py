@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from .chunked import Head, HeadOptions, LinearHead, ModuleHead
+from .extra_statistics import ExtraStatistics
 from .head import ScoredRows, TokenLabels, score_hidden
 from .losses import IGNORE_INDEX, TokenScores
 from .models import Alignment, align_targets, core_model
@@ -53,12 +54,13 @@ class ScoredOutput(ModelOutput):
     confidence: Tensor | None = None
     correct: Tensor | None = None
     entropy: Tensor | None = None
+    extra: Tensor | None = None
     targets: Tensor | None = None
     aux_loss: Tensor | None = None
 
     def scores(self) -> TokenScores:
         """Return the token scores, with the loss of the batch."""
-        names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy")
+        names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy", "extra")
         return TokenScores(**{name: getattr(self, name) for name in names})
 
 
@@ -74,6 +76,7 @@ class ScoringRequest:
         denominator: the loss is the sum over tokens divided by this.
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None chooses for the device.
+        extra: further columns for each token, in evaluation.
     """
 
     labels: Tensor
@@ -82,6 +85,7 @@ class ScoringRequest:
     denominator: Tensor | int
     entropy: bool = False
     chunk_tokens: int | None = None
+    extra: ExtraStatistics | None = None
 
     def targets(self, length: int) -> Tensor:
         """Return the label of each of ``length`` positions."""
@@ -190,7 +194,9 @@ class FusedHead:
         request = self._request
         assert request is not None and self._rows is not None  # set by the call that we are in
         head = self._head(hidden_states)
-        options = HeadOptions(request.objective, post_ops(self.core), request.entropy, request.chunk_tokens)
+        options = HeadOptions(
+            request.objective, post_ops(self.core), request.entropy, request.chunk_tokens, extra=request.extra
+        )
         targets = request.targets(hidden_states.shape[-2]).to(hidden_states.device)
         if targets.shape != hidden_states.shape[:-1]:
             raise FusedHeadError(

@@ -220,8 +220,10 @@ def score_hidden(
     if result is not None and tokens.invalid is not None:
         poison = tokens.invalid if denominator is None else tokens.invalid.any()
         result = torch.where(poison, torch.nan, result)
-    columns = dict(zip(STATISTICS, statistics.unbind(-1), strict=False))
-    return TokenScores(loss=result, scored=tokens.scored, **{"entropy": None, **columns})
+    known = STATISTICS if options.entropy else STATISTICS[:-1]
+    columns = dict(zip(known, statistics[:, : len(known)].unbind(-1), strict=True))
+    extra = None if options.extra is None else statistics[:, len(known) :]
+    return TokenScores(loss=result, scored=tokens.scored, extra=extra, **{"entropy": None, **columns})
 
 
 def _score_all_logits(
@@ -230,7 +232,7 @@ def _score_all_logits(
     z = F.linear(hidden, head.weight, head.bias) if isinstance(head, LinearHead) else head.forward(hidden)
     z = options.post(z if z.dtype == torch.float64 else z.float())
     labels = torch.where(tokens.scored, tokens.labels, IGNORE_INDEX)
-    scores = score_tokens(z, labels, options.objective)
+    scores = score_tokens(z, labels, options.objective, extra=options.extra)
     loss = scores.loss
     if loss is not None and tokens.invalid is not None:
         loss = torch.where(tokens.invalid, torch.nan, loss)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .extra_statistics import ExtraStatistics
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, RowScore, RowStatistics, logits_gradient, row_statistics, score_rows
 from .scoring_rules import tail_statistics as _tail_statistics
@@ -35,6 +36,7 @@ class TokenScores:
         confidence: ``max_j p_j``.
         correct: 1.0 where the label has the largest logit.
         entropy: ``-sum_j p_j log p_j`` in nats; None where it was not asked for.
+        extra: ``[N, width]``, the columns of `ExtraStatistics`; None where none were asked for.
     """
 
     loss: Tensor | None
@@ -45,10 +47,16 @@ class TokenScores:
     confidence: Tensor
     correct: Tensor
     entropy: Tensor | None
+    extra: Tensor | None = None
 
 
 def score_tokens(
-    logits: Tensor, labels: Tensor, objective: Objective | None = None, *, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    extra: ExtraStatistics | None = None,
 ) -> TokenScores:
     """Score every token of a batch from its logits, in float32 whatever their dtype.
 
@@ -63,6 +71,7 @@ def score_tokens(
         labels: same leading shape, int64 in ``[0, V)`` or ``ignore_index``.
         objective: the rule to differentiate; None computes the detached statistics alone.
         ignore_index: label of tokens that are not scored.
+        extra: further columns to compute for each token.
 
     Raises:
         ValueError: if the shapes disagree, or (on a CPU, at once) if a label lies outside ``[0, V)``. On an
@@ -88,7 +97,11 @@ def score_tokens(
         loss = torch.where(scored, loss, 0.0)
         loss = torch.where(invalid, torch.nan, loss)
     stats = torch.where(scored.unsqueeze(-1), stats, 0.0)
-    return TokenScores(loss, scored, *stats.unbind(-1))
+    more = None
+    if extra is not None:
+        more = torch.where(scored.unsqueeze(-1), extra(flat_logits.detach(), safe_labels), 0.0)
+    nll, brier, spherical, confidence, correct, entropy = stats.unbind(-1)
+    return TokenScores(loss, scored, nll, brier, spherical, confidence, correct, entropy, more)
 
 
 def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> str:
