@@ -149,6 +149,19 @@ def rouge_scores(
     return {name: 100.0 * total / len(groups) for name, total in totals.items()}
 
 
+def text_qualities(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Return ROUGE-L of each text, the F-measure of stemmed words in [0, 1], as `rouge_scores` averages it.
+
+    Raises:
+        ValueError: If there are more texts than references, or fewer.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(predictions, references, strict=True)
+    return [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for prediction, reference in pairs]
+
+
 def load_bert_scorer(
     model_type: str | None = None,
     lang: str | None = None,
