@@ -43,6 +43,8 @@ _READERS = {
     "findings.py",
     "plots.py",
     "reliability.py",
+    "curve_series.py",
+    "curve_text.py",
     "figures.py",
 }
 

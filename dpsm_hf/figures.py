@@ -7,6 +7,9 @@ colour-blind readers; marker and dash pattern repeat the distinction for print w
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,22 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date in the file the same numbers give the same bytes.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    # Without a date in the file, and in SVG without random names, the same numbers give the same bytes.
+    if path.suffix == ".svg":
+        text = io.StringIO()
+        figure.savefig(text, format="svg", dpi=dpi, metadata={"Date": None})
+        path.write_text(_named_in_order(text.getvalue()), encoding="utf-8")
+        return path
+    metadata = {".pdf": {"CreationDate": None}}.get(path.suffix)
     figure.savefig(path, dpi=dpi, metadata=metadata)
     return path
+
+
+def _named_in_order(svg: str) -> str:
+    """Number the markers, clip paths and hatches, which matplotlib names at random unless a global is set."""
+    names = dict.fromkeys(re.findall(r'id="([a-z][0-9a-f]{10})"', svg))
+    numbered = {name: f"{name[0]}{number}" for number, name in enumerate(names)}
+    return re.sub(r"\b[a-z][0-9a-f]{10}\b", lambda found: numbered.get(found[0], found[0]), svg)
 
 
 def run_style(name: str, position: int) -> dict[str, Any]:
@@ -72,3 +87,24 @@ def run_style(name: str, position: int) -> dict[str, Any]:
     """
     index = _FIXED_STYLES.get(name, position + len(_FIXED_STYLES)) % len(OKABE_ITO)
     return {"color": OKABE_ITO[index], "marker": _MARKERS[index], "linestyle": _DASHES[index]}
+
+
+def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Choose the styles of runs in one picture: those of `run_style`, but no two alike.
+
+    Args:
+        names: of the runs. From the eighth on colours repeat, with other markers.
+    """
+    styles: list[dict[str, Any]] = []
+    used: set[int] = {_FIXED_STYLES[name] for name in names if name in _FIXED_STYLES}
+    for position, name in enumerate(names):
+        index = _FIXED_STYLES.get(name)
+        if index is None:
+            first = position + len(_FIXED_STYLES)
+            free = [i % len(OKABE_ITO) for i in range(first, first + len(OKABE_ITO)) if i % len(OKABE_ITO) not in used]
+            index = free[0] if free else first % len(OKABE_ITO)
+            used.add(index)
+        shift = index + position // len(OKABE_ITO)
+        marker = _MARKERS[shift % len(_MARKERS)]
+        styles.append({"color": OKABE_ITO[index], "marker": marker, "linestyle": _DASHES[index]})
+    return styles

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import empty_figure, figure_of, run_style
+from .figures import empty_figure, figure_of, run_styles
 from .reliability import ReliabilityDisplay
 
 __all__ = ["ReliabilityDisplay", "plot_alpha", "plot_training_curves", "series_of"]
@@ -73,9 +73,9 @@ def plot_training_curves(
         raise ValueError("plot_training_curves needs at least one run; got none.")
     if ax is None:
         ax = empty_figure().add_subplot()
-    for position, run in enumerate(records):
+    for run, chosen in zip(records, run_styles([run.name for run in records]), strict=True):
         places, values = series_of(run, metric, x)
-        style = run_style(run.name, position)
+        style = dict(chosen)
         finite = next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values))
         note = "" if finite == len(values) else f" (not finite from {x} {places[finite]:g})"
         if not values:

@@ -2,222 +2,195 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from .figures import empty_figure, figure_of, run_style, save_figure
+from .curve_series import FEW_TOKENS, CurveLike, CurveSeries, curve_series, read_record, record_series, write_series
+from .curve_text import after, ece_with_interval, short_ece, title_lines, wrapped, wrapped_label
+from .figures import OKABE_ITO, empty_figure, figure_of, run_style, run_styles, save_figure
 
-# Below this, the standard error of a bin's accuracy reaches 0.07.
-FEW_TOKENS = 50
+__all__ = ["FEW_TOKENS", "CurveLike", "ReliabilityDisplay"]
 
-
-class CurveLike(Protocol):
-    """Anything with the four arrays of a calibration curve, e.g. `dpsm_hf.calibration.CalibrationCurve`."""
-
-    @property
-    def edges(self) -> ArrayLike: ...
-    @property
-    def confidence(self) -> ArrayLike: ...
-    @property
-    def accuracy(self) -> ArrayLike: ...
-    @property
-    def count(self) -> ArrayLike: ...
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One model's curve, checked, as float64 arrays of one value per bin (edges: one more)."""
-
-    name: str
-    edges: NDArray[np.float64]
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    count: NDArray[np.float64]
-
-    @property
-    def tokens(self) -> int:
-        return int(self.count.sum())
-
-    @property
-    def few(self) -> NDArray[np.bool_]:
-        """Bins with so few tokens that their accuracy is mostly chance."""
-        return self.count < FEW_TOKENS
-
-    @property
-    def ece(self) -> float:
-        """Sum over the bins of their share of the tokens times |accuracy - confidence|; NaN without tokens."""
-        filled = self.count > 0
-        if not filled.any():
-            return math.nan
-        gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
-        return float((self.count[filled] * gaps).sum() / self.count.sum())
-
-
-def _series(curve: CurveLike | Mapping[str, Any], name: str) -> _Series:
-    def array(key: str) -> NDArray[np.float64]:
-        if isinstance(curve, Mapping):
-            if key not in curve:
-                raise ValueError(f"The calibration curve of {name!r} has no {key!r}; it has {sorted(curve)}.")
-            value = [math.nan if item is None else item for item in curve[key]]
-        else:
-            value = getattr(curve, key)
-        return np.asarray(value, dtype=np.float64)
-
-    series = _Series(name, array("edges"), array("confidence"), array("accuracy"), array("count"))
-    bins = len(series.count)
-    lengths = {"edges": len(series.edges), "confidence": len(series.confidence), "accuracy": len(series.accuracy)}
-    if bins == 0 or lengths != {"edges": bins + 1, "confidence": bins, "accuracy": bins}:
-        raise ValueError(
-            f"The calibration curve of {name!r} does not fit together: {bins} counts but {lengths}; "
-            f"expected one confidence and accuracy a bin and one edge more."
-        )
-    return series
+_INK = "0.1"
+_HOLLOW = f"hollow: < {FEW_TOKENS} tokens"
+# Labels of the legend up to this stand in two columns.
+_COLUMN_CHARACTERS = 27
+_WIDTH, _DIAGRAM, _HISTOGRAM, _LINE = 4.4, 3.7, 1.3, 0.19  # inches
 
 
 class ReliabilityDisplay:
-    """Reliability diagram of one or several models: accuracy against confidence above, share of the tokens below.
+    """Reliability diagram of one or several models: accuracy against confidence above, histogram of confidence below.
 
-    One model is drawn as bars with its gap to the diagonal hatched, several as points joined by lines. The title says
-    what is shown: token-level and top-label, the number of tokens and bins, and for one model the ECE (with several it
-    stands in the legend). ECE is ``sum_b n_b / N * |accuracy_b - confidence_b|`` (Naeini et al., 2015).
+    One model is drawn as bars with its gap to the diagonal hatched, several as points joined by lines; upright lines
+    are the 95 % confidence intervals of the accuracy, where the curve has them. After temperature scaling a single
+    model is one more line over the bars, several are thin lines without intervals. The histogram is the share of the
+    tokens in each hundredth of confidence, on a logarithmic axis. The title says what is shown: token-level and
+    top-label, the number of tokens and bins, the ECE with its confidence interval (with several models it stands in
+    the legend), and the null level, the ECE that a perfectly calibrated model would show at this number of tokens. ECE
+    is ``sum_b n_b / N * |accuracy_b - confidence_b|`` (Naeini et al., 2015).
 
     Args:
-        series: the curves; use `from_curve`, `from_json` or `overlay` to make one.
+        series: the curves; use `from_curve`, `from_json` or `overlay` to make a display.
         split: name of the evaluated split, for the title; empty to leave out.
 
     Attributes:
         figure_: the figure drawn on, after `plot`.
         ax_: the axes of the diagram, after `plot`.
         histogram_ax_: the axes of the histogram, after `plot`; ``None`` when it was left out.
+
+    Raises:
+        ValueError: without curves.
     """
 
     figure_: Figure
     ax_: Axes
     histogram_ax_: Axes | None
 
-    def __init__(self, series: Sequence[_Series], split: str = "") -> None:
+    def __init__(self, series: Sequence[CurveSeries], split: str = "") -> None:
         if not series:
             raise ValueError("A reliability diagram needs at least one calibration curve; got none.")
         self._series = list(series)
         self.split = split
 
     @classmethod
-    def from_curve(cls, curve: CurveLike | Mapping[str, Any], name: str = "", split: str = "") -> ReliabilityDisplay:
+    def from_curve(
+        cls,
+        curve: CurveLike | Mapping[str, Any],
+        name: str = "",
+        split: str = "",
+        *,
+        scaled: CurveLike | Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+    ) -> ReliabilityDisplay:
         """Make a display of one curve.
 
         Args:
-            curve: object or mapping with ``edges`` (bins + 1), ``confidence``, ``accuracy`` and ``count`` (bins each);
-                empty bins hold NaN or ``None``.
+            curve: object or mapping with ``edges`` (bins + 1), ``confidence``, ``accuracy`` and ``count`` (bins each),
+                and perhaps ``low`` and ``high`` (bins each) and ``histogram``, as `CalibrationCurve` has them; empty
+                bins hold NaN or ``None``.
             name: name of the model, for the legend; ``ce``, ``brier`` and ``dpsm`` choose fixed colours.
             split: name of the evaluated split.
+            scaled: the curve of the same model after temperature scaling.
+            temperature: that ``scaled`` was computed with.
 
         Raises:
-            ValueError: if an array is missing or their lengths do not fit together.
+            ValueError: if an array is missing, holds what it cannot, or does not fit the others.
         """
-        return cls([_series(curve, name)], split)
+        series = curve_series(curve, name)
+        if scaled is not None:
+            series = replace(series, scaled=curve_series(scaled, name, temperature=temperature))
+        return cls([series], split)
 
     @classmethod
-    def from_json(cls, source: str | Path | Mapping[str, Any], name: str = "") -> ReliabilityDisplay:
+    def from_json(
+        cls, source: str | Path | Mapping[str, Any], name: str = "", *, scaled: bool = True
+    ) -> ReliabilityDisplay:
         """Make a display from a file that `CalibrationCallback` wrote, or from its parsed content.
 
         Args:
             source: path of ``calibration/eval-step-*.json``, or the mapping in it.
             name: name of the model.
+            scaled: whether to draw the curve after temperature scaling too, if the file holds one.
 
         Raises:
-            ValueError: if the content holds no calibration curve.
+            ValueError: if the content holds no calibration curve, or one that does not fit together.
         """
         where = name or "the given mapping" if isinstance(source, Mapping) else str(source)
-        content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+        content = source if isinstance(source, Mapping) else read_record(source)
         if not isinstance(content, Mapping) or not isinstance(content.get("curve"), Mapping):
             raise ValueError(
                 f"{where} holds no calibration curve; expected a file of CalibrationCallback, with the key 'curve'."
             )
-        return cls.from_curve(content["curve"], name, str(content.get("split", "")))
+        return cls([record_series(content, name, scaled=scaled)], str(content.get("split", "")))
 
     @classmethod
-    def overlay(cls, displays: Sequence[ReliabilityDisplay]) -> ReliabilityDisplay:
+    def overlay(cls, displays: Sequence[ReliabilityDisplay], *, scaled: bool = True) -> ReliabilityDisplay:
         """Put the curves of several displays into one diagram.
 
         Args:
-            displays: the displays; their splits must agree.
+            displays: the displays; their splits must agree and their models' names differ. A model without a name is
+                called by its place, ``model 2``.
+            scaled: whether to draw the curves after temperature scaling too, of those that have one.
 
         Raises:
-            ValueError: if there is none, or if they show different splits.
+            ValueError: if there is none, if they show different splits, or if two models have one name.
         """
         splits = sorted({display.split for display in displays})
         if len(splits) > 1:
             raise ValueError(
                 f"These reliability diagrams show different splits ({', '.join(splits)}); draw one diagram a split."
             )
-        return cls([series for display in displays for series in display._series], splits[0] if splits else "")
+        found = [series for display in displays for series in display._series]
+        if len(found) > 1:
+            found = [replace(s, name=s.name or f"model {i}") for i, s in enumerate(found, start=1)]
+        names = [series.name for series in found]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"{names.count(repeated)} of these models are named {repeated!r}; give each its own name, "
+                "ReliabilityDisplay.from_json(path, name=...)."
+            )
+        if not scaled:
+            found = [replace(series, scaled=None) for series in found]
+        return cls(found, splits[0] if splits else "")
 
     @property
     def ece(self) -> dict[str, float]:
-        """Expected calibration error of each curve by name, with the bins drawn."""
+        """Expected calibration error of each model by name, with the bins drawn, before temperature scaling."""
         return {series.name: series.ece for series in self._series}
+
+    @property
+    def ece_scaled(self) -> dict[str, float]:
+        """The same after temperature scaling, of the models that have such a curve."""
+        return {series.name: series.scaled.ece for series in self._series if series.scaled is not None}
 
     def title(self) -> str:
         """Say in one line what the diagram shows."""
-        tokens, bins = {s.tokens for s in self._series}, {len(s.count) for s in self._series}
-        parts = [self.split] if self.split else []
-        parts.append(
-            f"{next(iter(tokens)):,} tokens" if len(tokens) == 1 else f"{min(tokens):,}–{max(tokens):,} tokens"
-        )
-        parts.append("/".join(str(count) for count in sorted(bins)) + " bins")
-        if len(self._series) == 1:
-            parts.append(f"ECE {_number(self._series[0].ece)}")
-        return " · ".join(parts)
+        return " · ".join(part for line in title_lines(self._series, self.split) for part in line)
 
     def plot(self, ax: Axes | None = None, histogram: bool = True) -> ReliabilityDisplay:
         """Draw the diagram.
 
         Args:
-            ax: axes to draw on, without histogram; by default a new figure is made, with one.
+            ax: axes to draw on, without histogram and with a short legend; by default a new figure is made.
             histogram: whether the new figure gets the histogram of confidence.
 
         Returns:
             The display itself, with ``figure_``, ``ax_`` and ``histogram_ax_`` set.
         """
         self.histogram_ax_ = None
+        own = ax is None
         if ax is None:
-            figure = empty_figure(4.4, 5.2 if histogram else 4.4)
+            figure = empty_figure(_WIDTH, _DIAGRAM + (_HISTOGRAM if histogram else 0))
             if histogram:
-                ax, self.histogram_ax_ = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.6, 1]})
+                ratios = {"height_ratios": [_DIAGRAM, _HISTOGRAM]}
+                ax, self.histogram_ax_ = figure.subplots(2, 1, sharex=True, gridspec_kw=ratios)
             else:
                 ax = figure.add_subplot()
         self.ax_, self.figure_ = ax, figure_of(ax)
-        ax.plot([0, 1], [0, 1], color="0.45", linestyle="--", linewidth=1, label="perfectly calibrated", zorder=1)
+        ax.plot([0, 1], [0, 1], color="0.45", linestyle="--", linewidth=1, label="perfectly calibrated", zorder=1.5)
         if len(self._series) == 1:
             self._draw_bars(ax, self._series[0])
         else:
-            for position, series in enumerate(self._series):
-                filled = series.count > 0
-                label = f"{series.name or f'model {position + 1}'} (ECE {_number(series.ece)})"
-                style = run_style(series.name, position)
-                x, y, few = series.confidence[filled], series.accuracy[filled], series.few[filled]
-                ax.plot(x, y, label=label, markersize=6, linewidth=1.6, **style)
-                hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
-                ax.plot(x[few], y[few], markersize=6, **hollow)
-            if any((series.few & (series.count > 0)).any() for series in self._series):
-                ax.plot([], [], "o", color="0.4", markerfacecolor="white", label=f"hollow: under {FEW_TOKENS} tokens")
-        ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy (top label)")
-        ax.set_title(self._heading(), fontsize=10)
-        ax.legend(loc="best", fontsize=9, framealpha=0.9)
+            self._draw_lines(ax, ece_with_interval if own else short_ece)
+        # a little more than [0, 1], or markers at the ends are cut
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="accuracy (top label)")
         ax.grid(alpha=0.3, linewidth=0.6)
+        ax.set_axisbelow(True)
         if self.histogram_ax_ is None:
             ax.set_xlabel("confidence (token-level)")
         else:
             self._draw_histogram(self.histogram_ax_)
+        self._write_around(ax, own)
         return self
 
     def figure(self) -> Figure:
@@ -229,56 +202,146 @@ class ReliabilityDisplay:
 
         Args:
             path: where to; the ending names the format.
-            dpi: dots per inch of pixel formats.
+            dpi: dots per inch of pixel formats; 91 gives a picture 400 pixels wide.
         """
         return save_figure(self.figure(), path, dpi)
 
-    def _heading(self) -> str:
+    def save_data(self, path: str | Path) -> Path:
+        """Write the numbers behind the diagram to a file.
+
+        Args:
+            path: where to; ``.csv`` gives a line for each bin with the columns ``model``, ``temperature``, ``left``,
+                ``right``, ``count``, ``confidence``, ``accuracy``, ``low`` and ``high``, empty where nothing is known;
+                ``.json`` gives that by curve, with histogram, ECE, its interval and its null level. A curve before
+                temperature scaling has temperature 1.
+
+        Raises:
+            ValueError: for another ending.
+        """
+        return write_series(self._series, self.split, path)
+
+    def _write_around(self, ax: Axes, own: bool) -> None:
         name = self._series[0].name if len(self._series) == 1 else ""
-        return f"{name or 'Reliability'}: token-level, top-label\n{self.title()}"
+        said = (" · ".join(line) for line in title_lines(self._series, self.split))
+        lines = [
+            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in wrapped(line)
+        ]
+        style: dict[str, Any] = {"fontsize": 9.5, "linespacing": 1.25}
+        if not own:
+            ax.set_title("\n".join(lines), **style)
+            ax.legend(loc="best", fontsize=8, framealpha=0.9, labelspacing=0.3)
+            return
+        self.figure_.suptitle("\n".join(lines), **style)
+        # below, where it can hide no data; the figure grows with what is written around the diagram
+        handles, labels = ax.get_legend_handles_labels()
+        columns = 2 if max(map(len, labels)) <= _COLUMN_CHARACTERS else 1
+        rows = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+        figure = self.figure_
+        figure.set_figheight(figure.get_figheight() + _LINE * (len(lines) + rows))
+        style = {"frameon": False, "fontsize": 8.5, "handlelength": 2.6, "columnspacing": 1.2, "labelspacing": 0.3}
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
     @staticmethod
-    def _draw_bars(ax: Axes, series: _Series) -> None:
-        filled = series.count > 0
-        left, width = series.edges[:-1][filled], np.diff(series.edges)[filled]
-        accuracy, confidence, few = series.accuracy[filled], series.confidence[filled], series.few[filled]
-        color = run_style(series.name, 0)["color"]
-        for part, alpha, label in ((~few, 0.75, "accuracy"), (few, 0.25, f"accuracy, under {FEW_TOKENS} tokens")):
+    def _draw_bars(ax: Axes, series: CurveSeries) -> None:
+        left, width = series.edges[:-1], np.diff(series.edges)
+        many = len(width) > 40
+        color = _single_color(series.name)
+        outline: dict[str, Any] = {"edgecolor": "white", "linewidth": 0 if many else 0.8}
+        full = series.filled & ~series.few
+        for part, alpha, label in ((full, 0.75, "accuracy"), (series.few, 0.3, f"accuracy, < {FEW_TOKENS} tokens")):
             if part.any():
-                style = {"color": color, "alpha": alpha, "edgecolor": "white", "linewidth": 0.8, "label": label}
-                ax.bar(left[part], accuracy[part], width[part], align="edge", **style)
-        style = {"facecolor": "none", "edgecolor": "0.15", "hatch": "////", "linewidth": 0.8}
-        gap = confidence - accuracy
-        ax.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to confidence", **style)
+                style: dict[str, Any] = {"color": color, "alpha": alpha, **outline, "label": label}
+                ax.bar(left[part], series.accuracy[part], width[part], align="edge", **style)
+        filled = series.filled
+        if filled.any():
+            style = {"facecolor": "none", "edgecolor": "0.25", "hatch": "////", "hatch_linewidth": 0.5}
+            gap, base = (series.confidence - series.accuracy)[filled], series.accuracy[filled]
+            style |= {"linewidth": 0.4 if many else 0.8, "label": "gap to confidence"}
+            ax.bar(left[filled], gap, width[filled], bottom=base, align="edge", **style)
+        if series.low is not None and series.high is not None and filled.any():
+            middle = (left + width / 2)[filled]
+            shade = tuple(0.55 * part for part in to_rgb(color))  # apart from the scaled curve's
+            style = {"color": shade, "linewidth": 1.0 if many else 3.0, "label": "95 % interval of accuracy"}
+            ax.vlines(middle, series.low[filled], series.high[filled], **style, zorder=3)
+        if series.scaled is not None:
+            scaled = series.scaled
+            label = f"{after(scaled)} ({short_ece(scaled)})"
+            style = {"color": _INK, "marker": "D", "linestyle": "-", "linewidth": 1.3, "markersize": 4.5, "zorder": 5}
+            if many:
+                style |= {"linewidth": 0.9, "markersize": 1.8}
+            _draw_points(ax, scaled, label, style, interval=not many)
+            if scaled.few.any():
+                ax.plot([], [], "D", color=_INK, markerfacecolor="white", markersize=4.5, label=_HOLLOW)
+
+    def _draw_lines(self, ax: Axes, written: Callable[[CurveSeries], str]) -> None:
+        styles = run_styles([series.name for series in self._series])
+        for series, style in zip(self._series, styles, strict=True):
+            style |= {"linewidth": 1.6, "markersize": 5.5, "zorder": 4}
+            _draw_points(ax, series, f"{series.name} ({written(series)})", style)
+            if series.scaled is not None:
+                label = f"{series.name} {after(series.scaled)} ({written(series.scaled)})"
+                style |= {"linewidth": 0.8, "markersize": 3, "zorder": 3}
+                _draw_points(ax, series.scaled, label, style, interval=False)
+        if any(series.low is not None for series in self._series):
+            ax.vlines([], [], [], color="0.4", linewidth=1.2, label="95 % interval of accuracy")
+        if any(curve.few.any() for series in self._series for curve in series.with_scaled()):
+            ax.plot([], [], "o", color="0.4", markerfacecolor="white", label=_HOLLOW)
 
     def _draw_histogram(self, ax: Axes) -> None:
-        for position, series in enumerate(self._series):
-            style = run_style(series.name, position if len(self._series) > 1 else 0)
-            share = series.count / max(series.count.sum(), 1)
-            if len(self._series) == 1:
-                widths = np.diff(series.edges)
-                ax.bar(
-                    series.edges[:-1], share, widths, align="edge", color=style["color"], alpha=0.75, edgecolor="white"
-                )
-                if series.tokens:
-                    mean = float(np.nansum(series.count * series.confidence) / series.tokens)
-                    ax.axvline(mean, color="0.15", linewidth=1.2, linestyle="--")
-                    right = mean < 0.6
-                    ax.annotate(
-                        f"mean {mean:.3f}",
-                        (mean, 0.92),
-                        xycoords=("data", "axes fraction"),
-                        xytext=(4 if right else -4, 0),
-                        textcoords="offset points",
-                        ha="left" if right else "right",
-                        va="top",
-                        fontsize=9,
-                    )
-            else:
-                ax.stairs(share, series.edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.6)
-        ax.set(xlim=(0, 1), xlabel="confidence (token-level)", ylabel="share")
+        several = len(self._series) > 1
+        styles = run_styles([series.name for series in self._series])
+        for series, style in zip(self._series, styles, strict=True):
+            edges, share = series.density()
+            if several:
+                ax.stairs(share, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.3)
+                continue
+            ax.stairs(share, edges, fill=True, color=_single_color(series.name), alpha=0.75)
+            if series.tokens:
+                _mark_mean(ax, float((series.count * series.confidence)[series.filled].sum() / series.tokens))
+            if series.scaled is not None:
+                edges, share = series.scaled.density()
+                ax.stairs(share, edges, color=_INK, linewidth=1.0)
+        drawn = [curve for series in self._series for curve in series.with_scaled()]
+        shares = np.concatenate([curve.density()[1] for curve in drawn])
+        if shares.any():
+            # whole decades, or the ticks have no numbers; and room above for the mean
+            least, most = shares[shares > 0].min() / 1.2, shares.max()
+            ax.set_yscale("log")
+            ax.set_ylim(10.0 ** math.floor(math.log10(least)), max(10.0 ** math.ceil(math.log10(most)), 2 * most))
+            ax.yaxis.set_major_locator(LogLocator(numticks=5))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.set_ylim(0, 1)
+        label = "share per 0.01\n(log)" if shares.any() else "share per 0.01"
+        ax.set(xlim=(-0.02, 1.02), xlabel="confidence (token-level)", ylabel=label)
         ax.grid(alpha=0.3, linewidth=0.6)
+        ax.set_axisbelow(True)
 
 
-def _number(value: float) -> str:
-    return "not a number" if math.isnan(value) else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+def _draw_points(
+    ax: Axes, series: CurveSeries, label: str, style: Mapping[str, Any], *, interval: bool = True
+) -> None:
+    """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with intervals if it has them."""
+    filled = series.filled
+    x, y, few = series.confidence[filled], series.accuracy[filled], series.few[filled]
+    ax.plot(x, y, label=wrapped_label(label), **style)
+    ax.plot(x[few], y[few], **{**style, "linestyle": "none", "markerfacecolor": "white"})
+    if interval and series.low is not None and series.high is not None:
+        quiet = {"color": style["color"], "linewidth": 1.2, "alpha": 0.7, "zorder": style["zorder"]}
+        ax.vlines(x, series.low[filled], series.high[filled], **quiet)
+
+
+def _mark_mean(ax: Axes, mean: float) -> None:
+    """Draw and name the mean confidence of one model in its histogram."""
+    ax.axvline(mean, color=_INK, linewidth=1.1, linestyle="--")
+    right = mean < 0.6
+    style: dict[str, Any] = {"ha": "left" if right else "right", "va": "top", "fontsize": 8.5, "zorder": 6}
+    style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}}
+    style |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    ax.annotate(f"mean {mean:.3f}", (mean, 0.95), (4 if right else -4, 0), **style)
+
+
+def _single_color(name: str) -> str:
+    """Choose the colour of one model's bars: a loss's own, else one that is dark enough on white."""
+    color = str(run_style(name, 0)["color"])
+    return OKABE_ITO[0] if color == OKABE_ITO[5] else color
