@@ -5,13 +5,14 @@ rising from 0 to 1 on a schedule. The names below are the public interface.
 """
 
 from .arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
-from .calibration import CalibrationCurve, TokenCalibration, calibration_curve
+from .calibration import CalibrationCurve, ClassCalibration, TokenCalibration, calibration_curve
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .head import linear_scoring_loss
 from .losses import DPSMLoss, TokenScores, score_tokens
 from .plots import ReliabilityDisplay
 from .schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
 from .scoring_rules import Objective
+from .temperature import TemperatureScaler
 from .trainer import DPSMMixin, DPSMSeq2SeqTrainer, DPSMTrainer
 from .version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "AlphaScheduleCallback",
     "CalibrationCallback",
     "CalibrationCurve",
+    "ClassCalibration",
     "DPSMArguments",
     "DPSMConfig",
     "DPSMLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "DPSMTrainer",
     "Objective",
     "ReliabilityDisplay",
+    "TemperatureScaler",
     "TokenCalibration",
     "TokenScores",
     "__version__",

@@ -94,6 +94,32 @@ class DPSMArguments:
         default=15,
         metadata={"help": f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}."},
     )
+    classwise_tokens: int = field(
+        default=0,
+        metadata={"help": "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off."},
+    )
+    fit_temperature: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: fit a temperature on the calibration split before an evaluation that is not part of "
+            "training, and report every metric after scaling too, as eval_..._scaled."
+        },
+    )
+
+    generated_calibration: bool = field(
+        default=True,
+        metadata={
+            "help": "dpsm_hf: with predict_with_generate, score the generated tokens once more and report how far "
+            "their probabilities can be believed, as eval_generated_... and eval_summary_...; one forward a batch."
+        },
+    )
+    expected_depth: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: report after how many layers a token's most likely successor no longer changes; one "
+            "more forward a batch."
+        },
+    )
 
     def __post_init__(self) -> None:
         parent: Any = super()
@@ -114,6 +140,8 @@ class DPSMArguments:
             raise ValueError(
                 f"calibration_bins={self.calibration_bins} does not divide {GRID_BINS}; use 10, 15, 20, 50 or 100."
             )
+        if self.classwise_tokens < 0:
+            raise ValueError(f"classwise_tokens={self.classwise_tokens} must be 0 (off) or a number of tokens.")
         if self.loss_type == "dpsm" and self.alpha_schedule == "feedback":
             if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
                 raise ValueError(

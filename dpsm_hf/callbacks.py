@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +13,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .arguments import dpsm_arguments
-from .calibration import TokenCalibration
 from .distributed import sum_over_processes
-from .evaluation import add_batch
+from .files import write_json
 from .losses import score_tokens
 from .models import align_targets, label_alignment
+from .panel import EvaluationPanel
 from .plots import ReliabilityDisplay
 
 logger = logging.get_logger(__name__)
@@ -74,7 +71,7 @@ class CalibrationCallback(TrainerCallback):
 
     def __init__(self, bins: int | None = None) -> None:
         self.bins = bins
-        self._calibration = TokenCalibration()
+        self._panel: EvaluationPanel | None = None
         self._prefix = "eval"
         self._listens = True
         self._hook: Any = None
@@ -82,10 +79,10 @@ class CalibrationCallback(TrainerCallback):
 
     # ---- where the statistics come from ----------------------------------------------------------------------------
 
-    def receive(self, calibration: TokenCalibration, prefix: str, tensorboard: Any = None) -> None:
+    def receive(self, panel: EvaluationPanel, prefix: str, tensorboard: Any = None) -> None:
         """Take the statistics of the evaluation that is about to be reported, complete over all processes."""
         self.stop_listening()  # one added after the trainer was made still does
-        self._calibration, self._prefix = calibration, prefix
+        self._panel, self._prefix = panel, prefix
         self._tensorboard = tensorboard or self._tensorboard
 
     def stop_listening(self) -> None:
@@ -106,9 +103,10 @@ class CalibrationCallback(TrainerCallback):
         alignment, logits = label_alignment(model), output.get("logits")
         if alignment is None or logits is None:
             return
-        scores = score_tokens(logits.detach(), align_targets(labels, logits.shape[-2], alignment))
+        targets = align_targets(labels, logits.shape[-2], alignment)
         try:
-            add_batch(self._calibration, scores, labels.shape[0])
+            self._panel = self._panel or EvaluationPanel()
+            self._panel.add(score_tokens(logits.detach(), targets), targets, labels.shape[0])
         except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on
             logger.warning_once(f"CalibrationCallback leaves this batch out: {error}")
 
@@ -133,7 +131,7 @@ class CalibrationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """Forget what `Trainer.predict` scored: it belongs to no evaluation."""
-        self._calibration = TokenCalibration()
+        self._panel = None
 
     # ---- what is written -------------------------------------------------------------------------------------------
 
@@ -142,32 +140,29 @@ class CalibrationCallback(TrainerCallback):
     ) -> None:
         """Write the files of this evaluation."""
         metrics = kwargs.get("metrics")
-        calibration, self._calibration = self._calibration, TokenCalibration()
+        panel, self._panel = self._panel or EvaluationPanel(), None
         if self._listens:
-            calibration = calibration.to(args.device).reduce(sum_over_processes)
-            if not calibration.tokens:
+            panel.reduce(sum_over_processes, args.device)
+            if not panel.tokens.tokens:
                 logger.warning(
                     "CalibrationCallback saw no scored token in this evaluation: the model was called without labels "
                     "(label smoothing and compute_loss_func do that), every label is ignored, or it is not known "
                     "which label a row of its logits predicts. DPSMTrainer needs none of this."
                 )
-            if metrics is not None and calibration.tokens:
+            if metrics is not None and panel.tokens.tokens:
                 # the shortest: compute_metrics may have returned a loss of its own, eval_<name>_loss
                 losses = [key for key in metrics if key.endswith("_loss")]
                 self._prefix = min(losses, key=len, default="eval_loss").removesuffix("_loss")
-                found = {f"{self._prefix}_{name}": value for name, value in calibration.compute().items()}
+                found = {f"{self._prefix}_{name}": value for name, value in panel.metrics().items()}
                 metrics.update({key: value for key, value in found.items() if key not in metrics})
-        if not state.is_world_process_zero or not calibration.tokens:
+        if not state.is_world_process_zero or not panel.tokens.tokens:
             return
         bins = self.bins or int(getattr(args, "calibration_bins", 15))
         record = {
-            "schema": 1,
+            "schema": 2,
             "step": state.global_step,
             "split": self._prefix,
-            "tokens": calibration.tokens,
-            # a perplexity may be infinite, which JSON has no number for
-            "metrics": {k: v if math.isfinite(v) else None for k, v in calibration.compute().items()},
-            "curve": calibration.curve(bins).as_dict(),
+            **panel.record(bins),
         }
         folder = Path(str(args.output_dir)) / "calibration"
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,12 +188,3 @@ class CalibrationCallback(TrainerCallback):
                 self._tensorboard = SummaryWriter(log_dir=str(Path(str(args.output_dir)) / "runs" / "calibration"))
             self._tensorboard.add_figure(tag, display.figure_, state.global_step)
             self._tensorboard.flush()
-
-
-def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write JSON so that the file is either whole or not there, whenever the process is killed."""
-    text = json.dumps(record, indent=1, allow_nan=False)
-    # not mkstemp, whose files nobody else may read
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)

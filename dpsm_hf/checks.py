@@ -54,6 +54,23 @@ def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> Non
             return
 
 
+def check_calibration_dataset(dataset: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Look whether a temperature would be fitted on the very data that the model learns from or is judged by.
+
+    Raises:
+        ValueError: if it is the same object as one of the other sets, or empty.
+    """
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError("calibration_dataset is empty: there is nothing to fit a temperature on.")
+    others = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+    for name, other in (("train_dataset", train_dataset), *others):
+        if other is dataset:
+            raise ValueError(
+                f"calibration_dataset is {name} itself: a temperature fitted there tells nothing of new text. Set "
+                "aside samples that are neither trained nor tested on."
+            )
+
+
 def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
     """Look whether any evaluation reports the metric that a feedback schedule reads.
 

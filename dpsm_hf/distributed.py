@@ -31,3 +31,13 @@ def real_rows(batch_size: int, device: torch.device) -> Tensor:
         return torch.ones(batch_size, dtype=torch.bool, device=device)
     first = PartialState().process_index * batch_size
     return torch.arange(first, first + batch_size, device=device) < gradient_state.remainder
+
+
+def process_index() -> int:
+    """Return the number of this process, from 0 on."""
+    return int(PartialState().process_index)
+
+
+def process_number() -> int:
+    """Return how many processes there are."""
+    return int(PartialState().num_processes)

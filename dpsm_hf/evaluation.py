@@ -1,36 +1,324 @@
-"""The step from the scores of one evaluation batch to the calibration statistics of the whole set."""
+"""The evaluation of the trainers: sufficient statistics instead of logits, and a temperature fitted apart."""
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
+from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.utils import logging
 
-from .calibration import SCORES, TokenCalibration
-from .distributed import real_rows
+from .arguments import DPSMArguments
+from .calibration import TokenCalibration
+from .callbacks import CalibrationCallback
+from .checks import check_calibration_dataset
+from .depth import DepthReader
+from .distributed import real_rows, sum_over_processes
+from .extra_statistics import ExtraStatistics
+from .frequent_tokens import frequent_labels
+from .generation.scoring import FreeRunning
 from .losses import TokenScores
+from .models import core_model, end_tokens
+from .panel import EvaluationPanel, check_finite
+from .temperature import Moments, TemperatureScaler
+from .token_bytes import token_bytes
+from .training_loss import TrainingLossMixin
+
+logger = logging.get_logger(__name__)
 
 
-def add_batch(calibration: TokenCalibration, scores: TokenScores, batch_size: int) -> None:
-    """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
+class _MomentPanel:
+    """Sum the moments that a temperature is fitted with; takes the place of an `EvaluationPanel` for one pass."""
 
-    Args:
-        calibration: the accumulator of this process.
-        scores: of the batch, flattened to ``[batch_size * length]``.
-        batch_size: rows of this process's batch.
+    def __init__(self, temperature: float) -> None:
+        self.extra = ExtraStatistics(moments_at=temperature)
+        self.sums: Tensor | None = None
 
-    Raises:
-        FloatingPointError: if the logits of a scored token are NaN or infinite, with its place in the batch.
-    """
-    broken = (scores.scored & torch.isnan(scores.confidence)).nonzero()
-    if len(broken):
-        sample, position = divmod(int(broken[0]), scores.scored.numel() // batch_size)
-        raise FloatingPointError(
-            f"the logits of {len(broken)} scored tokens are NaN or infinite, first in sample {sample} of the "
-            f"evaluation batch at position {position}. The model's weights are broken or it overflows in this dtype."
+    def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
+        check_finite(scores, batch_size)
+        length = scores.scored.numel() // max(1, batch_size)
+        mask = scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
+        assert scores.extra is not None  # asked for above
+        # MPS has no float64
+        home = torch.device("cpu") if mask.device.type == "mps" else mask.device
+        columns = scores.extra[mask].to(home).double()
+        sums = torch.cat([columns.sum(0), mask.sum().to(home).double()[None]])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def moments(self, device: torch.device) -> Moments:
+        sums = torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums
+        home = torch.device("cpu") if device.type == "mps" else device
+        nll, gradient, curvature, tokens = sum_over_processes(sums.to(home)).tolist()
+        return Moments(nll, gradient, curvature, int(tokens))
+
+
+class EvaluationMixin(TrainingLossMixin):
+    """Evaluate as the trainer does, and report what `EvaluationPanel` makes of every scored token beside."""
+
+    def __init__(self, *args: Any, calibration_dataset: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Where a temperature is fitted; neither trained nor tested on.
+        self.calibration_dataset = calibration_dataset
+        #: What the last evaluation saw, over all processes.
+        self.panel: EvaluationPanel | None = None
+        self._scaler: tuple[Any, TemperatureScaler] | None = None
+        self._byte_lengths: Tensor | None = None
+        self._free_running: FreeRunning | None = None
+        self._depth_reader: tuple[nn.Module, DepthReader] | None = None
+        self._seconds_evaluating = 0.0
+        if isinstance(self.args, DPSMArguments) and self.args.fit_temperature and calibration_dataset is None:
+            raise ValueError(
+                "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
+                "trained nor tested on."
+            )
+        if calibration_dataset is not None:
+            check_calibration_dataset(calibration_dataset, self.train_dataset, self.eval_dataset)
+
+    @property
+    def calibration(self) -> TokenCalibration | None:
+        """Return the statistics of all tokens of the last evaluation, over all processes; None before the first."""
+        return None if self.panel is None else self.panel.tokens
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
+        self._take_evaluated()
+        # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
+        generates = (
+            isinstance(self, Seq2SeqTrainer)
+            and bool(getattr(self.args, "predict_with_generate", False))
+            and not prediction_loss_only
         )
-    rows = real_rows(batch_size, scores.scored.device)
-    calibration.update(
-        confidence=scores.confidence,
-        correct=scores.correct,
-        mask=scores.scored & rows.repeat_interleave(scores.scored.numel() // max(1, batch_size)),
-        **{name: getattr(scores, name) for name in SCORES},
-    )
+        self._logits_unused = generates or prediction_loss_only
+        smoother = self.label_smoother
+        try:
+            target = self._scored_model(model, smoother) if generates else model
+            if generates:
+                self.label_smoother = None  # it would smooth the loss a second time, from logits that are not there
+            result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
+        finally:
+            self.label_smoother = smoother
+            self._logits_unused = False
+        evaluated = self._take_evaluated()
+        if evaluated is not None and self._collector is not None:
+            depths = self._depths(inputs, evaluated[1])
+            try:
+                self._collector.add(*evaluated, inputs["labels"].shape[0], depths)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"at optimizer step {self.state.global_step}: {error}") from None
+        if generates and evaluated is not None and result[1] is not None:
+            self._score_generated(model, inputs, result[1], gen_kwargs or getattr(self, "_gen_kwargs", {}))
+        return result
+
+    def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor | None:
+        if self._depth_reader is None or not isinstance(self._collector, EvaluationPanel):
+            return None
+        return self._depth_reader[1].depths(self._prepare_inputs(inputs), targets)
+
+    def _score_generated(
+        self, model: nn.Module, inputs: dict[str, Any], generated: Tensor, options: dict[str, Any]
+    ) -> None:
+        """Score the tokens that were generated as the model's own labels."""
+        if self._free_running is None:
+            return
+        given = {name: value for name, value in options.items() if value is not None}
+        prepared = self._prepare_inputs(inputs)
+        batch = self._free_running.batch(prepared, generated, given)
+        if batch is None:
+            return
+        collector, self._collector = self._collector, None
+        self._logits_unused = True
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.compute_loss(model, dict(batch), return_outputs=True)
+        finally:
+            self._collector, self._logits_unused = collector, False
+        if (evaluated := self._take_evaluated()) is not None:
+            self._free_running.add(batch, prepared["labels"], evaluated[0])
+
+    def _take_evaluated(self) -> tuple[TokenScores, Tensor] | None:
+        evaluated, self._evaluated = self._evaluated, None
+        return evaluated
+
+    def _scored_model(self, model: nn.Module, smoother: Any) -> Any:
+        def call(**batch: Any) -> dict[str, Any]:
+            count = self._get_num_items_in_batch([batch], self.args.device)
+            self.label_smoother = smoother
+            try:
+                loss, _ = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
+            finally:
+                self.label_smoother = None
+            return {"loss": loss}
+
+        return call
+
+    # ---- a whole set -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as the trainer does and merge the token metrics, prefixed, into the output's metrics.
+
+        Raises:
+            ValueError: if the data set is empty.
+        """
+        dataset = getattr(dataloader, "dataset", None)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
+        # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
+        self.gather_function = self.accelerator.gather_for_metrics
+        dispatch = getattr(self.args.accelerator_config, "dispatch_batches", None)
+        if dispatch is False and self.accelerator.num_processes > 1 and not has_length(dataset):
+            logger.warning(
+                "dispatch_batches=False fills up the last batches of an iterable data set with samples that cannot be "
+                "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
+            )
+        train_seconds = self._train_seconds()
+        started = time.perf_counter()
+        if self.dpsm.fit_temperature and not self.is_in_train:
+            self.fit_temperature()
+        self.panel = None  # two would be held otherwise
+        panel = self._collector = self._new_panel(dataset)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._collector = None
+        self.panel = panel.reduce(sum_over_processes, self.args.device)
+        if self._free_running is not None:
+            panel.generated, self._free_running = self._free_running.joined(), None
+        if found := panel.metrics():
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            if self.is_in_train:
+                metrics[f"{metric_key_prefix}_train_seconds"] = train_seconds
+            # a metric of the user's own compute_metrics keeps its name
+            assert output.metrics is not None  # the loop always returns a dict
+            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
+            for callback in self._calibration_callbacks():
+                callback.receive(panel, metric_key_prefix, self._tensorboard_writer())
+        self._seconds_evaluating += time.perf_counter() - started
+        return output
+
+    def _new_panel(self, dataset: Any) -> EvaluationPanel:
+        if self._byte_lengths is None and self.processing_class is not None:
+            self._byte_lengths = token_bytes(self.processing_class)
+        scaler = self._scaler_in_force()
+        wanted = self.dpsm.classwise_tokens
+        if not self.dpsm.expected_depth:
+            self._depth_reader = None
+        elif self._depth_reader is None or self._depth_reader[0] is not self.model:
+            self._depth_reader = (self.model, DepthReader(self.model))
+        self._free_running = None
+        generates = isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
+        encoder_decoder = getattr(getattr(core_model(self.model), "config", None), "is_encoder_decoder", False)
+        if generates and encoder_decoder and self.dpsm.generated_calibration:
+            self._free_running = FreeRunning(self.model, self.processing_class)
+        return EvaluationPanel(
+            eos_tokens=end_tokens(core_model(self.model), self.processing_class),
+            byte_lengths=self._byte_lengths,
+            temperature=None if scaler is None else scaler.temperature,
+            classes=frequent_labels(dataset, wanted) if wanted else None,
+            layers=None if self._depth_reader is None else self._depth_reader[1].layers,
+        )
+
+    def _calibration_callbacks(self) -> list[CalibrationCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
+
+    def _tensorboard_writer(self) -> Any:
+        writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+        return next((writer for writer in writers if writer is not None), None)
+
+    def _train_seconds(self) -> float:
+        return 0.0
+
+    # ---- temperature -----------------------------------------------------------------------------------------------
+
+    def fit_temperature(self, dataset: Any = None, *, split: str = "calibration") -> TemperatureScaler:
+        """Fit a temperature for the model as it is now and let the following evaluations report scaled metrics too.
+
+        About five passes over the data, without gradients or stored logits; the result is also written to
+        ``temperature.json`` in ``output_dir``. Nothing is fitted again while the weights stay as they are and no data
+        set is given.
+
+        Args:
+            dataset: to fit on; ``calibration_dataset`` if left out. Never the test set: the temperature would have
+                seen the labels that it is judged by.
+            split: name of the data, kept in ``temperature.json``.
+
+        Raises:
+            ValueError: if there is no data set, or as `TemperatureScaler.fit`.
+        """
+        if dataset is None:
+            if (scaler := self._scaler_in_force()) is not None:
+                return scaler
+            dataset = self.calibration_dataset
+        if dataset is None:
+            raise ValueError(
+                "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
+            )
+        dataloader = self.get_eval_dataloader(dataset)
+
+        def moments(temperature: float) -> Moments:
+            panel = self._collector = _MomentPanel(temperature)
+            try:
+                super(EvaluationMixin, self).evaluation_loop(dataloader, "Temperature", prediction_loss_only=True)
+            finally:
+                self._collector = None
+                self._close_progress_bar()
+            return panel.moments(self.args.device)
+
+        scaler = TemperatureScaler.fit_moments(moments, split=split)
+        if self.is_world_process_zero():
+            scaler.save(str(self.args.output_dir))
+        self._scaler = (self._weights(), scaler)
+        return scaler
+
+    def use_temperature(self, scaler: TemperatureScaler | float) -> None:
+        """Let the evaluations of the model as it is now report metrics scaled by a temperature that is known already.
+
+        Args:
+            scaler: of `TemperatureScaler.load`, or a temperature.
+
+        Raises:
+            ValueError: if the temperature is not positive.
+        """
+        scaler = scaler if isinstance(scaler, TemperatureScaler) else TemperatureScaler(float(scaler))
+        self._scaler = (self._weights(), scaler)
+
+    @property
+    def temperature_scaler(self) -> TemperatureScaler | None:
+        """Return the temperature that was fitted for the weights as they are now; None if there is none."""
+        return self._scaler_in_force()
+
+    def _scaler_in_force(self) -> TemperatureScaler | None:
+        if self._scaler is None or self._scaler[0] != self._weights():
+            return None
+        return self._scaler[1]
+
+    def _weights(self) -> Any:
+        # a write in place raises a tensor's version; for the optimizer's, training_step forgets the temperature
+        return [(parameter.data_ptr(), parameter._version) for parameter in core_model(self.model).parameters()]
+
+    def _close_progress_bar(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "prediction_bar", None)
+            if bar is not None:  # as at the end of every evaluation; there is one a pass
+                bar.close()
+                callback.prediction_bar = None

@@ -209,3 +209,17 @@ def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
             "labels, so its router cannot be trained here; set output_router_logits=False or loss_type='ce'."
         )
     return float(getattr(config, "router_aux_loss_coef", 0.0)) * auxiliary
+
+
+def end_tokens(core: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
+    """Return the ids of the tokens that end a text, as generation knows them; empty if the model does not tell.
+
+    Args:
+        core: the language model without wrappers.
+        tokenizer: asked where neither the generation config nor the config names one.
+    """
+    for source in (getattr(core, "generation_config", None), getattr(core, "config", None), tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    return ()

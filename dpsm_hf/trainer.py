@@ -9,24 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, default_compute_objective, has_length
+from transformers.trainer_utils import TrainOutput, default_compute_objective, has_length
 from transformers.utils import logging
 
 from .arguments import DPSMArguments
-from .calibration import METRICS, TokenCalibration
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
-from .distributed import sum_over_processes
-from .evaluation import add_batch
-from .losses import TokenScores
+from .evaluation import EvaluationMixin
 from .model_card import add_objective_section, objective_section
 from .models import vocabulary_size
-from .training_loss import TrainingLossMixin
+from .panel import reported_names
 
 logger = logging.get_logger(__name__)
 
 
-class DPSMMixin(TrainingLossMixin):
+class DPSMMixin(EvaluationMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -42,10 +39,7 @@ class DPSMMixin(TrainingLossMixin):
         super().__init__(*args, **kwargs)
         self._train_started: float | None = None
         self._tally_started = 0.0
-        self._seconds_evaluating = 0.0
         self._batch_of_step = (-1, 0)
-        #: What the last evaluation saw, over all processes.
-        self.calibration: TokenCalibration | None = None
         if isinstance(self.args, DPSMArguments):
             for kind in (AlphaScheduleCallback, CalibrationCallback):
                 if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
@@ -64,6 +58,7 @@ class DPSMMixin(TrainingLossMixin):
             FloatingPointError: naming the step, the micro-batch and the token, before the optimizer uses the gradient.
                 With ``logging_nan_inf_filter=False`` (no waiting for the device) the next log raises instead.
         """
+        self._scaler = None  # fused optimizers write without raising the version of what they write to
         step, batch = self._batch_of_step
         self._batch_of_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 1)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -129,100 +124,6 @@ class DPSMMixin(TrainingLossMixin):
             self._train_started, self._tally_started = time.perf_counter(), 0.0
         return super().get_batch_samples(*args, **kwargs)
 
-    # ---- evaluation ------------------------------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
-    ) -> tuple[Any, Any, Any]:
-        """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
-        self._take_evaluated()
-        # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
-        generates = (
-            isinstance(self, Seq2SeqTrainer)
-            and bool(getattr(self.args, "predict_with_generate", False))
-            and not prediction_loss_only
-        )
-        self._logits_unused = generates or prediction_loss_only
-        smoother = self.label_smoother
-        try:
-            target = self._scored_model(model, smoother) if generates else model
-            if generates:
-                self.label_smoother = None  # it would smooth the loss a second time, from logits that are not there
-            result = super().prediction_step(target, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
-        finally:
-            self.label_smoother = smoother
-            self._logits_unused = False
-        scores = self._take_evaluated()
-        if scores is not None and self.calibration is not None:
-            try:
-                add_batch(self.calibration, scores, inputs["labels"].shape[0])
-            except FloatingPointError as error:
-                raise FloatingPointError(f"at optimizer step {self.state.global_step}: {error}") from None
-        return result
-
-    def _take_evaluated(self) -> TokenScores | None:
-        scores, self._evaluated = self._evaluated, None
-        return scores
-
-    def _scored_model(self, model: nn.Module, smoother: Any) -> Any:
-        def call(**batch: Any) -> dict[str, Any]:
-            count = self._get_num_items_in_batch([batch], self.args.device)
-            self.label_smoother = smoother
-            try:
-                loss, _ = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
-            finally:
-                self.label_smoother = None
-            return {"loss": loss}
-
-        return call
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate as the trainer does and merge the token metrics, prefixed, into the output's metrics.
-
-        Raises:
-            ValueError: if the data set is empty.
-        """
-        dataset = getattr(dataloader, "dataset", None)
-        if dataset is not None and has_length(dataset) and len(dataset) == 0:
-            raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
-        # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
-        self.gather_function = self.accelerator.gather_for_metrics
-        dispatch = getattr(self.args.accelerator_config, "dispatch_batches", None)
-        if dispatch is False and self.accelerator.num_processes > 1 and not has_length(dataset):
-            logger.warning(
-                "dispatch_batches=False fills up the last batches of an iterable data set with samples that cannot be "
-                "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
-            )
-        started, train_seconds = time.perf_counter(), self._train_seconds()
-        self.calibration = TokenCalibration()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        self.calibration = self.calibration.to(self.args.device).reduce(sum_over_processes)
-        if self.calibration.tokens:
-            metrics: dict[str, Any] = {
-                f"{metric_key_prefix}_{name}": value for name, value in self.calibration.compute().items()
-            }
-            if self.is_in_train:
-                metrics[f"{metric_key_prefix}_train_seconds"] = train_seconds
-            # a metric of the user's own compute_metrics keeps its name
-            assert output.metrics is not None  # the loop always returns a dict
-            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
-            for callback in self._calibration_callbacks():
-                callback.receive(self.calibration, metric_key_prefix, self._tensorboard_writer())
-        self._seconds_evaluating += time.perf_counter() - started
-        return output
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
         super().create_model_card(*args, **kwargs)
@@ -231,17 +132,10 @@ class DPSMMixin(TrainingLossMixin):
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
             add_objective_section(card, section)
 
-    def _calibration_callbacks(self) -> list[CalibrationCallback]:
-        return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
-
-    def _tensorboard_writer(self) -> Any:
-        writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
-        return next((writer for writer in writers if writer is not None), None)
-
 
 def _default_objective(metrics: dict[str, float]) -> float:
     # Transformers' default adds up whatever is no loss and no speed: perplexity and a count of tokens, say
-    added = tuple(f"_{name}" for name in (*METRICS, "train_seconds"))
+    added = tuple(f"_{name}" for name in (*reported_names(), "train_seconds"))
     return default_compute_objective({key: value for key, value in metrics.items() if not key.endswith(added)})
 
 

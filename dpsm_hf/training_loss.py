@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .arguments import DPSMArguments, dpsm_arguments
 from .distributed import sum_over_processes
+from .extra_statistics import ExtraStatistics
 from .fused import FusedHead, FusedHeadError, ScoredOutput, ScoringRequest
 from .losses import IGNORE_INDEX, TokenScores, score_tokens
 from .models import (
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+
+class Collector(Protocol):
+    """What gathers the scores of evaluation batches."""
+
+    @property
+    def extra(self) -> ExtraStatistics | None: ...
+
+    def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None: ...
 
 
 class _Batch(NamedTuple):
@@ -60,7 +70,8 @@ class TrainingLossMixin(_Base):
         self._tally = TokenTally()
         self._alpha: float | None = None
         self._last_batch: tuple[TokenScores, Tensor] | None = None
-        self._evaluated: TokenScores | None = None
+        self._evaluated: tuple[TokenScores, Tensor] | None = None
+        self._collector: Collector | None = None
         self._logits_unused = False
         self._fused: FusedHead | None = None
         self._not_fused: weakref.ref[nn.Module] | None = None
@@ -159,7 +170,7 @@ class TrainingLossMixin(_Base):
         if training:
             self._tally.add(scores)
         else:
-            self._evaluated = scores
+            self._evaluated = (scores, targets)
         if isinstance(outputs, tuple):
             outputs = (loss, *outputs)
         return (loss, outputs) if return_outputs else loss
@@ -169,6 +180,9 @@ class TrainingLossMixin(_Base):
         if training:
             return self.dpsm.objective(self._alpha)
         return Objective("ce", label_smoothing=self.label_smoother.epsilon if self.label_smoother is not None else 0.0)
+
+    def _extra(self, training: bool) -> ExtraStatistics | None:
+        return None if training or self._collector is None else self._collector.extra
 
     # ---- inside the head -------------------------------------------------------------------------------------------
 
@@ -198,6 +212,7 @@ class TrainingLossMixin(_Base):
                 denominator=batch.denominator,
                 entropy=not model.training,
                 chunk_tokens=self.dpsm.chunk_tokens,
+                extra=self._extra(model.training),
             )
             checked = self._fused.checked
             outputs = self._fused(model, batch.inputs, request)
@@ -239,7 +254,10 @@ class TrainingLossMixin(_Base):
         plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
         # labels are checked here, before cross-entropy would index with a wrong one
         scores = score_tokens(
-            logits.detach() if plain_ce else logits, targets, None if plain_ce else self._objective(model.training)
+            logits.detach() if plain_ce else logits,
+            targets,
+            None if plain_ce else self._objective(model.training),
+            extra=self._extra(model.training),
         )
         if scores.loss is not None:
             return scores.loss.sum() / batch.denominator, scores, targets, outputs

@@ -98,6 +98,49 @@ def evaluate_uneven(name: str, rows: int, batch: int) -> dict[str, Any]:
     return {"state": trainer.calibration.state_dict(), "metrics": metrics}
 
 
+def evaluate_panel(name: str, rows: int, batch: int, *, streaming: bool = False) -> dict[str, Any]:
+    """Evaluate in float64 with everything that can be asked for; return every view and the metrics."""
+    options: dict[str, Any] = {"classwise_tokens": 4, "expected_depth": True}
+    if name in SEQ2SEQ:
+        options |= {"predict_with_generate": True, "generation_max_length": 6}
+    trainer = build(name, rows=rows, per_device_eval_batch_size=batch, **options)
+    if name in SEQ2SEQ:
+        trainer.compute_metrics = lambda prediction: {}  # without one a Seq2SeqTrainer generates nothing
+    trainer.model.double()
+    data = make_data(name, rows)
+    # the last scored label ends the text
+    data = data.map(lambda row: {"labels": _ended(row["labels"])}, load_from_cache_file=False)
+    trainer.fit_temperature(_predictable(trainer.model, name, rows - 2))
+    metrics = trainer.evaluate(data.to_iterable_dataset() if streaming else data)
+    panel = trainer.panel
+    views = {view: getattr(panel, view).state_dict() for view in ("tokens", "eos", "scaled")}
+    views["depth"] = {"count": panel.depth.count}
+    if panel.generated is not None:
+        views["generated"] = panel.generated.state()
+    classwise = {name: getattr(panel.classwise, name) for name in ("positive", "probability", "tokens_of_block")}
+    volatile = ("runtime", "per_second", "preparation")
+    timeless = {key: value for key, value in metrics.items() if not any(part in key for part in volatile)}
+    return {"views": {**views, "classwise": classwise}, "metrics": timeless, "scaler": trainer.temperature_scaler}
+
+
+def _predictable(model: Any, name: str, rows: int) -> Any:
+    """Return rows whose every third label is what the model expects there; of chance alone no temperature is best."""
+    data = make_data(name, rows, seed=5)
+    columns = {key: torch.tensor(data[key]) for key in data.column_names}
+    with torch.no_grad():
+        expected = model.eval()(**columns).logits.argmax(-1)
+    labels, shift = columns["labels"], int(name not in SEQ2SEQ)
+    wanted = (torch.arange(labels.shape[1]) % 3 == shift) & (labels != -100)
+    wanted[:, :shift] = False
+    labels = torch.where(wanted, expected.roll(shift, 1), labels)
+    return data.remove_columns("labels").add_column("labels", labels.tolist())
+
+
+def _ended(labels: list[int]) -> list[int]:
+    last = max(i for i, label in enumerate(labels) if label != -100)
+    return [*labels[:last], 2, *labels[last + 1 :]]
+
+
 def generate_uneven(rows: int, batch: int) -> int:
     """Evaluate by generation and return how many samples compute_metrics is given."""
     seen: list[int] = []

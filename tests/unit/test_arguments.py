@@ -31,6 +31,10 @@ TYPED = {
     "fused_head": "off",
     "chunk_tokens": "64",
     "calibration_bins": "20",
+    "classwise_tokens": "50",
+    "fit_temperature": "true",
+    "generated_calibration": "false",
+    "expected_depth": "true",
 }
 
 
@@ -67,6 +71,8 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.alpha_feedback_gain == 1.5 and args.alpha_feedback_limit == 0.05 and args.score_smoothing == 0.1
     assert type(args.calibration_bins) is int and type(args.alpha_warmup_steps) is float
     assert args.alpha_feedback_metric == "eval_dev_signed_gap"
+    assert args.classwise_tokens == 50 and args.fit_temperature is True
+    assert args.generated_calibration is False and args.expected_depth is True
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
     assert set(TYPED) | {"focal_gamma"} == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(

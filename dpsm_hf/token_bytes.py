@@ -1,0 +1,41 @@
+"""How many bytes of text a token stands for, where the tokenizer says so exactly."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+
+def token_bytes(tokenizer: Any) -> Tensor | None:
+    """Return the length in bytes of each token's text, int64 ``[V]``, or None where it cannot be told from the token.
+
+    It can with byte-level vocabularies (GPT-2, Llama 3, Qwen, RoBERTa, BART), whose every character is one byte. Those
+    of SentencePiece add and drop spaces at the edges of texts, so that their tokens do not add up to the text. Special
+    tokens stand for none. Where a tokenizer normalises texts, the bytes are those of the normalised ones.
+
+    Args:
+        tokenizer: of Transformers; None and tokenizers without a fast implementation give None.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    kinds = [part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part]
+    if "ByteLevel" not in kinds:
+        return None
+    alphabet = set(ByteLevel.alphabet())
+    added = tokenizer.added_tokens_decoder
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    lengths = torch.zeros(max(vocabulary.values(), default=0) + 1, dtype=torch.int64)
+    for token, index in vocabulary.items():
+        if index in added:
+            lengths[index] = 0 if added[index].special else len(token.encode())
+        elif set(token) <= alphabet:
+            lengths[index] = len(token)
+        else:
+            return None
+    return lengths

@@ -1,0 +1,67 @@
+"""Two and four real processes (gloo): every view of an evaluation as on one process, from streams and uneven sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import cases
+from tests.distributed.calibration_worker import CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The results of every case in two and in four processes."""
+    path = tmp_path_factory.mktemp("calibration") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    worker = str(ROOT / "tests" / "distributed" / "calibration_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, worker, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: dict[Any, Any] = torch.load(path, weights_only=False)
+    assert results["processes"] == request.param
+    return results
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[Any, Any]:
+    """The same on one process."""
+    return {case: cases.evaluate_panel(*case[:3], streaming=case[3]) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_view_equals_one_process(case: Any, several: Any, single: Any) -> None:
+    one, many = single[case], several[case]
+    for view, tensors in one["views"].items():
+        for name, tensor in tensors.items():
+            found = many["views"][view][name]
+            if tensor.dtype == torch.int64:
+                # also by block: a sample is the same document wherever it is evaluated
+                assert torch.equal(found, tensor), (view, name)
+            else:
+                torch.testing.assert_close(found, tensor, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert one["views"]["eos"]["count"].sum() > 0
+    assert ("generated" in one["views"]) == (case[0] == "bart")
+    assert set(many["metrics"]) == set(one["metrics"])
+    # Trainer's own loss is a mean of the means of batches
+    exact = {key: value for key, value in one["metrics"].items() if key != "eval_loss"}
+    assert {key: many["metrics"][key] for key in exact} == pytest.approx(exact, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_temperature_is_that_of_one_process(case: Any, several: Any, single: Any) -> None:
+    one, many = single[case]["scaler"], several[case]["scaler"]
+    assert many.tokens == one.tokens and many.passes == one.passes
+    assert many.temperature == pytest.approx(one.temperature, rel=1e-9)
+    assert many.nll_before == pytest.approx(one.nll_before, rel=1e-12)

@@ -1,0 +1,376 @@
+"""What `DPSMTrainer.evaluate` reports of calibration: temperature, bits per byte, end tokens, classes, selection."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.utils import logging as hf_logging
+
+from dpsm_hf import (
+    CalibrationCallback,
+    DPSMConfig,
+    DPSMSeq2SeqConfig,
+    DPSMSeq2SeqTrainer,
+    DPSMTrainer,
+    ReliabilityDisplay,
+    TemperatureScaler,
+)
+from dpsm_hf.calibration import METRICS
+from dpsm_hf.data.tokenizer import train_bpe_tokenizer
+from dpsm_hf.depth import DepthReader
+from dpsm_hf.generation import generated_batch
+from dpsm_hf.models import align_targets
+from dpsm_hf.text_metrics import rouge_scores
+from tests.tiny import SEQ2SEQ, VOCAB, make_data, make_model
+
+TEXTS = [f"Line {i} of a text, with a naïve café and 日本語 in it.\n" * 3 for i in range(30)]
+
+
+def make_trainer(folder: Path, name: str = "gpt2", **options: Any) -> Any:
+    given = {key: options.pop(key) for key in ("callbacks", "eval_dataset", "calibration_dataset") if key in options}
+    seq2seq = name in SEQ2SEQ
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+        per_device_train_batch_size=8, per_device_eval_batch_size=4, learning_rate=1e-2, max_steps=4, loss_type="ce",
+    )  # fmt: skip
+    config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
+    trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
+        model=make_model(name), args=config(**{**defaults, **options}), train_dataset=make_data(name, 16),
+        **{"eval_dataset": make_data(name, 11), **given},
+    )  # fmt: skip
+    trainer.remove_callback(CalibrationCallback)
+    if options.get("predict_with_generate"):
+        trainer.compute_metrics = lambda prediction: {}  # without one a Seq2SeqTrainer generates nothing
+    return trainer
+
+
+def float64_logits(model: Any, data: Dataset, *, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the scored tokens and their labels."""
+    batch = {key: torch.tensor(data[key]) for key in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits.double()
+    labels = batch["labels"]
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    keep = labels != -100
+    return logits[keep], labels[keep]
+
+
+# ---- temperature ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
+def test_temperature_and_scaled_metrics(name: str, fused_head: str, tmp_path: Path) -> None:
+    held_out = make_data(name, 12)
+    trainer = make_trainer(tmp_path, name, fit_temperature=True, calibration_dataset=held_out, fused_head=fused_head)
+    trainer.train()  # on rows that the calibration split shares, so that there is something to be sure of
+    metrics = trainer.evaluate()
+    shifted = name not in SEQ2SEQ
+    oracle = TemperatureScaler.fit(*float64_logits(trainer.model, held_out, shifted=shifted))
+    saved = TemperatureScaler.load(tmp_path)
+    assert saved == trainer.temperature_scaler and saved.split == "calibration" and saved.tokens == oracle.tokens
+    assert metrics["eval_temperature"] == saved.temperature == pytest.approx(oracle.temperature, rel=1e-4)
+    logits, labels = float64_logits(trainer.model, trainer.eval_dataset, shifted=shifted)
+    p = (logits / saved.temperature).softmax(-1)
+    p_y = p.gather(1, labels[:, None])[:, 0]
+    assert metrics["eval_nll_scaled"] == pytest.approx(-p_y.log().mean().item(), rel=1e-5)
+    brier = (p - torch.nn.functional.one_hot(labels, VOCAB)).square().sum(-1).mean().item()
+    assert metrics["eval_brier_scaled"] == pytest.approx(brier, rel=1e-5)
+    assert metrics["eval_confidence_scaled"] == pytest.approx(p.amax(-1).mean().item(), rel=1e-5)
+    assert metrics["eval_nll"] != metrics["eval_nll_scaled"] and "eval_token_accuracy_scaled" not in metrics
+    on_the_split = trainer.evaluate(held_out.select(range(12)))
+    assert on_the_split["eval_nll_scaled"] < on_the_split["eval_nll"]
+
+
+def test_a_temperature_is_of_the_weights_it_was_fitted_for(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), max_steps=6)
+    trainer.train()
+    assert "eval_temperature" in trainer.evaluate()
+    first = trainer.temperature_scaler
+    assert trainer.fit_temperature() is first, "fitted again for the same weights"
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(2.0)
+    assert trainer.temperature_scaler is None
+    second = trainer.fit_temperature()
+    assert second.temperature != first.temperature
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    trainer.use_temperature(2.0)
+    trainer.args.fit_temperature = False
+    assert trainer.evaluate()["eval_temperature"] == 2.0
+    trainer.train()
+    assert "eval_temperature" not in trainer.evaluate()
+
+
+def test_no_temperature_is_fitted_while_training(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
+    assert len(logged) == 2 and not any("eval_temperature" in entry for entry in logged)
+    assert "eval_temperature" in trainer.evaluate()
+
+
+def test_the_file_of_an_evaluation_has_before_and_after(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), classwise_tokens=3
+    )
+    trainer.add_callback(CalibrationCallback())
+    trainer.train()
+    metrics = trainer.evaluate()
+    record = json.loads((tmp_path / "calibration" / "eval-step-000004.json").read_text(encoding="utf-8"))
+    assert record["temperature"] == metrics["eval_temperature"]
+    assert record["metrics"]["ece_15"] == metrics["eval_ece_15"]
+    assert record["scaled"]["metrics"]["ece_15"] == metrics["eval_ece_15_scaled"]
+    assert sum(record["scaled"]["curve"]["count"]) == record["tokens"] == metrics["eval_tokens"]
+    assert set(record["intervals"]) == set(record["scaled"]["intervals"])
+    assert len(record["classwise"]["classes"]) == 3 and record["classwise"]["ece"] == metrics["eval_classwise_ece"]
+    picture = ReliabilityDisplay.from_json(record, name="gpt2").save(tmp_path / "diagram.svg")
+    assert picture.stat().st_size > 1000
+
+
+def test_temperature_while_generating(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, "bart", fit_temperature=True, calibration_dataset=make_data("bart", 12),
+        predict_with_generate=True, generation_max_length=6,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_nll_scaled"]) and metrics["eval_temperature"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fit_temperature": True}, "needs data to fit on: pass calibration_dataset="),
+        ({"calibration_dataset": "eval"}, "calibration_dataset is eval_dataset itself"),
+        ({"calibration_dataset": Dataset.from_list([])}, "calibration_dataset is empty"),
+        ({"classwise_tokens": -1}, "classwise_tokens=-1 must be 0"),
+    ],
+)
+def test_refused_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if options.get("calibration_dataset") == "eval":
+        same = make_data("gpt2", 11)
+        options = {"eval_dataset": same, "calibration_dataset": same}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_temperature_needs_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no data to fit a temperature on"):
+        make_trainer(tmp_path).fit_temperature()
+    ignored = make_data("gpt2", 4).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.raises(ValueError, match="no scored token to fit a temperature on"):
+        make_trainer(tmp_path).fit_temperature(ignored)
+
+
+# ---- text, end tokens, classes -------------------------------------------------------------------------------------
+
+
+def text_trainer(folder: Path, **options: Any) -> tuple[DPSMTrainer, Any, Dataset]:
+    tokenizer = train_bpe_tokenizer(TEXTS, 300)
+    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in TEXTS[:5]]
+    length = max(map(len, ids))
+    rows = Dataset.from_dict({
+        "input_ids": [row + [tokenizer.eos_token_id] * (length - len(row)) for row in ids],
+        "labels": [row + [-100] * (length - len(row)) for row in ids],
+    })  # fmt: skip
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2,
+                        eos_token_id=tokenizer.eos_token_id, bos_token_id=None)  # fmt: skip
+    args = DPSMConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+                      per_device_eval_batch_size=2, **options)  # fmt: skip
+    trainer = DPSMTrainer(model=GPT2LMHeadModel(config), args=args, processing_class=tokenizer, eval_dataset=rows)
+    trainer.remove_callback(CalibrationCallback)
+    return trainer, tokenizer, rows
+
+
+def test_bits_per_byte_and_end_tokens(tmp_path: Path) -> None:
+    trainer, tokenizer, rows = text_trainer(tmp_path)
+    metrics = trainer.evaluate()
+    # the first token of a row is predicted by nothing
+    scored = [row[1:] for row in rows["labels"]]
+    text = [tokenizer.decode([t for t in row if t not in (-100, tokenizer.eos_token_id)]) for row in scored]
+    size = sum(len(part.encode()) for part in text)
+    total = metrics["eval_nll"] * metrics["eval_tokens"]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-9)
+    assert metrics["eval_label_bytes"] * metrics["eval_tokens"] == pytest.approx(size)
+    assert metrics["eval_eos_tokens"] == 5
+    ends = [(i, row.index(tokenizer.eos_token_id) - 1) for i, row in enumerate(rows["labels"])]
+    with torch.no_grad():
+        log_p = trainer.model(torch.tensor(rows["input_ids"])).logits.log_softmax(-1)
+    expected = -sum(log_p[i, j, tokenizer.eos_token_id].item() for i, j in ends) / 5
+    assert metrics["eval_eos_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+def test_classwise_error_of_the_most_frequent_tokens(fused_head: str, tmp_path: Path) -> None:
+    trainer, _, rows = text_trainer(tmp_path, classwise_tokens=5, fused_head=fused_head)
+    metrics = trainer.evaluate()
+    assert trainer.panel is not None and trainer.panel.classwise is not None
+    classes = trainer.panel.classwise.classes.tolist()
+    labels = torch.tensor(rows["labels"])
+    counts = torch.bincount(labels[labels != -100])
+    assert counts[classes].tolist() == counts.sort(descending=True).values[:5].tolist()
+    with torch.no_grad():
+        p = trainer.model(torch.tensor(rows["input_ids"])).logits[:, :-1].double().softmax(-1)
+    labels = labels[:, 1:]
+    p, labels = p[labels != -100], labels[labels != -100]
+    errors = []
+    for k in classes:
+        bins = torch.ceil(p[:, k] * 15).long() - 1
+        gaps = [((labels == k).double() - p[:, k])[bins == b].sum().abs().item() for b in range(15)]
+        errors.append(sum(gaps) / len(labels))
+    assert metrics["eval_classwise_ece"] == pytest.approx(sum(errors) / 5, rel=1e-5)
+
+
+def test_classes_need_labels_in_the_data(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, classwise_tokens=3)
+    with pytest.raises(ValueError, match="the samples of this data set have no 'labels'"):
+        trainer.evaluate(make_data("gpt2", 3).remove_columns("labels"))
+
+
+# ---- depth, and what is generated -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
+def test_expected_depth(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, name, expected_depth=True)
+    trainer.add_callback(CalibrationCallback())
+    trainer.train()
+    metrics = trainer.evaluate()
+    data = trainer.eval_dataset
+    batch = {key: torch.tensor(data[key]) for key in data.column_names}
+    reader = DepthReader(trainer.model)
+    targets = align_targets(batch["labels"], batch["labels"].shape[1], "aligned" if name == "bart" else "shifted")
+    depths = reader.depths(batch, targets)
+    assert metrics["eval_expected_depth"] == pytest.approx(depths.double().mean().item())
+    assert 0 <= metrics["eval_expected_depth_low"] <= metrics["eval_expected_depth_high"] <= reader.layers == 2
+    record = json.loads((tmp_path / "calibration" / "eval-step-000004.json").read_text(encoding="utf-8"))
+    assert sum(record["expected_depth"]["counts"]) == metrics["eval_tokens"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_what_is_generated_is_scored_as_the_model_scores_it(name: str, beams: int, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, name, predict_with_generate=True, generation_max_length=7, generation_num_beams=beams, max_steps=8
+    )
+    trainer.add_callback(CalibrationCallback())
+    trainer.train()
+    metrics = trainer.evaluate()
+    data = trainer.eval_dataset
+    inputs = {key: torch.tensor(data[key]) for key in ("input_ids", "attention_mask")}
+    model = trainer.model.eval()
+    options = {"max_length": 7, "num_beams": beams}
+    with torch.no_grad():
+        generated = model.generate(**inputs, **options)
+        batch = generated_batch(model, inputs, generated, **options)
+        log_p = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.double().log_softmax(-1)
+    labels = batch["labels"]
+    own = labels != -100
+    chosen = log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    means = torch.where(own, chosen, 0.0).sum(1) / own.sum(1)
+    assert metrics["eval_summary_log_probability"] == pytest.approx(means.mean().item(), rel=1e-5)
+    text = own & ~torch.isin(labels, torch.tensor([0, 1, 2]))
+    assert metrics["eval_generated_tokens"] == text.sum().item() > 0
+    assert metrics["eval_generated_confidence"] == pytest.approx(chosen[text].exp().mean().item(), rel=1e-5)
+    assert metrics["eval_summaries"] == len(data)
+    record = json.loads((tmp_path / "calibration" / "eval-step-000008.json").read_text(encoding="utf-8"))
+    assert record["generated"]["metrics"]["ece_15"] == metrics["eval_generated_ece_15"]
+    # the loss and the teacher-forced figures are those of the references
+    alone = make_trainer(tmp_path / "alone", name, predict_with_generate=True, generated_calibration=False)
+    alone.model.load_state_dict(trainer.model.state_dict())
+    without = alone.evaluate()
+    assert not any("generated" in key or "summar" in key for key in without)
+    assert without["eval_nll"] == metrics["eval_nll"] and without["eval_loss"] == metrics["eval_loss"]
+
+
+def test_rouge_of_words_where_texts_can_be_decoded(tmp_path: Path) -> None:
+    tokenizer = train_bpe_tokenizer(TEXTS, 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = Dataset.from_dict({"input_ids": [tokenizer(t)["input_ids"][:12] for t in TEXTS[:8]],
+                              "labels": [tokenizer(t)["input_ids"][:6] for t in TEXTS[:8]]})  # fmt: skip
+    end = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(
+        BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+                   decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=end,
+                   bos_token_id=end, eos_token_id=end, decoder_start_token_id=end, max_position_embeddings=32)
+    )  # fmt: skip
+    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, predict_with_generate=True,
+                             generation_max_length=8, dataloader_pin_memory=False)  # fmt: skip
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+    trainer = DPSMSeq2SeqTrainer(
+        model=model, args=args, eval_dataset=rows, processing_class=tokenizer, data_collator=collator,
+        compute_metrics=lambda prediction: {},
+    )  # fmt: skip
+    trainer.remove_callback(CalibrationCallback)
+    metrics = trainer.evaluate()
+    predictions = trainer.predict(rows).predictions
+    words = [tokenizer.decode([t for t in row if t >= 0], skip_special_tokens=True) for row in predictions]
+    wanted = [tokenizer.decode(row, skip_special_tokens=True) for row in rows["labels"]]
+    assert metrics["eval_summary_text_quality"] == pytest.approx(rouge_scores(words, wanted)["rougeL"] / 100)
+
+
+def test_a_generate_of_another_kind_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, "bart", predict_with_generate=True, generation_max_length=6)
+    plain = trainer.model.generate
+    monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
+    # without the start token, as some wrappers return it
+    monkeypatch.setattr(trainer.model, "generate", lambda *a, **k: torch.full_like(plain(*a, **k), 5))
+    metrics = trainer.evaluate()
+    assert "eval_nll" in metrics and not any("generated" in key for key in metrics)
+    assert caplog.text.count("the calibration of generated tokens is left out: generated begins with") == 1
+
+
+# ---- selection -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_calibration_chooses_the_best_checkpoint_and_stops(streaming: bool, tmp_path: Path) -> None:
+    data = make_data("gpt2", 11)
+    trainer = make_trainer(
+        tmp_path, eval_dataset=data.to_iterable_dataset() if streaming else data, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_smooth_ece",
+        greater_is_better=False, max_steps=12, callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_smooth_ece" in entry]
+    best = min(logged, key=lambda entry: entry["eval_smooth_ece"])
+    assert trainer.state.best_metric == best["eval_smooth_ece"]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    assert trainer.evaluate()["eval_smooth_ece"] == pytest.approx(best["eval_smooth_ece"], rel=1e-6)
+    # without a tokenizer the bytes of a token are not known, and where no token is right nothing can be ranked
+    unknown = {"label_bytes", "bits_per_byte", "confidence_auroc"}
+    assert {f"eval_{name}" for name in METRICS if name not in unknown} <= set(best)
+
+
+def test_intervals_contain_the_mean_scores(tmp_path: Path) -> None:
+    metrics = make_trainer(tmp_path).evaluate()
+    for name in ("nll", "perplexity", "brier"):
+        assert metrics[f"eval_{name}_low"] < metrics[f"eval_{name}"] < metrics[f"eval_{name}_high"]
+
+
+def test_one_document_has_no_interval(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    metrics = trainer.evaluate(make_data("gpt2", 1))
+    assert "eval_nll" in metrics and "eval_nll_low" not in metrics
