@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not limits:
         logger.warning("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
         return {}
+    if training_args.fit_temperature:
+        limits["calibration"] = None
     checkpoint = detect_checkpoint(training_args)
     set_seed(training_args.seed)
     raw = load_texts(model_args, data_args, training_args, list(limits))
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=training_args,
         train_dataset=parts.get("train"),
         eval_dataset=parts.get("validation"),
+        calibration_dataset=parts.get("calibration"),
         processing_class=tokenizer,
         data_collator=ClmCollator(block_size, tokenizer.pad_token_id or 0),
     )
@@ -118,8 +121,10 @@ def load_texts(
             train_file=data_args.train_file,
             validation_file=data_args.validation_file,
             test_file=data_args.test_file,
+            calibration_file=data_args.calibration_file,
             required_splits=needed,
             validation_split_percentage=data_args.validation_split_percentage,
+            calibration_split_percentage=data_args.calibration_split_percentage,
             streaming=data_args.streaming,
             keep_linebreaks=data_args.keep_linebreaks,
             cache_dir=model_args.cache_dir,

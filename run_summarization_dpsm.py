@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "train": data_args.max_target_length,
         "validation": data_args.val_max_target_length,
         "test": data_args.val_max_target_length,
+        "calibration": data_args.val_max_target_length,
     }
     rows = {split: tokenized(split, limits[split]) for split in pairs}
     set_generation_arguments(data_args, training_args)
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=training_args,
         train_dataset=rows.get("train"),
         eval_dataset=rows.get("validation"),
+        calibration_dataset=rows.get("calibration"),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(
             tokenizer,
@@ -150,12 +152,13 @@ def load_pairs(
     """Load the splits that the run needs, without unusable pairs and cut to the --max_*_samples.
 
     Returns:
-        The pairs by split (train, validation, test), and the names of their text and summary columns.
+        The pairs by split (train, validation, test, calibration), and the names of their text and summary columns.
     """
     wanted = {
         "train": (training_args.do_train, data_args.max_train_samples),
         "validation": (training_args.do_eval, data_args.max_eval_samples),
         "test": (training_args.do_predict, data_args.max_predict_samples),
+        "calibration": (training_args.fit_temperature, None),
     }
     raw = load_text_datasets(
         data_args.dataset_name,
@@ -163,8 +166,10 @@ def load_pairs(
         train_file=data_args.train_file,
         validation_file=data_args.validation_file,
         test_file=data_args.test_file,
+        calibration_file=data_args.calibration_file,
         required_splits=[split for split, (needed, _) in wanted.items() if needed],
         validation_split_percentage=None,
+        calibration_split_percentage=data_args.calibration_split_percentage,
         cache_dir=model_args.cache_dir,
         token=model_args.token,
         trust_remote_code=model_args.trust_remote_code,

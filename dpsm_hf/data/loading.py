@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import functools
 import gzip
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from dpsm_hf.data.held_out import AnyDataset, hold_out
 from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
 
 logger = logging.getLogger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED_DATASETS = {"python-docs": load_python_docs, "python-docstrings": load_python_docstrings}
@@ -43,8 +42,10 @@ def load_text_datasets(
     train_file: str | None = None,
     validation_file: str | None = None,
     test_file: str | None = None,
+    calibration_file: str | None = None,
     required_splits: Sequence[str] = ("train",),
     validation_split_percentage: int | None = 5,
+    calibration_split_percentage: int = 5,
     streaming: bool = False,
     keep_linebreaks: bool = True,
     cache_dir: str | None = None,
@@ -60,9 +61,12 @@ def load_text_datasets(
         train_file: A csv, json, jsonl, txt or parquet file, also with ``.gz`` behind; likewise the next two.
         validation_file: The file of the validation split.
         test_file: The file of the test split.
+        calibration_file: The file of the calibration split.
         required_splits: Splits that must exist and hold at least one row.
         validation_split_percentage: Share of train, in percent, that becomes the validation split where there
             is none; None or 0 makes none.
+        calibration_split_percentage: Share of train, in percent, that becomes the calibration split where one is
+            required and there is none.
         streaming: Give iterable data sets that read while training.
         keep_linebreaks: Keep the line ends of txt files.
         cache_dir: Where ``datasets`` keeps its files.
@@ -78,7 +82,7 @@ def load_text_datasets(
         ValueError: Contradicting sources, an unknown extension, a file that cannot be read or is not UTF-8, or
             a required split that is missing or empty.
     """
-    given = {"train": train_file, "validation": validation_file, "test": test_file}
+    given = {"train": train_file, "validation": validation_file, "test": test_file, "calibration": calibration_file}
     files = {split: path for split, path in given.items() if path is not None}
     check_sources(dataset_name, files)
     if trust_remote_code and dataset_name is not None:
@@ -93,7 +97,11 @@ def load_text_datasets(
     splits: dict[str, AnyDataset] = {str(name): part for name, part in raw.items()}
     if "validation" not in splits and "train" in splits and validation_split_percentage:
         check_not_empty(splits["train"], "train", described)
-        splits = _with_validation(splits, validation_split_percentage, "validation" in required_splits)
+        required = "validation" in required_splits
+        splits = hold_out(splits, "validation", validation_split_percentage, required=required)
+    if "calibration" in required_splits and "calibration" not in splits and "train" in splits:
+        check_not_empty(splits["train"], "train", described)
+        splits = hold_out(splits, "calibration", calibration_split_percentage, at_end=True)
     for split in required_splits:
         if split not in splits:
             raise ValueError(
@@ -314,36 +322,3 @@ def check_utf8(path: str) -> None:
 
 def _guess_encoding(start: bytes) -> str:
     return "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
-
-
-def _with_validation(splits: dict[str, AnyDataset], percentage: int, required: bool) -> dict[str, AnyDataset]:
-    """Cut the validation split from the first rows of train (of every 100 rows, in a stream)."""
-    if not 0 < percentage < 100:
-        raise ValueError(f"--validation_split_percentage {percentage} must lie between 1 and 99.")
-    train = splits["train"]
-    if isinstance(train, IterableDataset):
-        kept = train.filter(functools.partial(_in_training_share, percentage=percentage), with_indices=True)
-        held_out = train.filter(functools.partial(_in_validation_share, percentage=percentage), with_indices=True)
-        return {**splits, "train": kept, "validation": held_out}
-    rows = len(train)
-    held_out_rows = max(1, round(rows * percentage / 100))
-    if held_out_rows >= rows:
-        if not required:
-            return splits
-        raise ValueError(
-            f"The train split has {rows} row(s), too few to hold out {percentage} % for validation: give a "
-            "--validation_file."
-        )
-    return {
-        **splits,
-        "train": train.select(range(held_out_rows, rows)),
-        "validation": train.select(range(held_out_rows)),
-    }
-
-
-def _in_validation_share(row: dict[str, Any], index: int, percentage: int) -> bool:
-    return index % 100 < percentage
-
-
-def _in_training_share(row: dict[str, Any], index: int, percentage: int) -> bool:
-    return index % 100 >= percentage

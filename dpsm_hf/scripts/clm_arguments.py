@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dpsm_hf.arguments import DPSMConfig
 from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
@@ -101,6 +102,16 @@ class DataTrainingArguments:
     test_file: str | None = field(
         default=None, metadata={"help": "dpsm_hf: text that --do_predict evaluates on, of the same kind."}
     )
+    calibration_file: str | None = field(
+        default=None, metadata={"help": "dpsm_hf: text that --fit_temperature fits on, of the same kind."}
+    )
+    calibration_split_percentage: int = field(
+        default=5,
+        metadata={
+            "help": "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
+            "where there is no calibration split."
+        },
+    )
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "dpsm_hf: --do_predict evaluates on this many rows of tokens at most."}
     )
@@ -142,6 +153,9 @@ class DataTrainingArguments:
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")
+        if not 0 < self.calibration_split_percentage < 100:
+            percentage = self.calibration_split_percentage
+            raise ValueError(f"--calibration_split_percentage {percentage} must lie between 1 and 99.")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -156,7 +170,7 @@ class DataTrainingArguments:
 
     def files(self) -> dict[str, str]:
         """Give the local files by split."""
-        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        given = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
         return {split: path for split, path in given.items() if path is not None}
 
     def preprocessing(self, block_size: int) -> ClmPreprocessing:
@@ -191,7 +205,7 @@ class DataTrainingArguments:
 
 
 def check_contradictions(
-    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: DPSMConfig
 ) -> None:
     """Refuse options that contradict each other across the groups, before anything is loaded.
 
@@ -210,6 +224,8 @@ def check_contradictions(
             raise ValueError("--do_predict needs a --test_file or a --dataset_name with a test split.")
         if training_args.do_eval and data_args.validation_file is None and data_args.train_file is None:
             raise ValueError("--do_eval needs a --validation_file, a --train_file or a --dataset_name.")
+    if data_args.calibration_file is not None and not training_args.fit_temperature:
+        raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
     if model_args.tokenizer_name == TRAIN_BPE and data_args.dataset_name is None and data_args.train_file is None:
         raise ValueError(f"--tokenizer_name {TRAIN_BPE} needs a --train_file or a --dataset_name to train on.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:

@@ -1,0 +1,48 @@
+"""The command ``dpsm``, also ``python -m dpsm_hf``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .version import __version__
+
+_COMMANDS = {
+    "calibrate": (
+        "dpsm_hf.calibrate",
+        "fit a temperature for a saved model, report calibration before and after",
+    ),
+    "demo": ("dpsm_hf.demo", "train a small model three times on real text and compare"),
+    "report": ("dpsm_hf.report", "compare finished runs in one HTML page"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its module is only imported then.
+
+    Args:
+        argv: the command and its arguments; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit status, 2 for an unknown command.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _COMMANDS:
+        module, _ = _COMMANDS[words[0]]
+        return int(importlib.import_module(module).main(words[1:]) or 0)
+    if words == ["--version"]:
+        print(f"dpsm_hf {__version__}")
+        return 0
+    asked = not words or words[0] in ("-h", "--help")
+    listed = "\n".join(f"  {name:<12}{what}" for name, (_, what) in _COMMANDS.items())
+    text = f"usage: dpsm COMMAND ...\n\n{listed}\n\ndpsm COMMAND --help says more; dpsm --version gives the version."
+    if not asked:
+        print(f"dpsm: there is no command {words[0]!r}.\n\n{text}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Fit a temperature for a saved model and report every calibration metric before and after.
+
+    dpsm calibrate MODEL --dataset python-docs
+    dpsm calibrate MODEL --calibration_file held-out.txt --test_file test.txt --apply weights
+
+The temperature is fitted on the calibration split by NLL and judged on the test split, which it has not seen. Causal
+language models and encoder-decoders alike; ``accelerate launch -m dpsm_hf calibrate ...`` shares the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+)
+
+from .arguments import DPSMConfig, DPSMSeq2SeqConfig
+from .data.clm import ClmCollator, ClmPreprocessing, prepare_clm_datasets
+from .data.loading import EMBEDDED_DATASETS, load_text_datasets
+from .data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from .temperature import FILE_NAME, TemperatureScaler
+from .trainer import DPSMSeq2SeqTrainer, DPSMTrainer
+
+APPLICATIONS = ("none", "generation_config", "weights")
+
+# What the table shows: name, heading, whether more is better.
+_ROWS = (
+    ("nll", "NLL (nats)", False), ("perplexity", "perplexity", False), ("brier", "Brier score", False),
+    ("ece_10", "ECE-10", False), ("ece_15", "ECE-15", False), ("ece_100", "ECE-100", False),
+    ("debiased_ece", "debiased ECE-15", False), ("adaptive_ece", "adaptive ECE", False),
+    ("smooth_ece", "smooth ECE", False), ("mce", "MCE-15", False), ("signed_gap", "confidence - accuracy", False),
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    command = argparse.ArgumentParser(
+        prog="dpsm calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("model", help="folder of a saved model, or its name on the hub")
+    data = command.add_argument_group("data")
+    data.add_argument("--dataset", help="python-docs, python-docstrings, a folder, or a name on the hub")
+    data.add_argument("--dataset_config_name", help="configuration of the data set")
+    data.add_argument("--calibration_split", default="validation", help="split to fit on (default: %(default)s)")
+    data.add_argument("--test_split", default="test", help="split to report on (default: %(default)s)")
+    data.add_argument("--calibration_file", help="instead of a data set: txt, csv, json, jsonl or parquet to fit on")
+    data.add_argument("--test_file", help="instead of a data set: file of the same kind to report on")
+    data.add_argument("--text_column", help="column with the text (encoder-decoders: the full texts)")
+    data.add_argument("--summary_column", help="encoder-decoders: column with the summaries")
+    data.add_argument("--max_samples", type=int, help="use at most this many rows of each split")
+    data.add_argument("--block_size", type=int, help="tokens of a row (default: the model's positions, 1024 at most)")
+    data.add_argument("--max_source_length", type=int, default=1024, help="encoder-decoders (default: %(default)s)")
+    data.add_argument("--max_target_length", type=int, default=128, help="encoder-decoders (default: %(default)s)")
+    data.add_argument("--source_prefix", default="", help="encoder-decoders: text before every source")
+    run = command.add_argument_group("evaluation and output")
+    run.add_argument("--output_dir", default="calibrate-output", help="where to write (default: %(default)s)")
+    run.add_argument("--per_device_eval_batch_size", type=int, default=8, help="(default: %(default)s)")
+    run.add_argument("--bf16", action="store_true", help="evaluate in bf16")
+    run.add_argument("--use_cpu", action="store_true", help="do not use a GPU that is there")
+    run.add_argument("--bins", type=int, default=15, help="bins of the reliability diagram (default: %(default)s)")
+    run.add_argument(
+        "--apply",
+        choices=APPLICATIONS,
+        default="none",
+        help="also save the model in OUTPUT_DIR/model with the temperature in its generation config (sampling), or "
+        "folded into its output weights where that is exact",
+    )
+    run.add_argument("--trust_remote_code", action="store_true", help="allow a model that brings code of its own")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; ``sys.argv[1:]`` when None.
+
+    Returns:
+        0, or 2 after a wrong argument or data that cannot be used, which is said in one line.
+    """
+    options = parser().parse_args(argv)
+    try:
+        calibrate(options)
+    except (ValueError, OSError) as error:
+        print(f"dpsm calibrate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> dict[str, float]:
+    """Fit, report, write, and apply where that was asked for.
+
+    Args:
+        options: of `parser`.
+
+    Returns:
+        The metrics of the test split, ``test_...`` and ``test_..._scaled``.
+
+    Raises:
+        ValueError: for options that contradict each other, missing splits, or a temperature that cannot be fitted or
+            applied.
+    """
+    _check(options)
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    seq2seq = bool(config.is_encoder_decoder)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model = auto.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
+    raw = _splits(options)
+    rows, collator = (_pairs if seq2seq else _texts)(options, raw, tokenizer, model)
+    # only what is exact may be asked for: find out before the long part
+    if options.apply == "weights":
+        TemperatureScaler().fold_into(model)
+    args = (DPSMSeq2SeqConfig if seq2seq else DPSMConfig)(
+        output_dir=options.output_dir,
+        loss_type="ce",
+        fit_temperature=True,
+        calibration_bins=options.bins,
+        per_device_eval_batch_size=options.per_device_eval_batch_size,
+        bf16=options.bf16,
+        use_cpu=options.use_cpu,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
+        model=model,
+        args=args,
+        calibration_dataset=rows["calibration"],
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    metrics = trainer.evaluate(rows["test"], metric_key_prefix="test")
+    scaler = trainer.temperature_scaler
+    assert scaler is not None and trainer.panel is not None and trainer.panel.scaled is not None  # fitted just now
+    trainer.save_metrics("test", metrics, combined=False)
+    if trainer.is_world_process_zero():
+        print(_table(scaler, trainer.panel.tokens.intervals(), trainer.panel.scaled.intervals(), metrics))
+        folder = Path(options.output_dir)
+        print(f"\ntemperature: {folder / FILE_NAME}")
+        print(f"diagram: {folder / 'calibration' / 'test-step-000000.png'}")
+        if options.apply != "none":
+            _save_applied(options, scaler, model, tokenizer)
+    return metrics
+
+
+def _check(options: argparse.Namespace) -> None:
+    files = [name for name in ("calibration_file", "test_file") if getattr(options, name) is not None]
+    if options.dataset is not None and files:
+        raise ValueError(f"--dataset and --{files[0]} contradict each other: give one or the other.")
+    if options.dataset is None and len(files) < 2:
+        raise ValueError(
+            "give --dataset, or both --calibration_file and --test_file: a temperature is judged on other data than "
+            "it is fitted on."
+        )
+    if options.dataset is not None and options.calibration_split == options.test_split:
+        raise ValueError(
+            f"--calibration_split and --test_split are both {options.test_split!r}: a temperature is judged on other "
+            "data than it is fitted on."
+        )
+    for name in ("max_samples", "per_device_eval_batch_size", "block_size", "bins"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+
+
+def _splits(options: argparse.Namespace) -> dict[str, Any]:
+    if options.dataset is None:
+        raw: Mapping[str, Any] = load_text_datasets(
+            calibration_file=options.calibration_file,
+            test_file=options.test_file,
+            required_splits=["calibration", "test"],
+        )
+        return dict(raw)
+    names = {"calibration": options.calibration_split, "test": options.test_split}
+    raw = load_text_datasets(
+        options.dataset, options.dataset_config_name, required_splits=[], validation_split_percentage=None
+    )
+    for name, split in names.items():
+        if split not in raw:
+            raise ValueError(
+                f"{options.dataset} has no {split!r} split; it has {', '.join(map(repr, raw))}. Choose one with "
+                f"--{name}_split."
+            )
+    return {name: raw[split] for name, split in names.items()}
+
+
+def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    block_size = options.block_size or min(1024, positions, tokenizer.model_max_length)
+    rows: Any = prepare_clm_datasets(
+        raw,
+        tokenizer,
+        ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
+        text_column=options.text_column,
+    )
+    if options.max_samples is not None:
+        rows = {split: part.take(min(options.max_samples, len(part))) for split, part in rows.items()}
+    return rows, ClmCollator(block_size, tokenizer.pad_token_id or 0)
+
+
+def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    rows = {}
+    for split, pairs in raw.items():
+        columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)
+        settings = TokenizationSettings(
+            *columns,
+            max_source_length=options.max_source_length,
+            max_target_length=options.max_target_length,
+            source_prefix=options.source_prefix,
+        )
+        kept, _ = filter_pairs(pairs, *columns, split=split)
+        chosen = kept if options.max_samples is None else kept.take(min(options.max_samples, len(kept)))
+        rows[split] = tokenize_split(chosen, tokenizer, settings, split=split)
+    return rows, DataCollatorForSeq2Seq(tokenizer, model=model)
+
+
+def _table(
+    scaler: TemperatureScaler,
+    before: Mapping[str, tuple[float, float]],
+    after: Mapping[str, tuple[float, float]],
+    metrics: Mapping[str, float],
+) -> str:
+    """Return the figures of the test split before and after, with their intervals."""
+    lines = [
+        f"temperature {scaler.temperature:.4f}, fitted on {scaler.tokens:,} tokens (NLL {scaler.nll_before:.4f} -> "
+        f"{scaler.nll_after:.4f}); figures of {metrics['test_tokens']:,} test tokens, 95 % intervals over documents:",
+        "",
+        f"{'':<22}{'before':>12}  {'':<22}{'after':>12}",
+    ]
+    for name, heading, _ in _ROWS:
+        cells = []
+        for suffix, intervals in (("", before), ("_scaled", after)):
+            value = metrics.get(f"test_{name}{suffix}")
+            low, high = intervals.get(name, (math.nan, math.nan))
+            interval = f"[{low:.4f}, {high:.4f}]" if math.isfinite(low) and math.isfinite(high) else ""
+            cells.append(f"{'' if value is None else f'{value:.4f}':>12}  {interval:<22}")
+        lines.append(f"{heading:<22}{''.join(cells)}".rstrip())
+    lines.append(f"{'ECE-15 if calibrated':<22}{metrics['test_ece_15_null']:>12.4f}  {'':<22}"
+                 f"{metrics['test_ece_15_null_scaled']:>12.4f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _save_applied(options: argparse.Namespace, scaler: TemperatureScaler, model: Any, tokenizer: Any) -> None:
+    folder = Path(options.output_dir) / "model"
+    if options.apply == "weights":
+        scaler.fold_into(model)
+    else:
+        scaler.apply_to_generation_config(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if options.apply == "generation_config":
+        scaler.save(folder)  # not beside folded weights, where it would be applied twice
+    print(f"model with the temperature in its {options.apply.replace('_', ' ')}: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
