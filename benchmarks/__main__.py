@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import growth, head, plot, training_step
+from benchmarks import evaluation, growth, head, plot, training_step
 from benchmarks.common import HERE, Table, slug
 
 # what a tall or a wide head is compared with on a CPU, where each sample takes seconds
@@ -22,7 +22,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    parts = ["head", "step", "growth", "large", "plot"]
+    parts = ["head", "step", "evaluation", "growth", "large", "plot"]
     p.add_argument("--parts", nargs="+", choices=parts, default=parts, help="large: the wide and the tall heads")
     arguments = p.parse_args()
     device = torch.device(arguments.device)
@@ -35,6 +35,8 @@ def main() -> None:
         head.run(head.parser().parse_args([*common, *extra]), table, device)
     if "step" in arguments.parts:
         training_step.run(training_step.parser().parse_args(common), table, device)
+    if "evaluation" in arguments.parts:
+        evaluation.run(evaluation.parser().parse_args(common), table, device)
     if "growth" in arguments.parts:
         growth.run(growth.parser().parse_args(common), table, device)
     if "large" in arguments.parts:

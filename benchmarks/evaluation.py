@@ -1,0 +1,107 @@
+"""Evaluation: DPSMTrainer's, with every calibration metric, against stock Trainer's loss alone; and its memory.
+
+python -m benchmarks.evaluation --tokens 16384 --dtypes fp32 bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.hidden import token_ids
+from dpsm_hf import DPSMConfig, DPSMTrainer
+
+REFERENCE = "Trainer, loss alone"
+VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
+LENGTH = 256
+VOCABULARY = 50257
+
+#: The memory of a set is measured at these numbers of tokens, with a model small enough for a million of them.
+SIZES = (100_000, 1_000_000)
+
+
+def make_rows(tokens: int) -> Dataset:
+    """Return sequences of real text, repeated where the text is shorter than that."""
+    ids = token_ids()
+    ids = ids.repeat(-(-tokens // len(ids)))[: tokens // LENGTH * LENGTH].view(-1, LENGTH).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) -> Callable[[], Any]:
+    """Return a function that evaluates a GPT-2 small, or a very small one, on so many tokens."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=1) if small else GPT2Config())
+    cuda = torch.cuda.is_available()
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(), "bf16": dtype == "bf16", "per_device_eval_batch_size": 8,
+        "use_cpu": not cuda, "dataloader_pin_memory": cuda, "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    rows = make_rows(tokens)
+    trainer: Trainer
+    if variant == REFERENCE:
+        trainer = Trainer(model=model, args=TrainingArguments(prediction_loss_only=True, **common))
+    else:
+        classes = 50 if variant == VARIANTS[2] else 0
+        args = TrainingArguments(**common) if not classes else DPSMConfig(classwise_tokens=classes, **common)
+        ours = trainer = DPSMTrainer(model=model, args=args)
+        if classes:
+            ours.callback_handler.callbacks = []  # a picture is no part of the comparison
+            ours.use_temperature(1.1)
+    trainer.args.prediction_loss_only = True
+    trainer.log = lambda *arguments, **keywords: None  # type: ignore[method-assign]
+    return lambda: trainer.evaluate(rows)
+
+
+def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
+    """Measure time for each dtype, and memory for each size of the set."""
+    for dtype in arguments.dtypes:
+        calls = {variant: make_evaluation(variant, dtype, arguments.tokens) for variant in VARIANTS}
+        found = measure(calls, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
+                        clean=lambda: None, peak=lambda variant: None)  # fmt: skip
+        for variant in VARIANTS:
+            table.add(Row("evaluation", variant, dtype, arguments.tokens, 768, VOCABULARY, **found[variant]))
+    base: float | None = None
+    for tokens in SIZES if arguments.memory else ():
+        peak = peak_in_own_process("benchmarks.evaluation", ["ours", "fp32", tokens, True])
+        base = peak if base is None else base
+        columns: dict[str, Any] = {"peak_mib": peak, "peak_ratio": peak / base if peak and base else None}
+        table.add(Row("evaluation memory", "ours", "fp32", tokens, 64, VOCABULARY, **columns))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tokens", type=int, default=16384, help="tokens of the set whose evaluation is timed")
+    p.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    p.add_argument("--samples", type=int, default=5, help="rounds of one evaluation of each variant")
+    p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
+    p.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of large sets out")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return p
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = parser().parse_args()
+    device = torch.device(arguments.device)
+    if arguments.memory_of:
+        variant, dtype, tokens, small = json.loads(arguments.memory_of)
+        make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
+        print(json.dumps(peak_above(make_evaluation(variant, dtype, tokens, small), device)))
+        return
+    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
+
+
+if __name__ == "__main__":
+    main()
