@@ -1,0 +1,154 @@
+"""The design of a campaign: which runs there are, and where in the plan each of them stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Tasks, and the training script of each.
+SCRIPTS = {"language-modelling": "run_clm_dpsm.py", "summarization": "run_summarization_dpsm.py"}
+
+#: Variations that carry the claims are never pruned; ablations may be.
+ROLES = ("main", "ablation")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One way to train, as its difference from the base.
+
+    Args:
+        name: of the variation, unique in the campaign.
+        title: in words, for tables.
+        role: ``main`` or ``ablation``.
+        arguments: of the training script, beyond the base's.
+        of: the variation whose runs it reads after temperature scaling; then it has no arguments and no runs.
+    """
+
+    name: str
+    title: str
+    role: str = "main"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: everything that decides its numbers, and nothing else.
+
+    Args:
+        task: a key of `SCRIPTS`.
+        arguments: of the script, without ``output_dir`` and what only concerns display and tracking.
+        processes: that it is launched on.
+    """
+
+    task: str
+    arguments: Mapping[str, Any]
+    processes: int = 1
+
+    @property
+    def id(self) -> str:
+        """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
+        content = {"task": self.task, "processes": self.processes, "arguments": dict(self.arguments)}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place in the plan, and the run that stands there; several points may share a run.
+
+    Args:
+        study: the part of the campaign it belongs to: ``main``, ``flipped-targets``, ``warm-up`` ...
+        variation: name of the variation.
+        size: name of the model's size.
+        data: name of the data set.
+        seed: of weights and data order.
+        run_id: `Run.id`.
+        settings: what the study varies, by argument name.
+        scaled: whether its figures are those after temperature scaling.
+    """
+
+    study: str
+    variation: str
+    size: str
+    data: str
+    seed: int
+    run_id: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scaled: bool = False
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """Return what two points have in common where only variation and seed differ."""
+        return (self.study, self.size, self.data, tuple(sorted((k, str(v)) for k, v in self.settings.items())))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much time the campaign may take, and which ablations are stopped early.
+
+    Args:
+        limit: total training time as a multiple of what as many runs of the reference take; measured, not guessed.
+        halving_metric: of evaluations during training, lower is better; None never prunes.
+        halving_rungs: shares of the training steps after which the worse half of the ablations is stopped.
+        halving_keep: share of the ablations that is kept at each rung.
+    """
+
+    limit: float = 1.1
+    halving_metric: str | None = None
+    halving_rungs: tuple[float, ...] = (0.25, 0.5)
+    halving_keep: float = 0.5
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A whole campaign at one scale.
+
+    Args:
+        name, title: of the campaign.
+        scale: ``paper`` or ``small``.
+        task: a key of `SCRIPTS`.
+        variations: in the order of the tables.
+        points: in the order in which they are run: seed by seed, the reference first.
+        runs: by `Run.id`.
+        reference: the variation that all others are compared with (cross-entropy).
+        brier: the variation trained with the Brier score alone.
+        budget: of time.
+        audit: arguments of the efficiency audit; None leaves it out.
+        quality: the metric of quality and whether more of it is better: ``("perplexity", False)``.
+        test_split: the split whose figures are reported.
+        source: the YAML file's text, for the record.
+        track: trackers that every run reports to, ``wandb`` for instance.
+    """
+
+    name: str
+    title: str
+    scale: str
+    task: str
+    variations: tuple[Variation, ...]
+    points: tuple[Point, ...]
+    runs: Mapping[str, Run]
+    reference: str
+    brier: str
+    budget: Budget = Budget()
+    audit: Mapping[str, Any] | None = None
+    quality: tuple[str, bool] = ("perplexity", False)
+    test_split: str = "test"
+    source: str = ""
+    track: tuple[str, ...] = ()
+
+    def variation(self, name: str) -> Variation:
+        """Return a variation by its name.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        return {v.name: v for v in self.variations}[name]
+
+    @property
+    def order(self) -> list[str]:
+        """Return the ids of the runs in the order in which they are run, each once."""
+        return list(dict.fromkeys(point.run_id for point in self.points))
