@@ -39,8 +39,8 @@ class Record:
         best_step: optimizer step of the best checkpoint.
         history: the Trainer's log entries.
         efficiency: ``train_seconds`` (evaluation excluded), ``tokens_per_second``, ``peak_memory_mb``,
-            ``peak_device_memory_mb``, ``flops_per_step``, ``steps``, ``cpu_seconds``, ``energy_joules``; null where not
-            measured, never zero.
+            ``peak_device_memory_mb``, ``flops_per_step``, ``steps``, ``cpu_seconds``, ``energy_joules``; null where
+            not measured, never zero.
         calibration: the last `CalibrationCallback` content by split: curve, metrics, intervals.
         samples: texts written by the model, ``{"prompt", "reference", "output"}``.
         documents: names of the files with sums by block of documents, relative to the record, by
