@@ -24,6 +24,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
+from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, AnyDatasetDict, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and test by their logged names; empty where nothing was to do.
     """
+    end_with_runner()
     model_args, data_args, training_args = parse_script_arguments(
         (ModelArguments, DataTrainingArguments, DPSMConfig), argv
     )
@@ -101,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        results |= train_and_save(trainer, checkpoint, number_of_rows(parts["train"], data_args.max_train_samples))
+        train_samples = number_of_rows(parts["train"], data_args.max_train_samples)
+        results |= train_and_save(trainer, checkpoint, train_samples, data_args.stop_at_step)
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split in parts:
             results |= evaluate(trainer, prefix, parts[split], number_of_rows(parts[split], limits[split]))

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
+from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.loading import load_text_datasets
 from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and prediction by their logged names; empty where nothing was to do.
     """
+    end_with_runner()
     model_args, data_args, training_args = parse_script_arguments(
         (ModelArguments, DataTrainingArguments, DPSMSeq2SeqConfig), argv
     )
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        results |= train_and_save(trainer, checkpoint, train_samples=len(rows["train"]))
+        results |= train_and_save(trainer, checkpoint, len(rows["train"]), data_args.stop_at_step)
     if training_args.do_eval:
         logger.info("*** Evaluate ***")
         results |= report(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"), len(rows["validation"]))

@@ -16,6 +16,7 @@ from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stopping import StoppingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(StoppingArguments):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
     dataset_name: str | None = field(
@@ -150,6 +151,7 @@ class DataTrainingArguments:
 
     def __post_init__(self) -> None:
         check_sources(self.dataset_name, self.files())
+        self.check_stopping()
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")

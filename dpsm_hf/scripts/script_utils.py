@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpsm_hf.scripts.scratch_config import build_config_from_scratch, check_block_size
+from dpsm_hf.scripts.stopping import StopAtStep
 
 logger = logging.getLogger(__name__)
 
@@ -311,22 +312,35 @@ def _graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int | None = None) -> dict[str, float]:
+def train_and_save(
+    trainer: Trainer, checkpoint: str | None, train_samples: int | None = None, stop_at_step: float | None = None
+) -> dict[str, float]:
     """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
 
     Args:
         trainer: A ready Trainer.
         checkpoint: Path to continue from, or None.
         train_samples: Rows of the training set, reported as ``train_samples``; None when unknown (streaming).
+        stop_at_step: Stop there with a checkpoint, see `StoppingArguments`.
 
     Returns:
         The metrics of the training.
 
     Raises:
-        SystemExit: With code 130 after an interrupt, once it has been said how to resume.
+        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 at
+            ``stop_at_step``.
+        ValueError: The checkpoint is past ``stop_at_step``.
     """
+    if checkpoint is not None:
+        # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
+        trainer.args.eval_on_start = False
     callback = StopOnInterrupt()
     trainer.add_callback(callback)
+    stopper = None
+    if stop_at_step is not None:
+        _check_ahead(stop_at_step, checkpoint)
+        stopper = StopAtStep(stop_at_step)
+        trainer.add_callback(stopper)
     try:
         with _graceful_interrupt(callback):
             result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -335,9 +349,21 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int 
         raise SystemExit(130) from None
     finally:
         trainer.remove_callback(callback)
+        if stopper is not None:
+            trainer.remove_callback(stopper)
     if callback.stopped and trainer.state.global_step < trainer.state.max_steps:
+        # A launcher ends all processes when the first one fails, and one of them may still be writing.
+        trainer.accelerator.wait_for_everyone()
         _say_how_to_resume(trainer)
         raise SystemExit(130)
+    if stopper is not None and stopper.stopped:
+        logger.info(
+            "Stopped at step %s of %s, as --stop_at_step %s asks.",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+            stop_at_step,
+        )
+        raise SystemExit(0)
     trainer.save_model()
     metrics = dict(result.metrics)
     if train_samples is not None:
@@ -346,6 +372,18 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int 
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
+
+
+def _check_ahead(stop_at_step: float, checkpoint: str | None) -> None:
+    if checkpoint is None:
+        return
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    done, share = state["global_step"], stop_at_step < 1
+    if done >= stop_at_step * (state.get("max_steps", 0) if share else 1):
+        raise ValueError(
+            f"--stop_at_step {stop_at_step:g} lies behind: {checkpoint} is at step {done}. Leave the option out, name "
+            "a later step, or use --resume_from_checkpoint none."
+        )
 
 
 def _say_how_to_resume(trainer: Trainer) -> None:

@@ -1,0 +1,77 @@
+"""Stopping a training run at a step before its end, to go on later."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+
+
+@dataclass
+class StoppingArguments:
+    """When to stop early."""
+
+    stop_at_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "dpsm_hf: stop there with a checkpoint, the schedules still those of the full length; the same "
+            "command without it goes on to the end. 1 or more counts steps, below 1 is a share of all, rounded up to "
+            "the next evaluation."
+        },
+    )
+
+    def check_stopping(self) -> None:
+        """Refuse a step that cannot be reached.
+
+        Raises:
+            ValueError: it is not positive, or no whole number of steps.
+        """
+        stop = self.stop_at_step
+        if stop is not None and (stop <= 0 or (stop >= 1 and stop != int(stop))):
+            raise ValueError(f"--stop_at_step {stop} must be a whole number of steps, or a share between 0 and 1.")
+
+
+class StopAtStep(TrainerCallback):
+    """Stop training with a checkpoint after a step; logs and evaluations that are due there are still made.
+
+    Nothing but the length of this process changes: ``max_steps`` and with it every schedule stay what they were.
+
+    Args:
+        stop_at_step: 1 or more counts steps, below 1 is a share of all, rounded up to the next evaluation.
+    """
+
+    def __init__(self, stop_at_step: float) -> None:
+        self.stop_at_step = stop_at_step
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask the Trainer to save and stop at the step."""
+        step = resolve_stop(self.stop_at_step, args, state)
+        if state.global_step >= step and step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def resolve_stop(stop_at_step: float, args: TrainingArguments, state: TrainerState) -> int:
+    """Return the step to stop at.
+
+    Args:
+        stop_at_step: as in `StoppingArguments`.
+        args: say whether evaluations are by steps.
+        state: of the Trainer; knows the steps of the whole run and between evaluations.
+    """
+    if stop_at_step >= 1:
+        return int(stop_at_step)
+    # The product of a share and a number of steps may exceed the whole number it stands for by a rounding error.
+    step = math.ceil(round(stop_at_step * state.max_steps, 6))
+    if args.eval_strategy == IntervalStrategy.STEPS and state.eval_steps:
+        step = math.ceil(step / state.eval_steps) * int(state.eval_steps)
+    return step
