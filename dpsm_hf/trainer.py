@@ -113,7 +113,7 @@ class DPSMMixin(EvaluationMixin):
         super().log(logs, start_time)
 
     def _train_seconds(self) -> float:
-        """Return the wall-clock seconds since the first batch, evaluation not counted; a resumed run goes on."""
+        """Return the wall-clock seconds since the first batch of this `train()`, evaluation not counted."""
         if self._train_started is None:
             return 0.0
         return time.perf_counter() - self._train_started - self._seconds_evaluating
@@ -121,11 +121,7 @@ class DPSMMixin(EvaluationMixin):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Collect the batches of one optimizer step; the clock of the log starts with the first."""
         if self._train_started is None:
-            # what a resumed run had spent before, as far as its checkpoint knows
-            logged = (item for entry in self.state.log_history for item in entry.items())
-            self._tally_started = max((value for key, value in logged if key.endswith("train_seconds")), default=0.0)
-            self._train_started = time.perf_counter() - self._tally_started
-            self._seconds_evaluating = 0.0  # an evaluation before the first batch is before the clock starts
+            self._train_started, self._tally_started = time.perf_counter(), 0.0
         return super().get_batch_samples(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -70,6 +70,15 @@ def is_finished(folder: Path) -> bool:
     return (folder / OUTCOME_NAME).exists()
 
 
+def has_results(folder: Path) -> bool:
+    """Return whether a script that ended well has come to its end, rather than stopped to go on later.
+
+    Args:
+        folder: of the run.
+    """
+    return is_finished(folder) or (folder / RESULTS_NAME).exists()
+
+
 def forget_results(folder: Path) -> None:
     """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's.
 

@@ -85,8 +85,8 @@ def check_halving(campaign: Campaign) -> None:
             strategy = campaign.runs[run_id].arguments.get("eval_strategy")
             if strategy != "steps":
                 raise RunnerError(
-                    f"budget: halving compares evaluations at a step, but run {run_id} has eval_strategy {strategy!r}: "
-                    "set eval_strategy to steps and eval_steps, or leave halving_metric out."
+                    f"budget: halving compares evaluations at a step, but run {run_id} has eval_strategy={strategy!r}; "
+                    "set it to steps, with eval_steps, or leave halving_metric out."
                 )
 
 
@@ -109,7 +109,21 @@ def figure_at(record: Record, metric: str, step: int) -> float:
             return float(value) if value is not None and math.isfinite(value) else math.inf
     names = sorted({name for entry in found for name in entry if name.startswith("eval_")})
     said = f"it has {', '.join(names)}" if names else "there is none"
-    raise RunnerError(f"budget: halving_metric {metric!r} is in no evaluation of {record.name} at step {step}: {said}.")
+    raise RunnerError(
+        f"budget: halving_metric {metric!r} is in no evaluation of {record.name} at step {step}: {said}."
+    )
+
+
+def has_figure(record: Record, metric: str, step: int) -> bool:
+    """Return whether a run was evaluated at a step with the metric.
+
+    Args:
+        record: of the run.
+        metric: with or without the prefix ``eval_``.
+        step: of the optimizer.
+    """
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return any(entry.get("step") == step and key in entry for entry in record.history)
 
 
 def survivors(figures: Mapping[str, float], keep: float) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -124,15 +124,23 @@ def ranks_of(settings: Path) -> list[psutil.Process]:
     return [process for process, parent in training.values() if parent not in training]
 
 
-def interrupt_run(settings: Path) -> None:
-    """Press Ctrl-C for a run: its training processes save a checkpoint and stop, each told once.
+def interrupt_run(settings: Path, told: Collection[int] = ()) -> set[int]:
+    """Press Ctrl-C for a run: its training processes save a checkpoint and stop.
 
     Args:
         settings: the run's settings file.
+        told: ids of processes that know already; once more would stop them at once.
+
+    Returns:
+        The ids of all that know now.
     """
+    knowing = set(told)
     for process in ranks_of(settings):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.send_signal(signal.SIGINT)
+            if process.pid not in knowing:
+                process.send_signal(signal.SIGINT)
+                knowing.add(process.pid)
+    return knowing
 
 
 def kill_run(settings: Path) -> None:

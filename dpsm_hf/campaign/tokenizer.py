@@ -2,8 +2,7 @@
 
     python -m dpsm_hf.campaign.tokenizer SCRIPT SETTINGS FOLDER
 
-trains one in a process of its own, with the training script's own functions, so that it is the one that a run by itself
-would train.
+trains one in a process of its own, with the training script's own functions: it is the one that a run would train.
 """
 
 from __future__ import annotations

@@ -29,10 +29,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from dpsm_hf.scripts.scratch_config import build_config_from_scratch, check_block_size
 from dpsm_hf.scripts.stopping import StopAtStep
+from dpsm_hf.steps import stop_step
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def train_and_save(
     trainer.add_callback(callback)
     stopper = None
     if stop_at_step is not None:
-        _check_ahead(stop_at_step, checkpoint)
+        _check_ahead(stop_at_step, checkpoint, trainer.args)
         stopper = StopAtStep(stop_at_step)
         trainer.add_callback(stopper)
     try:
@@ -374,15 +375,15 @@ def train_and_save(
     return metrics
 
 
-def _check_ahead(stop_at_step: float, checkpoint: str | None) -> None:
+def _check_ahead(stop_at_step: float, checkpoint: str | None, args: TrainingArguments) -> None:
     if checkpoint is None:
         return
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    done, share = state["global_step"], stop_at_step < 1
-    if done >= stop_at_step * (state.get("max_steps", 0) if share else 1):
+    by_steps = args.eval_strategy == IntervalStrategy.STEPS
+    if state["global_step"] >= stop_step(stop_at_step, state["max_steps"], state["eval_steps"] if by_steps else None):
         raise ValueError(
-            f"--stop_at_step {stop_at_step:g} lies behind: {checkpoint} is at step {done}. Leave the option out, name "
-            "a later step, or use --resume_from_checkpoint none."
+            f"--stop_at_step {stop_at_step:g} lies behind: {checkpoint} is at step {state['global_step']}. Leave the "
+            "option out, name a later step, or use --resume_from_checkpoint none."
         )
 
 

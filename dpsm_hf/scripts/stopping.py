@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dpsm_hf.steps import stop_step
 
 
 @dataclass
@@ -52,26 +52,10 @@ class StopAtStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the Trainer to save and stop at the step."""
-        step = resolve_stop(self.stop_at_step, args, state)
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        step = stop_step(self.stop_at_step, state.max_steps, state.eval_steps if by_steps else None)
         if state.global_step >= step and step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
         return control
-
-
-def resolve_stop(stop_at_step: float, args: TrainingArguments, state: TrainerState) -> int:
-    """Return the step to stop at.
-
-    Args:
-        stop_at_step: as in `StoppingArguments`.
-        args: say whether evaluations are by steps.
-        state: of the Trainer; knows the steps of the whole run and between evaluations.
-    """
-    if stop_at_step >= 1:
-        return int(stop_at_step)
-    # The product of a share and a number of steps may exceed the whole number it stands for by a rounding error.
-    step = math.ceil(round(stop_at_step * state.max_steps, 6))
-    if args.eval_strategy == IntervalStrategy.STEPS and state.eval_steps:
-        step = math.ceil(step / state.eval_steps) * int(state.eval_steps)
-    return step
