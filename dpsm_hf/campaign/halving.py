@@ -85,7 +85,7 @@ def check_halving(campaign: Campaign) -> None:
             strategy = campaign.runs[run_id].arguments.get("eval_strategy")
             if strategy != "steps":
                 raise RunnerError(
-                    f"budget: halving compares evaluations at a step, but run {run_id} has eval_strategy={strategy!r}; "
+                    f"budget: halving compares evaluations at one step; run {run_id} has eval_strategy={strategy!r}: "
                     "set it to steps, with eval_steps, or leave halving_metric out."
                 )
 

@@ -21,6 +21,7 @@ LOCK_NAME = "runner.lock"
 LAUNCHER = "accelerate.commands.launch"
 #: What an orphan gets to save a checkpoint before it is killed.
 ORPHAN_SECONDS = 60.0
+_KILL_SECONDS = 10.0
 
 
 class RunnerError(RuntimeError):
@@ -153,7 +154,10 @@ def kill_run(settings: Path) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process.kill()
-    psutil.wait_procs(processes, timeout=10)
+    until = time.monotonic() + _KILL_SECONDS
+    # Not psutil's wait, which would take the exit code of a child away from who has started it.
+    while processes_of(settings) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def end_orphans(settings: Path, patience: float = ORPHAN_SECONDS) -> int:
