@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..clock import seconds_trained
+from ..files import strict
 from ..records import read_json, read_run
-from .records import Record, strict
+from .records import Record
 
 OUTCOME_NAME = "outcome.json"
 RESULTS_NAME = "all_results.json"
@@ -118,7 +119,7 @@ def collect(record: Record, folder: Path) -> Record:
     """
     history = newest_state(folder).get("log_history", [])
     outcome = read_json(folder / OUTCOME_NAME) if is_finished(folder) else _outcome_of_files(folder, history)
-    efficiency = {"train_seconds": clock(history), **_numbers(outcome.get("efficiency"))}
+    efficiency = {"train_seconds": seconds_trained(history), **_numbers(outcome.get("efficiency"))}
     return replace(
         record,
         metrics=outcome.get("metrics") or {},
@@ -130,16 +131,6 @@ def collect(record: Record, folder: Path) -> Record:
         documents=outcome.get("documents") or {},
         corruption=outcome.get("corruption") or {},
     )
-
-
-def clock(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the seconds of training that a log has counted, evaluation excluded; None where it counted none.
-
-    Args:
-        history: the Trainer's log entries.
-    """
-    times = [value for entry in history for key, value in entry.items() if key.endswith("train_seconds")]
-    return max((float(t) for t in times if isinstance(t, (int, float)) and math.isfinite(t)), default=None)
 
 
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, Any]:

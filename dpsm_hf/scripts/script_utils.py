@@ -29,11 +29,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpsm_hf.scripts.scratch_config import build_config_from_scratch, check_block_size
 from dpsm_hf.scripts.stopping import StopAtStep
-from dpsm_hf.steps import stop_step
 
 logger = logging.getLogger(__name__)
 
@@ -256,11 +255,16 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
+    return _step(checkpoint) is not None
+
+
+def _step(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if it is not complete."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and "global_step" in state
+        return None
+    return state.get("global_step") if isinstance(state, dict) else None
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -314,34 +318,34 @@ def _graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
 
 
 def train_and_save(
-    trainer: Trainer, checkpoint: str | None, train_samples: int | None = None, stop_at_step: float | None = None
+    trainer: Trainer,
+    checkpoint: str | None,
+    train_samples: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
+
+    A checkpoint of a run whose training had ended is loaded and saved, not trained on.
 
     Args:
         trainer: A ready Trainer.
         checkpoint: Path to continue from, or None.
         train_samples: Rows of the training set, reported as ``train_samples``; None when unknown (streaming).
-        stop_at_step: Stop there with a checkpoint, see `StoppingArguments`.
+        callbacks: For the training alone, not for the evaluations after it.
 
     Returns:
         The metrics of the training.
 
     Raises:
-        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 at
-            ``stop_at_step``.
-        ValueError: The checkpoint is past ``stop_at_step``.
+        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 where a
+            `StopAtStep` among the callbacks has stopped it.
     """
     if checkpoint is not None:
         # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
         trainer.args.eval_on_start = False
     callback = StopOnInterrupt()
-    trainer.add_callback(callback)
-    stopper = None
-    if stop_at_step is not None:
-        _check_ahead(stop_at_step, checkpoint, trainer.args)
-        stopper = StopAtStep(stop_at_step)
-        trainer.add_callback(stopper)
+    for added in (callback, *callbacks):
+        trainer.add_callback(added)
     try:
         with _graceful_interrupt(callback):
             result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -349,42 +353,26 @@ def train_and_save(
         _say_how_to_resume(trainer)
         raise SystemExit(130) from None
     finally:
-        trainer.remove_callback(callback)
-        if stopper is not None:
-            trainer.remove_callback(stopper)
+        for added in (callback, *callbacks):
+            trainer.remove_callback(added)
     if callback.stopped and trainer.state.global_step < trainer.state.max_steps:
         # A launcher ends all processes when the first one fails, and one of them may still be writing.
         trainer.accelerator.wait_for_everyone()
         _say_how_to_resume(trainer)
         raise SystemExit(130)
-    if stopper is not None and stopper.stopped:
-        logger.info(
-            "Stopped at step %s of %s, as --stop_at_step %s asks.",
-            trainer.state.global_step,
-            trainer.state.max_steps,
-            stop_at_step,
-        )
+    if any(isinstance(added, StopAtStep) and added.stopped for added in callbacks):
         raise SystemExit(0)
     trainer.save_model()
     metrics = dict(result.metrics)
+    if checkpoint is not None and _step(Path(checkpoint)) == trainer.state.global_step:
+        # nothing was left to train: the mean loss and the speed of no step are no figures
+        metrics = {name: metrics[name] for name in ("total_flos", "train_seconds", "epoch") if name in metrics}
     if train_samples is not None:
         metrics["train_samples"] = train_samples
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
-
-
-def _check_ahead(stop_at_step: float, checkpoint: str | None, args: TrainingArguments) -> None:
-    if checkpoint is None:
-        return
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    by_steps = args.eval_strategy == IntervalStrategy.STEPS
-    if state["global_step"] >= stop_step(stop_at_step, state["max_steps"], state["eval_steps"] if by_steps else None):
-        raise ValueError(
-            f"--stop_at_step {stop_at_step:g} lies behind: {checkpoint} is at step {state['global_step']}. Leave the "
-            "option out, name a later step, or use --resume_from_checkpoint none."
-        )
 
 
 def _say_how_to_resume(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dpsm_hf.steps import stop_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,14 +51,46 @@ class StopAtStep(TrainerCallback):
         self.stop_at_step = stop_at_step
         self.stopped = False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a step that the checkpoint has passed.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if state.global_step >= self._step(args, state):
+            raise ValueError(
+                f"--stop_at_step {self.stop_at_step:g} lies behind: the checkpoint is at step {state.global_step}. "
+                "Leave the option out, name a later step, or use --resume_from_checkpoint none."
+            )
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the Trainer to save and stop at the step."""
-        by_steps = args.eval_strategy == IntervalStrategy.STEPS
-        step = stop_step(self.stop_at_step, state.max_steps, state.eval_steps if by_steps else None)
-        if state.global_step >= step and step < state.max_steps:
+        if self._step(args, state) <= state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where training was stopped."""
+        if self.stopped and state.is_world_process_zero:
+            logger.info("Stopped at step %s of %s, as asked for.", state.global_step, state.max_steps)
+
+    def _step(self, args: TrainingArguments, state: TrainerState) -> int:
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        return stop_step(self.stop_at_step, state.max_steps, state.eval_steps if by_steps else None)
+
+
+def stopping(stop_at_step: float | None) -> list[TrainerCallback]:
+    """Return the callback of --stop_at_step, if there is to be one.
+
+    Args:
+        stop_at_step: the argument, or None.
+    """
+    return [] if stop_at_step is None else [StopAtStep(stop_at_step)]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from dpsm_hf.campaign import budget, halving
-from dpsm_hf.campaign.collecting import clock
 from dpsm_hf.campaign.design import Budget, Campaign, Point
 from dpsm_hf.campaign.lock import RunnerError
 from dpsm_hf.campaign.progress import Progress, duration, run_names
@@ -271,8 +270,6 @@ def test_times_for_people() -> None:
         "59 min 59 s",
         "2 h 05 min",
     ]
-    assert clock([{"loss": 1}, {"train_seconds": 3.5}, {"eval_train_seconds": 4, "x": "y"}]) == 4
-    assert clock([{"loss": 1}]) is None
 
 
 def test_the_rest_is_estimated_from_what_is_done() -> None:
