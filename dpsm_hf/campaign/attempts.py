@@ -78,7 +78,9 @@ class Attempt:
         threads = max(1, place.threads // run.processes)
         command = launch_command(run, self.settings, threads)
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        attempt = {"started": started, "from_step": reached_step(self.folder)}
+        attempt: dict[str, Any] = {"started": started, "from_step": reached_step(self.folder)}
+        if devices:
+            attempt["devices"] = list(devices)
         if rung is not None:
             attempt["rung"] = rung
         fresh = Record(run_id=run_id, name=name, task=run.task, arguments=dict(run.arguments))

@@ -34,7 +34,8 @@ class Record:
         message: why it is not ok; for a pruned run the rule, the rung and the figures that decided.
         command: that ran last.
         attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step``,
-            ``to_step`` (of the newest checkpoint), ``status``, ``message``, and ``rung`` where it was to stop there.
+            ``to_step`` (of the newest checkpoint), ``status``, ``message``, ``devices`` on GPUs, and ``rung`` where it
+            was to stop there.
         decision: of the budget: ``kind`` (``halving`` or ``limit``) and everything that it was decided by.
         machine: ``device``, ``versions``, ``commit``, ``dirty``.
         metrics: ``metrics[checkpoint][split][name]`` with checkpoint ``last`` or ``best`` and names without prefix;
