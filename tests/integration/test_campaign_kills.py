@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 from dpsm_hf.campaign.design import Budget, Campaign
 from dpsm_hf.campaign.launching import SETTINGS_NAME, run_folder
 from dpsm_hf.campaign.lock import processes_of, ranks_of
-from dpsm_hf.campaign.records import Record, read_records
+from dpsm_hf.campaign.records import RECORD_NAME, Record, read_records
 from tests.campaigns import make_campaign, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,41 +89,59 @@ def test_twenty_kills(plan: tuple[Campaign, Path], tmp_path: Path) -> None:
     assert all(record.metrics for record in expected.values() if record.status == "ok")
 
     chance = random.Random(20)
-    output = tmp_path / "killed"
+    outputs = [tmp_path / "killed-0"]
     runner: subprocess.Popen[bytes] | None = None
-    before: dict[str, Record] = {}
+    witness = _Witness(campaign)
     hit = {"runner": 0, "run": 0}
-    settled_bytes: dict[str, bytes] = {}
-    for kill in range(KILLS):
+    for _ in range(KILLS):
         if runner is None or runner.poll() is not None:
-            runner = start(path, output)
+            if witness.is_over(outputs[-1]):  # once more from nothing, so that every kill has something to hit
+                outputs.append(tmp_path / f"killed-{len(outputs)}")
+                witness = _Witness(campaign)
+            runner = start(path, outputs[-1])
         time.sleep(chance.uniform(0, 0.9) * length)
-        processes = [p for i in campaign.order for p in processes_of(run_folder(output, i) / SETTINGS_NAME)]
-        if kill % 2 and processes:
+        processes = [p for i in campaign.order for p in processes_of(run_folder(outputs[-1], i) / SETTINGS_NAME)]
+        if processes and chance.random() < 0.5:
             hit["run"] += 1
-            os.kill(chance.choice(processes).pid, signal.SIGKILL)
-            if chance.random() < 0.5:  # else the next kill hits the same runner
-                runner.wait(timeout=600)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(processes).pid, signal.SIGKILL)
         else:
             hit["runner"] += 1
             runner.kill()
             runner.wait()
+        witness.look(outputs[-1])
+    if runner is not None:
+        runner.wait(timeout=600)
+    assert min(hit.values()) >= 4, hit
+    assert finish(path, outputs[-1]) == 0
+    witness.look(outputs[-1])
+    for output in outputs:
+        assert figures(read_records(output)) == figures(expected)
+    statuses = [a.get("status") for output in outputs for r in read_records(output).values() for a in r.attempts]
+    assert statuses.count("interrupted") >= 5, statuses  # that many kills have hit a run under way
+
+
+class _Witness:
+    """Look at a campaign's records again and again: none is torn or lost, nothing that is done is touched."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        self._campaign = campaign
+        self._before: dict[str, Record] = {}
+        self._settled: dict[str, bytes] = {}
+
+    def is_over(self, output: Path) -> bool:
+        return set(self._settled) == set(self._campaign.runs) and (output / "runs").exists()
+
+    def look(self, output: Path) -> None:
         records = read_records(output)  # raises for one that is torn
-        for run_id, record in before.items():
+        for run_id, before in self._before.items():
             assert run_id in records, "a record is lost"
-            kept = len(record.attempts) - 1  # the last one may have got its end meanwhile
-            assert records[run_id].attempts[:kept] == record.attempts[:kept], "an attempt is lost"
-        for run_id, content in settled_bytes.items():
-            assert (run_folder(output, run_id) / "record.json").read_bytes() == content, "a finished run was repeated"
+            kept = len(before.attempts) - 1  # the last one may have got its end meanwhile
+            assert records[run_id].attempts[:kept] == before.attempts[:kept], "an attempt is lost"
+        for run_id, content in self._settled.items():
+            assert (run_folder(output, run_id) / RECORD_NAME).read_bytes() == content, "a finished run was repeated"
         for run_id, record in records.items():
             assert len(ranks_of(run_folder(output, run_id) / SETTINGS_NAME)) <= 1, "two processes write one folder"
             if record.status in ("ok", "pruned"):
-                settled_bytes[run_id] = (run_folder(output, run_id) / "record.json").read_bytes()
-        before = records
-    if runner is not None and runner.poll() is None:
-        runner.wait(timeout=600)
-    assert hit["runner"] >= 5 and hit["run"] >= 3
-    assert finish(path, output) == 0
-    assert figures(read_records(output)) == figures(expected)
-    interrupted = [a for r in read_records(output).values() for a in r.attempts if a.get("status") == "interrupted"]
-    assert interrupted, "no kill has hit anything"
+                self._settled[run_id] = (run_folder(output, run_id) / RECORD_NAME).read_bytes()
+        self._before = records
