@@ -16,6 +16,7 @@ from .calibration import TokenCalibration
 from .callbacks import CalibrationCallback
 from .checks import check_calibration_dataset
 from .depth import DepthReader
+from .devices import float64_device
 from .distributed import real_rows, sum_over_processes
 from .extra_statistics import ExtraStatistics
 from .frequent_tokens import frequent_labels
@@ -42,16 +43,14 @@ class _MomentPanel:
         length = scores.scored.numel() // max(1, batch_size)
         mask = scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
         assert scores.extra is not None  # asked for above
-        # MPS has no float64
-        home = torch.device("cpu") if mask.device.type == "mps" else mask.device
+        home = float64_device(mask.device)
         columns = scores.extra[mask].to(home).double()
         sums = torch.cat([columns.sum(0), mask.sum().to(home).double()[None]])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def moments(self, device: torch.device) -> Moments:
         sums = torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums
-        home = torch.device("cpu") if device.type == "mps" else device
-        nll, gradient, curvature, tokens = sum_over_processes(sums.to(home)).tolist()
+        nll, gradient, curvature, tokens = sum_over_processes(sums.to(float64_device(device))).tolist()
         return Moments(nll, gradient, curvature, int(tokens))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..devices import float64_device
 from .accumulator import BLOCKS
 from .intervals import Interval, check_resampling, error_interval
 
@@ -55,7 +56,7 @@ class ClassCalibration:
             ValueError: if shapes disagree, a probability lies outside [0, 1] or a document is negative. Nothing is
                 added then.
         """
-        home = torch.device("cpu") if probability.device.type == "mps" else probability.device
+        home = float64_device(probability.device)
         p = probability.detach().to(home, torch.float64)
         kinds = len(self.classes)
         if p.shape != (len(labels), kinds) or document.shape != labels.shape:
@@ -88,7 +89,7 @@ class ClassCalibration:
 
     def to(self, device: torch.device) -> ClassCalibration:
         """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = float64_device(device)
         if self.positive.device != home:
             self.positive, self.probability = self.positive.to(home), self.probability.to(home)
             self.tokens_of_block = self.tokens_of_block.to(home)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..calibration.accumulator import BLOCKS
 from ..calibration.intervals import Interval, basic_interval, check_resampling
+from ..devices import float64_device
 
 
 class DepthTally:
@@ -53,7 +54,7 @@ class DepthTally:
                 f"depths must be whole numbers [n] and document [n] or None, but they are {depths.dtype} "
                 f"{tuple(depths.shape)} and {shape}."
             )
-        home = torch.device("cpu") if depths.device.type == "mps" else depths.device
+        home = float64_device(depths.device)
         depths = depths.detach().to(home, torch.int64)
         if not bool(((depths >= 0) & (depths <= self.layers)).all()):
             raise ValueError(
@@ -79,7 +80,7 @@ class DepthTally:
 
     def to(self, device: torch.device) -> DepthTally:
         """Move the tally to a device and return it; on MPS it stays on the host, as the others do."""
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = float64_device(device)
         if self.count.device != home:
             self.count = self.count.to(home)
         return self
