@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..devices import float64_device
 from .accumulator import BLOCKS
-from .intervals import Interval, check_resampling, error_interval
+from .intervals import Interval, block_weights, check_resampling, error_interval
 
 CLASS_BINS = 15
 
@@ -115,13 +116,11 @@ class ClassCalibration:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
         """
         check_resampling(level, samples)
-        kept = np.flatnonzero(self.tokens_of_block.cpu().numpy())
-        if len(kept) < 2:
-            return Interval(float("nan"), float("nan"))
-        weights = np.zeros((samples, BLOCKS))
-        drawn = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=samples)
-        weights[:, kept] = drawn
-        return error_interval(self.ece, self._errors(weights).mean(1), level, (0.0, 1.0))
+        ece = self.ece
+        weights = block_weights(self.tokens_of_block.cpu().numpy(), samples, seed)
+        if weights is None:
+            return Interval(math.nan, math.nan)
+        return error_interval(ece, self._errors(weights).mean(1), level, (0.0, 1.0))
 
     def _errors(self, weights: np.ndarray) -> np.ndarray:
         """Return ``[samples, K]`` for so many copies of each block."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.accumulator import BLOCKS
-from ..calibration.intervals import Interval, basic_interval, check_resampling
+from ..calibration.intervals import Interval, basic_interval, block_weights, check_resampling
 from ..devices import float64_device
 
 
@@ -102,12 +102,9 @@ class DepthTally:
         """
         check_resampling(level, samples)
         mean = self.mean
-        kept = np.flatnonzero(self.count.sum(1).cpu().numpy())
-        if len(kept) < 2:
+        weights = block_weights(self.count.sum(1).cpu().numpy(), samples, seed)
+        if weights is None:
             return Interval(math.nan, math.nan)
-        weights = np.zeros((samples, BLOCKS))
-        drawn = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=samples)
-        weights[:, kept] = drawn
         return basic_interval(mean, self._means(weights), level, (0.0, float(self.layers)))
 
     def _means(self, weights: np.ndarray) -> np.ndarray:
