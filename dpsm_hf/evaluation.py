@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 class _MomentPanel:
     """Sum the moments that a temperature is fitted with; takes the place of an `EvaluationPanel` for one pass."""
 
+    counts_depths = False
+
     def __init__(self, temperature: float) -> None:
         self.extra = ExtraStatistics(moments_at=temperature)
         self.sums: Tensor | None = None
@@ -64,7 +66,7 @@ class EvaluationMixin(TrainingLossMixin):
         #: What the last evaluation saw, over all processes.
         self.panel: EvaluationPanel | None = None
         self._scaler: tuple[Any, TemperatureScaler] | None = None
-        self._byte_lengths: Tensor | None = None
+        self._byte_lengths: tuple[Any, Tensor | None] | None = None
         self._free_running: FreeRunning | None = None
         self._depth_reader: tuple[nn.Module, DepthReader] | None = None
         self._seconds_evaluating = 0.0
@@ -111,7 +113,7 @@ class EvaluationMixin(TrainingLossMixin):
             self._logits_unused = False
         evaluated = self._take_evaluated()
         if evaluated is not None and self._collector is not None:
-            depths = self._depths(inputs, evaluated[1])
+            depths = self._depths(inputs, evaluated[1]) if self._collector.counts_depths else None
             try:
                 self._collector.add(*evaluated, inputs["labels"].shape[0], depths)
             except FloatingPointError as error:
@@ -120,9 +122,8 @@ class EvaluationMixin(TrainingLossMixin):
             self._score_generated(model, inputs, result[1], gen_kwargs or getattr(self, "_gen_kwargs", {}))
         return result
 
-    def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor | None:
-        if self._depth_reader is None or not isinstance(self._collector, EvaluationPanel):
-            return None
+    def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+        assert self._depth_reader is not None  # the collector that counts depths was made from it
         return self._depth_reader[1].depths(self._prepare_inputs(inputs), targets)
 
     def _score_generated(
@@ -216,8 +217,6 @@ class EvaluationMixin(TrainingLossMixin):
         return output
 
     def _new_panel(self, dataset: Any) -> EvaluationPanel:
-        if self._byte_lengths is None and self.processing_class is not None:
-            self._byte_lengths = token_bytes(self.processing_class)
         scaler = self._scaler_in_force()
         wanted = self.dpsm.classwise_tokens
         if not self.dpsm.expected_depth:
@@ -231,11 +230,18 @@ class EvaluationMixin(TrainingLossMixin):
             self._free_running = FreeRunning(self.model, self.processing_class)
         return EvaluationPanel(
             eos_tokens=end_tokens(core_model(self.model), self.processing_class),
-            byte_lengths=self._byte_lengths,
+            byte_lengths=self._token_bytes(),
             temperature=None if scaler is None else scaler.temperature,
             classes=frequent_labels(dataset, wanted) if wanted else None,
             layers=None if self._depth_reader is None else self._depth_reader[1].layers,
         )
+
+    def _token_bytes(self) -> Tensor | None:
+        """Return the bytes of each token of the tokenizer as it is now; None, too, is found out only once."""
+        tokenizer = self.processing_class
+        if self._byte_lengths is None or self._byte_lengths[0] is not tokenizer:
+            self._byte_lengths = (tokenizer, token_bytes(tokenizer))
+        return self._byte_lengths[1]
 
     def _calibration_callbacks(self) -> list[CalibrationCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]

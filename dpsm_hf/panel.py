@@ -65,6 +65,11 @@ class EvaluationPanel:
         self._samples = 0
         self._intervals: Mapping[str, tuple[float, float]] | None = None
 
+    @property
+    def counts_depths(self) -> bool:
+        """Return whether `add` wants the depth of each token."""
+        return self.depth is not None
+
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
 
@@ -104,7 +109,6 @@ class EvaluationPanel:
                 self.scaled.update(**scaled, mask=mask, document=document)
             if self.classwise is not None and classes is not None:
                 self.classwise.update(classes[mask], targets[mask], document[mask])
-
         if self.depth is not None and depths is not None:
             real = mask[scores.scored]
             self.depth.update(depths.to(device)[real], document[scores.scored][real])
