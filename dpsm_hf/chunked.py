@@ -12,26 +12,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .accumulation import WeightGradient, scaled
-from .extra_statistics import ExtraStatistics
+from .head_options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .products import by_onednn, product
-from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
-from .scoring_rules import Objective
+from .row_pass import STATISTICS, device_scalar, row_pass
 
 # A finished gradient, or the sum that it is still to be made of.
 Source = Tensor | WeightGradient | None
-
-Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
-IMPLEMENTATIONS = ("auto", "torch", "triton", "compile", "reference")
-
-#: Values of the argument ``fused_head``.
-FUSED_MODES = ("auto", "on", "off")
 
 # Rows of a chunk. On a GPU fewer than about 1,000 make the read-modify-write of the float32 weight gradient cost more
 # than the product that it belongs to, and half a GiB is enough. On a CPU 128 are nearly as fast as 1,024; glibc keeps
@@ -47,71 +39,6 @@ _ROW_ALIGNMENT = 64
 # where the weight is so large that their products would not fit into float16.
 _HALF_SCALE = 1024.0
 _HALF_WEIGHT = 4.0
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How a head is scored: the rule, what the model does after its head, and how the work is cut.
-
-    Args:
-        objective: the rule to differentiate; None computes the statistics alone.
-        post: what the model does to the output of its head.
-        entropy: also compute each token's entropy.
-        chunk_tokens: rows of a chunk; None chooses for the device.
-        impl: which row pass.
-        extra: further columns to compute from the logits of each chunk, where no gradient is computed.
-    """
-
-    objective: Objective | None
-    post: PostOps = field(default_factory=PostOps)
-    entropy: bool = False
-    chunk_tokens: int | None = None
-    impl: Implementation = "auto"
-    extra: ExtraStatistics | None = None
-
-    def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
-        if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens} must be a whole number from 1 on; None chooses for the device."
-            )
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """An output layer that is ``F.linear(hidden, weight, bias)``."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """Return V."""
-        return self.weight.shape[0]
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that may need a gradient."""
-        return (self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class ModuleHead:
-    """Any other output layer, run chunk by chunk under autograd: LoRA on the head, quantised weights.
-
-    Args:
-        forward: from hidden states ``[n, D]`` to the head's output ``[n, V]``.
-        parameters: every tensor that ``forward`` depends on and that may need a gradient.
-        vocab_size: V.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor | None, ...]
-    vocab_size: int
-
-
-Head = LinearHead | ModuleHead
 
 
 class ChunkedObjective(torch.autograd.Function):
