@@ -152,6 +152,7 @@ class _Work:
         kind = hidden.device.type
         self.autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(kind) if self.autocast else hidden.dtype
+        self.whole = False
         if isinstance(head, LinearHead) and not self.autocast and head.weight.dtype != hidden.dtype:
             raise ValueError(
                 f"the hidden states are {hidden.dtype} but the head's weight is {head.weight.dtype}: convert one of "
@@ -180,6 +181,7 @@ class _Work:
             None) with the dtype it is to have.
         """
         hidden, head, options = self.hidden, self.head, self.options
+        self.whole = weight is not None and wants[1] and _cheaper_whole(hidden, head, len(self.labels))
         chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
@@ -226,6 +228,8 @@ class _Work:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
         most = self.options.chunk_tokens
         if most is None:
+            if self.whole:
+                return max(1, len(self.labels))
             row_bytes = self.head.vocab_size * self.dtype.itemsize
             if self.hidden.device.type == "cpu":
                 most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
@@ -233,6 +237,19 @@ class _Work:
                 most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
         number = max(1, -(-len(self.labels) // most))
         return max(1, -(-len(self.labels) // number))
+
+
+def _cheaper_whole(hidden: Tensor, head: Head, tokens: int) -> bool:
+    """Return whether a bfloat16 head is better scored in one chunk: fewer tokens than the hidden states are wide.
+
+    The logits ``[N, V]`` are then smaller than half of the float32 sum ``[V, D]`` of the weight's gradient, which one
+    chunk does without: less memory, and no pass over that sum for each chunk.
+    """
+    return (
+        isinstance(head, LinearHead)
+        and hidden.dtype == head.weight.dtype == torch.bfloat16
+        and tokens <= hidden.shape[-1]
+    )
 
 
 class _LinearChunks:
@@ -250,7 +267,7 @@ class _LinearChunks:
         if not by_onednn(self.weight, work.chunk_size()):  # that returns memory of its own
             columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
-        self.grad_weight = WeightGradient(head.weight)
+        self.grad_weight = WeightGradient(head.weight, whole=work.chunk_size() >= len(work.labels))
         self.grad_bias: Tensor | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
