@@ -24,6 +24,7 @@ from dpsm_hf.scripts.summarization_arguments import DataTrainingArguments, Model
 from run_summarization_dpsm import main
 from tests.summarization_run import DOCSTRINGS, FRESH_BART, TRAIN_BPE, arguments
 
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

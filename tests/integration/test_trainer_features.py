@@ -1,4 +1,4 @@
-"""What users do with a Trainer, done with DPSMTrainer: PEFT, compile, HPO, early stopping, custom losses and models."""
+"""What users do with a Trainer, done with DPSMTrainer: PEFT, compile, HPO, early stopping, own losses and models."""
 
 from __future__ import annotations
 
