@@ -17,13 +17,13 @@ from .callbacks import CalibrationCallback
 from .checks import check_calibration_dataset
 from .depth import DepthReader
 from .devices import float64_device
-from .distributed import real_rows, sum_over_processes
+from .distributed import sum_over_processes
 from .extra_statistics import ExtraStatistics
 from .frequent_tokens import frequent_labels
 from .generation.scoring import FreeRunning
 from .losses import TokenScores
 from .models import core_model, end_tokens
-from .panel import EvaluationPanel, check_finite
+from .panel import EvaluationPanel, check_finite, real_tokens
 from .temperature import Moments, TemperatureScaler
 from .token_bytes import token_bytes
 from .training_loss import TrainingLossMixin
@@ -42,8 +42,7 @@ class _MomentPanel:
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         check_finite(scores, batch_size)
-        length = scores.scored.numel() // max(1, batch_size)
-        mask = scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
+        mask = real_tokens(scores, batch_size)
         assert scores.extra is not None  # asked for above
         home = float64_device(mask.device)
         columns = scores.extra[mask].to(home).double()
@@ -96,11 +95,7 @@ class EvaluationMixin(TrainingLossMixin):
         """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
         self._take_evaluated()
         # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
-        generates = (
-            isinstance(self, Seq2SeqTrainer)
-            and bool(getattr(self.args, "predict_with_generate", False))
-            and not prediction_loss_only
-        )
+        generates = self._predicts_with_generate() and not prediction_loss_only
         self._logits_unused = generates or prediction_loss_only
         smoother = self.label_smoother
         try:
@@ -121,6 +116,9 @@ class EvaluationMixin(TrainingLossMixin):
         if generates and evaluated is not None and result[1] is not None:
             self._score_generated(model, inputs, result[1], gen_kwargs or getattr(self, "_gen_kwargs", {}))
         return result
+
+    def _predicts_with_generate(self) -> bool:
+        return isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
 
     def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
         assert self._depth_reader is not None  # the collector that counts depths was made from it
@@ -224,9 +222,8 @@ class EvaluationMixin(TrainingLossMixin):
         elif self._depth_reader is None or self._depth_reader[0] is not self.model:
             self._depth_reader = (self.model, DepthReader(self.model))
         self._free_running = None
-        generates = isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
         encoder_decoder = getattr(getattr(core_model(self.model), "config", None), "is_encoder_decoder", False)
-        if generates and encoder_decoder and self.dpsm.generated_calibration:
+        if self._predicts_with_generate() and encoder_decoder and self.dpsm.generated_calibration:
             self._free_running = FreeRunning(self.model, self.processing_class)
         return EvaluationPanel(
             eos_tokens=end_tokens(core_model(self.model), self.processing_class),

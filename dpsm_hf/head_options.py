@@ -1,4 +1,4 @@
-"""What is scored, an output layer of either kind, and how: the rule, what the model does after it, the size of a chunk."""
+"""What is scored, an output layer of one kind or another, and how: the rule, the post-ops, the size of a chunk."""
 
 from __future__ import annotations
 

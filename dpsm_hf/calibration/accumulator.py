@@ -195,8 +195,7 @@ class TokenCalibration:
 
     def _some_totals(self) -> Totals:
         totals = self.totals()
-        if not totals.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(int(totals.tokens))
         return totals
 
     def curve(self, bins: int = 15) -> CalibrationCurve:
@@ -243,6 +242,16 @@ class TokenCalibration:
             high=high,
             histogram=in_bins(self.totals().count, 100),
         )
+
+
+def check_seen(tokens: int) -> None:
+    """Raise unless there are tokens to say something about.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not tokens:
+        raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
 
 
 def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:

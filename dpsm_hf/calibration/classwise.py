@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..devices import float64_device
-from .accumulator import BLOCKS
+from ..files import json_number
+from .accumulator import BLOCKS, check_seen
 from .intervals import Interval, block_weights, check_resampling, error_interval
 
 CLASS_BINS = 15
@@ -124,8 +125,7 @@ class ClassCalibration:
 
     def _errors(self, weights: np.ndarray) -> np.ndarray:
         """Return ``[samples, K]`` for so many copies of each block."""
-        if not self.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(self.tokens)
         gaps = (self.positive.double() - self.probability).cpu().numpy()
         tokens = weights @ self.tokens_of_block.cpu().numpy()
         drawn = np.tensordot(weights, gaps, axes=1)
@@ -133,10 +133,9 @@ class ClassCalibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a record holds: the mean, its interval, and the error of each class."""
-        low, high = self.interval()
         return {
             "ece": self.ece,
-            "interval": [None if low != low else low, None if high != high else high],
+            "interval": [json_number(bound) for bound in self.interval()],
             "bins": CLASS_BINS,
             "classes": {str(token): error for token, error in self.compute().items()},
         }

@@ -68,7 +68,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
             found.setdefault(name, []).append(values)
     intervals = {}
     for name, value in point.items():
-        if name == "tokens" or name == "perplexity":
+        if name in ("tokens", "perplexity"):
             continue
         drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no byte of text in any resample, say
         kind = error_interval if name in _ERRORS else basic_interval

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.accumulator import BLOCKS
+from ..calibration.accumulator import BLOCKS, check_seen
 from ..calibration.intervals import Interval, basic_interval, block_weights, check_resampling
 from ..devices import float64_device
+from ..files import json_number
 
 
 class DepthTally:
@@ -109,8 +110,7 @@ class DepthTally:
 
     def _means(self, weights: np.ndarray) -> np.ndarray:
         """Return the mean depth ``[samples]`` for so many copies of each block."""
-        if not self.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(self.tokens)
         # products of float64, exact for counts below 2**53
         drawn = weights @ self.count.cpu().numpy().astype(np.float64)
         return drawn @ np.arange(self.layers + 1) / drawn.sum(1)
@@ -125,7 +125,7 @@ class DepthTally:
         """
         return {
             "mean": self.mean,
-            "interval": [bound if math.isfinite(bound) else None for bound in self.interval()],
+            "interval": [json_number(bound) for bound in self.interval()],
             "layers": self.layers,
             "tokens": self.tokens,
             "counts": self.count.sum(0).tolist(),

@@ -15,13 +15,13 @@ class DataSource:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Data set: a hub name, a folder, or text that comes with Python (dpsm_hf): python-docs, the language "
-            "reference and docstrings, or python-docstrings, docstrings and their summary lines."
+            "help": "Data set: a hub name, a folder, or text that comes with Python (dpsm_hf): python-docs, the "
+            "language reference and docstrings, or python-docstrings, docstrings and their summary lines."
         },
     )
     dataset_config_name: str | None = field(
         default=None,
-        metadata={"help": "Configuration of the data set; for those of Python, site-packages adds installed packages."},
+        metadata={"help": "Configuration of the data set; for Python's own, site-packages adds installed packages."},
     )
     train_file: str | None = field(
         default=None,
