@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -133,6 +134,52 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+# ---- command lines -------------------------------------------------------------------------------------------------
+
+
+def add_target(p: argparse.ArgumentParser) -> None:
+    """Add the options that say where to measure and where to write."""
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+
+
+def add_options(p: argparse.ArgumentParser, *, samples: int, rounds: str, budget: float) -> None:
+    """Add the options of every benchmark: those of `measure`, with their defaults, and those of `add_target`."""
+    p.add_argument("--samples", type=int, default=samples, help=rounds)
+    p.add_argument("--budget", type=float, default=budget, help="seconds a case after which no further round begins")
+    add_target(p)
+
+
+def open_table(arguments: argparse.Namespace, device: torch.device) -> Table:
+    """Return the table that the options of `add_target` name."""
+    return Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device)
+
+
+def main(
+    p: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, Table, torch.device], None],
+    own_peak: Callable[..., float | None] | None = None,
+) -> None:
+    """Run a benchmark from the command line.
+
+    Args:
+        p: its parser, with `add_options`.
+        run: measures, and adds rows to the table.
+        own_peak: called with the device and a case, returns its peak in MiB; what `peak_in_own_process` asks for.
+    """
+    if own_peak is not None:
+        p.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
+    arguments = p.parse_args()
+    device = torch.device(arguments.device)
+    if own_peak is not None and arguments.memory_of is not None:
+        print(json.dumps(own_peak(device, *arguments.memory_of)))
+        return
+    run(arguments, open_table(arguments, device), device)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
 def peak_above(run: Callable[[], object], device: torch.device) -> float | None:

@@ -6,17 +6,15 @@ python -m benchmarks.evaluation --tokens 16384 --dtypes fp32 bf16
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.common import Row, Table, add_options, main, measure, peak_above, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMTrainer
 
@@ -77,31 +75,21 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
         table.add(Row("evaluation memory", "ours", "fp32", tokens, 64, VOCABULARY, **columns))
 
 
+def own_peak(device: torch.device, variant: str, dtype: str, tokens: int, small: bool) -> float | None:
+    """Return the peak of an evaluation in this process."""
+    make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
+    return peak_above(make_evaluation(variant, dtype, tokens, small), device)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the set whose evaluation is timed")
     p.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    p.add_argument("--samples", type=int, default=5, help="rounds of one evaluation of each variant")
-    p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
     p.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of large sets out")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    add_options(p, samples=5, rounds="rounds of one evaluation of each variant", budget=240)
     return p
 
 
-def main() -> None:
-    """Run from the command line."""
-    arguments = parser().parse_args()
-    device = torch.device(arguments.device)
-    if arguments.memory_of:
-        variant, dtype, tokens, small = json.loads(arguments.memory_of)
-        make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
-        print(json.dumps(peak_above(make_evaluation(variant, dtype, tokens, small), device)))
-        return
-    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
-
-
 if __name__ == "__main__":
-    main()
+    main(parser(), run, own_peak)

@@ -34,12 +34,12 @@ from .trainer import DPSMSeq2SeqTrainer, DPSMTrainer
 
 APPLICATIONS = ("none", "generation_config", "weights")
 
-# What the table shows: name, heading, whether more is better.
+# What the table shows: name, heading.
 _ROWS = (
-    ("nll", "NLL (nats)", False), ("perplexity", "perplexity", False), ("brier", "Brier score", False),
-    ("ece_10", "ECE-10", False), ("ece_15", "ECE-15", False), ("ece_100", "ECE-100", False),
-    ("debiased_ece", "debiased ECE-15", False), ("adaptive_ece", "adaptive ECE", False),
-    ("smooth_ece", "smooth ECE", False), ("mce", "MCE-15", False), ("signed_gap", "confidence - accuracy", False),
+    ("nll", "NLL (nats)"), ("perplexity", "perplexity"), ("brier", "Brier score"),
+    ("ece_10", "ECE-10"), ("ece_15", "ECE-15"), ("ece_100", "ECE-100"),
+    ("debiased_ece", "debiased ECE-15"), ("adaptive_ece", "adaptive ECE"),
+    ("smooth_ece", "smooth ECE"), ("mce", "MCE-15"), ("signed_gap", "confidence - accuracy"),
 )  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def _table(
         "",
         f"{'':<22}{'before':>12}  {'':<22}{'after':>12}",
     ]
-    for name, heading, _ in _ROWS:
+    for name, heading in _ROWS:
         cells = []
         for suffix, intervals in (("", before), ("_scaled", after)):
             value = metrics.get(f"test_{name}{suffix}")

@@ -1,8 +1,9 @@
-"""Files that are either whole or not there."""
+"""JSON files that are either whole or not there, and the numbers in them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,3 +17,8 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def json_number(value: float) -> float | None:
+    """Return a number, or None where it is infinite or NaN, for which JSON has none."""
+    return value if math.isfinite(value) else None

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import ChunkedObjective, Head, HeadOptions, Implementation, LinearHead
+from .chunked import ChunkedObjective
+from .head_options import Head, HeadOptions, Implementation, LinearHead
 from .losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
 from .row_pass import STATISTICS, PostOps
 from .scoring_rules import Objective

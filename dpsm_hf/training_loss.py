@@ -44,6 +44,9 @@ class Collector(Protocol):
     @property
     def extra(self) -> ExtraStatistics | None: ...
 
+    @property
+    def counts_depths(self) -> bool: ...
+
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None: ...
 
 

@@ -114,7 +114,11 @@ def test_the_calibration_split_is_not_trained_on(streaming: bool) -> None:
     ("main", "options", "message"),
     [
         (run_clm_dpsm.main, {**CLM, "calibration_split_percentage": 0}, "calibration_split_percentage 0 must lie"),
-        (run_summarization_dpsm.main, {**SUMMARIES, "calibration_split_percentage": 100}, "is 100; it must lie"),
+        (
+            run_summarization_dpsm.main,
+            {**SUMMARIES, "calibration_split_percentage": 100},
+            "calibration_split_percentage 100 must lie",
+        ),
     ],
 )
 def test_an_impossible_share(main: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -17,6 +18,7 @@ from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
@@ -35,6 +37,7 @@ from dpsm_hf.depth import DepthReader
 from dpsm_hf.generation import generated_batch
 from dpsm_hf.models import align_targets
 from dpsm_hf.text_metrics import rouge_scores
+from dpsm_hf.token_bytes import token_bytes
 from tests.tiny import SEQ2SEQ, VOCAB, make_data, make_model
 
 TEXTS = [f"Line {i} of a text, with a naïve café and 日本語 in it.\n" * 3 for i in range(30)]
@@ -217,6 +220,18 @@ def test_bits_per_byte_and_end_tokens(tmp_path: Path) -> None:
         log_p = trainer.model(torch.tensor(rows["input_ids"])).logits.log_softmax(-1)
     expected = -sum(log_p[i, j, tokenizer.eos_token_id].item() for i, j in ends) / 5
     assert metrics["eval_eos_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bytes_are_those_of_the_tokenizer_and_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, by_byte, _ = text_trainer(tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr("dpsm_hf.evaluation.token_bytes", lambda t: (asked.append(t), token_bytes(t))[1])
+    by_word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    for tokenizer in (by_byte, by_word):
+        trainer.processing_class = tokenizer
+        for _ in range(2):
+            assert ("eval_bits_per_byte" in trainer.evaluate()) == (tokenizer is by_byte)
+    assert asked == [by_byte, by_word]
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
