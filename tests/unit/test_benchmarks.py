@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import common, gpu_check, growth, head, plot, training_step
+from benchmarks import common, evaluation, gpu_check, growth, head, plot, training_step
 from benchmarks.hidden import hidden_states, token_ids
 
 CPU = torch.device("cpu")
@@ -226,7 +226,7 @@ def test_the_picture_and_the_table(table: common.Table) -> None:
     assert len([line for line in text.splitlines() if line.startswith("| 1024 ")]) == 7
 
 
-@pytest.mark.parametrize("module", [head, growth, training_step])
+@pytest.mark.parametrize("module", [head, growth, training_step, evaluation])
 def test_help_names_every_option(module: Any) -> None:
     parser: argparse.ArgumentParser = module.parser()
     text = parser.format_help()
