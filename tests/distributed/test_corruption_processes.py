@@ -1,0 +1,67 @@
+"""Two real processes, and kill -9 with a resume, corrupt the very tokens and pairs that one whole process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.corrupted_run import CASES, run
+from tests.distributed.corruption_worker import SPLITS
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = str(ROOT / "tests" / "distributed" / "corruption_worker.py")
+pytestmark = pytest.mark.distributed
+
+
+def launch(*command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[Any, Any]:
+    """Every case in this process, one micro-batch a step."""
+    return {case: run(*case, 8, 1) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """Every case in two processes."""
+    path = tmp_path_factory.mktemp("corruption") / "results.pt"
+    launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, str(path))
+    return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what each case did after it was killed in its third step and resumed from its second."""
+    folder = tmp_path_factory.mktemp("killed")
+    launch(WORKER, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_corrupt_what_one_does(case: Any, split: Any, two: Any, whole: Any) -> None:
+    one, many = whole[case], two[case, split]
+    assert {s: sorted(rows) for s, rows in many["rows"].items()} == {s: sorted(r) for s, r in one["rows"].items()}
+    assert many["logs"] == one["logs"] and many["record"] == one["record"]
+    for mine, other in zip(many["parameters"], one["parameters"], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_killed_and_resumed_run_corrupts_what_the_whole_one_does(case: Any, resumed: Path, whole: Any) -> None:
+    one, rest = whole[case], torch.load(resumed / f"{case[0]}-{case[1]}.pt", weights_only=False)
+    assert set(rest["rows"]) == {2, 3}
+    assert {s: sorted(rows) for s, rows in rest["rows"].items()} == {s: sorted(one["rows"][s]) for s in rest["rows"]}
+    assert rest["logs"] == one["logs"] and rest["record"] == one["record"]
