@@ -236,6 +236,14 @@ def test_a_run_that_was_clean_before_says_since_when_it_counts(tmp_path: Path, w
     assert saved["from_step"] == 2
 
 
+def test_a_checkpoint_that_is_not_there_is_the_error_it_was(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError)) as plain:
+        build("gpt2", None, 8, 1).train(resume_from_checkpoint=str(tmp_path / "none"))
+    with pytest.raises(type(plain.value)) as corrupted:
+        build("gpt2", corruption("flips"), 8, 1).train(resume_from_checkpoint=str(tmp_path / "none"))
+    assert str(corrupted.value) == str(plain.value)
+
+
 def test_shifted_labels_of_the_collator_are_flipped_alike() -> None:
     """A collator may bring the targets itself; then those are flipped."""
     trainer = build("gpt2", corruption("flips", steps=1.0), 8, 1, max_steps=1)
