@@ -17,6 +17,7 @@ from dpsm_hf.data.loading import EMBEDDED_DATASETS, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
 from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stress_arguments import StressArguments
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(DataSource):
+class DataTrainingArguments(StressArguments, DataSource):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
     test_file: str | None = field(
@@ -193,6 +194,7 @@ def check_contradictions(
         if training_args.do_eval and data_args.validation_file is None and data_args.train_file is None:
             raise ValueError("--do_eval needs a --validation_file, a --train_file or a --dataset_name.")
     data_args.check_calibration(training_args.fit_temperature)
+    data_args.check_stress(training_args)
     if model_args.tokenizer_name == TRAIN_BPE and data_args.dataset_name is None and data_args.train_file is None:
         raise ValueError(f"--tokenizer_name {TRAIN_BPE} needs a --train_file or a --dataset_name to train on.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:

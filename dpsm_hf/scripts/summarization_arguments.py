@@ -12,6 +12,7 @@ from typing import Any
 from dpsm_hf.data.tokenizer import TRAIN_BPE
 from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stress_arguments import SummaryStressArguments
 
 
 @dataclass
@@ -28,7 +29,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(DataSource):
+class DataTrainingArguments(SummaryStressArguments, DataSource):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
     lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
@@ -129,6 +130,7 @@ def check_contradictions(model_args: ModelArguments, data_args: DataTrainingArgu
     if data_args.bertscore and not training_args.predict_with_generate:
         raise ValueError("--bertscore scores generated summaries: pass --predict_with_generate too.")
     data_args.check_calibration(training_args.fit_temperature)
+    data_args.check_stress(training_args)
     for name in ("bertscore_model", "bertscore_num_layers"):
         if getattr(data_args, name) is not None and not data_args.bertscore:
             raise ValueError(f"--{name} has no effect without --bertscore: pass it too.")
