@@ -15,8 +15,24 @@ SCRIPTS = {"language-modelling": "run_clm_dpsm.py", "summarization": "run_summar
 #: Variations that carry the claims are never pruned; ablations may be.
 ROLES = ("main", "ablation")
 
-# What stands in an argument for something that the campaign makes: the model of another run, a shared tokenizer.
-_PLACEHOLDER = re.compile(r"\{(run|tokenizer):([0-9a-f]{12})\}")
+#: Arguments that change the log and the screen, but no result; no part of a run's id.
+DISPLAY = frozenset(
+    {
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "project",
+        "trackio_space_id",
+    }
+)
+
+# What stands in an argument for the output folder of another run.
+_RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -40,62 +56,35 @@ class Variation:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that decides its numbers, and what it is shown by.
-
-    An argument may hold ``{run:ID}``, the output folder of another run (whose model this one starts from), or
-    ``{tokenizer:KEY}``, a tokenizer that several runs share; `shared.launch_arguments` puts the folders in.
+    """One training run: everything that decides its numbers.
 
     Args:
         task: a key of `SCRIPTS`.
-        arguments: of the script, without ``output_dir`` and what only concerns display and tracking.
+        arguments: of the script, without ``output_dir`` and trackers. ``{run:ID}`` in one stands for the output folder
+            of another run, whose model this one starts from.
         processes: that it is launched on.
         contents: what stands in the id for arguments that name local files, by argument: a hash of the files, so that
             a folder can move without its runs being repeated, and cannot change without that.
-        display: arguments that change what is logged and shown, not what is computed; no part of the id.
     """
 
     task: str
     arguments: Mapping[str, Any]
     processes: int = 1
     contents: Mapping[str, Any] = field(default_factory=dict)
-    display: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
         """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
-        arguments = {**self.arguments, **self.contents}
-        content = {"task": self.task, "processes": self.processes, "arguments": arguments}
-        return short_hash(content)
+        arguments = {name: value for name, value in self.arguments.items() if name not in DISPLAY}
+        content = {"task": self.task, "processes": self.processes, "arguments": {**arguments, **self.contents}}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the ids of the runs that must have finished before this one can start."""
-        return _placeholders(self.arguments, "run")
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Return the keys of the shared tokenizers that it uses."""
-        return _placeholders(self.arguments, "tokenizer")
-
-
-@dataclass(frozen=True)
-class SharedTokenizer:
-    """A tokenizer that is trained once for all runs on the same texts.
-
-    Args:
-        task: a key of `SCRIPTS`.
-        arguments: of the script: the data and the size of the vocabulary.
-        contents: as in `Run`.
-    """
-
-    task: str
-    arguments: Mapping[str, Any]
-    contents: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Return 12 hexadecimal digits of the SHA-256 of what decides the tokenizer."""
-        return short_hash({"task": self.task, "arguments": {**self.arguments, **self.contents}})
+        texts = [value for value in self.arguments.values() if isinstance(value, str)]
+        return tuple(dict.fromkeys(match for text in texts for match in _RUN_FOLDER.findall(text)))
 
 
 @dataclass(frozen=True)
@@ -165,7 +154,6 @@ class Campaign:
         source: the YAML file's text, for the record.
         track: trackers that every run reports to, ``wandb`` for instance.
         preparations: titles, by id, of runs that stand nowhere in the plan, but whose models others start from.
-        tokenizers: trained once and shared, by `SharedTokenizer.key`.
         titles: in words, by kind (``study``, ``size``, ``data``) and name.
         planned: what the plan was told about sizes and data beside arguments, by kind and name: ``train_tokens``,
             ``train_examples``, ``architecture``.
@@ -187,7 +175,6 @@ class Campaign:
     source: str = ""
     track: tuple[str, ...] = ()
     preparations: Mapping[str, str] = field(default_factory=dict)
-    tokenizers: Mapping[str, SharedTokenizer] = field(default_factory=dict)
     titles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     planned: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -218,17 +205,7 @@ class Campaign:
         for point in self.points:
             if point.run_id == run_id:
                 settings = [f"{name}={value}" for name, value in point.settings.items()]
-                return "/".join([point.study, point.variation, point.size, point.data, f"seed-{point.seed}", *settings])
+                return "/".join(
+                    [point.study, point.variation, point.size, point.data, f"seed-{point.seed}", *settings]
+                )
         return f"preparation/{self.preparations[run_id]}"
-
-
-def short_hash(content: Any) -> str:
-    """Return 12 hexadecimal digits of the SHA-256 of a content's JSON with sorted keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _placeholders(arguments: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    texts = [value for value in arguments.values() if isinstance(value, str)]
-    found = [match.group(2) for text in texts for match in _PLACEHOLDER.finditer(text) if match.group(1) == kind]
-    return tuple(dict.fromkeys(found))
