@@ -72,7 +72,7 @@ def content_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _file_hash(path: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -119,7 +119,7 @@ def _entry(wanted: str, there: Mapping[str, Any], problems: Problems) -> tuple[s
     if "=" in wanted:
         files: dict[str, str] = {}
         for part in wanted.split(","):
-            split, equals, path = part.partition("=")
+            split, _, path = part.partition("=")
             if split not in _SPLITS or not path:
                 problems.add(place, wanted, f"{part!r} is not SPLIT=FILE with a split of {', '.join(_SPLITS)}")
                 return None

@@ -20,6 +20,7 @@ from ..arguments import DPSMConfig, DPSMSeq2SeqConfig
 from ..scripts import clm_arguments, summarization_arguments
 from ..scripts.scratch_config import build_config_from_scratch
 from ..scripts.script_utils import REMOVED_ARGUMENTS
+from .design import SCRIPTS
 from .yaml_lines import Located, suggestion
 
 #: What the campaign itself gives to every run, and why a file cannot.
@@ -85,7 +86,8 @@ def check_name(task: str, name: str) -> str | None:
     if name in REMOVED_ARGUMENTS:
         return f"this argument is gone from transformers 5; {REMOVED_ARGUMENTS[name]}"
     if name not in argument_fields(task):
-        return f"{name!r} is not an argument of the script; {suggestion(name, argument_fields(task))}"
+        known = suggestion(name, argument_fields(task)).replace("look it up", f"{SCRIPTS[task]} --help lists them")
+        return f"{name!r} is not an argument of the script; {known}"
     return None
 
 
@@ -145,7 +147,8 @@ def _words(option: Any) -> list[str]:
     """Return the words that an enumeration allows."""
     if typing.get_origin(option) is Literal:
         return [word for word in typing.get_args(option) if isinstance(word, str)]
-    return [str(member.value) for member in option] if isinstance(option, enum.EnumMeta) else []
+    members: list[enum.Enum] = list(option) if isinstance(option, enum.EnumMeta) else []
+    return [str(member.value) for member in members]
 
 
 def _describe(options: Sequence[Any]) -> str:

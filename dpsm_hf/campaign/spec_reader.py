@@ -191,7 +191,7 @@ class SpecReader:
     def grid(self, given: Located | None, path: str) -> dict[str, tuple[Given, ...]]:
         found: dict[str, tuple[Given, ...]] = {}
         for name, entry in self.keys(given, path, None, ()).items():
-            values = []
+            values: list[Given] = []
             for item in self.items(entry, f"{path}.{name}"):
                 value = self.argument(name, item, f"{path}.{name}")
                 if value is None:
@@ -221,9 +221,9 @@ class SpecReader:
     def audit(self, given: Located | None) -> dict[str, Any] | None:
         if given is None or given.value is None:
             return None
-        known = ("size", "tokens", "steps", "rows", "block", "repeats")
+        known = ("size", "tokens", "repeats", "steps", "sequences", "length")
         return {
-            key: item.plain() if key == "size" else self.integer(item, f"audit.{key}", 1)
+            key: item.plain() if key == "size" else self.integer(item, f"audit.{key}", 0 if key == "steps" else 1)
             for key, item in self.keys(given, "audit", known, ()).items()
         }
 

@@ -11,7 +11,10 @@ from typing import Any, TypeAlias
 
 import yaml
 
-Scalar: TypeAlias = None | bool | int | float | str
+# More names than this are no help in an error.
+_LISTED = 24
+
+Scalar: TypeAlias = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         return f"did you mean {' or '.join(close)}?"
     if not names:
         return "there is none"
+    if len(names) > _LISTED:
+        return "look it up"
     return "choose " + (f"one of {', '.join(names)}" if len(names) > 1 else names[0])
 
 
