@@ -5,15 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from .arguments import DPSMArguments, dpsm_arguments
+from .corrupted_training import CorruptionMixin
 from .distributed import sum_over_processes
 from .extra_statistics import ExtraStatistics
 from .fused import FusedHead, FusedHeadError, ScoredOutput, ScoringRequest
@@ -31,11 +31,6 @@ from .scoring_rules import Objective
 from .tally import TokenTally
 
 logger = logging.get_logger(__name__)
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 
 class Collector(Protocol):
@@ -57,7 +52,7 @@ class _Batch(NamedTuple):
     denominator: Tensor | int
 
 
-class TrainingLossMixin(_Base):
+class TrainingLossMixin(CorruptionMixin):
     """Compute the loss of a `Trainer`; the half of `DPSMMixin` that knows scoring rules and models."""
 
     model: nn.Module
@@ -94,8 +89,9 @@ class TrainingLossMixin(_Base):
         return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
 
     def _owns_loss(self) -> bool:
-        """Return whether the loss is computed here: always, but for plain CE on a model whose logits are unknown."""
-        return self.compute_loss_func is None and (self._alignment is not None or self.dpsm.loss_type != "ce")
+        """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
+        known = self._alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        return self.compute_loss_func is None and known
 
     def _refuse_other_losses(self) -> None:
         if self.dpsm.loss_type == "ce":
@@ -141,10 +137,12 @@ class TrainingLossMixin(_Base):
         alignment = self._alignment or "aligned"  # unknown only as long as nothing was scored
         shift_labels = inputs.get("shift_labels")
         denominator = self._denominator(labels, shift_labels, alignment, num_items_in_batch)
-        batch = _Batch(inputs_without_labels(self.model, inputs), labels, shift_labels, alignment, denominator)
+        clean = inputs_without_labels(self.model, inputs)
         training = model.training
         if training:
             self._alpha = self.alpha
+            labels, shift_labels = self._flipped(labels, shift_labels, alignment)
+        batch = _Batch(clean, labels, shift_labels, alignment, denominator)
         outputs: Any = None
         failure: Exception | None = None
         # a subclass that wraps this method may look at the outputs whatever the evaluation needs

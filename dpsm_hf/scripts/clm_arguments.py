@@ -16,6 +16,7 @@ from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stress_arguments import StressArguments
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(StressArguments):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
     dataset_name: str | None = field(
@@ -226,6 +227,7 @@ def check_contradictions(
             raise ValueError("--do_eval needs a --validation_file, a --train_file or a --dataset_name.")
     if data_args.calibration_file is not None and not training_args.fit_temperature:
         raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
+    data_args.check_stress(training_args)
     if model_args.tokenizer_name == TRAIN_BPE and data_args.dataset_name is None and data_args.train_file is None:
         raise ValueError(f"--tokenizer_name {TRAIN_BPE} needs a --train_file or a --dataset_name to train on.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:

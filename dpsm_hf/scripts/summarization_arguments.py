@@ -12,6 +12,7 @@ from typing import Any
 from dpsm_hf.data.loading import check_sources
 from dpsm_hf.data.tokenizer import TRAIN_BPE
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stress_arguments import SummaryStressArguments
 
 
 @dataclass
@@ -28,7 +29,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(SummaryStressArguments):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
     lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
@@ -151,6 +152,7 @@ def check_contradictions(model_args: ModelArguments, data_args: DataTrainingArgu
         raise ValueError("--bertscore scores generated summaries: pass --predict_with_generate too.")
     if data_args.calibration_file is not None and not training_args.fit_temperature:
         raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
+    data_args.check_stress(training_args)
     for name in ("bertscore_model", "bertscore_num_layers"):
         if getattr(data_args, name) is not None and not data_args.bertscore:
             raise ValueError(f"--{name} has no effect without --bertscore: pass it too.")
