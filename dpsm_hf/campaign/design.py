@@ -195,17 +195,3 @@ class Campaign:
                 found.setdefault(needed)
             found.setdefault(point.run_id)
         return list(found)
-
-    def run_name(self, run_id: str) -> str:
-        """Return a name for people: that of the first point at which the run stands, or of the preparation.
-
-        Raises:
-            KeyError: if the campaign has no such run.
-        """
-        for point in self.points:
-            if point.run_id == run_id:
-                settings = [f"{name}={value}" for name, value in point.settings.items()]
-                return "/".join(
-                    [point.study, point.variation, point.size, point.data, f"seed-{point.seed}", *settings]
-                )
-        return f"preparation/{self.preparations[run_id]}"

@@ -209,7 +209,7 @@ def _preparation(work: _Expansion, size: SizeEntry, data: str, seed: int) -> str
     reference = spec.variations[spec.reference].arguments
     given = _merged(spec.base, size.arguments, spec.data[data].arguments, reference, start.arguments)
     own = seed if start.seed is None else start.seed
-    run = _run(work, given, own, size.processes, size.place, f"sizes.{size.name}.start_from")
+    run = _run(work, given, own, size.processes, size.place, f"sizes.{size.name}.start_from", reported=False)
     if run is None:
         return None
     work.runs.setdefault(run.id, run)
@@ -235,8 +235,17 @@ def _run(
     processes: int,
     place: Place,
     key: str,
+    reported: bool = True,
 ) -> Run | None:
-    """Return a run, None where something is wrong with it, which is then noted."""
+    """Return a run, None where something is wrong with it, which is then noted.
+
+    Args:
+        work: what is known so far; gets the problems.
+        given: the arguments.
+        seed, processes: of the run.
+        place, key: what is wrong with it where no argument is to blame.
+        reported: whether its figures are reported, not its model alone used.
+    """
     task, problems = work.spec.task, work.problems
     values = effective(task, _values(given))
     missing = False
@@ -250,10 +259,11 @@ def _run(
         return None
     run = Run(task, {**values, "seed": seed}, processes, _contents(values, given))
     # seeds differ in nothing that could be refused
-    unseeded = repr(sorted(values.items()))
+    unseeded = repr((sorted(values.items()), reported))
     if unseeded not in work.checked:
         work.checked.add(unseeded)
-        for message in [*refusals(task, values), *_campaign_refusals(work.spec, values)]:
+        wanted = _campaign_refusals(work.spec, values) if reported else ()
+        for message in [*refusals(task, values), *wanted]:
             blamed = _blamed(message, given)
             problems.add(blamed.place if blamed else place, blamed.key if blamed else key, message)
     return run

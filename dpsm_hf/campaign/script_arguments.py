@@ -18,6 +18,7 @@ import torch
 
 from ..arguments import DPSMConfig, DPSMSeq2SeqConfig
 from ..scripts import clm_arguments, summarization_arguments
+from ..scripts.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
 from ..scripts.scratch_config import build_config_from_scratch
 from ..scripts.script_utils import REMOVED_ARGUMENTS
 from .design import SCRIPTS
@@ -31,6 +32,7 @@ RESERVED = {
     "report_to": "name trackers under track",
     "resume_from_checkpoint": "an interrupted run is resumed by itself",
     "push_to_hub": "the runs of a campaign stay where they are",
+    "stop_at_step": "the budget says where runs are compared",
     "load_best_model_at_end": "evaluate_best reports the best checkpoint beside the last one",
 }
 
@@ -54,10 +56,11 @@ def argument_classes(task: str) -> tuple[type, ...]:
     Args:
         task: a key of `design.SCRIPTS`.
     """
+    given: Any = summarization_arguments
     if task == "summarization":
-        given = summarization_arguments
-        return (given.ModelArguments, given.DataTrainingArguments, _Summarization)
-    return (clm_arguments.ModelArguments, clm_arguments.DataTrainingArguments, _LanguageModelling)
+        return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _Summarization)
+    given = clm_arguments
+    return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _LanguageModelling)
 
 
 @functools.cache
@@ -198,8 +201,11 @@ def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
 
 def _check_together(task: str, built: Sequence[Any]) -> None:
     module = summarization_arguments if task == "summarization" else clm_arguments
-    module.check_contradictions(*built)
-    model, data = built[0], built[1]
+    model, data, outcome, training = built
+    module.check_contradictions(model, data, training)
+    settle_best_checkpoint(outcome, training)
+    if task == "summarization":
+        check_samples(outcome, training)
     if model.model_type is not None and model.model_name_or_path is None:
         build_config_from_scratch(
             model.model_type, model.config_overrides, None, block_size=getattr(data, "block_size", None)
