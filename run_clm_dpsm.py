@@ -12,27 +12,39 @@ The arguments are those of the Hugging Face example `run_clm.py` with those of `
     accelerate launch run_clm_dpsm.py settings.yaml
 
 A run whose output folder holds a checkpoint continues from it; Ctrl-C saves one first. --do_predict evaluates on the
-test split. Perplexity is exp of the true token mean of the negative log-likelihood, `eval_nll`.
+test split. Perplexity is exp of the true token mean of the negative log-likelihood, `eval_nll`. What a finished run
+found out is in `outcome.json`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
-from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, load_text_datasets
+from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
+from dpsm_hf.scripts.best_checkpoint import best_weights, early_stopping
 from dpsm_hf.scripts.clm_arguments import (
     DataTrainingArguments,
     ModelArguments,
     check_contradictions,
     resolve_block_size,
 )
+from dpsm_hf.scripts.outcome import Outcome, discard_outcome
+from dpsm_hf.scripts.outcome_arguments import OutcomeArguments, settle_best_checkpoint
+from dpsm_hf.scripts.samples import continuations
 from dpsm_hf.scripts.script_utils import (
     build_config_from_scratch,
     check_block_size,
@@ -54,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and test by their logged names; empty where nothing was to do.
     """
-    model_args, data_args, training_args = parse_script_arguments(
-        (ModelArguments, DataTrainingArguments, DPSMConfig), argv
+    model_args, data_args, outcome_args, training_args = parse_script_arguments(
+        (ModelArguments, DataTrainingArguments, OutcomeArguments, DPSMConfig), argv
     )
     setup_logging(training_args)
     check_contradictions(model_args, data_args, training_args)
-    limits = {
+    settle_best_checkpoint(outcome_args, training_args)
+    limits: dict[str, int | None] = {
         split: limit
         for split, wanted, limit in (
             ("train", training_args.do_train, data_args.max_train_samples),
@@ -73,23 +86,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
     if training_args.fit_temperature:
         limits["calibration"] = None
+    discard_outcome(training_args)
     checkpoint = detect_checkpoint(training_args)
     set_seed(training_args.seed)
     raw = load_texts(model_args, data_args, training_args, list(limits))
+    extra_texts = load_extra_texts(model_args, data_args, outcome_args, training_args)
+    limits |= dict.fromkeys(extra_texts, data_args.max_predict_samples or data_args.max_eval_samples)
     tokenizer = load_tokenizer(model_args, data_args, training_args, raw, resuming=checkpoint is not None)
     model = load_model(model_args, data_args, tokenizer)
     block_size = resolve_block_size(data_args.block_size, tokenizer, model.config)
     check_block_size(model.config, block_size)
-    with training_args.main_process_first(desc="preparing the texts"):
-        rows = prepare_clm_datasets(
-            {split: raw[split] for split in limits},
-            tokenizer,
-            data_args.preprocessing(block_size),
-            text_column=data_args.text_column_name,
-            num_proc=data_args.preprocessing_num_workers,
-            overwrite_cache=data_args.overwrite_cache,
-        )
-    parts = {split: first_rows(rows[split], limit) for split, limit in limits.items()}
+    parts = prepare_rows(data_args, training_args, tokenizer, block_size, raw, extra_texts, limits)
     trainer = DPSMTrainer(
         model=model,
         args=training_args,
@@ -102,11 +109,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        results |= train_and_save(trainer, checkpoint, number_of_rows(parts["train"], data_args.max_train_samples))
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split in parts:
-            results |= evaluate(trainer, prefix, parts[split], number_of_rows(parts[split], limits[split]))
+        samples = number_of_rows(parts["train"], limits["train"])
+        results |= train_and_save(trainer, checkpoint, samples, early_stopping(outcome_args.early_stopping_patience))
+    outcome = Outcome(trainer)
+    prefixes = {"validation": "eval", "test": "test"} | {name: name for name in extra_texts}
+
+    def evaluate_all(weights: str) -> None:
+        for split, prefix in prefixes.items():
+            if split in parts:
+                prefix = prefix if weights == "last" else f"{weights}_{prefix}"
+                metrics = evaluate(trainer, prefix, parts[split], number_of_rows(parts[split], limits[split]))
+                outcome.add(weights, split, metrics, prefix=prefix, rows=parts[split])
+                results.update(metrics)
+
+    evaluate_all("last")
+    shown = parts.get("test", parts.get("validation"))
+    if shown is not None:
+        outcome.samples = continuations(trainer, shown, outcome_args.sample_outputs)
     describe(trainer, model_args, data_args)
+    if outcome_args.evaluate_best:
+        with best_weights(trainer) as found:
+            if found:
+                evaluate_all("best")
+    outcome.write()
     return results
 
 
@@ -145,6 +170,47 @@ def load_texts(
     # documents differ much in length, so a share of them is a share of their text
     parts["train"] = data_args.take_low_resource(parts["train"], [column], by_length=True, by_document=by_document)
     return parts
+
+
+def load_extra_texts(
+    model_args: ModelArguments, data_args: DataTrainingArguments, outcome_args: OutcomeArguments, training_args: Any
+) -> dict[str, tuple[AnyDataset, str | None, str]]:
+    """Load the sets of --extra_eval_datasets: texts, their column and what ends a document, by name."""
+    found = {}
+    own = data_args.text_column_name
+    for extra in outcome_args.extra_datasets():
+        with training_args.main_process_first(desc=f"loading {extra.name}"):
+            texts = extra.load(
+                streaming=data_args.streaming,
+                keep_linebreaks=data_args.keep_linebreaks,
+                cache_dir=model_args.cache_dir,
+                token=model_args.token,
+            )
+        column = extra.text_column or (own if own in column_names(texts) else None)
+        choose_text_column(texts, column, extra.name)
+        found[extra.name] = texts, column, data_args.boundary([extra.source] if extra.is_file else [])
+    return found
+
+
+def prepare_rows(
+    data_args: DataTrainingArguments,
+    training_args: DPSMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    raw: Mapping[str, AnyDataset],
+    extra_texts: dict[str, tuple[AnyDataset, str | None, str]],
+    limits: dict[str, int | None],
+) -> dict[str, AnyDataset]:
+    """Turn the texts of every split and further set into rows of tokens, cut to their limits."""
+    options = data_args.preprocessing(block_size)
+    how = {"num_proc": data_args.preprocessing_num_workers, "overwrite_cache": data_args.overwrite_cache}
+    own = {split: raw[split] for split in limits if split in raw}
+    with training_args.main_process_first(desc="preparing the texts"):
+        rows = dict(prepare_clm_datasets(own, tokenizer, options, text_column=data_args.text_column_name, **how))
+        for name, (texts, column, boundary) in extra_texts.items():
+            of_kind = replace(options, document_boundary=boundary)
+            rows |= prepare_clm_datasets({name: texts}, tokenizer, of_kind, text_column=column, **how)
+    return {split: first_rows(rows[split], limit) for split, limit in limits.items()}
 
 
 def load_tokenizer(

@@ -11,6 +11,7 @@ more are marked "dpsm_hf" in --help. All of them may also come from one JSON or 
     accelerate launch run_summarization_dpsm.py settings.yaml
 
 ROUGE is that of the rouge-score package; `dpsm_hf.text_metrics` says how sentences are split and what each figure is.
+What a finished run found out is in `outcome.json`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
 from dpsm_hf.data.loading import load_text_datasets
 from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
+from dpsm_hf.scripts.best_checkpoint import best_weights, early_stopping
 from dpsm_hf.scripts.generation_metrics import decode_ids, summary_metrics, write_predictions
+from dpsm_hf.scripts.outcome import Outcome, discard_outcome
+from dpsm_hf.scripts.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
 from dpsm_hf.scripts.positions import fit_positions
+from dpsm_hf.scripts.samples import summaries
 from dpsm_hf.scripts.script_utils import (
     build_config_from_scratch,
     detect_checkpoint,
@@ -63,47 +68,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and prediction by their logged names; empty where nothing was to do.
     """
-    model_args, data_args, training_args = parse_script_arguments(
-        (ModelArguments, DataTrainingArguments, DPSMSeq2SeqConfig), argv
+    model_args, data_args, outcome_args, training_args = parse_script_arguments(
+        (ModelArguments, DataTrainingArguments, OutcomeArguments, DPSMSeq2SeqConfig), argv
     )
     setup_logging(training_args)
     check_contradictions(model_args, data_args, training_args)
+    settle_best_checkpoint(outcome_args, training_args)
+    check_samples(outcome_args, training_args)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.warning("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
         return {}
+    discard_outcome(training_args)
     checkpoint = detect_checkpoint(training_args)
     bert_scorer = make_bert_scorer(data_args)  # before training: a scorer that cannot be had is found out now
     pairs, columns = load_pairs(model_args, data_args, training_args)
+    of_own = dict.fromkeys(pairs, columns)
+    extra_pairs, of_extra = load_extra_pairs(model_args, data_args, outcome_args, training_args, columns)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args, data_args, training_args, pairs, columns, resuming=checkpoint is not None)
     model = load_model(model_args, data_args, tokenizer)
-
-    def tokenized(split: str, limit: int) -> Any:
-        settings = TokenizationSettings(
-            *columns,
-            max_source_length=data_args.max_source_length,
-            max_target_length=limit,
-            source_prefix=data_args.source_prefix or "",
-            pad_to_max_length=data_args.pad_to_max_length,
-            ignore_pad_token_for_loss=data_args.ignore_pad_token_for_loss,
-        )
-        with training_args.main_process_first(desc=f"tokenising the {split} set"):
-            return tokenize_split(
-                pairs[split],
-                tokenizer,
-                settings,
-                split=split,
-                num_proc=data_args.preprocessing_num_workers,
-                load_from_cache_file=not data_args.overwrite_cache,
-            )
-
-    limits = {
-        "train": data_args.max_target_length,
-        "validation": data_args.val_max_target_length,
-        "test": data_args.val_max_target_length,
-        "calibration": data_args.val_max_target_length,
+    rows = {
+        split: tokenize(texts, (of_own | of_extra)[split], split, tokenizer, data_args, training_args)
+        for split, texts in (pairs | extra_pairs).items()
     }
-    rows = {split: tokenized(split, limits[split]) for split in pairs}
     set_generation_arguments(data_args, training_args)
     generates = training_args.predict_with_generate
     if generates:
@@ -126,16 +113,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        results |= train_and_save(trainer, checkpoint, train_samples=len(rows["train"]))
-    if training_args.do_eval:
-        logger.info("*** Evaluate ***")
-        results |= report(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"), len(rows["validation"]))
-    if training_args.do_predict:
-        logger.info("*** Predict ***")
-        results |= report(
-            trainer, "predict", predict(trainer, rows["test"], pairs["test"], columns), len(rows["test"])
-        )
+        callbacks = early_stopping(outcome_args.early_stopping_patience)
+        results |= train_and_save(trainer, checkpoint, len(rows["train"]), callbacks)
+    outcome = Outcome(trainer)
+    prefixes = {"validation": "eval", "test": "predict"} | {name: name for name in extra_pairs}
+
+    def evaluate_all(weights: str) -> None:
+        for split, prefix in prefixes.items():
+            if split not in rows:
+                continue
+            logger.info("*** Evaluate (%s, %s weights) ***", split, weights)
+            if split == "test" and weights == "last":
+                metrics = predict(trainer, rows["test"], pairs["test"], columns)
+            else:
+                prefix = prefix if weights == "last" else f"{weights}_{prefix}"
+                metrics = trainer.evaluate(rows[split], metric_key_prefix=prefix)
+            metrics = report(trainer, prefix, metrics, len(rows[split]))
+            outcome.add(weights, split, metrics, prefix=prefix, rows=rows[split])
+            results.update(metrics)
+
+    evaluate_all("last")
+    shown = next((split for split in ("test", "validation") if split in rows), None)
+    if shown is not None and outcome_args.sample_outputs:
+        outcome.samples = summaries(trainer, rows[shown], pairs[shown], columns, outcome_args.sample_outputs)
     describe(trainer, model_args, data_args)
+    if outcome_args.evaluate_best:
+        with best_weights(trainer) as found:
+            if found:
+                evaluate_all("best")
+    outcome.write()
     return results
 
 
@@ -203,6 +209,65 @@ def load_pairs(
             kept = data_args.take_low_resource(kept, columns)
         pairs[split] = kept if most is None else kept.select(range(min(most, len(kept))))
     return pairs, columns
+
+
+def load_extra_pairs(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    outcome_args: OutcomeArguments,
+    training_args: Any,
+    own: tuple[str, str],
+) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+    """Load the sets of --extra_eval_datasets as `load_pairs` loads the test split.
+
+    Returns:
+        The pairs by name, and the names of their text and summary columns.
+    """
+    pairs, columns = {}, {}
+    for extra in outcome_args.extra_datasets():
+        raw = extra.load(cache_dir=model_args.cache_dir, token=model_args.token)
+        columns[extra.name] = extra.pair_columns(raw.column_names, own)
+        with training_args.main_process_first(desc=f"filtering {extra.name}"):
+            kept, _ = filter_pairs(
+                raw,
+                *columns[extra.name],
+                min_source_words=data_args.min_source_words,
+                split=extra.name,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache,
+            )
+        most = data_args.max_predict_samples or data_args.max_eval_samples
+        pairs[extra.name] = kept if most is None else kept.select(range(min(most, len(kept))))
+    return pairs, columns
+
+
+def tokenize(
+    pairs: Any,
+    columns: tuple[str, str],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataTrainingArguments,
+    training_args: Any,
+) -> Any:
+    """Turn the pairs of a split into rows of token ids."""
+    limit = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+    settings = TokenizationSettings(
+        *columns,
+        max_source_length=data_args.max_source_length,
+        max_target_length=limit or data_args.max_target_length,
+        source_prefix=data_args.source_prefix or "",
+        pad_to_max_length=data_args.pad_to_max_length,
+        ignore_pad_token_for_loss=data_args.ignore_pad_token_for_loss,
+    )
+    with training_args.main_process_first(desc=f"tokenising the {split} set"):
+        return tokenize_split(
+            pairs,
+            tokenizer,
+            settings,
+            split=split,
+            num_proc=data_args.preprocessing_num_workers,
+            load_from_cache_file=not data_args.overwrite_cache,
+        )
 
 
 def load_tokenizer(

@@ -58,6 +58,18 @@ class AlphaScheduleCallback(TrainerCallback):
             tqdm.write(f"DPSM | {description}")  # print would land behind the progress bar
 
 
+def calibration_record(panel: EvaluationPanel, prefix: str, step: int, bins: int) -> dict[str, Any]:
+    """Return what a file of `CalibrationCallback` holds.
+
+    Args:
+        panel: what the evaluation saw, over all processes.
+        prefix: of its metrics.
+        step: optimizer steps that the weights were trained.
+        bins: of the diagram.
+    """
+    return {"schema": 2, "step": step, "split": prefix, **panel.record(bins)}
+
+
 class CalibrationCallback(TrainerCallback):
     """Write metrics, the reliability diagram and its data to ``output_dir/calibration/`` at each evaluation.
 
@@ -76,6 +88,8 @@ class CalibrationCallback(TrainerCallback):
         self._listens = True
         self._hook: Any = None
         self._tensorboard: Any = None
+        #: What the last file holds; on the main process.
+        self.record: dict[str, Any] | None = None
 
     # ---- where the statistics come from ----------------------------------------------------------------------------
 
@@ -158,12 +172,7 @@ class CalibrationCallback(TrainerCallback):
         if not state.is_world_process_zero or not panel.tokens.tokens:
             return
         bins = self.bins or int(getattr(args, "calibration_bins", 15))
-        record = {
-            "schema": 2,
-            "step": state.global_step,
-            "split": self._prefix,
-            **panel.record(bins),
-        }
+        record = self.record = calibration_record(panel, self._prefix, state.global_step, bins)
         folder = Path(str(args.output_dir)) / "calibration"
         folder.mkdir(parents=True, exist_ok=True)
         # the name of an evaluation set may be that of a hub data set, with a slash or a dot

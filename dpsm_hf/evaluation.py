@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 from transformers.utils import logging
 
 from .arguments import DPSMArguments
@@ -69,6 +72,7 @@ class EvaluationMixin(TrainingLossMixin):
         self._free_running: FreeRunning | None = None
         self._depth_reader: tuple[nn.Module, DepthReader] | None = None
         self._seconds_evaluating = 0.0
+        self._evaluating_since: float | None = None
         if isinstance(self.args, DPSMArguments) and self.args.fit_temperature and calibration_dataset is None:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
@@ -163,6 +167,28 @@ class EvaluationMixin(TrainingLossMixin):
 
     # ---- a whole set -----------------------------------------------------------------------------------------------
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the trainer does; the training clock stands still until the last file and picture is written."""
+        with self._evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict as the trainer does, with the training clock standing still."""
+        with self._evaluating():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        if self._evaluating_since is not None:  # one of several sets
+            yield
+            return
+        self._evaluating_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds_evaluating += time.perf_counter() - self._evaluating_since
+            self._evaluating_since = None
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -187,8 +213,6 @@ class EvaluationMixin(TrainingLossMixin):
                 "dispatch_batches=False fills up the last batches of an iterable data set with samples that cannot be "
                 "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
             )
-        train_seconds = self._train_seconds()
-        started = time.perf_counter()
         if self.dpsm.fit_temperature and not self.is_in_train:
             self.fit_temperature()
         self.panel = None  # two would be held otherwise
@@ -205,14 +229,17 @@ class EvaluationMixin(TrainingLossMixin):
         if found := panel.metrics():
             metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
-                metrics[f"{metric_key_prefix}_train_seconds"] = train_seconds
+                metrics[f"{metric_key_prefix}_train_seconds"] = self._train_seconds()
             # a metric of the user's own compute_metrics keeps its name
             assert output.metrics is not None  # the loop always returns a dict
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             for callback in self._calibration_callbacks():
                 callback.receive(panel, metric_key_prefix, self._tensorboard_writer())
-        self._seconds_evaluating += time.perf_counter() - started
         return output
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
+        """Evaluate in the order of the set, whatever order is trained in: a row's place tells which document it is."""
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def _new_panel(self, dataset: Any) -> EvaluationPanel:
         scaler = self._scaler_in_force()

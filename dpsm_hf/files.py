@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:
     """Write JSON so that the file is either whole or not there, whenever the process is killed."""
     text = json.dumps(record, indent=1, allow_nan=False)
-    # not mkstemp, whose files nobody else may read
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = _temporary(path)
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -22,3 +23,27 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 def json_number(value: float) -> float | None:
     """Return a number, or None where it is infinite or NaN, for which JSON has none."""
     return value if math.isfinite(value) else None
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write a compressed ``.npz`` so that the file is either whole or not there, whenever the process is killed."""
+    temporary = _temporary(path)
+    with temporary.open("wb") as file:  # to a name, numpy would add an ending
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
+def strict(value: Any) -> Any:
+    """Replace what JSON cannot hold (NaN, infinity) by null, and NumPy's numbers by Python's, at any depth."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _temporary(path: Path) -> Path:
+    # not mkstemp, whose files nobody else may read
+    return path.with_name(f"{path.name}.{os.getpid()}.part")

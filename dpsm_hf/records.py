@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .clock import seconds_trained
+
 LOSS_TITLES = {
     "ce": "cross-entropy",
     "brier": "Brier",
@@ -163,7 +165,8 @@ def read_json(path: Path) -> Any:
 def _last_calibration(directory: Path) -> Mapping[str, Any] | None:
     contents = [read_json(path) for path in sorted((directory / "calibration").glob("*.json"))]
     contents = [content for content in contents if isinstance(content, dict) and "curve" in content]
-    return max(contents, key=lambda content: content.get("step", 0), default=None)
+    # of the sets that are evaluated at the end, the validation split
+    return max(contents, key=lambda content: (content.get("step", 0), content.get("split") == "eval"), default=None)
 
 
 def _final_metrics(directory: Path, history: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, float]:
@@ -174,10 +177,10 @@ def _final_metrics(directory: Path, history: Sequence[Mapping[str, Any]], run: M
         (entry for entry in reversed(history) if "eval_nll" in entry or "eval_loss" in entry), {}
     )
     merged = {key: value for key, value in {**last, **results}.items() if key.startswith(("eval_", "predict_"))}
-    clocks = [entry[key] for entry in history for key in ("train_seconds", "eval_train_seconds") if key in entry]
+    seconds = seconds_trained(history)
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
     extra = {
-        "train_seconds": max(clocks, default=results.get("train_runtime")),
+        "train_seconds": results.get("train_runtime") if seconds is None else seconds,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_memory_mb": run.get("peak_memory_mb"),
     }

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .arguments import DPSMArguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
+from .clock import seconds_trained, tells_time
 from .evaluation import EvaluationMixin
 from .model_card import add_objective_section, objective_section
 from .models import vocabulary_size
@@ -38,6 +39,7 @@ class DPSMMixin(EvaluationMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._train_started: float | None = None
+        self._seconds_before = 0.0
         self._tally_started = 0.0
         self._batch_of_step = (-1, 0)
         if isinstance(self.args, DPSMArguments):
@@ -87,8 +89,26 @@ class DPSMMixin(EvaluationMixin):
         self._tally.reset()
         self._fused = None  # it would keep a model alive that model_init is about to replace
         self._train_started = None
-        self._seconds_evaluating = 0.0
         return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as `Trainer` does, unless the checkpoint that was loaded has nothing left to train.
+
+        Transformers 5.23 looks for the end of training after a step only: resumed from its last checkpoint within an
+        epoch, a finished run would train one step more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint as `Trainer` does, with the training clock in its log."""
+        step, history = self.state.global_step, self.state.log_history
+        if not any(entry.get("step") == step and tells_time(entry) for entry in history):
+            entry: dict[str, Any] = {"train_seconds": self._train_seconds(), "step": step}
+            history.append(entry)
+        super()._save_checkpoint(*args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Search as `Trainer.hyperparameter_search` does; the default objective is blind to the metrics DPSM adds."""
@@ -110,18 +130,22 @@ class DPSMMixin(EvaluationMixin):
                 logs["tokens_per_second"] = tokens / (seconds - self._tally_started)
                 logs["train_seconds"] = seconds
             self._tally_started = seconds
+        elif "train_runtime" in logs:  # the summary at the end
+            logs["train_seconds"] = self._train_seconds()
         super().log(logs, start_time)
 
     def _train_seconds(self) -> float:
-        """Return the wall-clock seconds since the first batch of this `train()`, evaluation not counted."""
+        """Return the wall-clock seconds of training up to now, evaluation not counted, resumed parts added up."""
         if self._train_started is None:
-            return 0.0
-        return time.perf_counter() - self._train_started - self._seconds_evaluating
+            return seconds_trained(self.state.log_history) or 0.0
+        now = time.perf_counter() if self._evaluating_since is None else self._evaluating_since
+        return self._seconds_before + now - self._train_started - self._seconds_evaluating
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Collect the batches of one optimizer step; the clock of the log starts with the first."""
         if self._train_started is None:
-            self._train_started, self._tally_started = time.perf_counter(), 0.0
+            self._seconds_before = self._tally_started = self._train_seconds()
+            self._train_started, self._seconds_evaluating = time.perf_counter(), 0.0
         return super().get_batch_samples(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

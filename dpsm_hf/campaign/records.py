@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import strict, write_json
 from ..records import read_json
 
 SCHEMA = 1
@@ -133,12 +133,3 @@ def read_records(directory: Path, run_ids: Iterable[str] | None = None) -> dict[
             record = read_record(path)
             found[record.run_id] = record
     return found
-
-
-def strict(value: Any) -> Any:
-    """Replace what JSON cannot hold (NaN, infinity) by null, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value

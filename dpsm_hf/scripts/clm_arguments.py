@@ -7,6 +7,7 @@ what is added here.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -154,10 +155,6 @@ class DataTrainingArguments(StressArguments, DataSource):
         Raises:
             ValueError: An option is out of range.
         """
-        boundary = self.document_boundary
-        if boundary == "auto":
-            by_line = any(file_builder(path) == "text" for path in self.files().values())
-            boundary = "blank_line" if by_line else "row"
         between = self.add_eos_between_documents
         if between is None:
             between = self.dataset_name in EMBEDDED_DATASETS or self.document_boundary != "auto"
@@ -169,8 +166,14 @@ class DataTrainingArguments(StressArguments, DataSource):
             unicode_nfkc=self.unicode_nfkc,
             lowercase=self.lowercase,
             add_eos_between_documents=between,
-            document_boundary=boundary,
+            document_boundary=self.boundary(self.files().values()),
         )
+
+    def boundary(self, files: Iterable[str]) -> str:
+        """Settle what ends a document of data from these files: ``row`` or ``blank_line``."""
+        if self.document_boundary != "auto":
+            return self.document_boundary
+        return "blank_line" if any(file_builder(path) == "text" for path in files) else "row"
 
 
 def check_contradictions(

@@ -49,7 +49,7 @@ __all__ = [
 CONFIG_FILE_SUFFIXES = (".json", ".yaml", ".yml")
 
 # Names that transformers 4 scripts used and transformers 5 dropped, with what to write today.
-_REMOVED_ARGUMENTS = {
+REMOVED_ARGUMENTS = {
     "overwrite_output_dir": "use another --output_dir, or --resume_from_checkpoint none to start afresh in this one",
     "evaluation_strategy": "write --eval_strategy",
     "warmup_ratio": "write --warmup_steps with a number below 1 (a share of all steps)",
@@ -145,8 +145,8 @@ def _explain_unknown(names: Sequence[str], known: Sequence[str], place: str) -> 
     parts = []
     for name in names:
         close = difflib.get_close_matches(name, known, n=1)
-        if name in _REMOVED_ARGUMENTS:
-            parts.append(f"{name} is gone from transformers 5: {_REMOVED_ARGUMENTS[name]}")
+        if name in REMOVED_ARGUMENTS:
+            parts.append(f"{name} is gone from transformers 5: {REMOVED_ARGUMENTS[name]}")
         else:
             parts.append(f"{name} is unknown" + (f"; did you mean {close[0]}?" if close else ""))
     return f"Arguments {place} that this script does not have: " + "; ".join(parts)
@@ -254,11 +254,16 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
+    return _step(checkpoint) is not None
+
+
+def _step(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if it is not complete."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and "global_step" in state
+        return None
+    return state.get("global_step") if isinstance(state, dict) else None
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -311,13 +316,21 @@ def _graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int | None = None) -> dict[str, float]:
+def train_and_save(
+    trainer: Trainer,
+    checkpoint: str | None,
+    train_samples: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
     """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
+
+    A checkpoint of a run whose training had ended is loaded and saved, not trained on.
 
     Args:
         trainer: A ready Trainer.
         checkpoint: Path to continue from, or None.
         train_samples: Rows of the training set, reported as ``train_samples``; None when unknown (streaming).
+        callbacks: For the training alone, not for the evaluations after it.
 
     Returns:
         The metrics of the training.
@@ -326,7 +339,8 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int 
         SystemExit: With code 130 after an interrupt, once it has been said how to resume.
     """
     callback = StopOnInterrupt()
-    trainer.add_callback(callback)
+    for added in (callback, *callbacks):
+        trainer.add_callback(added)
     try:
         with _graceful_interrupt(callback):
             result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -334,12 +348,16 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, train_samples: int 
         _say_how_to_resume(trainer)
         raise SystemExit(130) from None
     finally:
-        trainer.remove_callback(callback)
+        for added in (callback, *callbacks):
+            trainer.remove_callback(added)
     if callback.stopped and trainer.state.global_step < trainer.state.max_steps:
         _say_how_to_resume(trainer)
         raise SystemExit(130)
     trainer.save_model()
     metrics = dict(result.metrics)
+    if checkpoint is not None and _step(Path(checkpoint)) == trainer.state.global_step:
+        # nothing was left to train: the mean loss and the speed of no step are no figures
+        metrics = {name: metrics[name] for name in ("total_flos", "train_seconds", "epoch") if name in metrics}
     if train_samples is not None:
         metrics["train_samples"] = train_samples
     trainer.log_metrics("train", metrics)
