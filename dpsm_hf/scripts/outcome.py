@@ -60,6 +60,9 @@ class Outcome:
         self._trainer = trainer
         self._trained = bool(trainer.args.do_train)
         self._steps = trainer.state.global_step
+        # then the model has the best weights, and the last ones are gone
+        swapped = self._trained and trainer.args.load_best_model_at_end and best_step(trainer) is not None
+        self._loaded = "best" if swapped else "last"
         self._device_memory = _peak_device_memory(trainer) if self._trained else None
         self._metrics: dict[str, dict[str, dict[str, Any]]] = {}
         self._calibration: dict[str, Any] = {}
@@ -73,12 +76,14 @@ class Outcome:
         """Add the evaluation that has just ended.
 
         Args:
-            checkpoint: ``last`` or ``best``, the weights that were evaluated.
+            checkpoint: ``last`` for the weights at the end of training (with ``load_best_model_at_end`` these are the
+                best, and go by that name), or ``best``.
             split: validation, test, or the name of a further set.
             metrics: as the trainer returned them.
             prefix: of their names.
             rows: the set that was evaluated; its labels' digest tells whether two runs evaluated the same.
         """
+        checkpoint = self._loaded if checkpoint == "last" else checkpoint
         numbers = (int, float, np.integer, np.floating)
         named = {key.removeprefix(f"{prefix}_"): v for key, v in metrics.items() if key.startswith(f"{prefix}_")}
         self._metrics.setdefault(checkpoint, {})[split] = {k: v for k, v in named.items() if isinstance(v, numbers)}
