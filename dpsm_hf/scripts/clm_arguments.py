@@ -18,6 +18,7 @@ from dpsm_hf.data.loading import EMBEDDED_DATASETS, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
 from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import StressArguments
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(StressArguments, DataSource):
+class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
     test_file: str | None = field(
@@ -128,6 +129,7 @@ class DataTrainingArguments(StressArguments, DataSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_stopping()
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")

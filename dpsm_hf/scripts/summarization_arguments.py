@@ -12,6 +12,7 @@ from typing import Any
 from dpsm_hf.data.tokenizer import TRAIN_BPE
 from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import SummaryStressArguments
 
 
@@ -29,7 +30,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(SummaryStressArguments, DataSource):
+class DataTrainingArguments(StoppingArguments, SummaryStressArguments, DataSource):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
     lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
@@ -85,6 +86,7 @@ class DataTrainingArguments(SummaryStressArguments, DataSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_stopping()
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "val_max_target_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
