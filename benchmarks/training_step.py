@@ -25,9 +25,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.common import HERE, Row, Table, measure, peak_in_own_process, slug
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
+from dpsm_hf.measuring import peak_above
 
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
