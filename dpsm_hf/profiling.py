@@ -160,7 +160,7 @@ def count_flops(run: Callable[[], object], *, compiled: bool = False) -> Flops:
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with counter:
         run()
-    counts = {str(operator): int(number) for operator, number in counter.get_flop_counts()["Global"].items()}
+    counts = {str(operator): int(number) for operator, number in counter.get_flop_counts().get("Global", {}).items()}
     missing = f"{ELEMENTWISE}; the compiled part of the model" if compiled else ELEMENTWISE
     return Flops(sum(counts.values()), dict(sorted(counts.items())), missing)
 
