@@ -23,9 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import Row, Table, add_options, main, measure, peak_above, peak_in_own_process
+from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
+from dpsm_hf.measuring import peak_above
 
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"

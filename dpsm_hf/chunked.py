@@ -20,6 +20,7 @@ from torch import Tensor
 from .accumulation import WeightGradient, scaled
 from .head_options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .products import by_onednn, product
+from .ranges import HEAD, ROW_PASS, named, ranged
 from .row_pass import STATISTICS, device_scalar, row_pass
 
 # A finished gradient, or the sum that it is still to be made of.
@@ -86,6 +87,7 @@ class ChunkedObjective(torch.autograd.Function):
         return values.sum() / tokens, values, statistics
 
     @staticmethod
+    @ranged(HEAD)
     def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
         """Scale the gradients that the forward pass computed."""
         if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
@@ -194,10 +196,11 @@ class _Work:
                 index = part if self.rows is None else self.rows[part]
                 logits = chunk.logits(hidden[index], weight is not None)
                 factor = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
-                value, statistics = score(
-                    logits, self.labels[part], options.objective, options.post,
-                    weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
-                )  # fmt: skip
+                with named(ROW_PASS):
+                    value, statistics = score(
+                        logits, self.labels[part], options.objective, options.post,
+                        weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
+                    )  # fmt: skip
                 if options.extra is not None:  # the row pass leaves the logits alone where it writes no gradient
                     assert weight is None, "extra statistics are for evaluation"
                     extra = options.extra(options.post(logits), self.labels[part])

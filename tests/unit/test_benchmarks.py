@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import common, evaluation, gpu_check, growth, head, plot, training_step
 from benchmarks.hidden import hidden_states, token_ids
+from dpsm_hf import measuring
 
 CPU = torch.device("cpu")
 COLUMNS = {
@@ -137,7 +138,7 @@ def tiny_model(name: str) -> Any:
 def memory_in_this_process(case: list[Any]) -> float | None:
     step = training_step.make_step(*case)
     step()
-    return common.peak_above(step, CPU)
+    return measuring.peak_above(step, CPU)
 
 
 def test_training_steps(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     # in a process of its own, as the benchmarks do it: the heap of this one is as the tests before have left it
     program = """
 import torch
-from benchmarks.common import peak_above
+from dpsm_hf.measuring import peak_above
 def call():
     for _ in range(3):
         torch.ones(2**23)  # 32 MiB, freed before the next
@@ -200,7 +201,7 @@ kept = torch.ones(2**24)
 print(first, peak_above(call, torch.device("cpu")))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **common._EXACT_MEMORY}, capture_output=True,
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **measuring.EXACT_MEMORY}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     first, second = done.stdout.split()
