@@ -244,7 +244,8 @@ def test_best_by_a_score_of_texts(tmp_path: Path) -> None:
 
 def test_loaded_best_weights_are_not_called_the_last(tmp_path: Path) -> None:
     options = {**CLM, "max_steps": 10, "evaluate_best": None, "extra_eval_datasets": None, "do_predict": None,
-               "metric_for_best_model": "eval_nll", "greater_is_better": False, "early_stopping_patience": None}  # fmt: skip
+               "metric_for_best_model": "eval_nll", "greater_is_better": False,
+               "early_stopping_patience": None}  # fmt: skip
     found = run(run_clm_dpsm.main, tmp_path, {**options, "load_best_model_at_end": True, "learning_rate": 1.0})
     assert found.outcome["best_step"] == 5 and found.outcome["efficiency"]["steps"] == 10
     assert set(found.outcome["metrics"]) == {"best"} and set(found.outcome["documents"]) == {"best-validation"}

@@ -220,6 +220,26 @@ def test_bits_per_byte_and_end_tokens(tmp_path: Path) -> None:
         log_p = trainer.model(torch.tensor(rows["input_ids"])).logits.log_softmax(-1)
     expected = -sum(log_p[i, j, tokenizer.eos_token_id].item() for i, j in ends) / 5
     assert metrics["eval_eos_nll"] == pytest.approx(expected, rel=1e-5)
+    # a row that is cut in the middle of a text: the bytes are those of the labels, not of the tokens before them
+    cut = rows.map(lambda row: {name: values[:20] for name, values in row.items()}, load_from_cache_file=False)
+    metrics = trainer.evaluate(cut)
+    size = sum(len(tokenizer.convert_ids_to_tokens(token)) for row in cut["labels"] for token in row[1:])
+    assert metrics["eval_label_bytes"] * metrics["eval_tokens"] == pytest.approx(size) and metrics["eval_tokens"] == 95
+    assert "eval_eos_tokens" not in metrics
+
+
+def test_end_tokens_and_bytes_after_scaling_and_in_the_file(tmp_path: Path) -> None:
+    trainer, _, _ = text_trainer(tmp_path)
+    trainer.add_callback(CalibrationCallback())
+    trainer.use_temperature(1.7)
+    metrics = trainer.evaluate()
+    ratio = metrics["eval_nll_scaled"] / metrics["eval_nll"]
+    assert ratio != 1
+    assert metrics["eval_bits_per_byte_scaled"] == pytest.approx(metrics["eval_bits_per_byte"] * ratio, rel=1e-9)
+    record = json.loads((tmp_path / "calibration" / "eval-step-000000.json").read_text(encoding="utf-8"))
+    assert sum(record["eos"]["curve"]["count"]) == metrics["eval_eos_tokens"] == 5
+    for name in ("nll", "confidence", "ece_15"):
+        assert record["eos"]["metrics"][name] == metrics[f"eval_eos_{name}"] != record["metrics"][name]
 
 
 def test_bytes_are_those_of_the_tokenizer_and_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +296,8 @@ def test_expected_depth(name: str, tmp_path: Path) -> None:
     targets = align_targets(batch["labels"], batch["labels"].shape[1], "aligned" if name == "bart" else "shifted")
     depths = reader.depths(batch, targets)
     assert metrics["eval_expected_depth"] == pytest.approx(depths.double().mean().item())
-    assert 0 <= metrics["eval_expected_depth_low"] <= metrics["eval_expected_depth_high"] <= reader.layers == 2
+    low, high = (metrics[f"eval_expected_depth_{end}"] for end in ("low", "high"))
+    assert 0 <= low < metrics["eval_expected_depth"] < high <= reader.layers == 2
     record = json.loads((tmp_path / "calibration" / "eval-step-000004.json").read_text(encoding="utf-8"))
     assert sum(record["expected_depth"]["counts"]) == metrics["eval_tokens"]
 
