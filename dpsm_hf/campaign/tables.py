@@ -218,7 +218,8 @@ def clean_setting(results: Results, setting: Setting, main: str = "main") -> Set
     """Return the main study's setting of the same size and data, else its first one; None without a main study."""
     settings = results.settings(main)
     same = [s for s in settings if (s.size, s.data) == (setting.size, setting.data)]
-    return (same or settings or [None])[0]
+    found = same or settings
+    return found[0] if found else None
 
 
 def describe(results: Results, setting: Setting) -> str:
@@ -274,7 +275,9 @@ def _tests(results: Results, setting: Setting, names: Sequence[str], reference: 
             found[name] = (test.stars, test.p_value)
         else:
             found[name] = ("", math.nan)
-    adjusted = holm([None if math.isnan(p) else p for _, p in found.values()]) if found else []
+    if not found:
+        return {}
+    adjusted = holm([None if math.isnan(p) else p for _, p in found.values()])
     return {
         name: f"{' ' if stars else ''}{stars}{'†' if p <= ALPHA else ''}"
         for (name, (stars, _)), p in zip(found.items(), adjusted, strict=True)
