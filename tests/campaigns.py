@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,14 @@ def records(of: Campaign, make: Make) -> dict[str, Record]:
             continue
         curve = said.get("curve", ())
         history = [
-            {"step": 100 * i, "eval_nll": nll, "eval_train_seconds": seconds} for i, (seconds, nll) in enumerate(curve)
+            {
+                "step": 100 * i,
+                "eval_nll": nll,
+                "eval_perplexity": math.exp(nll),
+                "eval_ece_15": nll / 100,
+                "eval_train_seconds": seconds,
+            }
+            for i, (seconds, nll) in enumerate(curve)
         ]
         efficiency = dict(said.get("efficiency", {}))
         if curve:

@@ -96,8 +96,8 @@ def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str 
                 if name in (campaign.reference, campaign.brier):
                     continue
                 role = campaign.variation(name).role
-                if campaign.variation(name).of is not None and claim.scaled is False:
-                    continue  # it has no figures before scaling of its own
+                if campaign.variation(name).of is not None and not _about_scaling(claim):
+                    continue
                 tests.setdefault(role, []).append(_judge(results, claim, setting, name, role))
         for family in tests.values():
             found += _corrected(family)
@@ -160,9 +160,16 @@ def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
     }
 
 
+def _about_scaling(claim: Claim) -> bool:
+    """Return whether a claim says anything of runs that are read after scaling: not of their training."""
+    return claim.family == "calibration" and claim.scaled is False
+
+
 def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> Pairs:
     campaign = results.campaign
-    how: dict[str, Any] = {} if claim.scaled is None else {"scaled": claim.scaled}
+    # a variation that reads figures after scaling is held against the others' before it
+    read = None if campaign.variation(variation).of is not None else claim.scaled
+    how: dict[str, Any] = {} if read is None else {"scaled": read}
     if claim.against != "worse of both":
         other = campaign.reference if claim.against == "reference" else campaign.brier
         pairs = results.pairs(setting, variation, other, claim.metric, **how)

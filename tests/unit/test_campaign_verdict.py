@@ -81,9 +81,9 @@ def test_scaled_figures_and_a_variation_that_reads_them() -> None:
         return {"metrics": {"ece_15": plain, "ece_15_scaled": plain / 4, "temperature": 1.2}}
 
     found = judged(make, variations=VARIATIONS)
-    assert ("ece-gain", "ce+tempscale") not in found, "it has no figure of its own before scaling"
-    scaled = found["ece-gain-scaled", "ce+tempscale"]
-    assert scaled.estimate == pytest.approx(1.0) and scaled.decision == "fails"
+    scaled = found["ece-gain", "ce+tempscale"]  # against cross-entropy as it is
+    assert scaled.estimate == pytest.approx(0.25) and scaled.decision == "holds"
+    assert {key for key, name in found if name == "ce+tempscale"} == {"ece-gain", "ece-brier"}
     assert found["ece-gain-scaled", "dpsm-linear"].estimate == pytest.approx(0.5, rel=0.01)
     assert found["ece-gain", "focal"].role == "ablation"
 
