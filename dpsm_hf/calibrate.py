@@ -238,7 +238,9 @@ def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, 
 
 
 def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
-    lengths = {name: _length(options, name, most, position_limit(model)) for name, most in _MOST_TOKENS.items()}
+    lengths: dict[str, Any] = {
+        name: _length(options, name, most, position_limit(model)) for name, most in _MOST_TOKENS.items()
+    }
     rows = {}
     for split, pairs in raw.items():
         columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)

@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import strict, write_json
 from .audit_table import summarise, table
 from .design import Campaign, Point, Run
-from .records import strict
 
 __all__ = ["AUDIT_NAME", "AuditSettings", "audited_runs", "run_audit", "table"]
 

@@ -202,7 +202,9 @@ def measure(config: PreTrainedConfig) -> ModelSize:
         decoder=decoder,
         encoder=encoder,
         cross=cross,
-        decoder_layers=int(getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", layers)),
+        decoder_layers=int(
+            getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", 0) or layers
+        ),
         encoder_layers=int(getattr(config, "encoder_layers", layers)) if config.is_encoder_decoder else 0,
         width=int(config.hidden_size),
     )

@@ -111,6 +111,11 @@ class Point:
     settings: Mapping[str, Any] = field(default_factory=dict)
     scaled: bool = False
 
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """Return what two points have in common where only variation and seed differ."""
+        return (self.study, self.size, self.data, tuple(sorted((k, str(v)) for k, v in self.settings.items())))
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -191,9 +191,7 @@ def series(record: Record, key: str) -> list[tuple[float, float, float]]:
 
 def setting_of(point: Point) -> Setting:
     """Return the setting of a point."""
-    return Setting(
-        point.study, point.size, point.data, tuple(sorted((name, str(v)) for name, v in point.settings.items()))
-    )
+    return Setting(*point.setting)
 
 
 def pooled(results: Results, settings: Sequence[Setting], take: Callable[[Setting], Pairs]) -> Pairs:
