@@ -305,6 +305,7 @@ def test_claims_that_are_none(arguments: dict, message: str) -> None:
         (0.4, 0.5, {"at_least": -0.3, "at_most": 0.3}, FAILS),
         (math.nan, math.nan, {"at_most": 0.3}, CANNOT_TELL),
         (math.nan, 0.2, {"at_most": 0.3}, CANNOT_TELL),
+        (math.nan, 0.2, {"at_least": 0.3}, CANNOT_TELL),
         (-math.inf, 0.2, {"at_most": 0.3}, HOLDS),
         (-math.inf, math.inf, {"at_most": 0.3}, CANNOT_TELL),
         (0, 0, {"at_most": 0}, HOLDS),

@@ -245,6 +245,17 @@ def test_fisher_s_randomisation_of_darwin_s_maize() -> None:
     assert approximate_randomization(x, y, samples=2**15, alternative="less").p_value > 1 - 863 / 32_768
 
 
+def test_swaps_that_only_round_differently_count_as_large() -> None:
+    inches = DARWIN / 8 * 0.1  # no longer exact in binary; 28 sums of Fisher's are ties
+    x, y = (
+        DocumentMeans(inches.clip(min=0) + 0.3, np.ones(15)),
+        DocumentMeans((-inches).clip(min=0) + 0.3, np.ones(15)),
+    )
+    assert approximate_randomization(x, y, samples=2**15).p_value == 1726 / 32_768
+    assert approximate_randomization(x, y, samples=2**15, alternative="greater").p_value == 863 / 32_768
+    assert approximate_randomization(y, x, samples=2**15, alternative="less").p_value == 863 / 32_768
+
+
 def brute_force(x: np.ndarray, y: np.ndarray, metric) -> float:
     """Return the two-sided p-value by swapping one document after the other."""
     observed = abs(metric(x.sum(0)) - metric(y.sum(0)))
