@@ -69,8 +69,6 @@ class Outcome:
         self._documents: dict[str, str] = {}
         #: Texts that the model wrote: ``prompt``, ``reference``, ``output``.
         self.samples: list[dict[str, str]] = []
-        #: What was corrupted in the training data, counted; empty where nothing was.
-        self.corruption: dict[str, float] = {}
 
     def add(self, checkpoint: str, split: str, metrics: Mapping[str, Any], *, prefix: str, rows: Any = None) -> None:
         """Add the evaluation that has just ended.
@@ -118,8 +116,8 @@ class Outcome:
             "samples": self.samples,
             "documents": self._documents,
         }
-        if self.corruption:
-            content["corruption"] = self.corruption
+        if (corruption := self._trainer.corruption_record()) is not None:
+            content["corruption"] = corruption
         path = Path(str(self._trainer.args.output_dir)) / OUTCOME_NAME
         write_json(strict(content), path)
         logger.info("What this run found out is in %s.", path)

@@ -96,6 +96,10 @@ def test_flipped_targets_of_a_language_model(
     assert saved["train_flipped_tokens"] == results["train_flipped_tokens"]
     logged = [entry["flipped_tokens"] for entry in trainers[0].state.log_history if "loss" in entry]
     assert sum(logged) == results["train_flipped_tokens"] and len(logged) == 2
+    outcome = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert outcome["corruption"] == {
+        name: results[f"train_{name}"] for name in ("target_tokens", "flipped_tokens", "flip_steps")
+    }
     # the very numbers of an evaluation that knows of no corruption
     trainers[0].corruption = type(trainers[0].corruption)()
     assert trainers[0].evaluate()["eval_nll"] == pytest.approx(results["eval_nll"], rel=1e-12)
@@ -109,7 +113,9 @@ def test_swapped_summaries(tmp_path: Path, pairs: list[dict[str, str]], trainers
     assert results["train_flip_steps"] == 4
     # every row is rounded by itself: at most a token from a half
     assert abs(results["train_flipped_tokens"] - results["train_target_tokens"] / 2) <= 40
-    assert set(trainers[0].corruption_record()) == {
+    outcome = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert outcome["corruption"]["swapped_summaries"] == 8
+    assert set(outcome["corruption"]) == set(trainers[0].corruption_record()) == {
         "target_tokens", "flipped_tokens", "flip_steps", "pairs", "swapped_summaries",
     }  # fmt: skip
 
