@@ -148,9 +148,9 @@ class _Audit:
             together = untimed if reference in untimed or reference not in self._sound() else [reference, *untimed]
             rounds = max(self._rounds_missing(name) for name in untimed)
             self._measure("time", together, rounds)
-        for name in self._sound():
-            if self.settings.steps and "sustained" not in self.entries[name]:
-                self._measure("sustain", [name])
+        unsustained = [name for name in self._sound() if self.settings.steps and "sustained" not in self.entries[name]]
+        if unsustained:
+            self._measure("sustain", unsustained)
         for name in self._sound():
             self.entries[name]["status"] = "ok"
         self._save()

@@ -1,8 +1,8 @@
 """The process in which an audit measures: ``python -m dpsm_hf.campaign.audit_worker KIND SPEC NAME...``.
 
 ``memory`` takes one variation, whose peak needs a process of its own, and counts its operations; ``time`` takes all,
-round by round, and profiles each; ``sustain`` takes one for many large steps. Each finding is one line of JSON on
-standard output, as soon as there is one; everything else that is printed goes to standard error.
+round by round, and profiles each; ``sustain`` takes each in turn for many large steps. Each finding is one line of
+JSON on standard output, as soon as there is one; everything else that is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -137,8 +137,14 @@ class Measurement:
         return {**asdict(meter.reading), "steps": steps or None}
 
     def sustain(self) -> None:
-        """Report many steps of the large shape, on text that moves on from step to step."""
-        (name,) = self.names
+        """Report many steps of the large shape for each variation, on text that moves on from step to step."""
+        for name in self.names:
+            try:
+                self._sustain(name)
+            except Exception as error:  # of one variation, the large shape not fitting for instance
+                self.report({"variation": name, "failed": describe(error)})
+
+    def _sustain(self, name: str) -> None:
         settings = self.settings
         parsed = self.steps.parsed[name]
         longest = longest_row(parsed, self.steps.tokenizer, self.steps.model.config)
