@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    default_data_collator,
 )
 from transformers.utils import logging as hf_logging
 
@@ -404,6 +405,16 @@ def test_intervals_contain_the_mean_scores(tmp_path: Path) -> None:
     metrics = make_trainer(tmp_path).evaluate()
     for name in ("nll", "perplexity", "brier"):
         assert metrics[f"eval_{name}_low"] < metrics[f"eval_{name}"] < metrics[f"eval_{name}_high"]
+
+
+def test_a_collator_may_make_more_rows_than_it_was_given_samples(tmp_path: Path) -> None:
+    # 11 samples in batches of 4: of the last one too every row counts, for one process fills nothing up
+    trainer = make_trainer(tmp_path)
+    once = trainer.evaluate()
+    trainer.data_collator = lambda rows: default_data_collator([row for row in rows for _ in range(2)])
+    twice = trainer.evaluate()
+    assert twice["eval_tokens"] == 2 * once["eval_tokens"]
+    assert twice["eval_nll"] == pytest.approx(once["eval_nll"], rel=1e-6)
 
 
 def test_one_document_has_no_interval(tmp_path: Path) -> None:
