@@ -80,10 +80,9 @@ def test_a_language_model_by_hand() -> None:
 
 
 def test_an_encoder_decoder_by_hand() -> None:
-    size = measure(
-        BartConfig(vocab_size=50, d_model=8, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=16, decoder_ffn_dim=32,
-                   encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32)
-    )  # fmt: skip
+    ffn = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    size = measure(BartConfig(vocab_size=50, d_model=8, encoder_layers=2, decoder_layers=3, **ffn, **heads))
     encoder, cross = 2 * (4 * 64 + 2 * 8 * 16), 3 * 2 * 64
     decoder = 3 * (4 * 64 + 2 * 64 + 2 * 8 * 32) + 8 * 50
     assert (size.encoder, size.cross, size.decoder) == (encoder, cross, decoder)
@@ -93,11 +92,12 @@ def test_an_encoder_decoder_by_hand() -> None:
 
 
 def test_other_families_are_measured_too() -> None:
-    small = {"vocab_size": 64, "num_attention_heads": 2}
-    llama = measure(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **small))
-    t5 = measure(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2, vocab_size=64))
-    pegasus = measure(PegasusConfig(d_model=16, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32,
-                                    decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=64))  # fmt: skip
+    llama = measure(
+        LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+    t5 = measure(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2))
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    pegasus = measure(PegasusConfig(vocab_size=64, d_model=16, **layers))
     assert llama.decoder_layers == 2 and llama.encoder == 0 and llama.decoder == 2 * (4 * 256 + 3 * 512) + 1024
     assert (t5.encoder_layers, t5.decoder_layers) == (2, 3) and t5.cross == 3 * 2 * 256
     assert (pegasus.encoder_layers, pegasus.decoder_layers, pegasus.cross) == (1, 2, 2 * 2 * 256)
