@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
+from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
@@ -53,6 +54,7 @@ from dpsm_hf.scripts.script_utils import (
     setup_logging,
     train_and_save,
 )
+from dpsm_hf.scripts.stopping import stopping
 
 logger = logging.getLogger("run_clm_dpsm")
 
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and test by their logged names; empty where nothing was to do.
     """
+    end_with_runner()
     model_args, data_args, outcome_args, training_args = parse_script_arguments(
         (ModelArguments, DataTrainingArguments, OutcomeArguments, DPSMConfig), argv
     )
@@ -110,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     results: dict[str, float] = {}
     if training_args.do_train:
         samples = number_of_rows(parts["train"], limits["train"])
-        results |= train_and_save(trainer, checkpoint, samples, early_stopping(outcome_args.early_stopping_patience))
+        callbacks = [*early_stopping(outcome_args.early_stopping_patience), *stopping(data_args.stop_at_step)]
+        results |= train_and_save(trainer, checkpoint, samples, callbacks)
     outcome = Outcome(trainer)
     prefixes = {"validation": "eval", "test": "test"} | {name: name for name in extra_texts}
 

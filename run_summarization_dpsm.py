@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
+from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.loading import load_text_datasets
 from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
@@ -53,6 +54,7 @@ from dpsm_hf.scripts.seq2seq_setup import (
     fit_vocabulary,
     set_languages,
 )
+from dpsm_hf.scripts.stopping import stopping
 from dpsm_hf.scripts.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
 from dpsm_hf.text_metrics import load_bert_scorer, sentence_splitter_name
 
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         All metrics of training, evaluation and prediction by their logged names; empty where nothing was to do.
     """
+    end_with_runner()
     model_args, data_args, outcome_args, training_args = parse_script_arguments(
         (ModelArguments, DataTrainingArguments, OutcomeArguments, DPSMSeq2SeqConfig), argv
     )
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        callbacks = early_stopping(outcome_args.early_stopping_patience)
+        callbacks = [*early_stopping(outcome_args.early_stopping_patience), *stopping(data_args.stop_at_step)]
         results |= train_and_save(trainer, checkpoint, len(rows["train"]), callbacks)
     outcome = Outcome(trainer)
     prefixes = {"validation": "eval", "test": "predict"} | {name: name for name in extra_pairs}

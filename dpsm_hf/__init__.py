@@ -4,17 +4,22 @@ Swap ``Trainer`` for ``DPSMTrainer`` and a language model trains with ``(1 - alp
 rising from 0 to 1 on a schedule. The names below are the public interface.
 """
 
-from .arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
-from .calibration import CalibrationCurve, ClassCalibration, TokenCalibration, calibration_curve
-from .callbacks import AlphaScheduleCallback, CalibrationCallback
-from .head import linear_scoring_loss
-from .losses import DPSMLoss, TokenScores, score_tokens
-from .plots import ReliabilityDisplay
-from .schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
-from .scoring_rules import Objective
-from .temperature import TemperatureScaler
-from .trainer import DPSMMixin, DPSMSeq2SeqTrainer, DPSMTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
+    from .calibration import CalibrationCurve, ClassCalibration, TokenCalibration, calibration_curve
+    from .callbacks import AlphaScheduleCallback, CalibrationCallback
+    from .head import linear_scoring_loss
+    from .losses import DPSMLoss, TokenScores, score_tokens
+    from .plots import ReliabilityDisplay
+    from .schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
+    from .scoring_rules import Objective
+    from .temperature import TemperatureScaler
+    from .trainer import DPSMMixin, DPSMSeq2SeqTrainer, DPSMTrainer
 
 __all__ = [
     "AlphaSchedule",
@@ -42,3 +47,36 @@ __all__ = [
     "linear_scoring_loss",
     "score_tokens",
 ]
+
+# Loaded at the first use of a name: commands that only start or read runs then need no torch, which takes seconds.
+_MODULES = {
+    "arguments": ("DPSMArguments", "DPSMConfig", "DPSMSeq2SeqConfig"),
+    "calibration": ("CalibrationCurve", "ClassCalibration", "TokenCalibration", "calibration_curve"),
+    "callbacks": ("AlphaScheduleCallback", "CalibrationCallback"),
+    "head": ("linear_scoring_loss",),
+    "losses": ("DPSMLoss", "TokenScores", "score_tokens"),
+    "plots": ("ReliabilityDisplay",),
+    "schedules": ("AlphaSchedule", "available_alpha_schedules", "get_alpha_schedule", "register_alpha_schedule"),
+    "scoring_rules": ("Objective",),
+    "temperature": ("TemperatureScaler",),
+    "trainer": ("DPSMMixin", "DPSMSeq2SeqTrainer", "DPSMTrainer"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

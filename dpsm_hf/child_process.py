@@ -1,19 +1,24 @@
-"""Run a program as a child process: its output shown as it comes, its time and peak memory measured."""
+"""Run a program as a child process, its time and peak memory measured, its output shown or kept."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TAIL_LINES = 20
+#: Environment variable that names the process that started a run; the run ends when that process does.
+RUNNER_VARIABLE = "DPSM_RUNNER_PID"
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,118 @@ def _reap(process: subprocess.Popen[bytes]) -> tuple[int, float | None, float | 
         return process.wait(), None, None
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, *_measured(usage)
+
+
+def _measured(usage: Any) -> tuple[float, float]:
+    """Return processor time and the largest resident set in MB, of a process and of those it has waited for."""
     # Kibibytes on Linux, bytes on macOS.
     memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return process.returncode, usage.ru_utime + usage.ru_stime, memory
+    return usage.ru_utime + usage.ru_stime, memory
+
+
+class Child:
+    """A program that runs by itself: its output goes straight to a file, its end is asked for, not waited for.
+
+    It leads a session of its own, so that the terminal's Ctrl-C reaches only who started it, and on Linux the kernel
+    kills it when that process ends, however it ends.
+
+    Args:
+        command: the command line.
+        log: file that its output is appended to.
+        environment: variables beyond those of this process.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.command = list(command)
+        self.log = log
+        self.started = time.perf_counter()
+        with log.open("ab") as output:
+            self.log_start = output.tell()
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                start_new_session=True,
+                # This process has one thread, so that running Python between fork and exec is safe.
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Return its process id, which is that of its session and process group too."""
+        return self._process.pid
+
+    def poll(self) -> ChildResult | None:
+        """Return how it ended, None while it runs."""
+        usage: Any = None
+        if self._process.returncode is None:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid == 0:
+                return None
+            self._process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - self.started
+        cpu_seconds, memory = _measured(usage) if usage is not None else (None, None)
+        return ChildResult(self._process.returncode, seconds, cpu_seconds, memory, self.tail())
+
+    def tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
+        """Return the last lines it has written."""
+        return tail_of(self.log, self.log_start, lines)
+
+    def kill(self) -> None:
+        """Kill it and what is left of its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def tail_of(log: Path, start: int = 0, lines: int = TAIL_LINES, longest: int = 2**18) -> tuple[str, ...]:
+    """Return the last lines of a log that are not blank, progress bars reduced to their last state.
+
+    Args:
+        log: the file.
+        start: byte from which on to look.
+        lines: how many.
+        longest: bytes to read at most.
+    """
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(start, file.tell() - longest))
+        text = file.read().decode("utf-8", errors="replace")
+    cleaned = (line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n"))
+    return tuple([line for line in cleaned if line][-lines:])
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (Linux: PR_SET_PDEATHSIG; elsewhere nothing happens)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_runner() -> None:
+    """End this process when the one that started the run has ended or ends, even if it was killed.
+
+    An orphan would go on writing into a folder that the next runner uses. Nothing happens without the environment
+    variable `RUNNER_VARIABLE`, or, for what is still to come, on systems other than Linux.
+    """
+    runner = os.environ.get(RUNNER_VARIABLE)
+    if not runner:
+        return
+    end_with_parent()
+    # It may have ended before the line above took effect.
+    try:
+        os.kill(int(runner), 0)
+    except ProcessLookupError:
+        sys.exit(f"The runner (process {runner}) has ended: so does this run, which the next runner continues.")
+    except PermissionError:
+        pass  # It is there, and another user's.
+
+
+def _load_libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here because nothing may be loaded between fork and exec.
+_LIBC = _load_libc()

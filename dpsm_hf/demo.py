@@ -20,20 +20,18 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .child_process import run_child
 from .data.loading import load_text_datasets
 from .data.tokenizer import TRAIN_BPE, column_texts, resolve_tokenizer
+from .environment import find_script, versions
 from .records import LOSS_TITLES, RunRecord, read_json, read_run
 from .report import Report, write_report
-from .version import __version__
 
 LOSSES = ("ce", "brier", "dpsm")
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent
 # What reads finished runs cannot change them.
 _READERS = {
     "demo.py",
@@ -144,24 +142,6 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def find_script(name: str) -> Path:
-    """Find a training script beside the package, as in a clone or an editable installation.
-
-    Args:
-        name: file name of the script.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-    """
-    path = ROOT / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{name} is not in {ROOT}. The demo runs the scripts of a clone: install the package from there "
-            "with 'pip install -e .'."
-        )
-    return path
-
-
 def build_command(
     preset: Preset, loss: str, output_dir: Path, tokenizer: Path, steps: int, seed: int, extra: Sequence[str] = ()
 ) -> list[str]:
@@ -201,13 +181,6 @@ def source_digest(script: str) -> str:
         if name not in _READERS:
             digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    return {"dpsm_hf": __version__, "python": sys.version.split()[0], **found}
 
 
 def is_done(directory: Path, settings: Mapping[str, Any]) -> bool:

@@ -15,7 +15,8 @@ SCHEMA = 1
 RECORD_NAME = "record.json"
 
 #: How a run can end. ``running`` is what a killed runner leaves behind; it is taken up again like ``interrupted``.
-STATUSES = ("ok", "oom", "diverged", "failed", "interrupted", "pruned", "running")
+#: ``paused`` is an ablation that waits at a rung for those it is compared with.
+STATUSES = ("ok", "oom", "diverged", "failed", "interrupted", "paused", "pruned", "running")
 #: What the next ``run`` leaves alone.
 SETTLED = frozenset({"ok", "oom", "diverged", "pruned"})
 
@@ -32,7 +33,10 @@ class Record:
         status: one of `STATUSES`.
         message: why it is not ok; for a pruned run the rule, the rung and the figures that decided.
         command: that ran last.
-        attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step``.
+        attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step``,
+            ``to_step`` (of the newest checkpoint), ``status``, ``message``, ``devices`` on GPUs, and ``rung`` where it
+            was to stop there.
+        decision: of the budget: ``kind`` (``halving`` or ``limit``) and everything that it was decided by.
         machine: ``device``, ``versions``, ``commit``, ``dirty``.
         metrics: ``metrics[checkpoint][split][name]`` with checkpoint ``last`` or ``best`` and names without prefix;
             ``..._scaled`` after temperature scaling. What is not finite is null.
@@ -56,6 +60,7 @@ class Record:
     message: str = ""
     command: Sequence[str] = ()
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    decision: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     best_step: int | None = None

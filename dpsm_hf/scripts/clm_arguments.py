@@ -17,6 +17,7 @@ from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import StressArguments
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(StressArguments):
+class DataTrainingArguments(StressArguments, StoppingArguments):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
     dataset_name: str | None = field(
@@ -152,6 +153,7 @@ class DataTrainingArguments(StressArguments):
 
     def __post_init__(self) -> None:
         check_sources(self.dataset_name, self.files())
+        self.check_stopping()
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")

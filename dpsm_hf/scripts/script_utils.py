@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpsm_hf.scripts.scratch_config import build_config_from_scratch, check_block_size
+from dpsm_hf.scripts.stopping import StopAtStep
 
 logger = logging.getLogger(__name__)
 
@@ -336,8 +337,12 @@ def train_and_save(
         The metrics of the training.
 
     Raises:
-        SystemExit: With code 130 after an interrupt, once it has been said how to resume.
+        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 where a
+            `StopAtStep` among the callbacks has stopped it.
     """
+    if checkpoint is not None:
+        # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
+        trainer.args.eval_on_start = False
     callback = StopOnInterrupt()
     for added in (callback, *callbacks):
         trainer.add_callback(added)
@@ -351,8 +356,12 @@ def train_and_save(
         for added in (callback, *callbacks):
             trainer.remove_callback(added)
     if callback.stopped and trainer.state.global_step < trainer.state.max_steps:
+        # A launcher ends all processes when the first one fails, and one of them may still be writing.
+        trainer.accelerator.wait_for_everyone()
         _say_how_to_resume(trainer)
         raise SystemExit(130)
+    if any(isinstance(added, StopAtStep) and added.stopped for added in callbacks):
+        raise SystemExit(0)
     trainer.save_model()
     metrics = dict(result.metrics)
     if checkpoint is not None and _step(Path(checkpoint)) == trainer.state.global_step:

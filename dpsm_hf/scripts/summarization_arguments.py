@@ -12,6 +12,7 @@ from typing import Any
 from dpsm_hf.data.loading import check_sources
 from dpsm_hf.data.tokenizer import TRAIN_BPE
 from dpsm_hf.scripts.model_arguments import ModelSource
+from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import SummaryStressArguments
 
 
@@ -29,7 +30,7 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(SummaryStressArguments):
+class DataTrainingArguments(SummaryStressArguments, StoppingArguments):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
     lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
@@ -103,6 +104,7 @@ class DataTrainingArguments(SummaryStressArguments):
     def __post_init__(self) -> None:
         files = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
         check_sources(self.dataset_name, {split: path for split, path in files.items() if path is not None})
+        self.check_stopping()
         if not 0 < self.calibration_split_percentage < 100:
             percentage = self.calibration_split_percentage
             raise ValueError(f"--calibration_split_percentage is {percentage}; it must lie between 1 and 99.")

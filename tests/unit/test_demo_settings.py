@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpsm_hf import demo
+from dpsm_hf import demo, environment
 from dpsm_hf.child_process import run_child
 
 SCRIPT = """
@@ -39,7 +39,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "calls").write_text("")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "make_tokenizer", lambda preset, directory: directory / "tokenizer")
     return demo.Preset("train.py", "title", "subtitle", "python-docs", ("text",), 300, 3, {"learning_rate": "1"})
 
@@ -145,7 +145,7 @@ def test_wrong_options_end_with_a_sentence(
     with pytest.raises(SystemExit):
         demo.main(["--steps", "0"])
     assert "at least one step" in capsys.readouterr().err
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert demo.main(["--output_dir", str(tmp_path)]) == 2
     assert "run_clm_dpsm.py is not in" in capsys.readouterr().err
 

@@ -1,0 +1,181 @@
+"""One runner at a time in a campaign's folder, and no training process left over from one that was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LOCK_NAME = "runner.lock"
+LAUNCHER = "accelerate.commands.launch"
+#: What an orphan gets to save a checkpoint before it is killed.
+ORPHAN_SECONDS = 60.0
+_KILL_SECONDS = 10.0
+
+
+class RunnerError(RuntimeError):
+    """Something that keeps the whole campaign from running, said in a sentence."""
+
+
+@contextmanager
+def campaign_lock(directory: Path) -> Iterator[None]:
+    """Hold a campaign's folder for this process alone, until the block ends or the process does.
+
+    The lock is the operating system's (``flock``), so a killed runner leaves none behind; the file says who holds it.
+
+    Args:
+        directory: of the campaign.
+
+    Raises:
+        RunnerError: another runner holds it, or one on another machine has not taken its name off.
+    """
+    path = directory / LOCK_NAME
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunnerError(f"{_describe(_holder(path))} works in {directory} already: wait for it.") from None
+        found = _holder(path)
+        # Not every shared file system takes a lock of one machine to the others.
+        if found and found.get("host") != socket.gethostname():
+            raise RunnerError(
+                f"{_describe(found)} has not signed off from {directory}, and whether it still works cannot be seen "
+                f"from here. If it does not, delete {path}."
+            )
+        file.truncate(0)
+        me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
+        file.write(json.dumps(me) + "\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def runner_at_work(directory: Path) -> str | None:
+    """Say who works in a campaign's folder, None where nobody does.
+
+    Args:
+        directory: of the campaign.
+    """
+    found = _holder(directory / LOCK_NAME)
+    if not found:
+        return None
+    if found.get("host") == socket.gethostname():
+        try:
+            # Process ids are used again; the time of its start tells whether it is the same one.
+            if abs(psutil.Process(found["pid"]).create_time() - found["started"]) > 1:
+                return None
+        except psutil.NoSuchProcess:
+            return None
+    return _describe(found)
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and {"pid", "started", "host"} <= set(content) else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "A runner"
+    since = datetime.fromtimestamp(holder["started"], timezone.utc).isoformat(sep=" ", timespec="seconds")
+    return f"A runner (process {holder['pid']} on {holder['host']}, since {since})"
+
+
+def processes_of(settings: Path) -> list[psutil.Process]:
+    """Return the processes of a run: its launcher, one for each rank, and what those have started.
+
+    Args:
+        settings: the run's settings file, whose full path is on their command lines.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if str(settings) in process.cmdline() and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def ranks_of(settings: Path) -> list[psutil.Process]:
+    """Return the training processes of a run, without their launcher and their own helpers.
+
+    Args:
+        settings: the run's settings file.
+    """
+    training = {}
+    for process in processes_of(settings):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if LAUNCHER not in process.cmdline():
+                training[process.pid] = (process, process.ppid())
+    return [process for process, parent in training.values() if parent not in training]
+
+
+def interrupt_run(settings: Path, told: Collection[int] = ()) -> set[int]:
+    """Press Ctrl-C for a run: its training processes save a checkpoint and stop.
+
+    Args:
+        settings: the run's settings file.
+        told: ids of processes that know already; once more would stop them at once.
+
+    Returns:
+        The ids of all that know now.
+    """
+    knowing = set(told)
+    for process in ranks_of(settings):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.pid not in knowing:
+                process.send_signal(signal.SIGINT)
+                knowing.add(process.pid)
+    return knowing
+
+
+def kill_run(settings: Path) -> None:
+    """Kill what there is of a run, and wait until it is gone.
+
+    Args:
+        settings: the run's settings file.
+    """
+    processes = processes_of(settings)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+    until = time.monotonic() + _KILL_SECONDS
+    # Not psutil's wait, which would take the exit code of a child away from who has started it.
+    while processes_of(settings) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def end_orphans(settings: Path, patience: float = ORPHAN_SECONDS) -> int:
+    """End what a killed runner has left of a run: first so that it can save a checkpoint, then at once.
+
+    Args:
+        settings: the run's settings file.
+        patience: seconds to wait for the checkpoint.
+
+    Returns:
+        How many training processes there were.
+    """
+    found = len(ranks_of(settings))
+    if found:
+        interrupt_run(settings)
+        until = time.monotonic() + patience
+        while ranks_of(settings) and time.monotonic() < until:
+            time.sleep(0.2)
+    if processes_of(settings):
+        kill_run(settings)
+    return found

@@ -1,0 +1,128 @@
+"""kill -9 of the runner and of runs at random moments: no record is lost, no run repeated, no figure changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpsm_hf.campaign.design import Budget, Campaign
+from dpsm_hf.campaign.launching import SETTINGS_NAME, run_folder
+from dpsm_hf.campaign.lock import processes_of, ranks_of
+from dpsm_hf.campaign.records import Record, read_records
+from tests.campaigns import make_campaign, tiny_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 20
+JOBS = 2
+# What a clock says is another time each time.
+_CLOCKS = ("runtime", "per_second", "seconds")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, Path]:
+    """A main run and two ablations, one of which is stopped at half of the steps."""
+    folder = tmp_path_factory.mktemp("kills")
+    content: dict[str, Any] = {
+        "arguments": tiny_arguments(folder, save_steps=1, eval_steps=3, max_steps=6),
+        "variations": ["ce"],
+        "ablations": ["dpsm", "focal"],
+    }
+    budget = {"limit": 100.0, "halving_metric": "nll", "halving_keep": 0.5}
+    path = folder / "campaign.json"
+    path.write_text(json.dumps({**content, "budget": budget, "rungs": [0.5]}), encoding="utf-8")
+    return make_campaign(**content, budget=Budget(**budget, halving_rungs=(0.5,))), path
+
+
+def start(plan: Path, output: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (output.parent / f"{output.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("campaign_runner.py")), str(plan), str(output), str(JOBS)],
+            env=environment, stdout=log, stderr=log, cwd=ROOT,
+        )  # fmt: skip
+
+
+def finish(plan: Path, output: Path) -> int:
+    return start(plan, output).wait(timeout=600)
+
+
+def figures(records: Mapping[str, Record]) -> dict[str, Any]:
+    """What a report would be made of, without times."""
+
+    def timeless(entries: Any) -> Any:
+        if isinstance(entries, Mapping):
+            return {k: timeless(v) for k, v in entries.items() if not k.endswith(_CLOCKS)}
+        return [timeless(entry) for entry in entries] if isinstance(entries, (list, tuple)) else entries
+
+    return {
+        run_id: {
+            "status": record.status, "message": record.message, "decision": record.decision,
+            "metrics": timeless(record.metrics), "calibration": timeless(record.calibration),
+            # an entry that holds nothing but the clock is written with a checkpoint that has no other
+            "history": [entry for entry in timeless(record.history) if set(entry) > {"step", "epoch"}],
+        }
+        for run_id, record in records.items()
+    }  # fmt: skip
+
+
+def test_twenty_kills(plan: tuple[Campaign, Path], tmp_path: Path) -> None:
+    campaign, path = plan
+    started = time.monotonic()
+    assert finish(path, tmp_path / "whole") == 0
+    # of about four processes, two at a time: a run's length on this machine as it is
+    length = (time.monotonic() - started) / 2.5
+    expected = read_records(tmp_path / "whole")
+    assert sorted(record.status for record in expected.values()) == ["ok", "ok", "pruned"]
+    assert all(record.metrics for record in expected.values() if record.status == "ok")
+
+    chance = random.Random(20)
+    output = tmp_path / "killed"
+    runner: subprocess.Popen[bytes] | None = None
+    before: dict[str, Record] = {}
+    hit = {"runner": 0, "run": 0}
+    settled_bytes: dict[str, bytes] = {}
+    for kill in range(KILLS):
+        if runner is None or runner.poll() is not None:
+            runner = start(path, output)
+        time.sleep(chance.uniform(0, 0.9) * length)
+        processes = [p for i in campaign.order for p in processes_of(run_folder(output, i) / SETTINGS_NAME)]
+        if kill % 2 and processes:
+            hit["run"] += 1
+            os.kill(chance.choice(processes).pid, signal.SIGKILL)
+            if chance.random() < 0.5:  # else the next kill hits the same runner
+                runner.wait(timeout=600)
+        else:
+            hit["runner"] += 1
+            runner.kill()
+            runner.wait()
+        records = read_records(output)  # raises for one that is torn
+        for run_id, record in before.items():
+            assert run_id in records, "a record is lost"
+            kept = len(record.attempts) - 1  # the last one may have got its end meanwhile
+            assert records[run_id].attempts[:kept] == record.attempts[:kept], "an attempt is lost"
+        for run_id, content in settled_bytes.items():
+            assert (run_folder(output, run_id) / "record.json").read_bytes() == content, "a finished run was repeated"
+        for run_id, record in records.items():
+            assert len(ranks_of(run_folder(output, run_id) / SETTINGS_NAME)) <= 1, "two processes write one folder"
+            if record.status in ("ok", "pruned"):
+                settled_bytes[run_id] = (run_folder(output, run_id) / "record.json").read_bytes()
+        before = records
+    if runner is not None and runner.poll() is None:
+        runner.wait(timeout=600)
+    assert hit["runner"] >= 5 and hit["run"] >= 3
+    assert finish(path, output) == 0
+    assert figures(read_records(output)) == figures(expected)
+    interrupted = [a for r in read_records(output).values() for a in r.attempts if a.get("status") == "interrupted"]
+    assert interrupted, "no kill has hit anything"
