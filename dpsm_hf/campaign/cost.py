@@ -196,15 +196,13 @@ def measure(config: PreTrainedConfig) -> ModelSize:
             cross += module.weight.numel()
         else:
             decoder += module.weight.numel()
-    layers = int(config.num_hidden_layers)
+    layers, named = int(config.num_hidden_layers), config.to_dict()
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values()),
         decoder=decoder,
         encoder=encoder,
         cross=cross,
-        decoder_layers=int(
-            getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", 0) or layers
-        ),
-        encoder_layers=int(getattr(config, "encoder_layers", layers)) if config.is_encoder_decoder else 0,
+        decoder_layers=int(named.get("decoder_layers") or named.get("num_decoder_layers") or layers),
+        encoder_layers=int(named.get("encoder_layers") or layers) if config.is_encoder_decoder else 0,
         width=int(config.hidden_size),
     )

@@ -14,6 +14,10 @@ from .script_arguments import effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
 from .yaml_lines import Place, Problems, suggestion
 
+# Sections, the more specific ones last.
+_SPECIFIC = ("base", "sizes", "data", "variations", "studies")
+# Names in messages of the scoring rules that arguments have other names for.
+_SAID_AS = {"alpha": "alpha_end"}
 # What a run from scratch has in place of a model that it starts from.
 _FROM_SCRATCH = ("model_type", "config_overrides", "config_name", "tokenizer_name", "tokenizer_vocab_size")
 
@@ -157,7 +161,7 @@ def _check_study(spec: Spec, study: StudyEntry, problems: Problems, path: str) -
         problems.add(study.place, f"{path}.replaces", f"{name} is neither in arguments nor in grid; leave it out")
     for v in study.variations:
         source = spec.variations[v].of
-        if source is not None and source.value not in study.variations:
+        if source is not None and source.value in spec.variations and source.value not in study.variations:
             what = f"{v} reads the figures of {source.value}, which is not among the variations; add it"
             problems.add(study.place, f"{path}.variations", what)
     for size, data in itertools.product(study.sizes, study.data):
@@ -262,10 +266,14 @@ def _run(
     unseeded = repr((sorted(values.items()), reported))
     if unseeded not in work.checked:
         work.checked.add(unseeded)
-        wanted = _campaign_refusals(work.spec, values) if reported else ()
-        for message in [*refusals(task, values), *wanted]:
+        for message in refusals(task, values):
             blamed = _blamed(message, given)
             problems.add(blamed.place if blamed else place, blamed.key if blamed else key, message)
+        for message in _campaign_refusals(work.spec, values) if reported else ():
+            blamed = _blamed(message, given)
+            problems.add(
+                blamed.place if blamed else work.spec.places["base"], blamed.key if blamed else "base", message
+            )
     return run
 
 
@@ -281,14 +289,10 @@ def _campaign_refusals(spec: Spec, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _blamed(message: str, given: Mapping[str, Given]) -> Given | None:
-    """Return the argument that a message is about: of those it names the one given last."""
-    words = re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message)
-    named = [value for name, value in given.items() if name in words and value.value is not None]
-
-    def rank(value: Given) -> tuple[bool, int]:
-        return (value.key.startswith(("studies", "variations")), value.place.line or 0)
-
-    return max(named, key=rank, default=None)
+    """Return the argument that a message is about: the first it names of those given in the most specific place."""
+    words = [_SAID_AS.get(word, word) for word in re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message)]
+    named = [given[word] for word in words if word in given and given[word].value is not None]
+    return max(named, key=lambda value: _SPECIFIC.index(value.key.split(".")[0]), default=None)
 
 
 def _contents(values: Mapping[str, Any], given: Mapping[str, Given]) -> dict[str, Any]:

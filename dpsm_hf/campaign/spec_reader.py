@@ -82,7 +82,7 @@ class SpecReader:
             track=tuple(
                 self.choice(item, "track", TRACKERS, "") for item in self.items(top.get("track"), "track", empty=True)
             ),
-            places={key: entry.place for key, entry in top.items()},
+            places={"base": self.tree.place, **{key: entry.place for key, entry in top.items()}},
         )
 
     # ---- sections --------------------------------------------------------------------------------------------------

@@ -131,9 +131,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         known: those that exist.
     """
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=3)
     if close:
-        return f"did you mean {' or '.join(close)}?"
+        likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in close]
+        near = [other for other, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - 0.1]
+        return f"did you mean {' or '.join(near)}?"
     if not names:
         return "there is none"
     if len(names) > _LISTED:
@@ -174,9 +176,7 @@ def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
         return None
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1 if node is not None else 1
-        problems.add(
-            Place(name, line), "", "a campaign is a list of keys with values, this is not; see docs/campaigns.md"
-        )
+        problems.add(Place(name, line), "", "a campaign is keys with values, this is not; see docs/campaigns.md")
         return None
     return _Reader(name, problems).read(node, "")
 
