@@ -19,7 +19,7 @@ found out is in `outcome.json`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from transformers import (
 from dpsm_hf import DPSMConfig, DPSMTrainer
 from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
-from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, AnyDatasetDict, column_names, load_text_datasets
+from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
 from dpsm_hf.scripts.best_checkpoint import best_weights, early_stopping
 from dpsm_hf.scripts.clm_arguments import (
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         calibration_dataset=parts.get("calibration"),
         processing_class=tokenizer,
         data_collator=ClmCollator(block_size, tokenizer.pad_token_id or 0),
+        corruption=data_args.corruption(model, tokenizer, parts.get("train"), training_args.seed),
     )
     results: dict[str, float] = {}
     if training_args.do_train:
@@ -140,19 +141,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def load_texts(
     model_args: ModelArguments, data_args: DataTrainingArguments, training_args: DPSMConfig, splits: list[str]
-) -> AnyDatasetDict:
-    """Load the splits that the run needs, and the train split for a tokenizer that is trained on it."""
+) -> Mapping[str, AnyDataset]:
+    """Load the splits that the run needs, and the train split for a tokenizer that is trained on it.
+
+    Only the part of the train split that the run may train on: other folds and a small subset leave the rest unseen.
+    """
     needed = [*splits, "train"] if model_args.tokenizer_name == TRAIN_BPE and "train" not in splits else splits
     with training_args.main_process_first(desc="loading the data"):
-        return load_text_datasets(
+        raw = load_text_datasets(
             data_args.dataset_name,
             data_args.dataset_config_name,
             train_file=data_args.train_file,
             validation_file=data_args.validation_file,
             test_file=data_args.test_file,
             calibration_file=data_args.calibration_file,
-            required_splits=needed,
-            validation_split_percentage=data_args.validation_split_percentage,
+            required_splits=data_args.splits_to_load(needed),
+            validation_split_percentage=(
+                None if data_args.cross_validation_fold is not None else data_args.validation_split_percentage
+            ),
             calibration_split_percentage=data_args.calibration_split_percentage,
             streaming=data_args.streaming,
             keep_linebreaks=data_args.keep_linebreaks,
@@ -160,6 +166,14 @@ def load_texts(
             token=model_args.token,
             trust_remote_code=model_args.trust_remote_code,
         )
+    if data_args.low_resource is None and data_args.cross_validation_fold is None:
+        return raw
+    column = choose_text_column(raw["train"], data_args.text_column_name, "train")
+    by_document = data_args.preprocessing(DEFAULT_MAX_LENGTH).document_boundary == "blank_line"
+    parts = data_args.take_fold(raw, [column], by_document=by_document)
+    # documents differ much in length, so a share of them is a share of their text
+    parts["train"] = data_args.take_low_resource(parts["train"], [column], by_length=True, by_document=by_document)
+    return parts
 
 
 def load_extra_texts(
@@ -169,6 +183,10 @@ def load_extra_texts(
     found = {}
     own = data_args.text_column_name
     for extra in outcome_args.extra_datasets():
+        if extra.summary_column is not None:
+            raise ValueError(
+                f"--extra_eval_datasets {extra.name}: language modelling has no summaries; leave summary= out."
+            )
         with training_args.main_process_first(desc=f"loading {extra.name}"):
             texts = extra.load(
                 streaming=data_args.streaming,
@@ -187,7 +205,7 @@ def prepare_rows(
     training_args: DPSMConfig,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    raw: AnyDatasetDict,
+    raw: Mapping[str, AnyDataset],
     extra_texts: dict[str, tuple[AnyDataset, str | None, str]],
     limits: dict[str, int | None],
 ) -> dict[str, AnyDataset]:
@@ -207,7 +225,7 @@ def load_tokenizer(
     model_args: ModelArguments,
     data_args: DataTrainingArguments,
     training_args: DPSMConfig,
-    raw: AnyDatasetDict,
+    raw: Mapping[str, AnyDataset],
     *,
     resuming: bool,
 ) -> PreTrainedTokenizerBase:

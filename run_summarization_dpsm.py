@@ -17,7 +17,7 @@ What a finished run found out is in `outcome.json`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import (
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             pad_to_multiple_of=8 if training_args.fp16 else None,
         ),
         compute_metrics=summary_metrics(tokenizer, bert_scorer=bert_scorer) if generates else None,
+        corruption=data_args.corruption(model, tokenizer, rows.get("train"), training_args.seed),
     )
     results: dict[str, float] = {}
     if training_args.do_train:
@@ -169,26 +170,28 @@ def load_pairs(
         "test": (training_args.do_predict, data_args.max_predict_samples),
         "calibration": (training_args.fit_temperature, None),
     }
-    raw = load_text_datasets(
+    raw: Mapping[str, Any] = load_text_datasets(
         data_args.dataset_name,
         data_args.dataset_config_name,
         train_file=data_args.train_file,
         validation_file=data_args.validation_file,
         test_file=data_args.test_file,
         calibration_file=data_args.calibration_file,
-        required_splits=[split for split, (needed, _) in wanted.items() if needed],
+        required_splits=data_args.splits_to_load([split for split, (needed, _) in wanted.items() if needed]),
         validation_split_percentage=None,
         calibration_split_percentage=data_args.calibration_split_percentage,
         cache_dir=model_args.cache_dir,
         token=model_args.token,
         trust_remote_code=model_args.trust_remote_code,
     )
+    arguments = (data_args.dataset_name, data_args.text_column, data_args.summary_column)
+    if data_args.cross_validation_fold is not None:
+        raw = data_args.take_fold(raw, resolve_columns(raw["train"].column_names, *arguments))
     pairs: dict[str, Any] = {}
     columns = ("", "")
     for split, (needed, most) in wanted.items():
         if not needed:
             continue
-        arguments = (data_args.dataset_name, data_args.text_column, data_args.summary_column)
         found = resolve_columns(raw[split].column_names, *arguments)
         if pairs and found != columns:
             raise ValueError(
@@ -205,6 +208,8 @@ def load_pairs(
                 num_proc=data_args.preprocessing_num_workers,
                 load_from_cache_file=not data_args.overwrite_cache,
             )
+        if split == "train":
+            kept = data_args.take_low_resource(kept, columns)
         pairs[split] = kept if most is None else kept.select(range(min(most, len(kept))))
     return pairs, columns
 

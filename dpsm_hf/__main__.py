@@ -13,6 +13,10 @@ _COMMANDS = {
         "dpsm_hf.calibrate",
         "fit a temperature for a saved model, report calibration before and after",
     ),
+    "campaign": (
+        "dpsm_hf.campaign.cli",
+        "plan, run and report on a programme of experiments from one YAML file",
+    ),
     "demo": ("dpsm_hf.demo", "train a small model three times on real text and compare"),
     "report": ("dpsm_hf.report", "compare finished runs in one HTML page"),
 }

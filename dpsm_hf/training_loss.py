@@ -5,15 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from .arguments import DPSMArguments, dpsm_arguments
+from .corrupted_training import CorruptionMixin
 from .distributed import sum_over_processes
 from .extra_statistics import ExtraStatistics
 from .fused import FusedHead, FusedHeadError, ScoredOutput, ScoringRequest
@@ -23,19 +23,17 @@ from .models import (
     align_targets,
     core_model,
     inputs_without_labels,
+    is_compiled,
     label_alignment,
     probe_alignment,
     router_loss,
 )
+from .output_layer import output_layer
+from .ranges import FORWARD, HEAD, ROW_PASS, HeadRanges, active, named, ranged
 from .scoring_rules import Objective
 from .tally import TokenTally
 
 logger = logging.get_logger(__name__)
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 
 class Collector(Protocol):
@@ -43,6 +41,9 @@ class Collector(Protocol):
 
     @property
     def extra(self) -> ExtraStatistics | None: ...
+
+    @property
+    def counts_depths(self) -> bool: ...
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None: ...
 
@@ -57,7 +58,7 @@ class _Batch(NamedTuple):
     denominator: Tensor | int
 
 
-class TrainingLossMixin(_Base):
+class TrainingLossMixin(CorruptionMixin):
     """Compute the loss of a `Trainer`; the half of `DPSMMixin` that knows scoring rules and models."""
 
     model: nn.Module
@@ -94,8 +95,9 @@ class TrainingLossMixin(_Base):
         return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
 
     def _owns_loss(self) -> bool:
-        """Return whether the loss is computed here: always, but for plain CE on a model whose logits are unknown."""
-        return self.compute_loss_func is None and (self._alignment is not None or self.dpsm.loss_type != "ce")
+        """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
+        known = self._alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        return self.compute_loss_func is None and known
 
     def _refuse_other_losses(self) -> None:
         if self.dpsm.loss_type == "ce":
@@ -112,6 +114,7 @@ class TrainingLossMixin(_Base):
                 "the loss itself; use loss_type='ce' or another parallelism."
             )
 
+    @ranged(FORWARD)
     def compute_loss(
         self,
         model: nn.Module,
@@ -141,10 +144,12 @@ class TrainingLossMixin(_Base):
         alignment = self._alignment or "aligned"  # unknown only as long as nothing was scored
         shift_labels = inputs.get("shift_labels")
         denominator = self._denominator(labels, shift_labels, alignment, num_items_in_batch)
-        batch = _Batch(inputs_without_labels(self.model, inputs), labels, shift_labels, alignment, denominator)
+        clean = inputs_without_labels(self.model, inputs)
         training = model.training
         if training:
             self._alpha = self.alpha
+            labels, shift_labels = self._flipped(labels, shift_labels, alignment)
+        batch = _Batch(clean, labels, shift_labels, alignment, denominator)
         outputs: Any = None
         failure: Exception | None = None
         # a subclass that wraps this method may look at the outputs whatever the evaluation needs
@@ -247,9 +252,21 @@ class TrainingLossMixin(_Base):
 
     def _score_from_logits(self, model: nn.Module, batch: _Batch) -> tuple[Tensor, TokenScores, Tensor, Any]:
         """Return the loss, the scores, the targets and the model's outputs."""
-        labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
-        outputs = model(**batch.inputs)
+        with self._head_ranges(model) as head:
+            outputs = model(**batch.inputs)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        with named(HEAD):
+            loss, scores, targets = self._score_logits(model, batch, logits)
+        head.until_hidden(loss)
+        return loss, scores, targets, outputs
+
+    def _head_ranges(self, model: nn.Module) -> HeadRanges:
+        # a hook on the layer would be another program to torch.compile, and replicas would share it
+        seen = active() and self.args.n_gpu <= 1 and not is_compiled(model)
+        return HeadRanges(output_layer(core_model(model)) if seen else None)
+
+    def _score_logits(self, model: nn.Module, batch: _Batch, logits: Tensor) -> tuple[Tensor, TokenScores, Tensor]:
+        labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
         targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels
         plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
         # labels are checked here, before cross-entropy would index with a wrong one
@@ -260,10 +277,10 @@ class TrainingLossMixin(_Base):
             extra=self._extra(model.training),
         )
         if scores.loss is not None:
-            return scores.loss.sum() / batch.denominator, scores, targets, outputs
+            return scores.loss.sum() / batch.denominator, scores, targets
         shifted = alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
         loss = self._cross_entropy(logits, labels, None if shifted else targets, batch.denominator)
-        return loss, scores, targets, outputs
+        return loss, scores, targets
 
     def _denominator(
         self,
@@ -286,6 +303,7 @@ class TrainingLossMixin(_Base):
         # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
         return num_items_in_batch.clamp_min(1).to(labels.device)
 
+    @ranged(ROW_PASS)
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, targets: Tensor | None, denominator: Tensor | int
     ) -> Tensor:

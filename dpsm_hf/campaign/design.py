@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,25 @@ SCRIPTS = {"language-modelling": "run_clm_dpsm.py", "summarization": "run_summar
 
 #: Variations that carry the claims are never pruned; ablations may be.
 ROLES = ("main", "ablation")
+
+#: Arguments that change the log and the screen, but no result; no part of a run's id.
+DISPLAY = frozenset(
+    {
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "project",
+        "trackio_space_id",
+    }
+)
+
+# What stands in an argument for the output folder of another run.
+_RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -36,24 +56,35 @@ class Variation:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that decides its numbers, and nothing else.
+    """One training run: everything that decides its numbers.
 
     Args:
         task: a key of `SCRIPTS`.
-        arguments: of the script, without ``output_dir`` and what only concerns display and tracking.
+        arguments: of the script, without ``output_dir`` and trackers. ``{run:ID}`` in one stands for the output folder
+            of another run, whose model this one starts from.
         processes: that it is launched on.
+        contents: what stands in the id for arguments that name local files, by argument: a hash of the files, so that
+            a folder can move without its runs being repeated, and cannot change without that.
     """
 
     task: str
     arguments: Mapping[str, Any]
     processes: int = 1
+    contents: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
         """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
-        content = {"task": self.task, "processes": self.processes, "arguments": dict(self.arguments)}
+        arguments = {name: value for name, value in self.arguments.items() if name not in DISPLAY}
+        content = {"task": self.task, "processes": self.processes, "arguments": {**arguments, **self.contents}}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the ids of the runs that must have finished before this one can start."""
+        texts = [value for value in self.arguments.values() if isinstance(value, str)]
+        return tuple(dict.fromkeys(match for text in texts for match in _RUN_FOLDER.findall(text)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +153,10 @@ class Campaign:
         test_split: the split whose figures are reported.
         source: the YAML file's text, for the record.
         track: trackers that every run reports to, ``wandb`` for instance.
+        preparations: titles, by id, of runs that stand nowhere in the plan, but whose models others start from.
+        titles: in words, by kind (``study``, ``size``, ``data``) and name.
+        planned: what the plan was told about sizes and data beside arguments, by kind and name: ``train_tokens``,
+            ``train_examples``, ``architecture``.
     """
 
     name: str
@@ -139,6 +174,9 @@ class Campaign:
     test_split: str = "test"
     source: str = ""
     track: tuple[str, ...] = ()
+    preparations: Mapping[str, str] = field(default_factory=dict)
+    titles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    planned: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def variation(self, name: str) -> Variation:
         """Return a variation by its name.
@@ -150,5 +188,10 @@ class Campaign:
 
     @property
     def order(self) -> list[str]:
-        """Return the ids of the runs in the order in which they are run, each once."""
-        return list(dict.fromkeys(point.run_id for point in self.points))
+        """Return the ids of the runs in the order in which they are run, each once, after those it needs."""
+        found: dict[str, None] = {}
+        for point in self.points:
+            for needed in self.runs[point.run_id].needs:
+                found.setdefault(needed)
+            found.setdefault(point.run_id)
+        return list(found)

@@ -50,7 +50,7 @@ __all__ = [
 CONFIG_FILE_SUFFIXES = (".json", ".yaml", ".yml")
 
 # Names that transformers 4 scripts used and transformers 5 dropped, with what to write today.
-_REMOVED_ARGUMENTS = {
+REMOVED_ARGUMENTS = {
     "overwrite_output_dir": "use another --output_dir, or --resume_from_checkpoint none to start afresh in this one",
     "evaluation_strategy": "write --eval_strategy",
     "warmup_ratio": "write --warmup_steps with a number below 1 (a share of all steps)",
@@ -146,8 +146,8 @@ def _explain_unknown(names: Sequence[str], known: Sequence[str], place: str) -> 
     parts = []
     for name in names:
         close = difflib.get_close_matches(name, known, n=1)
-        if name in _REMOVED_ARGUMENTS:
-            parts.append(f"{name} is gone from transformers 5: {_REMOVED_ARGUMENTS[name]}")
+        if name in REMOVED_ARGUMENTS:
+            parts.append(f"{name} is gone from transformers 5: {REMOVED_ARGUMENTS[name]}")
         else:
             parts.append(f"{name} is unknown" + (f"; did you mean {close[0]}?" if close else ""))
     return f"Arguments {place} that this script does not have: " + "; ".join(parts)

@@ -1,0 +1,208 @@
+"""What training a run costs before it is started: parameters, tokens and floating-point operations.
+
+Parameters are counted on the real model, built on torch's meta device: no memory, no weights, no download. With N the
+parameters of a part's weight matrices (embeddings not counted, the output layer counted, tied or not), L its layers, d
+the width of its attention, and S and T the tokens of a source and a target, one row costs in forward and backward
+
+    language model           6 N S + 12 L d S^2
+    encoder and decoder      6 (N_enc + N_cross) S + 12 L_enc d S^2
+                           + 6 N_dec T + 12 L_dec d (T^2 + S T)
+
+where N_cross are the cross-attention's key and value matrices, which read the source. 6 is 2 operations for each
+multiplication and addition, times 1 for forward and 2 for backward; attention counts as if it were not causal.
+
+Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1; Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..data.tokenizer import DEFAULT_VOCAB_SIZE, TRAIN_BPE
+from ..scripts.scratch_config import build_config_from_scratch
+from .design import Campaign, Run
+
+# Names of the cross-attention's matrices that read the encoder's output, in BART's family and in T5's.
+_CROSS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The parts of a model that cost time.
+
+    Args:
+        parameters: all of them, tied ones once.
+        decoder: those of matrices that read the target's tokens; of a language model, all.
+        encoder: those of the encoder's matrices.
+        cross: those of the cross-attention's key and value matrices.
+        decoder_layers, encoder_layers: numbers of layers.
+        width: of the attention.
+    """
+
+    parameters: int
+    decoder: int
+    encoder: int
+    cross: int
+    decoder_layers: int
+    encoder_layers: int
+    width: int
+
+    def row_flops(self, source: int, target: int) -> float:
+        """Return the operations of forward and backward of one row, see the module's formula.
+
+        Args:
+            source: tokens of the source; 0 for a language model.
+            target: tokens of the target, or of a language model's row.
+        """
+        matrices = 6.0 * ((self.encoder + self.cross) * source + self.decoder * target)
+        attention = self.encoder_layers * source**2 + self.decoder_layers * (target**2 + source * target)
+        return matrices + 12.0 * self.width * attention
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs; None where it cannot be told beforehand.
+
+    Args:
+        parameters: of the model.
+        steps: optimizer steps, if training is not stopped early.
+        tokens: that are trained on, at most: rows of a summarisation set are shorter than the limits.
+        flops: of training, evaluation not counted.
+    """
+
+    parameters: int | None
+    steps: int | None
+    tokens: int | None
+    flops: float | None
+
+
+def run_cost(campaign: Campaign, run: Run, size: str | None = None, data: str | None = None) -> Cost:
+    """Return what a run costs.
+
+    Args:
+        campaign: the campaign.
+        run: one of its runs.
+        size, data: names under which the file says more about the model and the data.
+    """
+    given = run.arguments
+    model = model_size(campaign, run, size)
+    rows = _rows_of_a_step(run)
+    steps = _steps(given, rows, dict(campaign.planned.get("data", {}).get(data or "", {})))
+    source, target = row_tokens(run)
+    tokens = None if steps is None else steps * rows * (source + target)
+    flops = None if steps is None or model is None else steps * rows * model.row_flops(source, target)
+    return Cost(model.parameters if model else None, steps, tokens, flops)
+
+
+def row_tokens(run: Run) -> tuple[int, int]:
+    """Return the tokens of a row at most: of the source (0 for a language model) and of the target."""
+    if run.task == "summarization":
+        return int(run.arguments.get("max_source_length", 1024)), int(run.arguments.get("max_target_length", 128))
+    return 0, int(run.arguments.get("block_size", 1024))
+
+
+def _rows_of_a_step(run: Run) -> int:
+    given = run.arguments
+    micro = int(given.get("per_device_train_batch_size", 8)) * int(given.get("gradient_accumulation_steps", 1))
+    return micro * run.processes
+
+
+def _steps(given: Mapping[str, Any], rows: int, planned: Mapping[str, int]) -> int | None:
+    if int(given.get("max_steps", -1)) > 0:
+        return int(given["max_steps"])
+    examples = planned.get("train_examples")
+    if examples is None and "train_tokens" in planned:
+        examples = planned["train_tokens"] // int(given.get("block_size", 1024))
+    if examples is None:
+        return None
+    folds = given.get("cross_validation_folds")
+    share = float(given.get("low_resource") or 1.0) * ((folds - 1) / folds if folds else 1.0)
+    if given.get("max_train_samples") is not None:
+        examples = min(examples, int(given["max_train_samples"]))
+    return math.ceil(float(given.get("num_train_epochs", 3.0)) * math.ceil(examples * share / rows))
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSize | None:
+    """Return the size of a run's model, None where it is on the hub and nothing here says what it is.
+
+    Args:
+        campaign: the campaign.
+        run: one of its runs.
+        size: name under which the file may give its architecture.
+    """
+    given = dict(run.arguments)
+    while given.get("model_name_or_path", "").startswith("{run:"):
+        given = dict(campaign.runs[given["model_name_or_path"][5:-1]].arguments)
+    if given.get("model_name_or_path") or given.get("config_name"):
+        shape = campaign.planned.get("size", {}).get(size or "", {})
+        source = given.get("config_name") or given["model_name_or_path"]
+        text = json.dumps([source, shape.get("model_type"), shape.get("config_overrides"), None])
+    else:
+        vocabulary = None
+        if given.get("tokenizer_name") == TRAIN_BPE:
+            vocabulary = given.get("tokenizer_vocab_size") or DEFAULT_VOCAB_SIZE
+        text = json.dumps([None, given.get("model_type"), given.get("config_overrides"), vocabulary])
+    return _size(text)
+
+
+@functools.cache
+def _size(text: str) -> ModelSize | None:
+    source, model_type, overrides, vocabulary = json.loads(text)
+    if source is not None:
+        try:
+            return measure(AutoConfig.from_pretrained(source, local_files_only=True))
+        except (OSError, ValueError):  # not on this machine: the file may say what it is
+            pass
+    if model_type is None:
+        return None
+    if vocabulary is not None and "vocab_size" not in (overrides or ""):
+        overrides = ",".join(filter(None, [overrides, f"vocab_size={vocabulary}"]))
+    return measure(build_config_from_scratch(model_type, overrides, None))
+
+
+def measure(config: PreTrainedConfig) -> ModelSize:
+    """Build a model without memory for its weights and count them.
+
+    Args:
+        config: of the model.
+    """
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    model.tie_weights()
+    inside: set[int] = set()
+    if config.is_encoder_decoder:
+        inside = {id(module) for module in model.get_encoder().modules()}
+    encoder = decoder = cross = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if id(module) in inside:
+            encoder += module.weight.numel()
+        elif name.endswith(_CROSS):
+            cross += module.weight.numel()
+        else:
+            decoder += module.weight.numel()
+    layers, named = int(config.num_hidden_layers), config.to_dict()
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values()),
+        decoder=decoder,
+        encoder=encoder,
+        cross=cross,
+        decoder_layers=int(named.get("decoder_layers") or named.get("num_decoder_layers") or layers),
+        encoder_layers=int(named.get("encoder_layers") or layers) if config.is_encoder_decoder else 0,
+        width=int(config.hidden_size),
+    )

@@ -1,0 +1,293 @@
+"""The plan of a campaign before anything starts: runs, tokens, operations, and how long they should take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cost import Cost, run_cost
+from .design import Campaign, Point
+from .records import read_records
+
+SCHEMA = 1
+
+#: What training with evaluation reaches of a machine's matrix products, see docs/campaigns.md. A guess: the first
+#: finished run of a size replaces it.
+UTILISATION = 0.35
+
+_SIDE = 1024
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast runs are.
+
+    Args:
+        flops_per_second: that a run gets done, evaluation and start included in its time.
+        source: where that comes from, in words.
+        each_process: whether a run on several processes is so many times as fast.
+    """
+
+    flops_per_second: float
+    source: str
+    each_process: bool = True
+
+
+def make_plan(
+    campaign: Campaign, directory: Path | None = None, *, flops_per_second: float | None = None, jobs: int = 1
+) -> dict[str, Any]:
+    """Return the plan as one JSON object.
+
+    Args:
+        campaign: the campaign.
+        directory: its folder; finished runs there tell how long others of their size take.
+        flops_per_second: of the machine that the plan is for; None measures this one, where no run has finished.
+        jobs: runs at a time.
+    """
+    first: dict[str, Point] = {}
+    for point in campaign.points:
+        first.setdefault(point.run_id, point)
+    costs = {}
+    for run_id in campaign.order:
+        point = first.get(run_id) or next(p for p in campaign.points if run_id in campaign.runs[p.run_id].needs)
+        costs[run_id] = (run_cost(campaign, campaign.runs[run_id], point.size, point.data), point.size)
+    speeds = _speeds(campaign, costs, directory, flops_per_second)
+    runs = [
+        {
+            "id": run_id,
+            "size": size,
+            "processes": campaign.runs[run_id].processes,
+            **vars(cost),
+            "hours": _hours(cost, speeds[size], campaign.runs[run_id].processes),
+        }
+        for run_id, (cost, size) in costs.items()
+    ]
+    return {
+        "schema": SCHEMA,
+        "campaign": campaign.name,
+        "title": campaign.title,
+        "scale": campaign.scale,
+        "jobs": jobs,
+        "studies": _studies(campaign),
+        "points": [{**vars(point), "settings": dict(point.settings)} for point in campaign.points],
+        "preparations": dict(campaign.preparations),
+        "runs": runs,
+        "speed": {size: vars(speed) if speed else None for size, speed in speeds.items()},
+        "total": _total(runs, jobs),
+    }
+
+
+def _studies(campaign: Campaign) -> list[dict[str, Any]]:
+    found: dict[tuple[Any, ...], list[Point]] = {}
+    for point in campaign.points:
+        found.setdefault(point.setting, []).append(point)
+    seen: set[str] = set()
+    rows = []
+    for points in sorted(found.values(), key=lambda group: list(campaign.titles["study"]).index(group[0].study)):
+        ids = {point.run_id for point in points}
+        rows.append(
+            {
+                "study": points[0].study,
+                "title": campaign.titles["study"][points[0].study],
+                "size": points[0].size,
+                "data": points[0].data,
+                "settings": dict(points[0].settings),
+                "variations": list(dict.fromkeys(point.variation for point in points)),
+                "seeds": list(dict.fromkeys(point.seed for point in points)),
+                "runs": len(ids - seen),
+                "shared": len(ids & seen),
+            }
+        )
+        seen |= ids
+    return rows
+
+
+def _total(runs: list[dict[str, Any]], jobs: int) -> dict[str, Any]:
+    total: dict[str, Any] = {"runs": len(runs)}
+    for key in ("tokens", "flops", "hours"):
+        values = [run[key] for run in runs]
+        total[key] = None if any(value is None for value in values) else sum(values)
+    total["hours_of_wall_clock"] = None if total["hours"] is None else total["hours"] / jobs
+    return total
+
+
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+
+def _speeds(
+    campaign: Campaign,
+    costs: Mapping[str, tuple[Cost, str]],
+    directory: Path | None,
+    given: float | None,
+) -> dict[str, Speed | None]:
+    sizes = list(dict.fromkeys(size for _, size in costs.values()))
+    if given is not None:
+        return dict.fromkeys(sizes, Speed(given, f"{in_units(given)}FLOP/s for each process, as given"))
+    measured = _measured(costs, directory)
+    if all(size in measured for size in sizes):
+        return {size: measured[size] for size in sizes}
+    bf16 = any(run.arguments.get("bf16") for run in campaign.runs.values())
+    guess = calibrate(torch.bfloat16 if bf16 else torch.float32)
+    return {size: measured.get(size, guess) for size in sizes}
+
+
+def _measured(costs: Mapping[str, tuple[Cost, str]], directory: Path | None) -> dict[str, Speed]:
+    """Return the speed of finished runs, by size."""
+    if directory is None or not (directory / "runs").is_dir():
+        return {}
+    done: dict[str, list[tuple[float, float]]] = {}
+    for run_id, record in read_records(directory, list(costs)).items():
+        seconds = sum(float(attempt.get("seconds") or 0.0) for attempt in record.attempts)
+        cost, size = costs[run_id]
+        steps = record.efficiency.get("steps")
+        if record.status != "ok" or seconds <= 0 or cost.flops is None or not cost.steps:
+            continue
+        # a run that stopped early has done a part of its plan
+        done.setdefault(size, []).append((cost.flops * (steps or cost.steps) / cost.steps, seconds))
+    return {
+        size: Speed(
+            sum(f for f, _ in found) / sum(s for _, s in found), f"measured: {len(found)} finished run(s)", False
+        )
+        for size, found in done.items()
+    }
+
+
+def calibrate(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
+    """Measure this machine's matrix products for half a second, and take a share of that for training.
+
+    Args:
+        dtype: of the matrices.
+        clock: tells the time in seconds.
+
+    Returns:
+        The speed, None where the device cannot multiply in this type.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = _SIDE * (8 if device.type == "cuda" else 1)
+    try:
+        a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+        seconds: list[float] = []
+        while len(seconds) < 3 or sum(seconds) < 0.5:
+            before = clock()
+            product = a @ b
+            float(product[0, 0])  # waits for the device
+            seconds.append(clock() - before)
+    except RuntimeError:
+        return None
+    peak = 2.0 * side**3 / min(seconds)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    words = f"a guess: {UTILISATION:.0%} of the {in_units(peak)}FLOP/s that matrix products reach here ({name})"
+    return Speed(UTILISATION * peak, words)
+
+
+def _hours(cost: Cost, speed: Speed | None, processes: int) -> float | None:
+    if cost.flops is None or speed is None:
+        return None
+    return cost.flops / speed.flops_per_second / (processes if speed.each_process else 1) / 3600
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def in_units(value: float | None) -> str:
+    """Return a large number with a prefix of its unit: ``1.5 G``; "unknown" for None."""
+    if value is None:
+        return "unknown"
+    for unit, letter in _UNITS:
+        if value >= unit:
+            return f"{value / unit:.3g} {letter}"
+    return f"{value:.3g} "
+
+
+def in_hours(hours: float | None) -> str:
+    """Return a time for people: minutes below two hours, days above two."""
+    if hours is None:
+        return "unknown"
+    if hours < 2:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
+    """Return a plan as text.
+
+    Args:
+        plan: of `make_plan`.
+        every_run: list each run too.
+    """
+    total = plan["total"]
+    lines = [f"{plan['title']} ({plan['campaign']}, scale {plan['scale']}): {total['runs']} runs", ""]
+    rows = [["study", "size", "data", "setting", "variations", "seeds", "runs", "shared"]]
+    for study in plan["studies"]:
+        setting = " ".join(f"{name}={value}" for name, value in study["settings"].items())
+        counts = [len(study["variations"]), len(study["seeds"]), study["runs"], study["shared"]]
+        rows.append([study["study"], study["size"], study["data"], setting or "-", *map(str, counts)])
+    lines += _table(rows)
+    if plan["preparations"]:
+        lines += ["", f"and {len(plan['preparations'])} run(s) whose model others start from: "]
+        lines[-1] += ", ".join(plan["preparations"].values())
+    lines += ["", *_table(_by_size(plan)), ""]
+    for size, speed in plan["speed"].items():
+        lines.append(f"speed of {size}: {speed['source'] if speed else 'unknown'}")
+    lines.append(
+        f"in all: {in_units(total['tokens'])}tokens, {in_units(total['flops'])}FLOP, "
+        f"{in_hours(total['hours'])} of runs, {in_hours(total['hours_of_wall_clock'])} with {plan['jobs']} at a time"
+    )
+    if every_run:
+        lines += ["", *_table(_each_run(plan))]
+    return "\n".join(lines)
+
+
+def _by_size(plan: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["size", "parameters", "runs", "steps a run", "tokens a run", "FLOP a run", "time a run", "time in all"]]
+    for size in plan["speed"]:
+        runs = [run for run in plan["runs"] if run["size"] == size]
+
+        def spread(key: str, show: Callable[[Any], str], runs: list[dict[str, Any]] = runs) -> str:
+            values = [run[key] for run in runs]
+            if any(value is None for value in values):
+                return "unknown"
+            low, high = show(min(values)), show(max(values))
+            return low.strip() if low == high else f"{low.strip()} to {high.strip()}"
+
+        hours = [run["hours"] for run in runs]
+        whole = None if any(value is None for value in hours) else sum(hours)
+        rows.append(
+            [
+                size,
+                spread("parameters", in_units),
+                str(len(runs)),
+                spread("steps", lambda value: f"{value:,}"),
+                spread("tokens", in_units),
+                spread("flops", in_units),
+                spread("hours", in_hours),
+                in_hours(whole),
+            ]
+        )
+    return rows
+
+
+def _each_run(plan: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["run", "study", "variation", "size", "data", "seed", "setting", "tokens", "time"]]
+    runs = {run["id"]: run for run in plan["runs"]}
+    for run_id, title in plan["preparations"].items():
+        run = runs[run_id]
+        rows.append([run_id, "-", title, run["size"], "-", "-", "-", in_units(run["tokens"]), in_hours(run["hours"])])
+    for point in plan["points"]:
+        run = runs[point["run_id"]]
+        setting = " ".join(f"{name}={value}" for name, value in point["settings"].items())
+        place = [point[key] for key in ("run_id", "study", "variation", "size", "data")]
+        cost = ["reads this run"] * 2 if point["scaled"] else [in_units(run["tokens"]), in_hours(run["hours"])]
+        rows.append([*place, str(point["seed"]), setting or "-", *cost])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

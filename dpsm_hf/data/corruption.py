@@ -1,0 +1,280 @@
+"""Corrupted training targets as pure functions of (seed, optimizer step, content): flipped tokens, swapped summaries.
+
+Nothing here knows a trainer or draws a random number. Equal content gets equal corruption in a step, however its
+batch is split into micro-batches and processes, padded, or resumed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import has_length
+
+from .hashing import BITS, MASK, combine, row_hash
+
+IGNORED = -100
+REPLACEMENTS = ("uniform", "unigram")
+
+# One stream of hashes for each decision.
+_WHICH_STEPS, _HOW_MANY, _WHICH_TOKENS, _WHAT_INSTEAD, _WHICH_PAIRS, _SWAP_ORDER, _SWAP_SIZE = range(1, 8)
+
+# Sums of weights stay below this, so that a hash times a sum fits into an int64.
+_MOST_WEIGHT = 2**30
+
+
+def exact_share(name: str, share: float) -> Fraction:
+    """Return a share as the fraction that was meant: 0.05 is 1/20, though no float is.
+
+    Raises:
+        ValueError: if it is not above 0 (in steps of a millionth) and at most 1.
+    """
+    fraction = Fraction(share).limit_denominator(10**6) if 0 < share <= 1 else Fraction(0)
+    if not fraction:
+        raise ValueError(f"{name} is {share}; it is a share above 0 and at most 1. Leave it out for none.")
+    return fraction
+
+
+class TargetFlips:
+    """Replace a share of the scored labels of a share of the optimizer steps; inputs are none of its business.
+
+    Steps: the steps are cut into stretches of ``1 / steps``, and a hash picks one of each, so that any first ``n``
+    steps hold ``n * steps`` flipped ones to within one. Tokens: each row of ``n`` labels gets ``share * n`` flips,
+    rounded up or down by a hash so that the mean is exact. Every replacement differs from the label it replaces.
+
+    Args:
+        share: of the scored labels of a flipped step, in (0, 1].
+        weights: ``[V]`` non-negative integers: how often each token is drawn as a replacement; see
+            `replacement_weights`.
+        steps: share of the optimizer steps, in (0, 1].
+        seed: another one flips other tokens of other steps.
+
+    Raises:
+        ValueError: if a share is out of range, or fewer than two tokens can be drawn.
+    """
+
+    def __init__(self, share: float, weights: Tensor, *, steps: float = 1.0, seed: int = 0) -> None:
+        self.share = exact_share("the share of flipped targets", share)
+        self.steps = exact_share("the share of flipped steps", steps)
+        self.seed = seed
+        if int((weights > 0).sum()) < 2:
+            raise ValueError(
+                "fewer than two tokens could replace a flipped target, so it could not differ from what it replaces; "
+                "use more text, a larger vocabulary or uniform replacement."
+            )
+        total = int(weights.sum())
+        if total > _MOST_WEIGHT:
+            weights = (weights.double() * (_MOST_WEIGHT / total)).ceil().long()
+        self._weights = weights.long().cpu()
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def flips_step(self, step: int) -> bool:
+        """Return whether a step, counted from 0, is one of the flipped ones."""
+        return step == self._picked(step * self.steps.numerator // self.steps.denominator)
+
+    def steps_before(self, step: int) -> int:
+        """Return how many of the first ``step`` steps are flipped ones."""
+        if step < 1:
+            return 0
+        stretch = (step - 1) * self.steps.numerator // self.steps.denominator
+        return stretch + (self._picked(stretch) < step)
+
+    def _picked(self, stretch: int) -> int:
+        first, after = (-(-i * self.steps.denominator // self.steps.numerator) for i in (stretch, stretch + 1))
+        return int(first + (combine(self.seed & MASK, _WHICH_STEPS, stretch) * (after - first) >> BITS))
+
+    def __call__(self, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the targets of a step with its flips, and which of them are flipped.
+
+        Args:
+            targets: int64 ``[..., T]``, -100 where nothing is scored; left as they are.
+            step: the optimizer step they are trained in, from 0 on.
+
+        Returns:
+            The new targets and a bool tensor of their shape. Nothing waits for the device.
+        """
+        if not self.flips_step(step):
+            return targets, torch.zeros_like(targets, dtype=torch.bool)
+        rows = targets.reshape(-1, targets.shape[-1])
+        scored = rows != IGNORED
+        content = row_hash(rows, scored)[:, None]
+        place = scored.cumsum(-1)
+
+        def hashes(purpose: int, *values: Tensor) -> Tensor:
+            found: Tensor = combine(combine(self.seed & MASK, purpose, step), content, *values)
+            return found
+
+        share = self.share
+        rounding = hashes(_HOW_MANY) * share.denominator >> BITS
+        number = (scored.sum(-1, keepdim=True) * share.numerator + rounding) // share.denominator
+        # places of one row have different hashes, so exactly `number` of them are the smallest
+        keys = torch.where(scored, hashes(_WHICH_TOKENS, place), MASK + 1)
+        largest = keys.sort(-1).values.gather(-1, (number - 1).clamp_min(0))
+        chosen = scored & (keys <= largest) & (number > 0)
+        flipped = torch.where(chosen, self._replacements(rows, hashes(_WHAT_INSTEAD, place)), rows)
+        return flipped.reshape(targets.shape), chosen.reshape(targets.shape)
+
+    def _replacements(self, targets: Tensor, hashes: Tensor) -> Tensor:
+        """Draw by the weights of all tokens but the target, whose stretch of the cumulative sum is jumped over."""
+        if targets.device not in self._tables:
+            weights = self._weights.to(targets.device)
+            self._tables[targets.device] = weights, weights.cumsum(0)
+        weights, sums = self._tables[targets.device]
+        known = targets.clamp(0, len(weights) - 1)
+        own, end = weights[known], sums[known]
+        drawn = hashes * (sums[-1] - own) >> BITS
+        drawn = drawn + torch.where(drawn >= end - own, own, 0)
+        return torch.searchsorted(sums, drawn, right=True)
+
+
+@dataclass(frozen=True)
+class SummarySwaps:
+    """Exchange the summaries of a share of the pairs of an optimizer step, so that none of them keeps its own.
+
+    Args:
+        share: of the pairs of a step, in (0, 1].
+        seed: another one swaps other pairs.
+
+    Raises:
+        ValueError: if the share is out of range.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        exact_share("the share of swapped summaries", self.share)
+
+    def plan(self, pairs: np.ndarray, summaries: np.ndarray, step: int) -> np.ndarray:
+        """Return whose summary each pair of a step is trained with.
+
+        The number of swapped pairs is ``share * n`` rounded up or down by a hash so that the mean is exact, where 1
+        is impossible and becomes 2 or 0. It is smaller only if too many pairs have one and the same summary.
+
+        Args:
+            pairs: int64 ``[n]``, hashes of source and summary together.
+            summaries: int64 ``[n]``, hashes of the summaries.
+            step: the optimizer step, from 0 on.
+
+        Returns:
+            int64 ``[n]``: the index of a pair, its own where it keeps its summary.
+        """
+        sources = np.arange(len(pairs))
+        base = combine(self.seed & MASK, _WHICH_PAIRS, step)
+        order = np.argsort(self._shuffled(pairs, base), kind="stable")
+        number = self._number(len(pairs), pairs, step)
+        chosen = order[:0]
+        while number > 1:
+            chosen = _at_most(number // 2, order, summaries)[:number]
+            if len(chosen) == number:
+                break
+            number = len(chosen)  # a summary of more than half of the pairs: fewer can be swapped
+        if number < 2:
+            return sources
+        # sorted by summary and turned by the most frequent one's number, no pair meets its own summary
+        keys = self._shuffled(summaries[chosen], combine(self.seed & MASK, _SWAP_ORDER, step))
+        chosen = chosen[np.argsort(keys, kind="stable")]
+        turn = max(Counter(summaries[chosen].tolist()).values())
+        sources[chosen] = np.roll(chosen, -turn)
+        return sources
+
+    def _number(self, n: int, pairs: np.ndarray, step: int) -> int:
+        share = exact_share("share", self.share)
+        content = int(pairs.astype(np.uint64).sum()) & MASK
+        rounding = combine(self.seed & MASK, _SWAP_SIZE, step, content)
+        if n * share < 2:
+            # 2 with the probability that makes the mean n * share
+            return 2 * (rounding * 2 * share.denominator < (n * share.numerator << BITS)) if n > 1 else 0
+        return (n * share.numerator + (rounding * share.denominator >> BITS)) // share.denominator
+
+    @staticmethod
+    def _shuffled(keys: np.ndarray, base: int) -> np.ndarray:
+        values = torch.from_numpy(np.ascontiguousarray(keys))
+        high = combine(base, values >> 31 & MASK, values & 2**31 - 1)
+        low = combine(combine(base, 1), values >> 31 & MASK, values & 2**31 - 1)
+        return _one_key(high, low).numpy()
+
+
+def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the hashes that `SummarySwaps.plan` asks for, of a batch's ``input_ids`` and ``labels``.
+
+    Returns:
+        int64 ``[B]`` twice: of the pairs, and of the summaries.
+    """
+    tokens, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask")
+    seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    lanes = [(row_hash(tokens, seen, salt), row_hash(labels, labels != IGNORED, salt)) for salt in (1, 2)]
+    both = [combine(source, summary) for source, summary in lanes]
+    return _one_key(*both), _one_key(lanes[0][1], lanes[1][1])
+
+
+def _one_key(high: Tensor, low: Tensor) -> Tensor:
+    """Return one non-negative int64 of two 32-bit hashes: 63 bits, in which distinct rows do not meet by chance."""
+    return high << 31 | low >> 1
+
+
+def _at_most(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+    """Return the pairs in order, without those whose summary was there ``limit`` times before."""
+    seen: Counter[int] = Counter()
+    kept = []
+    for index in order.tolist():
+        seen[int(summaries[index])] += 1
+        if seen[int(summaries[index])] <= limit:
+            kept.append(index)
+    return np.asarray(kept, dtype=np.int64)
+
+
+def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor | None = None) -> Tensor:
+    """Return how often each token may replace a flipped target: every ordinary one alike, or by its count.
+
+    Args:
+        vocabulary: number of logits, ``V``.
+        special: ids that are never put in: those of special tokens, and those that no token has.
+        counts: ``[V]`` label counts for unigram replacement; None for uniform.
+
+    Returns:
+        int64 ``[V]``.
+    """
+    weights = torch.ones(vocabulary, dtype=torch.int64) if counts is None else counts.long().clone()
+    ids = sorted({token for token in special if 0 <= token < vocabulary})
+    weights[torch.tensor(ids, dtype=torch.int64)] = 0
+    return weights
+
+
+def label_counts(dataset: Any, vocabulary: int) -> Tensor:
+    """Return how often each token is a label of a data set, int64 ``[V]``.
+
+    Raises:
+        ValueError: if the data set is a stream, or its samples have no labels.
+    """
+    if not has_length(dataset):
+        raise ValueError(
+            "unigram replacement counts the labels of the training set before training, and a stream cannot be "
+            "counted: use --flip_replacement uniform, or leave out --streaming."
+        )
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for values in _label_arrays(dataset):
+        counts += np.bincount(values[(values >= 0) & (values < vocabulary)], minlength=vocabulary)
+    return torch.from_numpy(counts)
+
+
+def _label_arrays(dataset: Any) -> Iterable[np.ndarray]:
+    if isinstance(dataset, Dataset):
+        if "labels" not in dataset.column_names:
+            raise ValueError("unigram replacement counts the training set's 'labels', and it has no such column.")
+        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
+            column = batch["labels"]
+            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            yield column.flatten().to_numpy(zero_copy_only=False)
+        return
+    for index in range(len(dataset)):
+        yield np.asarray(dataset[index]["labels"]).reshape(-1)

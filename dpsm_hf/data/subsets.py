@@ -1,0 +1,157 @@
+"""Parts of a training set by a hash of each example's text: nested subsets, and folds for cross-validation.
+
+An example is a row, or a document of several rows. What part it belongs to depends on its text alone: not on the
+order of the data, the seed, the machine or the version of Python. Equal examples are in the same fold, so none is
+both trained on and validated on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .corruption import exact_share
+from .hashing import text_hash
+from .held_out import AnyDataset
+
+# Independent hashes, so that a fold is neither richer nor poorer in the examples of a small subset.
+_SUBSET, _FOLD = "dpsm-hf-subset", "dpsm-hf-fold"
+
+
+def low_resource(
+    dataset: AnyDataset, share: float, columns: Sequence[str], *, by_length: bool = False, by_document: bool = False
+) -> AnyDataset:
+    """Keep a share of the examples, in their order; the examples of a smaller share are among those of a larger one.
+
+    The examples are sorted by the hash of their text, and the shortest beginning of that list is kept that holds the
+    share: at least one example, and never fewer than ``share * n``. Of a stream, whose number is not known, every
+    example whose hash is small enough is kept: as many as the share on average.
+
+    Args:
+        dataset: to take from.
+        share: in (0, 1].
+        columns: whose texts make up an example.
+        by_length: count characters instead of examples (documents differ much in length).
+        by_document: examples are documents of several rows, each ended by a blank one.
+
+    Raises:
+        ValueError: if the share is out of range, or documents of several rows are to be taken from a stream.
+    """
+    part = exact_share("--low_resource", share)
+    if not isinstance(dataset, Dataset):
+        _refuse_stream_of_documents("--low_resource", by_document)
+        limit = part.numerator * 2**64 // part.denominator
+        return dataset.filter(functools.partial(_hashes_below, columns=tuple(columns), limit=limit))
+    if part == 1:
+        return dataset
+    hashes, lengths, documents = _examples(dataset, columns, _SUBSET, by_document)
+    order = np.lexsort((np.arange(len(hashes)), hashes))
+    weights = lengths if by_length else np.ones_like(lengths)
+    reached = np.cumsum(weights[order])
+    # the first place where reached >= share * total, in whole numbers
+    enough = -(-int(reached[-1]) * part.numerator // part.denominator)
+    kept = order[: int(np.searchsorted(reached, enough)) + 1]
+    return dataset.select(np.flatnonzero(np.isin(documents, kept)))
+
+
+def fold_of(texts: Sequence[str | None], folds: int) -> int:
+    """Return the fold, from 0 on, of an example by its texts."""
+    return text_hash(texts, _FOLD) % folds
+
+
+def split_fold(
+    dataset: AnyDataset, fold: int, folds: int, columns: Sequence[str], *, by_document: bool = False
+) -> tuple[AnyDataset, AnyDataset]:
+    """Cut a training set into all folds but one, and that one to validate on.
+
+    Args:
+        dataset: to cut.
+        fold: the one to validate on, from 0 on.
+        folds: how many there are.
+        columns: whose texts make up an example.
+        by_document: examples are documents of several rows, each ended by a blank one.
+
+    Returns:
+        The training part and the validation part.
+
+    Raises:
+        ValueError: if a part is empty, or documents of several rows are to be taken from a stream.
+    """
+    if not isinstance(dataset, Dataset):
+        _refuse_stream_of_documents("--cross_validation_fold", by_document)
+        inside = functools.partial(_in_fold, columns=tuple(columns), fold=fold, folds=folds)
+        outside = functools.partial(_not_in_fold, columns=tuple(columns), fold=fold, folds=folds)
+        return dataset.filter(outside), dataset.filter(inside)
+    hashes, _, documents = _examples(dataset, columns, _FOLD, by_document)
+    held_out = (hashes % np.uint64(folds) == fold)[documents]
+    if held_out.all() or not held_out.any():
+        empty = "validate" if not held_out.any() else "train"
+        raise ValueError(
+            f"--cross_validation_fold {fold} of {folds}: of {len(hashes)} examples none is left to {empty} on. Use "
+            "fewer --cross_validation_folds or more data."
+        )
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+
+def _examples(
+    dataset: Dataset, columns: Sequence[str], salt: str, by_document: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return hash and number of characters of each example, and which example each row belongs to."""
+    hashes, lengths, sizes = [], [], []
+    for texts, rows in _documents(dataset, columns) if by_document else _single_rows(dataset, columns):
+        hashes.append(text_hash(texts, salt))
+        lengths.append(sum(len(text or "") for text in texts))
+        sizes.append(rows)
+    documents = np.repeat(np.arange(len(sizes)), sizes)
+    return np.asarray(hashes, dtype=np.uint64), np.asarray(lengths, dtype=np.int64), documents
+
+
+def _single_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Sequence[str | None], int]]:
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+        for texts in zip(*(batch[column] for column in columns), strict=True):
+            yield texts, 1
+
+
+def _documents(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Sequence[str | None], int]]:
+    """Yield the lines of each document and its number of rows, with the blank ones behind it."""
+    lines: list[str | None] = []
+    rows, ended = 0, False
+    for texts, _ in _single_rows(dataset, columns):
+        blank = not any((text or "").strip() for text in texts)
+        if ended and not blank:
+            yield lines, rows
+            lines, rows, ended = [], 0, False
+        if not blank:
+            lines.extend(texts)
+        ended = blank and bool(lines)
+        rows += 1
+    if rows:
+        yield lines, rows
+
+
+def _texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str | None]:
+    return [row[column] for column in columns]
+
+
+def _hashes_below(row: Mapping[str, Any], columns: Sequence[str], limit: int) -> bool:
+    return text_hash(_texts(row, columns), _SUBSET) < limit
+
+
+def _in_fold(row: Mapping[str, Any], columns: Sequence[str], fold: int, folds: int) -> bool:
+    return fold_of(_texts(row, columns), folds) == fold
+
+
+def _not_in_fold(row: Mapping[str, Any], columns: Sequence[str], fold: int, folds: int) -> bool:
+    return not _in_fold(row, columns, fold, folds)
+
+
+def _refuse_stream_of_documents(option: str, by_document: bool) -> None:
+    if by_document:
+        raise ValueError(
+            f"{option} keeps documents of several lines whole, and a stream is looked at line by line: leave out "
+            "--streaming, or pass --document_boundary row if every line is a document."
+        )
