@@ -183,6 +183,10 @@ def load_extra_texts(
     found = {}
     own = data_args.text_column_name
     for extra in outcome_args.extra_datasets():
+        if extra.summary_column is not None:
+            raise ValueError(
+                f"--extra_eval_datasets {extra.name}: language modelling has no summaries; leave summary= out."
+            )
         with training_args.main_process_first(desc=f"loading {extra.name}"):
             texts = extra.load(
                 streaming=data_args.streaming,

@@ -6,12 +6,11 @@ An interrupt keeps what was measured; a case that is measured again replaces its
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from benchmarks import evaluation, growth, head, plot, training_step
-from benchmarks.common import HERE, Table, slug
+from benchmarks.common import add_target, open_table
 
 # what a tall or a wide head is compared with on a CPU, where each sample takes seconds
 _FEW = ["compiled", "three products", "ours", "linear CE, auto"]
@@ -20,14 +19,12 @@ _FEW = ["compiled", "three products", "ours", "linear CE, auto"]
 def main() -> None:
     """Run from the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    add_target(p)
     parts = ["head", "step", "evaluation", "growth", "large", "plot"]
     p.add_argument("--parts", nargs="+", choices=parts, default=parts, help="large: the wide and the tall heads")
     arguments = p.parse_args()
     device = torch.device(arguments.device)
-    output = arguments.output or HERE / "results" / f"{slug(device)}.csv"
-    table = Table(output, device)
+    table = open_table(arguments, device)
     common = ["--device", arguments.device]
     few = [] if device.type == "cuda" else ["--only", *_FEW]
     if "head" in arguments.parts:
@@ -43,7 +40,7 @@ def main() -> None:
         for extra in (["--dims", "256", "768", "--vocab", "128256"], ["--dims", "4096", "--budget", "60"]):
             head.run(head.parser().parse_args([*common, *extra, *few]), table, device)
     if "plot" in arguments.parts:
-        plot.draw(output)
+        plot.draw(table.path)
 
 
 if __name__ == "__main__":

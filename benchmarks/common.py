@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
-import ctypes
 import datetime
-import gc
 import json
 import os
 import platform
@@ -20,11 +19,9 @@ from typing import Any
 
 import torch
 
+from dpsm_hf.measuring import commit, device_name, own_process_environment, peak_above, percentile
+
 HERE = Path(__file__).resolve().parent
-MIB = 2**20
-_M_MMAP_THRESHOLD = -3
-# malloc gives memory of at least this size back at once: then a high-water mark is a sum of live tensors
-_EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass
@@ -55,37 +52,11 @@ class Row:
     commit: str = ""
 
 
-def device_name(device: torch.device) -> str:
-    """Return a name for the CSV and for its file."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} cores, {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
-
-
 def slug(device: torch.device) -> str:
     """Return the name of the device's CSV file."""
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     name += f"-{torch.get_num_threads()}-cores" if device.type == "cpu" else ""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
-def commit() -> str:
-    """Return the short commit hash, marked where the tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../dpsm_hf")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 class Table:
@@ -135,53 +106,63 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def peak_above(run: Callable[[], object], device: torch.device) -> float | None:
-    """Return the MiB that a call needs at its peak beyond what was there before; None where that is not known.
+# ---- command lines -------------------------------------------------------------------------------------------------
 
-    On Linux the kernel's high-water mark of the process. Meanwhile malloc gives back at once what is freed, from
-    64 KiB on: the mark is then a peak of live tensors, and not of what an allocator keeps for later.
+
+def add_target(p: argparse.ArgumentParser) -> None:
+    """Add the options that say where to measure and where to write."""
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+
+
+def add_options(p: argparse.ArgumentParser, *, samples: int, rounds: str, budget: float) -> None:
+    """Add the options of every benchmark: those of `measure`, with their defaults, and those of `add_target`."""
+    p.add_argument("--samples", type=int, default=samples, help=rounds)
+    p.add_argument("--budget", type=float, default=budget, help="seconds a case after which no further round begins")
+    add_target(p)
+
+
+def open_table(arguments: argparse.Namespace, device: torch.device) -> Table:
+    """Return the table that the options of `add_target` name."""
+    return Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device)
+
+
+def main(
+    p: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, Table, torch.device], None],
+    own_peak: Callable[..., float | None] | None = None,
+) -> None:
+    """Run a benchmark from the command line.
+
+    Args:
+        p: its parser, with `add_options`.
+        run: measures, and adds rows to the table.
+        own_peak: called with the device and a case, returns its peak in MiB; what `peak_in_own_process` asks for.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        run()
-        return None
-    libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
-    before = memory("VmRSS")
-    try:
-        run()
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # where glibc's own rule ends up with large tensors
-    return memory("VmHWM") - before
+    if own_peak is not None:
+        p.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
+    arguments = p.parse_args()
+    device = torch.device(arguments.device)
+    if own_peak is not None and arguments.memory_of is not None:
+        print(json.dumps(own_peak(device, *arguments.memory_of)))
+        return
+    run(arguments, open_table(arguments, device), device)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
 def peak_in_own_process(module: str, case: list[Any]) -> float | None:
     """Return the peak that ``python -m module --memory-of CASE`` prints, whose heap nothing has fragmented before."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--memory-of", json.dumps(case)],
-        env={**os.environ, **_EXACT_MEMORY}, capture_output=True, text=True, check=False, cwd=HERE.parent,
+        env=own_process_environment(exact_memory=True), capture_output=True, text=True, check=False, cwd=HERE.parent,
     )  # fmt: skip
     if done.returncode:
         print(f"{module} {case} ended with {done.returncode}: {done.stderr[-500:]}", file=sys.stderr)
         return None
     value = json.loads(done.stdout.strip().splitlines()[-1])
     return None if value is None else float(value)
-
-
-def memory(name: str) -> float:
-    """Return a line of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def measure(
@@ -248,12 +229,3 @@ def measure(
         if isinstance(peak, float) and isinstance(base_peak, float) and base_peak > 0:
             row["peak_ratio"] = peak / base_peak
     return found
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Return a percentile by linear interpolation."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

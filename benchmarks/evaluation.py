@@ -6,19 +6,18 @@ python -m benchmarks.evaluation --tokens 16384 --dtypes fp32 bf16
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMTrainer
+from dpsm_hf.measuring import peak_above
 
 REFERENCE = "Trainer, loss alone"
 VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
@@ -30,7 +29,13 @@ SIZES = (100_000, 1_000_000)
 
 
 def make_rows(tokens: int) -> Dataset:
-    """Return sequences of real text, repeated where the text is shorter than that."""
+    """Return sequences of real text, repeated where the text is shorter than that.
+
+    Raises:
+        ValueError: for less than one sequence.
+    """
+    if tokens < LENGTH:
+        raise ValueError(f"{tokens} tokens are less than one sequence of {LENGTH}: give --tokens and --sizes more.")
     ids = token_ids()
     ids = ids.repeat(-(-tokens // len(ids)))[: tokens // LENGTH * LENGTH].view(-1, LENGTH).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -61,20 +66,34 @@ def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) 
     return lambda: trainer.evaluate(rows)
 
 
+def measure_memory(case: list[Any]) -> float | None:
+    """Return the peak of an evaluation above its model, from a process of its own."""
+    return peak_in_own_process("benchmarks.evaluation", case)
+
+
 def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
     """Measure time for each dtype, and memory for each size of the set."""
+    label, width = ("evaluation, small", 64) if arguments.small else ("evaluation", 768)
     for dtype in arguments.dtypes:
-        calls = {variant: make_evaluation(variant, dtype, arguments.tokens) for variant in VARIANTS}
+        calls = {variant: make_evaluation(variant, dtype, arguments.tokens, arguments.small) for variant in VARIANTS}
         found = measure(calls, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
                         clean=lambda: None, peak=lambda variant: None)  # fmt: skip
         for variant in VARIANTS:
-            table.add(Row("evaluation", variant, dtype, arguments.tokens, 768, VOCABULARY, **found[variant]))
+            table.add(Row(label, variant, dtype, arguments.tokens, width, VOCABULARY, **found[variant]))
     base: float | None = None
-    for tokens in SIZES if arguments.memory else ():
-        peak = peak_in_own_process("benchmarks.evaluation", ["ours", "fp32", tokens, True])
+    for tokens in arguments.sizes if arguments.memory else ():
+        peak = measure_memory(["ours", "fp32", tokens, True])
         base = peak if base is None else base
         columns: dict[str, Any] = {"peak_mib": peak, "peak_ratio": peak / base if peak and base else None}
+        if peak is None:
+            columns["note"] = "memory: not measured"
         table.add(Row("evaluation memory", "ours", "fp32", tokens, 64, VOCABULARY, **columns))
+
+
+def own_peak(device: torch.device, variant: str, dtype: str, tokens: int, small: bool) -> float | None:
+    """Return the peak of an evaluation in this process."""
+    make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
+    return peak_above(make_evaluation(variant, dtype, tokens, small), device)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,26 +101,17 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the set whose evaluation is timed")
     p.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    p.add_argument("--samples", type=int, default=5, help="rounds of one evaluation of each variant")
-    p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
+    p.add_argument(
+        "--small", action="store_true", help="time a very small model instead of a GPT-2 small: a trial run"
+    )
+    p.add_argument(
+        "--sizes", nargs="+", type=int, default=list(SIZES), help="tokens of the sets whose memory is measured, with "
+        "the very small model (default: 100000 1000000)",
+    )  # fmt: skip
     p.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of large sets out")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    add_options(p, samples=5, rounds="rounds of one evaluation of each variant", budget=240)
     return p
 
 
-def main() -> None:
-    """Run from the command line."""
-    arguments = parser().parse_args()
-    device = torch.device(arguments.device)
-    if arguments.memory_of:
-        variant, dtype, tokens, small = json.loads(arguments.memory_of)
-        make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
-        print(json.dumps(peak_above(make_evaluation(variant, dtype, tokens, small), device)))
-        return
-    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
-
-
 if __name__ == "__main__":
-    main()
+    main(parser(), run, own_peak)

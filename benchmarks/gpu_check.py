@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import MIB, device_name, peak_above
 from dpsm_hf import linear_scoring_loss
-from dpsm_hf.chunked import HeadOptions, LinearHead
 from dpsm_hf.head import ScoredRows, TokenLabels, score_hidden
+from dpsm_hf.head_options import HeadOptions, LinearHead
 from dpsm_hf.kernels import why_not
 from dpsm_hf.losses import score_tokens
+from dpsm_hf.measuring import MIB, device_name, peak_above
 from dpsm_hf.scoring_rules import Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,12 +6,11 @@ python -m benchmarks.growth
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from benchmarks import head
-from benchmarks.common import HERE, Row, Table, measure, slug
+from benchmarks.common import Row, Table, add_options, main, measure
 from benchmarks.hidden import hidden_states
 
 TOKENS = (256, 512, 1024, 2048, 4096)
@@ -49,19 +48,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, nargs="*", default=list(VOCABULARIES))
     p.add_argument("--dims", type=int, nargs="*", default=list(WIDTHS))
     p.add_argument("--dtype", choices=list(head.DTYPES), default="fp32")
-    p.add_argument("--samples", type=int, default=7, help="rounds")
-    p.add_argument("--budget", type=float, default=30, help="seconds a case after which no further round begins")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
+    add_options(p, samples=7, rounds="rounds", budget=30)
     return p
 
 
-def main() -> None:
-    """Run from the command line."""
-    arguments = parser().parse_args()
-    device = torch.device(arguments.device)
-    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
-
-
 if __name__ == "__main__":
-    main()
+    main(parser(), run)

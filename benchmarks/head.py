@@ -6,18 +6,17 @@ python -m benchmarks.head --dims 256 768 --dtypes fp32 bf16
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import hidden_states
 from dpsm_hf import linear_scoring_loss
+from dpsm_hf.measuring import peak_above
 from dpsm_hf.products import by_onednn, product
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,24 +206,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, nargs="+", default=[50257, 128256], help="rows of the output layer")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     p.add_argument("--tokens", type=int, help="scored tokens (CPU: 1024, 256 for a wide or tall head; GPU: 8192)")
-    p.add_argument("--samples", type=int, default=20, help="rounds; 5 for widths above 1024 on a CPU; 0: memory alone")
-    p.add_argument("--budget", type=float, default=240, help="seconds a case after which no further round begins")
     p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    rounds = "rounds; 5 for widths above 1024 on a CPU; 0: memory alone"
+    add_options(p, samples=20, rounds=rounds, budget=240)
     return p
 
 
-def main() -> None:
-    """Run from the command line."""
-    arguments = parser().parse_args()
-    device = torch.device(arguments.device)
-    if arguments.memory_of:
-        print(json.dumps(own_peak(*json.loads(arguments.memory_of))))
-        return
-    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
-
-
 if __name__ == "__main__":
-    main()
+    # in a process of its own on a CPU alone: a GPU counts by itself
+    main(parser(), run, lambda _, *case: own_peak(*case))

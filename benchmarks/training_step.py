@@ -6,10 +6,8 @@ python -m benchmarks.training_step --models gpt2 bart --dtypes fp32 bf16
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import HERE, Row, Table, measure, peak_above, peak_in_own_process, slug
+from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
+from dpsm_hf.measuring import peak_above
 
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
@@ -132,6 +131,14 @@ def measure_case(
         table.add(Row(label, variant, dtype, tokens, 768, vocabulary, **columns))
 
 
+def own_peak(device: torch.device, *case: Any) -> float | None:
+    """Return the peak of a step of `make_step` in this process."""
+    step = make_step(*case)
+    for _ in range(2):  # the optimizer's state exists after the first
+        step()
+    return peak_above(step, device)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,29 +150,12 @@ def parser() -> argparse.ArgumentParser:
         "--memory-length",
         type=int,
         default=1024,
-        help="tokens of a sequence of GPT-2 where memory alone "
-        "is measured, without and with activation checkpointing; 0 leaves that out",
+        help="tokens of a sequence of GPT-2 where memory alone is measured, without and with activation "
+        "checkpointing; 0 leaves that out",
     )
-    p.add_argument("--samples", type=int, default=20, help="rounds of one step of each variant")
-    p.add_argument("--budget", type=float, default=75, help="seconds a case after which no further round begins")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
-    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    add_options(p, samples=20, rounds="rounds of one step of each variant", budget=75)
     return p
 
 
-def main() -> None:
-    """Run from the command line."""
-    arguments = parser().parse_args()
-    device = torch.device(arguments.device)
-    if arguments.memory_of:
-        step = make_step(*json.loads(arguments.memory_of))
-        for _ in range(2):  # the optimizer's state exists after the first
-            step()
-        print(json.dumps(peak_above(step, device)))
-        return
-    run(arguments, Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device), device)
-
-
 if __name__ == "__main__":
-    main()
+    main(parser(), run, own_peak)

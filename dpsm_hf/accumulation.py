@@ -25,16 +25,23 @@ class WeightGradient:
 
     Args:
         weight: ``[V, D]``, whose gradient it is.
+        whole: whether there is one chunk alone. Its product is then computed in the weight's own dtype: matrix
+            products of bfloat16 sum in float32 and round once, as adding up in float32 does.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, whole: bool = False) -> None:
         self._weight = weight
+        self._whole = whole and weight.dtype == torch.bfloat16
         self._blocks: list[Tensor | None] = []
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add the product of one chunk: ``gradient`` ``[n, V]``, ``hidden`` ``[n, D]``."""
         transposed = gradient.t()
         first = not self._blocks
+        if self._whole and hidden.dtype == self._weight.dtype:
+            assert first, "one chunk was announced"
+            self._blocks = [product(transposed, hidden.t())]
+            return
         if first:
             self._blocks = list(self._empty_blocks(hidden))
         if hidden.dtype in (torch.float32, torch.float64) and not by_onednn(hidden, len(self._weight)):
@@ -79,6 +86,12 @@ class WeightGradient:
             return torch.zeros_like(self._weight)
         if not keep:
             self._blocks = []
+        if self._whole and len(blocks) == 1 and blocks[0] is not None and blocks[0].dtype == dtype:
+            result = blocks[0].clone() if keep else blocks[0]
+            if factor is not None:
+                for part in result.split(_BLOCK):  # the wide copies that `scaled` makes are small ones here
+                    part.copy_(scaled(part, factor, keep=True))
+            return result
         if len(blocks) == 1:
             return scaled(blocks.pop() if not keep else blocks[0], factor, keep).to(dtype)  # type: ignore[arg-type]
         result = torch.empty_like(self._weight)

@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .calibration import GRID_BINS
-from .chunked import FUSED_MODES
+from .head_options import FUSED_MODES
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import LOSS_TYPES, Objective
 

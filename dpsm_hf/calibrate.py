@@ -29,17 +29,22 @@ from .arguments import DPSMConfig, DPSMSeq2SeqConfig
 from .data.clm import ClmCollator, ClmPreprocessing, prepare_clm_datasets
 from .data.loading import EMBEDDED_DATASETS, load_text_datasets
 from .data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from .scripts.positions import position_limit
+from .scripts.scratch_config import check_block_size
 from .temperature import FILE_NAME, TemperatureScaler
 from .trainer import DPSMSeq2SeqTrainer, DPSMTrainer
 
 APPLICATIONS = ("none", "generation_config", "weights")
 
-# What the table shows: name, heading, whether more is better.
+# Tokens of an encoder-decoder's rows where nobody says.
+_MOST_TOKENS = {"max_source_length": 1024, "max_target_length": 128}
+
+# What the table shows: name, heading.
 _ROWS = (
-    ("nll", "NLL (nats)", False), ("perplexity", "perplexity", False), ("brier", "Brier score", False),
-    ("ece_10", "ECE-10", False), ("ece_15", "ECE-15", False), ("ece_100", "ECE-100", False),
-    ("debiased_ece", "debiased ECE-15", False), ("adaptive_ece", "adaptive ECE", False),
-    ("smooth_ece", "smooth ECE", False), ("mce", "MCE-15", False), ("signed_gap", "confidence - accuracy", False),
+    ("nll", "NLL (nats)"), ("perplexity", "perplexity"), ("brier", "Brier score"),
+    ("ece_10", "ECE-10"), ("ece_15", "ECE-15"), ("ece_100", "ECE-100"),
+    ("debiased_ece", "debiased ECE-15"), ("adaptive_ece", "adaptive ECE"),
+    ("smooth_ece", "smooth ECE"), ("mce", "MCE-15"), ("signed_gap", "confidence - accuracy"),
 )  # fmt: skip
 
 
@@ -60,8 +65,10 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--summary_column", help="encoder-decoders: column with the summaries")
     data.add_argument("--max_samples", type=int, help="use at most this many rows of each split")
     data.add_argument("--block_size", type=int, help="tokens of a row (default: the model's positions, 1024 at most)")
-    data.add_argument("--max_source_length", type=int, default=1024, help="encoder-decoders (default: %(default)s)")
-    data.add_argument("--max_target_length", type=int, default=128, help="encoder-decoders (default: %(default)s)")
+    for name, most in _MOST_TOKENS.items():
+        data.add_argument(
+            f"--{name}", type=int, help=f"encoder-decoders (default: the model's positions, {most} at most)"
+        )
     data.add_argument("--source_prefix", default="", help="encoder-decoders: text before every source")
     run = command.add_argument_group("evaluation and output")
     run.add_argument("--output_dir", default="calibrate-output", help="where to write (default: %(default)s)")
@@ -117,6 +124,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     model = auto.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
+    _check_kind(options, type(model).__name__, seq2seq)
     raw = _splits(options)
     rows, collator = (_pairs if seq2seq else _texts)(options, raw, tokenizer, model)
     # only what is exact may be asked for: find out before the long part
@@ -168,10 +176,28 @@ def _check(options: argparse.Namespace) -> None:
             f"--calibration_split and --test_split are both {options.test_split!r}: a temperature is judged on other "
             "data than it is fitted on."
         )
+    if options.dataset is None:
+        defaults = parser()
+        for name in ("dataset_config_name", "calibration_split", "test_split"):
+            if getattr(options, name) != defaults.get_default(name):
+                raise ValueError(f"--{name} {getattr(options, name)!r} has no effect without --dataset: leave it out.")
     for name in ("max_samples", "per_device_eval_batch_size", "block_size", "bins"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
+
+
+def _check_kind(options: argparse.Namespace, model: str, seq2seq: bool) -> None:
+    """Refuse what has no effect on a model of this kind."""
+    if seq2seq:
+        others = {"block_size": "its rows have --max_source_length and --max_target_length tokens; leave it out"}
+    else:
+        others = dict.fromkeys(
+            ("summary_column", "source_prefix", *_MOST_TOKENS), "a language model has one text a row; leave it out"
+        )
+    for name, remedy in others.items():
+        if getattr(options, name) not in (None, ""):
+            raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {model}: {remedy}.")
 
 
 def _splits(options: argparse.Namespace) -> dict[str, Any]:
@@ -197,12 +223,14 @@ def _splits(options: argparse.Namespace) -> dict[str, Any]:
 
 def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
     positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    check_block_size(model.config, options.block_size)
     block_size = options.block_size or min(1024, positions, tokenizer.model_max_length)
     rows: Any = prepare_clm_datasets(
         raw,
         tokenizer,
         ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
         text_column=options.text_column,
+        text_column_option="--text_column",
     )
     if options.max_samples is not None:
         rows = {split: part.take(min(options.max_samples, len(part))) for split, part in rows.items()}
@@ -210,19 +238,33 @@ def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, 
 
 
 def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    lengths: dict[str, Any] = {
+        name: _length(options, name, most, position_limit(model)) for name, most in _MOST_TOKENS.items()
+    }
     rows = {}
     for split, pairs in raw.items():
         columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)
         settings = TokenizationSettings(
             *columns,
-            max_source_length=options.max_source_length,
-            max_target_length=options.max_target_length,
+            **lengths,
             source_prefix=options.source_prefix,
         )
         kept, _ = filter_pairs(pairs, *columns, split=split)
         chosen = kept if options.max_samples is None else kept.take(min(options.max_samples, len(kept)))
         rows[split] = tokenize_split(chosen, tokenizer, settings, split=split)
     return rows, DataCollatorForSeq2Seq(tokenizer, model=model)
+
+
+def _length(options: argparse.Namespace, name: str, most: int, positions: int | None) -> int:
+    """Return how many tokens a row may have: what was asked for, or as many as the model has positions for."""
+    wanted: int | None = getattr(options, name)
+    if wanted is None:
+        return most if positions is None else min(most, positions)
+    if positions is not None and wanted > positions:
+        raise ValueError(
+            f"--{name} {wanted} is more than the model's {positions} positions: give {positions} or less."
+        )
+    return wanted
 
 
 def _table(
@@ -238,7 +280,7 @@ def _table(
         "",
         f"{'':<22}{'before':>12}  {'':<22}{'after':>12}",
     ]
-    for name, heading, _ in _ROWS:
+    for name, heading in _ROWS:
         cells = []
         for suffix, intervals in (("", before), ("_scaled", after)):
             value = metrics.get(f"test_{name}{suffix}")

@@ -12,26 +12,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .accumulation import WeightGradient, scaled
-from .extra_statistics import ExtraStatistics
+from .head_options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .products import by_onednn, product
-from .row_pass import STATISTICS, PostOps, device_scalar, row_pass
-from .scoring_rules import Objective
+from .ranges import HEAD, ROW_PASS, named, ranged
+from .row_pass import STATISTICS, device_scalar, row_pass
 
 # A finished gradient, or the sum that it is still to be made of.
 Source = Tensor | WeightGradient | None
-
-Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
-IMPLEMENTATIONS = ("auto", "torch", "triton", "compile", "reference")
-
-#: Values of the argument ``fused_head``.
-FUSED_MODES = ("auto", "on", "off")
 
 # Rows of a chunk. On a GPU fewer than about 1,000 make the read-modify-write of the float32 weight gradient cost more
 # than the product that it belongs to, and half a GiB is enough. On a CPU 128 are nearly as fast as 1,024; glibc keeps
@@ -47,71 +40,6 @@ _ROW_ALIGNMENT = 64
 # where the weight is so large that their products would not fit into float16.
 _HALF_SCALE = 1024.0
 _HALF_WEIGHT = 4.0
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How a head is scored: the rule, what the model does after its head, and how the work is cut.
-
-    Args:
-        objective: the rule to differentiate; None computes the statistics alone.
-        post: what the model does to the output of its head.
-        entropy: also compute each token's entropy.
-        chunk_tokens: rows of a chunk; None chooses for the device.
-        impl: which row pass.
-        extra: further columns to compute from the logits of each chunk, where no gradient is computed.
-    """
-
-    objective: Objective | None
-    post: PostOps = field(default_factory=PostOps)
-    entropy: bool = False
-    chunk_tokens: int | None = None
-    impl: Implementation = "auto"
-    extra: ExtraStatistics | None = None
-
-    def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
-        if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens} must be a whole number from 1 on; None chooses for the device."
-            )
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """An output layer that is ``F.linear(hidden, weight, bias)``."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """Return V."""
-        return self.weight.shape[0]
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that may need a gradient."""
-        return (self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class ModuleHead:
-    """Any other output layer, run chunk by chunk under autograd: LoRA on the head, quantised weights.
-
-    Args:
-        forward: from hidden states ``[n, D]`` to the head's output ``[n, V]``.
-        parameters: every tensor that ``forward`` depends on and that may need a gradient.
-        vocab_size: V.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor | None, ...]
-    vocab_size: int
-
-
-Head = LinearHead | ModuleHead
 
 
 class ChunkedObjective(torch.autograd.Function):
@@ -159,6 +87,7 @@ class ChunkedObjective(torch.autograd.Function):
         return values.sum() / tokens, values, statistics
 
     @staticmethod
+    @ranged(HEAD)
     def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
         """Scale the gradients that the forward pass computed."""
         if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
@@ -225,6 +154,7 @@ class _Work:
         kind = hidden.device.type
         self.autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(kind) if self.autocast else hidden.dtype
+        self.whole = False
         if isinstance(head, LinearHead) and not self.autocast and head.weight.dtype != hidden.dtype:
             raise ValueError(
                 f"the hidden states are {hidden.dtype} but the head's weight is {head.weight.dtype}: convert one of "
@@ -253,6 +183,7 @@ class _Work:
             None) with the dtype it is to have.
         """
         hidden, head, options = self.hidden, self.head, self.options
+        self.whole = weight is not None and wants[1] and _cheaper_whole(hidden, head, len(self.labels))
         chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
@@ -265,10 +196,11 @@ class _Work:
                 index = part if self.rows is None else self.rows[part]
                 logits = chunk.logits(hidden[index], weight is not None)
                 factor = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
-                value, statistics = score(
-                    logits, self.labels[part], options.objective, options.post,
-                    weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
-                )  # fmt: skip
+                with named(ROW_PASS):
+                    value, statistics = score(
+                        logits, self.labels[part], options.objective, options.post,
+                        weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
+                    )  # fmt: skip
                 if options.extra is not None:  # the row pass leaves the logits alone where it writes no gradient
                     assert weight is None, "extra statistics are for evaluation"
                     extra = options.extra(options.post(logits), self.labels[part])
@@ -299,6 +231,8 @@ class _Work:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
         most = self.options.chunk_tokens
         if most is None:
+            if self.whole:
+                return max(1, len(self.labels))
             row_bytes = self.head.vocab_size * self.dtype.itemsize
             if self.hidden.device.type == "cpu":
                 most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
@@ -306,6 +240,19 @@ class _Work:
                 most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
         number = max(1, -(-len(self.labels) // most))
         return max(1, -(-len(self.labels) // number))
+
+
+def _cheaper_whole(hidden: Tensor, head: Head, tokens: int) -> bool:
+    """Return whether a bfloat16 head is better scored in one chunk: fewer tokens than the hidden states are wide.
+
+    The logits ``[N, V]`` are then smaller than half of the float32 sum ``[V, D]`` of the weight's gradient, which one
+    chunk does without: less memory, and no pass over that sum for each chunk.
+    """
+    return (
+        isinstance(head, LinearHead)
+        and hidden.dtype == head.weight.dtype == torch.bfloat16
+        and tokens <= hidden.shape[-1]
+    )
 
 
 class _LinearChunks:
@@ -323,7 +270,7 @@ class _LinearChunks:
         if not by_onednn(self.weight, work.chunk_size()):  # that returns memory of its own
             columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
-        self.grad_weight = WeightGradient(head.weight)
+        self.grad_weight = WeightGradient(head.weight, whole=work.chunk_size() >= len(work.labels))
         self.grad_bias: Tensor | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:

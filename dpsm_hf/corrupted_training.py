@@ -208,7 +208,7 @@ class CorruptionMixin(_Base):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         self._counts = _Counts()
-        if checkpoint:
+        if checkpoint and (Path(checkpoint) / "trainer_state.json").is_file():  # else Trainer says what is wrong
             self._counts.restore(Path(checkpoint))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._counts.gather(self.args.device)

@@ -19,13 +19,14 @@ from .calibration import TokenCalibration
 from .callbacks import CalibrationCallback
 from .checks import check_calibration_dataset
 from .depth import DepthReader
-from .distributed import real_rows, sum_over_processes
+from .devices import float64_device
+from .distributed import sum_over_processes
 from .extra_statistics import ExtraStatistics
 from .frequent_tokens import frequent_labels
 from .generation.scoring import FreeRunning
 from .losses import TokenScores
 from .models import core_model, end_tokens
-from .panel import EvaluationPanel, check_finite
+from .panel import EvaluationPanel, check_finite, real_tokens
 from .temperature import Moments, TemperatureScaler
 from .token_bytes import token_bytes
 from .training_loss import TrainingLossMixin
@@ -36,25 +37,24 @@ logger = logging.get_logger(__name__)
 class _MomentPanel:
     """Sum the moments that a temperature is fitted with; takes the place of an `EvaluationPanel` for one pass."""
 
+    counts_depths = False
+
     def __init__(self, temperature: float) -> None:
         self.extra = ExtraStatistics(moments_at=temperature)
         self.sums: Tensor | None = None
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         check_finite(scores, batch_size)
-        length = scores.scored.numel() // max(1, batch_size)
-        mask = scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
+        mask = real_tokens(scores, batch_size)
         assert scores.extra is not None  # asked for above
-        # MPS has no float64
-        home = torch.device("cpu") if mask.device.type == "mps" else mask.device
+        home = float64_device(mask.device)
         columns = scores.extra[mask].to(home).double()
         sums = torch.cat([columns.sum(0), mask.sum().to(home).double()[None]])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def moments(self, device: torch.device) -> Moments:
         sums = torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums
-        home = torch.device("cpu") if device.type == "mps" else device
-        nll, gradient, curvature, tokens = sum_over_processes(sums.to(home)).tolist()
+        nll, gradient, curvature, tokens = sum_over_processes(sums.to(float64_device(device))).tolist()
         return Moments(nll, gradient, curvature, int(tokens))
 
 
@@ -68,7 +68,7 @@ class EvaluationMixin(TrainingLossMixin):
         #: What the last evaluation saw, over all processes.
         self.panel: EvaluationPanel | None = None
         self._scaler: tuple[Any, TemperatureScaler] | None = None
-        self._byte_lengths: Tensor | None = None
+        self._byte_lengths: tuple[Any, Tensor | None] | None = None
         self._free_running: FreeRunning | None = None
         self._depth_reader: tuple[nn.Module, DepthReader] | None = None
         self._seconds_evaluating = 0.0
@@ -99,11 +99,7 @@ class EvaluationMixin(TrainingLossMixin):
         """Predict as the trainer does and add the batch's tokens to the calibration statistics."""
         self._take_evaluated()
         # Seq2SeqTrainer calls the model itself after generating; hand it one whose loss is ours
-        generates = (
-            isinstance(self, Seq2SeqTrainer)
-            and bool(getattr(self.args, "predict_with_generate", False))
-            and not prediction_loss_only
-        )
+        generates = self._predicts_with_generate() and not prediction_loss_only
         self._logits_unused = generates or prediction_loss_only
         smoother = self.label_smoother
         try:
@@ -116,7 +112,7 @@ class EvaluationMixin(TrainingLossMixin):
             self._logits_unused = False
         evaluated = self._take_evaluated()
         if evaluated is not None and self._collector is not None:
-            depths = self._depths(inputs, evaluated[1])
+            depths = self._depths(inputs, evaluated[1]) if self._collector.counts_depths else None
             try:
                 self._collector.add(*evaluated, inputs["labels"].shape[0], depths)
             except FloatingPointError as error:
@@ -125,9 +121,11 @@ class EvaluationMixin(TrainingLossMixin):
             self._score_generated(model, inputs, result[1], gen_kwargs or getattr(self, "_gen_kwargs", {}))
         return result
 
-    def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor | None:
-        if self._depth_reader is None or not isinstance(self._collector, EvaluationPanel):
-            return None
+    def _predicts_with_generate(self) -> bool:
+        return isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
+
+    def _depths(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+        assert self._depth_reader is not None  # the collector that counts depths was made from it
         return self._depth_reader[1].depths(self._prepare_inputs(inputs), targets)
 
     def _score_generated(
@@ -244,8 +242,6 @@ class EvaluationMixin(TrainingLossMixin):
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def _new_panel(self, dataset: Any) -> EvaluationPanel:
-        if self._byte_lengths is None and self.processing_class is not None:
-            self._byte_lengths = token_bytes(self.processing_class)
         scaler = self._scaler_in_force()
         wanted = self.dpsm.classwise_tokens
         if not self.dpsm.expected_depth:
@@ -253,17 +249,23 @@ class EvaluationMixin(TrainingLossMixin):
         elif self._depth_reader is None or self._depth_reader[0] is not self.model:
             self._depth_reader = (self.model, DepthReader(self.model))
         self._free_running = None
-        generates = isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
         encoder_decoder = getattr(getattr(core_model(self.model), "config", None), "is_encoder_decoder", False)
-        if generates and encoder_decoder and self.dpsm.generated_calibration:
+        if self._predicts_with_generate() and encoder_decoder and self.dpsm.generated_calibration:
             self._free_running = FreeRunning(self.model, self.processing_class)
         return EvaluationPanel(
             eos_tokens=end_tokens(core_model(self.model), self.processing_class),
-            byte_lengths=self._byte_lengths,
+            byte_lengths=self._token_bytes(),
             temperature=None if scaler is None else scaler.temperature,
             classes=frequent_labels(dataset, wanted) if wanted else None,
             layers=None if self._depth_reader is None else self._depth_reader[1].layers,
         )
+
+    def _token_bytes(self) -> Tensor | None:
+        """Return the bytes of each token of the tokenizer as it is now; None, too, is found out only once."""
+        tokenizer = self.processing_class
+        if self._byte_lengths is None or self._byte_lengths[0] is not tokenizer:
+            self._byte_lengths = (tokenizer, token_bytes(tokenizer))
+        return self._byte_lengths[1]
 
     def _calibration_callbacks(self) -> list[CalibrationCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""JSON files that are either whole or not there, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def json_number(value: float) -> float | None:
+    """Return a number, or None where it is infinite or NaN, for which JSON has none."""
+    return value if math.isfinite(value) else None
+
+
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Write a compressed ``.npz`` so that the file is either whole or not there, whenever the process is killed."""
     temporary = _temporary(path)
@@ -33,7 +38,7 @@ def strict(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return json_number(value)
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value

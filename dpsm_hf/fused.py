@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from .chunked import Head, HeadOptions, LinearHead, ModuleHead
 from .extra_statistics import ExtraStatistics
 from .head import ScoredRows, TokenLabels, score_hidden
+from .head_options import Head, HeadOptions, LinearHead, ModuleHead
 from .losses import IGNORE_INDEX, TokenScores
 from .models import Alignment, align_targets, core_model
 from .output_layer import added_bias, output_layer, post_ops

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import ChunkedObjective, Head, HeadOptions, Implementation, LinearHead
+from .chunked import ChunkedObjective
+from .head_options import Head, HeadOptions, Implementation, LinearHead
 from .losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
+from .ranges import HEAD, ranged
 from .row_pass import STATISTICS, PostOps
 from .scoring_rules import Objective
 
@@ -187,6 +189,7 @@ class TokenLabels:
         return self.labels if self.rows is None else self.labels[self.rows]
 
 
+@ranged(HEAD)
 def score_hidden(
     head: Head, hidden_states: Tensor, tokens: TokenLabels, options: HeadOptions, *, denominator: Tensor | int | None
 ) -> TokenScores:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .extra_statistics import ExtraStatistics
+from .ranges import ROW_PASS, ranged
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, RowScore, RowStatistics, logits_gradient, row_statistics, score_rows
 from .scoring_rules import tail_statistics as _tail_statistics
@@ -50,6 +51,7 @@ class TokenScores:
     extra: Tensor | None = None
 
 
+@ranged(ROW_PASS)
 def score_tokens(
     logits: Tensor,
     labels: Tensor,
@@ -156,6 +158,7 @@ class _TokenObjective(torch.autograd.Function):
         return torch.cat(values), stats
 
     @staticmethod
+    @ranged(ROW_PASS)
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
             raise RuntimeError(

@@ -74,6 +74,16 @@ def core_model(model: nn.Module) -> nn.Module:
     return cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile has the model, or a wrapper of it, as a whole."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
+            return True
+        inner = _wrapped(inner)
+    return False
+
+
 def _wrapped(model: nn.Module) -> nn.Module | None:
     candidates = (getattr(model, attribute, None) for attribute in ("_orig_mod", "module"))
     return next((inner for inner in candidates if isinstance(inner, nn.Module)), None)

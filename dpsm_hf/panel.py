@@ -13,6 +13,7 @@ from .calibration import METRICS, ClassCalibration, TokenCalibration
 from .depth import DepthTally
 from .distributed import process_index, process_number, real_rows
 from .extra_statistics import ExtraStatistics
+from .files import json_number
 from .generation import GENERATED_METRICS, GeneratedCalibration
 from .losses import TokenScores
 
@@ -65,6 +66,11 @@ class EvaluationPanel:
         self._samples = 0
         self._intervals: Mapping[str, tuple[float, float]] | None = None
 
+    @property
+    def counts_depths(self) -> bool:
+        """Return whether `add` wants the depth of each token."""
+        return self.depth is not None
+
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
 
@@ -82,11 +88,11 @@ class EvaluationPanel:
         check_finite(scores, batch_size)
         self._intervals = None
         device = scores.scored.device
-        length = scores.scored.numel() // max(1, batch_size)
         first = self._samples + process_index() * batch_size
         self._samples += process_number() * batch_size
-        document = torch.arange(first, first + batch_size, device=device).repeat_interleave(length)
-        mask = scores.scored & real_rows(batch_size, device).repeat_interleave(length)
+        numbers = torch.arange(first, first + batch_size, device=device)
+        document = numbers.repeat_interleave(scores.scored.numel() // max(1, batch_size))
+        mask = real_tokens(scores, batch_size)
         targets = targets.reshape(-1).to(device)
         rows: dict[str, Any] = {name: getattr(scores, name) for name in ("confidence", "correct", *ROW_SCORES)}
         rows = {name: column for name, column in rows.items() if column is not None}
@@ -104,7 +110,6 @@ class EvaluationPanel:
                 self.scaled.update(**scaled, mask=mask, document=document)
             if self.classwise is not None and classes is not None:
                 self.classwise.update(classes[mask], targets[mask], document[mask])
-
         if self.depth is not None and depths is not None:
             real = mask[scores.scored]
             self.depth.update(depths.to(device)[real], document[scores.scored][real])
@@ -180,12 +185,9 @@ def _view(
 ) -> dict[str, Any]:
     intervals = calibration.intervals() if intervals is None else intervals
     return {
-        # a perplexity may be infinite, which JSON has no number for
-        "metrics": {name: value if math.isfinite(value) else None for name, value in calibration.compute().items()},
-        "intervals": {
-            name: [bound if math.isfinite(bound) else None for bound in interval]
-            for name, interval in intervals.items()
-        },
+        # a perplexity may be infinite
+        "metrics": {name: json_number(value) for name, value in calibration.compute().items()},
+        "intervals": {name: [json_number(bound) for bound in interval] for name, interval in intervals.items()},
         "curve": calibration.curve(bins).as_dict(),
     }
 
@@ -202,6 +204,12 @@ def reported_names() -> tuple[str, ...]:
         *(f"expected_depth{end}" for end in ("", "_low", "_high")),
         *GENERATED_METRICS,
     )
+
+
+def real_tokens(scores: TokenScores, batch_size: int) -> Tensor:
+    """Return which tokens are scored and not of a row that only fills up the last batch, bool ``[N]``."""
+    length = scores.scored.numel() // max(1, batch_size)
+    return scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
 
 
 def check_finite(scores: TokenScores, batch_size: int) -> None:

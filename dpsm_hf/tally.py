@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .devices import widest_float
 from .distributed import sum_over_processes
 from .losses import TokenScores
 
@@ -21,9 +22,7 @@ class TokenTally:
     def add(self, scores: TokenScores) -> None:
         """Add the tokens of one micro-batch."""
         columns = torch.stack([scores.scored.to(scores.nll.dtype), *(getattr(scores, name) for name in _COLUMNS)])
-        # MPS has no float64; everywhere else the sum of many steps keeps its digits
-        dtype = torch.float32 if columns.device.type == "mps" else torch.float64
-        sums = columns.sum(-1, dtype=dtype)
+        sums = columns.sum(-1, dtype=widest_float(columns.device))  # the sum of many steps keeps its digits
         self._sums = sums if self._sums is None else self._sums + sums
 
     def reset(self) -> None:
@@ -35,8 +34,9 @@ class TokenTally:
 
         Every process must call this. Without a scored token the means are left out.
         """
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = self._sums if self._sums is not None else torch.zeros(1 + len(_COLUMNS), dtype=dtype, device=device)
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(1 + len(_COLUMNS), dtype=widest_float(device), device=device)
         self.reset()
         tokens, *totals = sum_over_processes(sums).tolist()
         if not tokens:

@@ -20,6 +20,7 @@ from .evaluation import EvaluationMixin
 from .model_card import add_objective_section, objective_section
 from .models import vocabulary_size
 from .panel import reported_names
+from .ranges import BACKWARD, active, calls_named, name_steps
 
 logger = logging.get_logger(__name__)
 
@@ -63,7 +64,12 @@ class DPSMMixin(EvaluationMixin):
         self._scaler = None  # fused optimizers write without raising the version of what they write to
         step, batch = self._batch_of_step
         self._batch_of_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 1)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if active():
+            name_steps(self.optimizer)
+            with calls_named(self.accelerator, "backward", BACKWARD):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             raise FloatingPointError(self._describe_non_finite(float(loss.mean())))

@@ -23,10 +23,13 @@ from .models import (
     align_targets,
     core_model,
     inputs_without_labels,
+    is_compiled,
     label_alignment,
     probe_alignment,
     router_loss,
 )
+from .output_layer import output_layer
+from .ranges import FORWARD, HEAD, ROW_PASS, HeadRanges, active, named, ranged
 from .scoring_rules import Objective
 from .tally import TokenTally
 
@@ -38,6 +41,9 @@ class Collector(Protocol):
 
     @property
     def extra(self) -> ExtraStatistics | None: ...
+
+    @property
+    def counts_depths(self) -> bool: ...
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None: ...
 
@@ -108,6 +114,7 @@ class TrainingLossMixin(CorruptionMixin):
                 "the loss itself; use loss_type='ce' or another parallelism."
             )
 
+    @ranged(FORWARD)
     def compute_loss(
         self,
         model: nn.Module,
@@ -245,9 +252,21 @@ class TrainingLossMixin(CorruptionMixin):
 
     def _score_from_logits(self, model: nn.Module, batch: _Batch) -> tuple[Tensor, TokenScores, Tensor, Any]:
         """Return the loss, the scores, the targets and the model's outputs."""
-        labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
-        outputs = model(**batch.inputs)
+        with self._head_ranges(model) as head:
+            outputs = model(**batch.inputs)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        with named(HEAD):
+            loss, scores, targets = self._score_logits(model, batch, logits)
+        head.until_hidden(loss)
+        return loss, scores, targets, outputs
+
+    def _head_ranges(self, model: nn.Module) -> HeadRanges:
+        # a hook on the layer would be another program to torch.compile, and replicas would share it
+        seen = active() and self.args.n_gpu <= 1 and not is_compiled(model)
+        return HeadRanges(output_layer(core_model(model)) if seen else None)
+
+    def _score_logits(self, model: nn.Module, batch: _Batch, logits: Tensor) -> tuple[Tensor, TokenScores, Tensor]:
+        labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
         targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels
         plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
         # labels are checked here, before cross-entropy would index with a wrong one
@@ -258,10 +277,10 @@ class TrainingLossMixin(CorruptionMixin):
             extra=self._extra(model.training),
         )
         if scores.loss is not None:
-            return scores.loss.sum() / batch.denominator, scores, targets, outputs
+            return scores.loss.sum() / batch.denominator, scores, targets
         shifted = alignment == "shifted" and shift_labels is None and labels.shape == targets.shape
         loss = self._cross_entropy(logits, labels, None if shifted else targets, batch.denominator)
-        return loss, scores, targets, outputs
+        return loss, scores, targets
 
     def _denominator(
         self,
@@ -284,6 +303,7 @@ class TrainingLossMixin(CorruptionMixin):
         # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
         return num_items_in_batch.clamp_min(1).to(labels.device)
 
+    @ranged(ROW_PASS)
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, targets: Tensor | None, denominator: Tensor | int
     ) -> Tensor:

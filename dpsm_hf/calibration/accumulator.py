@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..devices import float64_device
 from .curve import CalibrationCurve
 from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson
@@ -87,8 +88,8 @@ class TokenCalibration:
         if keep is not None:
             kept = keep.to(device).reshape(-1).nonzero().squeeze(-1)
             values = {name: value.index_select(0, kept) for name, value in values.items()}
-        # MPS has no float64: there the (few) numbers per token travel to the host
-        home = torch.device("cpu") if device.type == "mps" else device
+        # from MPS, which has none, the (few) numbers per token travel to the host
+        home = float64_device(device)
         values = {name: value.to(home) for name, value in values.items()}
         conf = values["confidence"].to(torch.float64).contiguous()  # bucketize would copy a column with a warning
         right = values["correct"].to(torch.int64)
@@ -151,7 +152,7 @@ class TokenCalibration:
 
     def to(self, device: torch.device) -> TokenCalibration:
         """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = float64_device(device)
         if self.count.device != home:
             self.load_state_dict({name: tensor.to(home) for name, tensor in self.state_dict().items()})
         return self
@@ -194,8 +195,7 @@ class TokenCalibration:
 
     def _some_totals(self) -> Totals:
         totals = self.totals()
-        if not totals.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(int(totals.tokens))
         return totals
 
     def curve(self, bins: int = 15) -> CalibrationCurve:
@@ -242,6 +242,16 @@ class TokenCalibration:
             high=high,
             histogram=in_bins(self.totals().count, 100),
         )
+
+
+def check_seen(tokens: int) -> None:
+    """Raise unless there are tokens to say something about.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not tokens:
+        raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
 
 
 def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .accumulator import BLOCKS
-from .intervals import Interval, check_resampling, error_interval
+from ..devices import float64_device
+from ..files import json_number
+from .accumulator import BLOCKS, check_seen
+from .intervals import Interval, block_weights, check_resampling, error_interval
 
 CLASS_BINS = 15
 
@@ -55,7 +58,7 @@ class ClassCalibration:
             ValueError: if shapes disagree, a probability lies outside [0, 1] or a document is negative. Nothing is
                 added then.
         """
-        home = torch.device("cpu") if probability.device.type == "mps" else probability.device
+        home = float64_device(probability.device)
         p = probability.detach().to(home, torch.float64)
         kinds = len(self.classes)
         if p.shape != (len(labels), kinds) or document.shape != labels.shape:
@@ -88,7 +91,7 @@ class ClassCalibration:
 
     def to(self, device: torch.device) -> ClassCalibration:
         """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = float64_device(device)
         if self.positive.device != home:
             self.positive, self.probability = self.positive.to(home), self.probability.to(home)
             self.tokens_of_block = self.tokens_of_block.to(home)
@@ -114,18 +117,15 @@ class ClassCalibration:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
         """
         check_resampling(level, samples)
-        kept = np.flatnonzero(self.tokens_of_block.cpu().numpy())
-        if len(kept) < 2:
-            return Interval(float("nan"), float("nan"))
-        weights = np.zeros((samples, BLOCKS))
-        drawn = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=samples)
-        weights[:, kept] = drawn
-        return error_interval(self.ece, self._errors(weights).mean(1), level, (0.0, 1.0))
+        ece = self.ece
+        weights = block_weights(self.tokens_of_block.cpu().numpy(), samples, seed)
+        if weights is None:
+            return Interval(math.nan, math.nan)
+        return error_interval(ece, self._errors(weights).mean(1), level, (0.0, 1.0))
 
     def _errors(self, weights: np.ndarray) -> np.ndarray:
         """Return ``[samples, K]`` for so many copies of each block."""
-        if not self.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(self.tokens)
         gaps = (self.positive.double() - self.probability).cpu().numpy()
         tokens = weights @ self.tokens_of_block.cpu().numpy()
         drawn = np.tensordot(weights, gaps, axes=1)
@@ -133,10 +133,9 @@ class ClassCalibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a record holds: the mean, its interval, and the error of each class."""
-        low, high = self.interval()
         return {
             "ece": self.ece,
-            "interval": [None if low != low else low, None if high != high else high],
+            "interval": [json_number(bound) for bound in self.interval()],
             "bins": CLASS_BINS,
             "classes": {str(token): error for token, error in self.compute().items()},
         }

@@ -56,7 +56,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
     number = len(parts.count)
     if number < 2:
         return {name: Interval(math.nan, math.nan) for name in point if name != "tokens"}
-    weights = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
+    weights = resampling_weights(number, samples, seed)
     found: dict[str, list[np.ndarray]] = {}
     # products of float64, exact for counts below 2**53
     as_float = [values.astype(np.float64) for values in vars(parts).values()]
@@ -68,7 +68,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
             found.setdefault(name, []).append(values)
     intervals = {}
     for name, value in point.items():
-        if name == "tokens" or name == "perplexity":
+        if name in ("tokens", "perplexity"):
             continue
         drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no byte of text in any resample, say
         kind = error_interval if name in _ERRORS else basic_interval
@@ -76,6 +76,30 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
     if "nll" in intervals:
         intervals["perplexity"] = Interval(*(float(perplexity(bound)) for bound in intervals["nll"]))
     return intervals
+
+
+def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:
+    """Return how often each of so many things is drawn, int64 ``[samples, number]``: that many, with replacement."""
+    return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
+
+
+def block_weights(tokens: np.ndarray, samples: int, seed: int) -> np.ndarray | None:
+    """Return how often each block is drawn, ``[samples, blocks]``: those with tokens alone, as `bootstrap` draws them.
+
+    Args:
+        tokens: ``[blocks]``, the tokens of each.
+        samples: resamples.
+        seed: of the resampling.
+
+    Returns:
+        Weights in float64; None where fewer than two blocks have tokens, which tells nothing of how they differ.
+    """
+    kept = np.flatnonzero(tokens)
+    if len(kept) < 2:
+        return None
+    weights = np.zeros((samples, len(tokens)))
+    weights[:, kept] = resampling_weights(len(kept), samples, seed)
+    return weights
 
 
 def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[float, float]) -> Interval:

@@ -247,7 +247,8 @@ class _Runner:
 
     def _left(self) -> float | None:
         waiting = [run_id for run_id in self.order if run_id in self.active or self._may_start(run_id)]
-        return self.progress.left(self.records, waiting, self.jobs) if waiting else 0.0
+        estimate = self.progress.left(self.records, waiting, self.jobs)
+        return 0.0 if not waiting else estimate if estimate is None else max(1.0, estimate)
 
     def _tick(self) -> None:
         now = time.perf_counter()

@@ -72,13 +72,16 @@ class ClmPreprocessing:
             raise ValueError(f"document_boundary {self.document_boundary!r} is not row or blank_line.")
 
 
-def choose_text_column(dataset: AnyDataset, wanted: str | None, split: str) -> str:
+def choose_text_column(
+    dataset: AnyDataset, wanted: str | None, split: str, *, option: str = "--text_column_name"
+) -> str:
     """Pick the column to model: the wanted one, else ``text``, else the first.
 
     Args:
         dataset: One split.
         wanted: A column's name, or None.
         split: The split's name, for messages.
+        option: The command-line option that names the column, for messages.
 
     Returns:
         The column's name.
@@ -86,14 +89,14 @@ def choose_text_column(dataset: AnyDataset, wanted: str | None, split: str) -> s
     Raises:
         ValueError: The wanted column is missing, or the column does not hold text.
     """
-    check_columns(dataset, {"--text_column_name": wanted}, split)
+    check_columns(dataset, {option: wanted}, split)
     names = column_names(dataset)
     column = wanted if wanted is not None else "text" if "text" in names else names[0]
     feature = dataset.features.get(column) if dataset.features is not None else None
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
             f"The column {column!r} of the {split} split holds {feature}, not text. Name a text column with "
-            f"--text_column_name; the columns are {', '.join(map(repr, names))}."
+            f"{option}; the columns are {', '.join(map(repr, names))}."
         )
     return column
 
@@ -104,6 +107,7 @@ def prepare_clm_datasets(
     options: ClmPreprocessing,
     *,
     text_column: str | None = None,
+    text_column_option: str = "--text_column_name",
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> AnyDatasetDict:
@@ -114,6 +118,7 @@ def prepare_clm_datasets(
         tokenizer: Called with its own special-token settings, as upstream does.
         options: See :class:`ClmPreprocessing`.
         text_column: Column to use; ``text``, or else the first, when None.
+        text_column_option: The command-line option that names it, for messages.
         num_proc: Processes for tokenizing map-style splits.
         overwrite_cache: Compute anew what ``datasets`` has cached.
 
@@ -133,7 +138,7 @@ def prepare_clm_datasets(
         encode = functools.partial(
             encode_texts,
             tokenizer=tokenizer,
-            column=choose_text_column(dataset, text_column, split),
+            column=choose_text_column(dataset, text_column, split, option=text_column_option),
             options=options,
         )
         if isinstance(dataset, Dataset):

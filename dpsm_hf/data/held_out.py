@@ -28,8 +28,7 @@ def hold_out(
     Raises:
         ValueError: A percentage out of range, or too few rows.
     """
-    if not 0 < percentage < 100:
-        raise ValueError(f"--{name}_split_percentage {percentage} must lie between 1 and 99.")
+    check_percentage(name, percentage)
     train = splits["train"]
     if isinstance(train, IterableDataset):
         lowest, beyond = (100 - percentage, 100) if at_end else (0, percentage)
@@ -47,6 +46,16 @@ def hold_out(
     cut = rows - number if at_end else number
     first, last = train.select(range(cut)), train.select(range(cut, rows))
     return {**splits, "train": first if at_end else last, name: last if at_end else first}
+
+
+def check_percentage(name: str, percentage: int) -> None:
+    """Refuse a share of the train split that leaves nothing on one side.
+
+    Raises:
+        ValueError: Naming the option and the percentage.
+    """
+    if not 0 < percentage < 100:
+        raise ValueError(f"--{name}_split_percentage {percentage} must lie between 1 and 99.")
 
 
 def _in_share(row: dict[str, Any], index: int, lowest: int, beyond: int) -> bool:

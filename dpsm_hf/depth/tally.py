@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.accumulator import BLOCKS
-from ..calibration.intervals import Interval, basic_interval, check_resampling
+from ..calibration.accumulator import BLOCKS, check_seen
+from ..calibration.intervals import Interval, basic_interval, block_weights, check_resampling
+from ..devices import float64_device
+from ..files import json_number
 
 
 class DepthTally:
@@ -53,7 +55,7 @@ class DepthTally:
                 f"depths must be whole numbers [n] and document [n] or None, but they are {depths.dtype} "
                 f"{tuple(depths.shape)} and {shape}."
             )
-        home = torch.device("cpu") if depths.device.type == "mps" else depths.device
+        home = float64_device(depths.device)
         depths = depths.detach().to(home, torch.int64)
         if not bool(((depths >= 0) & (depths <= self.layers)).all()):
             raise ValueError(
@@ -79,7 +81,7 @@ class DepthTally:
 
     def to(self, device: torch.device) -> DepthTally:
         """Move the tally to a device and return it; on MPS it stays on the host, as the others do."""
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = float64_device(device)
         if self.count.device != home:
             self.count = self.count.to(home)
         return self
@@ -101,18 +103,14 @@ class DepthTally:
         """
         check_resampling(level, samples)
         mean = self.mean
-        kept = np.flatnonzero(self.count.sum(1).cpu().numpy())
-        if len(kept) < 2:
+        weights = block_weights(self.count.sum(1).cpu().numpy(), samples, seed)
+        if weights is None:
             return Interval(math.nan, math.nan)
-        weights = np.zeros((samples, BLOCKS))
-        drawn = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=samples)
-        weights[:, kept] = drawn
         return basic_interval(mean, self._means(weights), level, (0.0, float(self.layers)))
 
     def _means(self, weights: np.ndarray) -> np.ndarray:
         """Return the mean depth ``[samples]`` for so many copies of each block."""
-        if not self.tokens:
-            raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
+        check_seen(self.tokens)
         # products of float64, exact for counts below 2**53
         drawn = weights @ self.count.cpu().numpy().astype(np.float64)
         return drawn @ np.arange(self.layers + 1) / drawn.sum(1)
@@ -127,7 +125,7 @@ class DepthTally:
         """
         return {
             "mean": self.mean,
-            "interval": [bound if math.isfinite(bound) else None for bound in self.interval()],
+            "interval": [json_number(bound) for bound in self.interval()],
             "layers": self.layers,
             "tokens": self.tokens,
             "counts": self.count.sum(0).tolist(),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..calibration import Interval, TokenCalibration
 from ..distributed import process_index, process_number, real_rows
+from ..files import json_number
 from ..losses import IGNORE_INDEX
 from .forecasts import forecast_curve, forecast_figures, forecast_intervals
 from .subsequence import on_common_subsequence
@@ -324,9 +325,9 @@ class GeneratedCalibration:
         found: dict[str, Any] = {"tokens": self.tokens.tokens}
         if self.tokens.tokens:
             metrics, intervals = self.tokens.compute(), self.intervals("tokens")
-            found["metrics"] = {new: _plain(metrics[name]) for name, new in _OF_TOKENS.items() if name in metrics}
+            found["metrics"] = {new: json_number(metrics[name]) for name, new in _OF_TOKENS.items() if name in metrics}
             found["intervals"] = {
-                new: [_plain(bound) for bound in intervals[name]]
+                new: [json_number(bound) for bound in intervals[name]]
                 for name, new in _OF_TOKENS.items()
                 if name in intervals
             }
@@ -334,18 +335,13 @@ class GeneratedCalibration:
         for view, (confidence, quality) in self._forecasts().items():
             found[view] = {
                 "count": len(confidence),
-                "metrics": {name: _plain(value) for name, value in forecast_figures(confidence, quality).items()},
+                "metrics": {name: json_number(value) for name, value in forecast_figures(confidence, quality).items()},
                 "intervals": {
-                    name: [_plain(bound) for bound in interval] for name, interval in self.intervals(view).items()
+                    name: [json_number(bound) for bound in interval] for name, interval in self.intervals(view).items()
                 },
                 "curve": forecast_curve(confidence, quality),
             }
         return found
-
-
-def _plain(value: float) -> float | None:
-    # JSON has no number for what is infinite or unknown
-    return float(value) if math.isfinite(value) else None
 
 
 def _as_shape(values: Tensor, like: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration import Interval
-from ..calibration.intervals import basic_interval, check_resampling
+from ..calibration.intervals import basic_interval, check_resampling, resampling_weights
 
 Array = np.ndarray
 
@@ -72,7 +72,7 @@ def forecast_intervals(
     point = {name: float(values[0]) for name, values in _weighted(confidence, quality, np.ones((1, number))).items()}
     if number < FEWEST_TEXTS:
         return {name: Interval(math.nan, math.nan) for name in point}
-    weights = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
+    weights = resampling_weights(number, samples, seed)
     parts = [
         _weighted(confidence, quality, weights[start : start + _AT_A_TIME].astype(np.float64))
         for start in range(0, samples, _AT_A_TIME)

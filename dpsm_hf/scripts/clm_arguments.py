@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpsm_hf.arguments import DPSMConfig
 from dpsm_hf.data.clm import BOUNDARIES, PACKINGS, ClmPreprocessing
-from dpsm_hf.data.loading import EMBEDDED_DATASETS, check_sources, file_builder
+from dpsm_hf.data.loading import EMBEDDED_DATASETS, file_builder
 from dpsm_hf.data.tokenizer import TRAIN_BPE, check_vocab_size
+from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
 from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import StressArguments
@@ -67,24 +68,12 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(StressArguments, StoppingArguments):
+class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data set: a hub name, a folder, or python-docs, the language reference and docstrings that come "
-            "with Python (dpsm_hf)."
-        },
+    test_file: str | None = field(
+        default=None, metadata={"help": "dpsm_hf: file that --do_predict evaluates on, of the same kind."}
     )
-    dataset_config_name: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the data set; for python-docs, site-packages adds installed packages."},
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training text: csv, json, jsonl, txt or parquet, also .gz."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on, of the same kind."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many rows of tokens at most."}
     )
@@ -102,19 +91,6 @@ class DataTrainingArguments(StressArguments, StoppingArguments):
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line ends of txt files."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: text that --do_predict evaluates on, of the same kind."}
-    )
-    calibration_file: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: text that --fit_temperature fits on, of the same kind."}
-    )
-    calibration_split_percentage: int = field(
-        default=5,
-        metadata={
-            "help": "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
-            "where there is no calibration split."
-        },
-    )
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "dpsm_hf: --do_predict evaluates on this many rows of tokens at most."}
     )
@@ -152,14 +128,11 @@ class DataTrainingArguments(StressArguments, StoppingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_sources(self.dataset_name, self.files())
+        super().__post_init__()
         self.check_stopping()
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")
-        if not 0 < self.calibration_split_percentage < 100:
-            percentage = self.calibration_split_percentage
-            raise ValueError(f"--calibration_split_percentage {percentage} must lie between 1 and 99.")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -171,11 +144,6 @@ class DataTrainingArguments(StressArguments, StoppingArguments):
         if self.document_boundary != "auto" and self.add_eos_between_documents is False:
             raise ValueError("--document_boundary has no effect with --add_eos_between_documents false.")
         self.preprocessing(self.block_size if self.block_size is not None else _DEFAULT_BLOCK_SIZE)
-
-    def files(self) -> dict[str, str]:
-        """Give the local files by split."""
-        given = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
-        return {split: path for split, path in given.items() if path is not None}
 
     def preprocessing(self, block_size: int) -> ClmPreprocessing:
         """Settle the options that depend on the data.
@@ -230,8 +198,7 @@ def check_contradictions(
             raise ValueError("--do_predict needs a --test_file or a --dataset_name with a test split.")
         if training_args.do_eval and data_args.validation_file is None and data_args.train_file is None:
             raise ValueError("--do_eval needs a --validation_file, a --train_file or a --dataset_name.")
-    if data_args.calibration_file is not None and not training_args.fit_temperature:
-        raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
+    data_args.check_calibration(training_args.fit_temperature)
     data_args.check_stress(training_args)
     if model_args.tokenizer_name == TRAIN_BPE and data_args.dataset_name is None and data_args.train_file is None:
         raise ValueError(f"--tokenizer_name {TRAIN_BPE} needs a --train_file or a --dataset_name to train on.")

@@ -60,25 +60,28 @@ class Outcome:
         self._trainer = trainer
         self._trained = bool(trainer.args.do_train)
         self._steps = trainer.state.global_step
+        # then the model has the best weights, and the last ones are gone
+        swapped = self._trained and trainer.args.load_best_model_at_end and best_step(trainer) is not None
+        self._loaded = "best" if swapped else "last"
         self._device_memory = _peak_device_memory(trainer) if self._trained else None
         self._metrics: dict[str, dict[str, dict[str, Any]]] = {}
         self._calibration: dict[str, Any] = {}
         self._documents: dict[str, str] = {}
         #: Texts that the model wrote: ``prompt``, ``reference``, ``output``.
         self.samples: list[dict[str, str]] = []
-        #: What was corrupted in the training data, counted; empty where nothing was.
-        self.corruption: dict[str, float] = {}
 
     def add(self, checkpoint: str, split: str, metrics: Mapping[str, Any], *, prefix: str, rows: Any = None) -> None:
         """Add the evaluation that has just ended.
 
         Args:
-            checkpoint: ``last`` or ``best``, the weights that were evaluated.
+            checkpoint: ``last`` for the weights at the end of training (with ``load_best_model_at_end`` these are the
+                best, and go by that name), or ``best``.
             split: validation, test, or the name of a further set.
             metrics: as the trainer returned them.
             prefix: of their names.
             rows: the set that was evaluated; its labels' digest tells whether two runs evaluated the same.
         """
+        checkpoint = self._loaded if checkpoint == "last" else checkpoint
         numbers = (int, float, np.integer, np.floating)
         named = {key.removeprefix(f"{prefix}_"): v for key, v in metrics.items() if key.startswith(f"{prefix}_")}
         self._metrics.setdefault(checkpoint, {})[split] = {k: v for k, v in named.items() if isinstance(v, numbers)}
@@ -113,8 +116,8 @@ class Outcome:
             "samples": self.samples,
             "documents": self._documents,
         }
-        if self.corruption:
-            content["corruption"] = self.corruption
+        if (corruption := self._trainer.corruption_record()) is not None:
+            content["corruption"] = corruption
         path = Path(str(self._trainer.args.output_dir)) / OUTCOME_NAME
         write_json(strict(content), path)
         logger.info("What this run found out is in %s.", path)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpsm_hf.data.loading import check_sources
 from dpsm_hf.data.tokenizer import TRAIN_BPE
+from dpsm_hf.scripts.data_arguments import DataSource
 from dpsm_hf.scripts.model_arguments import ModelSource
 from dpsm_hf.scripts.stopping import StoppingArguments
 from dpsm_hf.scripts.stress_arguments import SummaryStressArguments
@@ -30,29 +30,12 @@ class ModelArguments(ModelSource):
 
 
 @dataclass
-class DataTrainingArguments(SummaryStressArguments, StoppingArguments):
+class DataTrainingArguments(StoppingArguments, SummaryStressArguments, DataSource):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
     lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set: a hub name, a folder, or python-docstrings."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     text_column: str | None = field(default=None, metadata={"help": "Column with the full texts."})
     summary_column: str | None = field(default=None, metadata={"help": "Column with the summaries."})
-    train_file: str | None = field(default=None, metadata={"help": "Training pairs: csv, json, jsonl or parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation pairs, of the same kind."})
-    test_file: str | None = field(default=None, metadata={"help": "Test pairs, of the same kind."})
-    calibration_file: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: pairs that --fit_temperature fits on, of the same kind."}
-    )
-    calibration_split_percentage: int = field(
-        default=5,
-        metadata={
-            "help": "dpsm_hf: share of the train split, its last pairs, that --fit_temperature sets aside to fit on "
-            "where there is no calibration split."
-        },
-    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Preprocess again instead of reading the cache."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for preprocessing."})
     max_source_length: int = field(
@@ -102,12 +85,8 @@ class DataTrainingArguments(SummaryStressArguments, StoppingArguments):
     )
 
     def __post_init__(self) -> None:
-        files = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
-        check_sources(self.dataset_name, {split: path for split, path in files.items() if path is not None})
+        super().__post_init__()
         self.check_stopping()
-        if not 0 < self.calibration_split_percentage < 100:
-            percentage = self.calibration_split_percentage
-            raise ValueError(f"--calibration_split_percentage is {percentage}; it must lie between 1 and 99.")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "val_max_target_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -152,8 +131,7 @@ def check_contradictions(model_args: ModelArguments, data_args: DataTrainingArgu
         raise ValueError("--tokenizer_vocab_size has an effect with --tokenizer_name train-bpe only: leave it out.")
     if data_args.bertscore and not training_args.predict_with_generate:
         raise ValueError("--bertscore scores generated summaries: pass --predict_with_generate too.")
-    if data_args.calibration_file is not None and not training_args.fit_temperature:
-        raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
+    data_args.check_calibration(training_args.fit_temperature)
     data_args.check_stress(training_args)
     for name in ("bertscore_model", "bertscore_num_layers"):
         if getattr(data_args, name) is not None and not data_args.bertscore:

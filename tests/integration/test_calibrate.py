@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpsm_hf import ReliabilityDisplay, TemperatureScaler
 from dpsm_hf.__main__ import main as dpsm
 from dpsm_hf.calibrate import main as calibrate
 from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
-from dpsm_hf.data.tokenizer import train_bpe_tokenizer
+from tests.saved_models import save_language_model, save_summarizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,35 +26,46 @@ def write_lines(path: Path, lines: list[str]) -> str:
     return str(path)
 
 
-def train(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model.train()
-    for batch in batches:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A small Llama with weights of its own in its head, trained for a few steps on the Python documentation."""
     folder = tmp_path_factory.mktemp("lm")
-    texts = load_python_docs()["train"]["text"][:120]
-    tokenizer = train_bpe_tokenizer(texts, 600)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                    num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
-                    bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
-    )  # fmt: skip
-    ids = torch.tensor([t for text in texts[:60] for t in tokenizer(text)["input_ids"]])
-    blocks = ids[: len(ids) // 512 * 512].view(-1, 8, 64)[:60]
-    train(model, [{"input_ids": block, "labels": block} for block in blocks])
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    files = (write_lines(folder / "held-out.txt", texts[60:90]), write_lines(folder / "test.txt", texts[90:120]))
+    held_out, test = save_language_model(folder / "model")
+    files = (write_lines(folder / "held-out.txt", held_out), write_lines(folder / "test.txt", test))
     return folder / "model", *files
+
+
+def scored(folder: Path, texts: list[str], rows: int, *, ends: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float64 logits of the first rows of 64 tokens, and the labels they predict."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = [tokenizer.eos_token_id] if ends else []
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], *end]]
+    block = torch.tensor(ids[: rows * 64]).view(rows, 64)
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(block).logits[:, :-1].double(), block[:, 1:]
+
+
+def lines(path: str) -> list[str]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return list(file)
+
+
+def check_figures(
+    results: dict[str, float],
+    scaler: TemperatureScaler,
+    held_out: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Compare a run with logits at hand: the temperature is of the one split, the metrics are of the other."""
+    expected = TemperatureScaler.fit(*held_out)
+    assert scaler.tokens == expected.tokens and scaler.split == "calibration"
+    assert scaler.temperature == pytest.approx(expected.temperature, rel=1e-4)
+    assert scaler.nll_before == pytest.approx(expected.nll_before, rel=1e-5)
+    logits, labels = test
+    assert results["test_tokens"] == labels.numel()
+    for suffix, divisor in (("", 1.0), ("_scaled", scaler.temperature)):
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1) / divisor, labels.flatten())
+        assert results[f"test_nll{suffix}"] == pytest.approx(nll.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("apply", ["none", "weights", "generation_config"])
@@ -70,14 +74,17 @@ def test_a_language_model(
 ) -> None:
     folder, held_out, test = language_model
     arguments = [str(folder), "--calibration_file", held_out, "--test_file", test, "--output_dir", str(tmp_path)]
-    assert calibrate([*arguments, "--apply", apply, "--use_cpu", "--max_samples", "40"]) == 0
+    assert calibrate([*arguments, "--apply", apply, "--use_cpu", "--max_samples", "20"]) == 0
     printed = capsys.readouterr().out
     scaler = TemperatureScaler.load(tmp_path)
     results = json.loads((tmp_path / "test_results.json").read_text(encoding="utf-8"))
     assert results["test_temperature"] == scaler.temperature != 1.0
     assert f"temperature {scaler.temperature:.4f}, fitted on {scaler.tokens:,} tokens" in printed
     assert f"{results['test_ece_15']:.4f}" in printed and f"{results['test_ece_15_scaled']:.4f}" in printed
+    check_figures(results, scaler, *(scored(folder, lines(path), 20) for path in (held_out, test)))
+    assert "test_eos_tokens" not in results, "the rows of a file are lines, no documents"
     record = tmp_path / "calibration" / "test-step-000000.json"
+    check_table(printed, results, json.loads(record.read_text(encoding="utf-8")))
     assert ReliabilityDisplay.from_json(record).split == "test" and record.with_suffix(".png").exists()
     assert (tmp_path / "model").exists() == (apply != "none")
     if apply == "none":
@@ -97,25 +104,45 @@ def test_a_language_model(
         assert TemperatureScaler.load(tmp_path / "model") == scaler
 
 
+def check_table(printed: str, results: dict[str, float], record: dict[str, Any]) -> None:
+    rows = {line[:22].strip(): line[22:] for line in printed.splitlines()}
+    for heading, name in (("NLL (nats)", "nll"), ("ECE-15", "ece_15"), ("MCE-15", "mce")):
+        before, after = (
+            f"{results[f'test_{name}{suffix}']:.4f}  [{low:.4f}, {high:.4f}]"
+            for suffix, (low, high) in (
+                ("", record["intervals"][name]), ("_scaled", record["scaled"]["intervals"][name]),
+            )
+        )  # fmt: skip
+        assert before != after and rows[heading].strip().startswith(before) and rows[heading].endswith(after)
+    null = [f"{results[f'test_ece_15_null{suffix}']:.4f}" for suffix in ("", "_scaled")]
+    assert rows["ECE-15 if calibrated"].split() == null and null[0] != null[1]
+
+
+def test_the_embedded_texts_are_documents(language_model: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder, *_ = language_model
+    options = ["--dataset", "python-docs", "--max_samples", "60", "--use_cpu", "--output_dir", str(tmp_path)]
+    assert calibrate([str(folder), *options]) == 0
+    results = json.loads((tmp_path / "test_results.json").read_text(encoding="utf-8"))
+    texts = load_python_docs()
+    held_out, test = (scored(folder, texts[split]["text"][:200], 60, ends=True) for split in ("validation", "test"))
+    check_figures(results, TemperatureScaler.load(tmp_path), held_out, test)
+    ends = (test[1] == AutoTokenizer.from_pretrained(folder).eos_token_id).sum().item()
+    assert results["test_eos_tokens"] == ends > 0
+
+
 def test_an_encoder_decoder_on_a_named_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = load_python_docstrings()["train"][:64]
-    tokenizer = train_bpe_tokenizer([*pairs["document"], *pairs["summary"]], 600)
-    torch.manual_seed(0)
-    end = tokenizer.eos_token_id
-    model = BartForConditionalGeneration(
-        BartConfig(vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
-                   decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=end,
-                   bos_token_id=end, eos_token_id=end, decoder_start_token_id=end, max_position_embeddings=128)
-    )  # fmt: skip
-    rows = [(tokenizer(d)["input_ids"][:64], tokenizer(s)["input_ids"][:24]) for d, s in
-            zip(pairs["document"], pairs["summary"], strict=True)]  # fmt: skip
-    train(model, [{"input_ids": torch.tensor([d]), "labels": torch.tensor([s])} for d, s in rows])
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_summarizer(tmp_path / "model")
     options = "--dataset python-docstrings --max_samples 24 --max_source_length 64 --max_target_length 24 --use_cpu"
     assert calibrate([str(tmp_path / "model"), *options.split(), "--output_dir", str(tmp_path / "out")]) == 0
     assert "ECE-15" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "test_results.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens = {
+        split: sum(min(24, len(tokenizer(text_target=text)["input_ids"])) for text in pairs["summary"][:24])
+        for split, pairs in load_python_docstrings().items()
+    }
+    assert TemperatureScaler.load(tmp_path / "out").tokens == tokens["validation"]
+    assert results["test_tokens"] == tokens["test"] != tokens["validation"]
     # BART ties its head to its embeddings: refused before the evaluation, which is the long part
     again = [str(tmp_path / "model"), *options.split(), "--output_dir", str(tmp_path / "b"), "--apply", "weights"]
     assert calibrate(again) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import run_clm_dpsm
 import run_summarization_dpsm
@@ -71,9 +72,27 @@ def check(results: dict[str, float], folder: Path) -> TemperatureScaler:
     return scaler
 
 
+def tokens_in_rows(folder: Path, texts: list[str], *, ends: bool = False) -> int:
+    """Return the tokens that rows of 48 predict, the last row kept if it has 32."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    number = sum(len(tokenizer(text)["input_ids"]) + ends for text in texts)
+    rest = number % 48
+    return number // 48 * 47 + (rest - 1 if rest >= 32 else 0)
+
+
+def tokens_of_summaries(folder: Path, summaries: list[str], length: int) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = tokenizer(text_target=summaries, max_length=length, truncation=True)["input_ids"]
+    return sum(map(len, rows))
+
+
 def test_language_model_with_a_share_of_train(tmp_path: Path) -> None:
-    results = run_clm_dpsm.main(words(tmp_path, {**CLM, "dataset_name": "python-docs", "do_predict": True}))
-    check(results, tmp_path)
+    options = {**CLM, "dataset_name": "python-docs", "do_predict": True, "calibration_split_percentage": 2}
+    results = run_clm_dpsm.main(words(tmp_path, options))
+    # all of the share, whatever --max_eval_samples says, and nothing of what was trained on
+    texts = load_text_datasets("python-docs")["train"]["text"]
+    expected = tokens_in_rows(tmp_path, texts[-round(len(texts) * 0.02) :], ends=True)
+    assert check(results, tmp_path).tokens == expected
     assert results["test_temperature"] == results["eval_temperature"], "fitted again for the same weights"
 
 
@@ -86,14 +105,30 @@ def test_language_model_with_a_file(streaming: bool, tmp_path: Path) -> None:
         "calibration_file": lines(tmp_path / "held.jsonl", texts[50:]),
         "cache_dir": tmp_path / "cache",
     }
-    check(run_clm_dpsm.main(words(tmp_path / "out", {**CLM, **files, "streaming": streaming})), tmp_path / "out")
+    out = tmp_path / "out"
+    scaler = check(run_clm_dpsm.main(words(out, {**CLM, **files, "streaming": streaming})), out)
+    assert scaler.tokens == tokens_in_rows(out, texts[50:])
 
 
 def test_summarisation(tmp_path: Path) -> None:
-    results = run_summarization_dpsm.main(words(tmp_path, {**SUMMARIES, "dataset_name": "python-docstrings"}))
-    check(results, tmp_path)
+    options = {"dataset_name": "python-docstrings", "calibration_split_percentage": 2, "val_max_target_length": 10}
+    results = run_summarization_dpsm.main(words(tmp_path, {**SUMMARIES, **options}))
+    summaries = load_text_datasets("python-docstrings")["train"]["summary"]
+    expected = tokens_of_summaries(tmp_path, summaries[-round(len(summaries) * 0.02) :], 10)
+    assert check(results, tmp_path).tokens == expected
     assert 0 <= results["eval_generated_supported"] <= 1 and results["eval_summaries"] == 6
     assert results["eval_summary_text_quality"] == pytest.approx(results["eval_rougeL"] / 100, abs=1e-4)
+
+
+def test_summarisation_with_a_file(tmp_path: Path) -> None:
+    pairs = load_text_datasets("python-docstrings")["train"].select_columns(["document", "summary"])
+    files: dict[str, Any] = {"cache_dir": tmp_path / "cache", "predict_with_generate": None}
+    for split, first, last in (("train", 0, 64), ("validation", 64, 72), ("calibration", 72, 90)):
+        path = tmp_path / f"{split}.jsonl"
+        pairs.select(range(first, last)).to_json(path)
+        files[f"{split}_file"] = path
+    scaler = check(run_summarization_dpsm.main(words(tmp_path / "out", {**SUMMARIES, **files})), tmp_path / "out")
+    assert scaler.tokens == tokens_of_summaries(tmp_path / "out", pairs["summary"][72:90], 12)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -114,7 +149,11 @@ def test_the_calibration_split_is_not_trained_on(streaming: bool) -> None:
     ("main", "options", "message"),
     [
         (run_clm_dpsm.main, {**CLM, "calibration_split_percentage": 0}, "calibration_split_percentage 0 must lie"),
-        (run_summarization_dpsm.main, {**SUMMARIES, "calibration_split_percentage": 100}, "is 100; it must lie"),
+        (
+            run_summarization_dpsm.main,
+            {**SUMMARIES, "calibration_split_percentage": 100},
+            "calibration_split_percentage 100 must lie",
+        ),
     ],
 )
 def test_an_impossible_share(main: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:

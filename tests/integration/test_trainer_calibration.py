@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -17,6 +18,8 @@ from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    default_data_collator,
 )
 from transformers.utils import logging as hf_logging
 
@@ -35,6 +38,7 @@ from dpsm_hf.depth import DepthReader
 from dpsm_hf.generation import generated_batch
 from dpsm_hf.models import align_targets
 from dpsm_hf.text_metrics import rouge_scores
+from dpsm_hf.token_bytes import token_bytes
 from tests.tiny import SEQ2SEQ, VOCAB, make_data, make_model
 
 TEXTS = [f"Line {i} of a text, with a naïve café and 日本語 in it.\n" * 3 for i in range(30)]
@@ -217,6 +221,38 @@ def test_bits_per_byte_and_end_tokens(tmp_path: Path) -> None:
         log_p = trainer.model(torch.tensor(rows["input_ids"])).logits.log_softmax(-1)
     expected = -sum(log_p[i, j, tokenizer.eos_token_id].item() for i, j in ends) / 5
     assert metrics["eval_eos_nll"] == pytest.approx(expected, rel=1e-5)
+    # a row that is cut in the middle of a text: the bytes are those of the labels, not of the tokens before them
+    cut = rows.map(lambda row: {name: values[:20] for name, values in row.items()}, load_from_cache_file=False)
+    metrics = trainer.evaluate(cut)
+    size = sum(len(tokenizer.convert_ids_to_tokens(token)) for row in cut["labels"] for token in row[1:])
+    assert metrics["eval_label_bytes"] * metrics["eval_tokens"] == pytest.approx(size) and metrics["eval_tokens"] == 95
+    assert "eval_eos_tokens" not in metrics
+
+
+def test_end_tokens_and_bytes_after_scaling_and_in_the_file(tmp_path: Path) -> None:
+    trainer, _, _ = text_trainer(tmp_path)
+    trainer.add_callback(CalibrationCallback())
+    trainer.use_temperature(1.7)
+    metrics = trainer.evaluate()
+    ratio = metrics["eval_nll_scaled"] / metrics["eval_nll"]
+    assert ratio != 1
+    assert metrics["eval_bits_per_byte_scaled"] == pytest.approx(metrics["eval_bits_per_byte"] * ratio, rel=1e-9)
+    record = json.loads((tmp_path / "calibration" / "eval-step-000000.json").read_text(encoding="utf-8"))
+    assert sum(record["eos"]["curve"]["count"]) == metrics["eval_eos_tokens"] == 5
+    for name in ("nll", "confidence", "ece_15"):
+        assert record["eos"]["metrics"][name] == metrics[f"eval_eos_{name}"] != record["metrics"][name]
+
+
+def test_bytes_are_those_of_the_tokenizer_and_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, by_byte, _ = text_trainer(tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr("dpsm_hf.evaluation.token_bytes", lambda t: (asked.append(t), token_bytes(t))[1])
+    by_word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    for tokenizer in (by_byte, by_word):
+        trainer.processing_class = tokenizer
+        for _ in range(2):
+            assert ("eval_bits_per_byte" in trainer.evaluate()) == (tokenizer is by_byte)
+    assert asked == [by_byte, by_word]
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
@@ -261,7 +297,8 @@ def test_expected_depth(name: str, tmp_path: Path) -> None:
     targets = align_targets(batch["labels"], batch["labels"].shape[1], "aligned" if name == "bart" else "shifted")
     depths = reader.depths(batch, targets)
     assert metrics["eval_expected_depth"] == pytest.approx(depths.double().mean().item())
-    assert 0 <= metrics["eval_expected_depth_low"] <= metrics["eval_expected_depth_high"] <= reader.layers == 2
+    low, high = (metrics[f"eval_expected_depth_{end}"] for end in ("low", "high"))
+    assert 0 <= low < metrics["eval_expected_depth"] < high <= reader.layers == 2
     record = json.loads((tmp_path / "calibration" / "eval-step-000004.json").read_text(encoding="utf-8"))
     assert sum(record["expected_depth"]["counts"]) == metrics["eval_tokens"]
 
@@ -368,6 +405,16 @@ def test_intervals_contain_the_mean_scores(tmp_path: Path) -> None:
     metrics = make_trainer(tmp_path).evaluate()
     for name in ("nll", "perplexity", "brier"):
         assert metrics[f"eval_{name}_low"] < metrics[f"eval_{name}"] < metrics[f"eval_{name}_high"]
+
+
+def test_a_collator_may_make_more_rows_than_it_was_given_samples(tmp_path: Path) -> None:
+    # 11 samples in batches of 4: of the last one too every row counts, for one process fills nothing up
+    trainer = make_trainer(tmp_path)
+    once = trainer.evaluate()
+    trainer.data_collator = lambda rows: default_data_collator([row for row in rows for _ in range(2)])
+    twice = trainer.evaluate()
+    assert twice["eval_tokens"] == 2 * once["eval_tokens"]
+    assert twice["eval_nll"] == pytest.approx(once["eval_nll"], rel=1e-6)
 
 
 def test_one_document_has_no_interval(tmp_path: Path) -> None:

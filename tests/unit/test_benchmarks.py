@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import common, gpu_check, growth, head, plot, training_step
+from benchmarks import common, coverage, evaluation, gpu_check, growth, head, plot, training_step
 from benchmarks.hidden import hidden_states, token_ids
+from dpsm_hf import TokenCalibration, measuring
 
 CPU = torch.device("cpu")
 COLUMNS = {
@@ -137,7 +139,7 @@ def tiny_model(name: str) -> Any:
 def memory_in_this_process(case: list[Any]) -> float | None:
     step = training_step.make_step(*case)
     step()
-    return common.peak_above(step, CPU)
+    return measuring.peak_above(step, CPU)
 
 
 def test_training_steps(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,62 @@ def test_training_steps(table: common.Table, monkeypatch: pytest.MonkeyPatch) ->
     for row in rows:
         assert set(row) == COLUMNS and row["samples"] == "3"
         assert float(row["ratio"]) > 0 and float(row["median_ms"]) > 0 and float(row["peak_mib"]) >= 0
+
+
+def evaluation_memory_in_this_process(case: list[Any]) -> float | None:
+    evaluate = evaluation.make_evaluation(*case)
+    return common.peak_above(evaluate, CPU)
+
+
+def test_evaluations(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "measure_memory", evaluation_memory_in_this_process)
+    options = ["--tokens", "512", "--small", "--dtypes", "fp32", "bf16", "--samples", "3", "--sizes", "256", "512",
+               "--device", "cpu"]  # fmt: skip
+    evaluation.run(evaluation.parser().parse_args(options), table, CPU)
+    rows = common.read(table.path)
+    assert all(set(row) == COLUMNS for row in rows)
+    assert [(row["benchmark"], row["variant"], row["dtype"], row["tokens"]) for row in rows] == [
+        *(
+            ("evaluation, small", variant, dtype, "512")
+            for dtype in ("fp32", "bf16")
+            for variant in evaluation.VARIANTS
+        ),
+        *(("evaluation memory", "ours", "fp32", size) for size in ("256", "512")),
+    ]
+    for row in rows[:6]:
+        assert row["samples"] == "3" and float(row["median_ms"]) > 0 and float(row["ratio"]) > 0
+        assert (row["width"], row["vocabulary"], row["peak_mib"]) == ("64", "50257", "")
+    for row in rows[6:]:
+        assert not row["median_ms"] and float(row["peak_mib"]) >= 0
+    options = ["--tokens", "256", "--small", "--dtypes", "fp32", "--samples", "1", "--no-memory", "--device", "cpu"]
+    evaluation.run(evaluation.parser().parse_args(options), table, CPU)
+    assert len(common.read(table.path)) == len(rows) + 3
+
+
+def test_evaluations_do_the_same_work() -> None:
+    # what is compared are evaluations of the same tokens by the same weights
+    plain, ours, all_of_it = (evaluation.make_evaluation(v, "fp32", 600, True)() for v in evaluation.VARIANTS)
+    assert ours["eval_tokens"] == all_of_it["eval_tokens"] == 2 * (evaluation.LENGTH - 1)
+    assert ours["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert "eval_nll" not in plain and "eval_ece_15" in ours and "eval_classwise_ece" not in ours
+    assert all_of_it["eval_temperature"] == 1.1 and all_of_it["eval_classwise_ece"] > 0
+    rows = evaluation.make_rows(1000)
+    assert len(rows) == 3 and torch.equal(torch.tensor(rows["labels"]).reshape(-1), token_ids()[: 3 * 256])
+
+
+def test_an_evaluation_without_a_whole_sequence() -> None:
+    with pytest.raises(ValueError, match="255 tokens are less than one sequence of 256"):
+        evaluation.make_evaluation("ours", "fp32", 255, True)
+
+
+def test_memory_of_an_evaluation_comes_from_its_own_process(table: common.Table, monkeypatch: Any) -> None:
+    peak = evaluation.measure_memory(["ours", "fp32", 512, True])
+    # the tallies of the calibration metrics are 10 MiB; a batch of all logits would be 98
+    assert peak is not None and 5 < peak < 90
+    monkeypatch.setattr(evaluation, "measure_memory", lambda case: None)
+    options = ["--tokens", "256", "--small", "--dtypes", "fp32", "--samples", "1", "--sizes", "512", "--device", "cpu"]
+    evaluation.run(evaluation.parser().parse_args(options), table, CPU)
+    assert common.read(table.path)[-1]["note"] == "memory: not measured"
 
 
 def test_a_variant_that_cannot_run_is_a_row_with_a_note(table: common.Table) -> None:
@@ -191,7 +249,7 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     # in a process of its own, as the benchmarks do it: the heap of this one is as the tests before have left it
     program = """
 import torch
-from benchmarks.common import peak_above
+from dpsm_hf.measuring import peak_above
 def call():
     for _ in range(3):
         torch.ones(2**23)  # 32 MiB, freed before the next
@@ -200,7 +258,7 @@ kept = torch.ones(2**24)
 print(first, peak_above(call, torch.device("cpu")))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **common._EXACT_MEMORY}, capture_output=True,
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **measuring.EXACT_MEMORY}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     first, second = done.stdout.split()
@@ -226,12 +284,70 @@ def test_the_picture_and_the_table(table: common.Table) -> None:
     assert len([line for line in text.splitlines() if line.startswith("| 1024 ")]) == 7
 
 
-@pytest.mark.parametrize("module", [head, growth, training_step])
+@pytest.mark.parametrize("module", [head, growth, training_step, evaluation])
 def test_help_names_every_option(module: Any) -> None:
     parser: argparse.ArgumentParser = module.parser()
     text = parser.format_help()
     assert "python -m benchmarks." in text
     assert all(option in text for option in ("--samples", "--budget", "--device", "--output"))
+
+
+# ---- coverage of intervals ------------------------------------------------------------------------------------------
+
+
+def test_coverage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "folder" / "coverage.csv"
+    coverage.main(["--repetitions", "2", "--samples", "20", "--output", str(path)])
+    rows = common.read(path)
+    assert [(row["model"], row["metric"]) for row in rows] == [
+        (case.name, name) for case in coverage.CASES for name in coverage.METRICS
+    ]
+    for row in rows:
+        assert row["repetitions"] == "2" and row["samples"] == "20" and row["commit"] and row["date"]
+        assert {row["coverage"], row["coverage_basic"]} <= {"0", "0.5", "1"}
+        assert float(row["width"]) > 0 and float(row["width_basic"]) >= 0
+        if row["metric"] not in coverage.ERRORS:
+            assert (row["coverage"], row["width"]) == (row["coverage_basic"], row["width_basic"])
+        elif row["temperature"] == "1":
+            assert row["truth"] == "0"
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(coverage.CASES) and printed[0].startswith("| model | true ECE-15 | `ece_15` |")
+    assert printed[-1].startswith("| T = 2, alike | 0.15")
+    assert len({line.count("|") for line in printed}) == 1
+
+
+def test_both_kinds_of_interval() -> None:
+    calibration = TokenCalibration()
+    calibration.update(**coverage.World(1.1, 0.3).sample(0, documents=60, length=20))
+    reported, basic = coverage.both_intervals(calibration, 40)
+    assert reported == calibration.intervals(samples=40)
+    for name in coverage.METRICS:
+        assert (basic[name] == reported[name]) == (name not in coverage.ERRORS), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpsm_hf.calibration.intervals._ERRORS", frozenset())
+        assert basic == calibration.intervals(samples=40)
+
+
+def test_coverage_counts_intervals_that_hold_the_truth() -> None:
+    # of a calibrated model the basic bootstrap of an ECE over 100 bins never reaches down to 0, and the other one does
+    case = coverage.Case("small", coverage.World(1.0, 0.0), documents=60, length=20)
+    rows = {row["metric"]: row for row in coverage.measure(case, 5, 50)}
+    assert rows["ece_100"]["coverage"] == 1 and rows["ece_100"]["coverage_basic"] == 0
+    assert rows["ece_100"]["truth"] == 0 and rows["nll"]["truth"] == case.world.truth()["nll"]
+    with pytest.raises(ValueError, match="--repetitions 0 must be at least 1"):
+        coverage.run([case], 0, 20, Path("never-written.csv"))
+
+
+def test_the_truth_is_what_the_metrics_tend_to() -> None:
+    world = coverage.World(2.0, 0.2)
+    calibration = TokenCalibration()
+    calibration.update(**world.sample(1, documents=6000, length=50))
+    truth, found = world.truth(), calibration.compute()
+    for name in coverage.METRICS:
+        if name != "mce":  # of the bin with the fewest tokens
+            # the deviation of a mean over 300,000 tokens, of which 50 are alike, is below 0.004
+            assert found[name] == pytest.approx(truth[name], abs=0.012), name
+    assert truth["mce"] >= truth["ece_15"] > 0.1 and math.isfinite(truth["mce"])
 
 
 # ---- what runs on a GPU, as far as it goes without one -------------------------------------------------------------

@@ -6,87 +6,18 @@ The labels of the first part are drawn from known distributions, so that the tru
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from scipy.special import ndtr
 from scipy.stats import binom, binomtest
 
+from benchmarks.coverage import World
 from dpsm_hf import TokenCalibration
 from dpsm_hf.calibration.intervals import basic_interval, bootstrap, error_interval, wilson
 from dpsm_hf.calibration.metrics import all_metrics
 
-VOCAB = 8
 ERRORS = ("ece_15", "smooth_ece")
 COVERED = (*ERRORS, "nll", "brier", "token_accuracy", "signed_gap")
-
-
-class World(NamedTuple):
-    """Documents with labels from ``softmax(z / temperature)``, scored by a model that says ``softmax(z)``."""
-
-    temperature: float
-    correlation: float  # of the normal scores that the labels of a document are drawn by
-
-    def draw(self, seed: int, documents: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the model's probabilities and the true ones ``[n, V]``, the likeliest first, and the labels."""
-        rng = np.random.default_rng(seed)
-        difficulty = np.exp(rng.normal(0.3, 0.6, (documents, 1, 1)))
-        z = -np.sort(-rng.normal(size=(documents, length, VOCAB)) * difficulty, axis=-1).reshape(-1, VOCAB)
-        shared = np.repeat(rng.normal(size=documents), length)
-        own = rng.normal(size=documents * length)
-        # uniform for every token, alike within a document: p is as right as before, but tokens are not independent
-        u = ndtr(math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own)
-        truth = softmax(z / self.temperature)
-        return softmax(z), truth, (truth.cumsum(-1)[:, :-1] < u[:, None]).sum(-1)
-
-    def truth(self) -> dict[str, float]:
-        """Return what the metrics are for ever more tokens, from the true probabilities instead of labels."""
-        p, q, _ = self.draw(10**6, 25_000, 12)
-        confidence, right = p[:, 0], q[:, 0]
-        bins = np.ceil(confidence * 15).astype(int)
-        gap = right - confidence
-        cells = np.histogram(confidence, bins=1000, range=(0, 1), weights=gap)[0] / len(gap)
-        return {
-            "ece_15": np.abs(np.bincount(bins, weights=gap)).sum() / len(gap),
-            "smooth_ece": smooth(cells),
-            "nll": -(q * np.log(p)).sum(-1).mean(),
-            "brier": ((p**2).sum(-1) - 2 * (p * q).sum(-1) + 1).mean(),
-            "token_accuracy": right.mean(),
-            "signed_gap": -gap.mean(),
-        }
-
-    def sample(self, seed: int, documents: int, length: int) -> dict[str, np.ndarray]:
-        """Return what `TokenCalibration.update` takes."""
-        p, _, labels = self.draw(seed, documents, length)
-        p_y = p[np.arange(len(labels)), labels]
-        return {
-            "confidence": p[:, 0].copy(),
-            "correct": labels == 0,
-            "nll": -np.log(p_y),
-            "brier": (p**2).sum(-1) - 2 * p_y + 1,
-            "document": np.repeat(np.arange(documents), length),
-        }
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def smooth(cells: np.ndarray) -> float:
-    """Return the smooth ECE by a matrix of kernels and their images, and by bisection."""
-    t = (np.arange(len(cells)) + 0.5) / len(cells)
-
-    def error(width: float) -> float:
-        kernel = sum(np.exp(-((t[:, None] - image) ** 2) / (2 * width**2)) for image in (t, -t, 2 - t))
-        return float(np.abs(kernel @ cells).mean() / (math.sqrt(2 * math.pi) * width))
-
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        width = (low + high) / 2
-        low, high = (width, high) if error(width) > width else (low, width)
-    return (low + high) / 2
 
 
 def filled(columns: dict[str, np.ndarray], *, independent: bool = False) -> TokenCalibration:

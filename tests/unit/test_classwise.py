@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +203,7 @@ def test_levels_and_samples_out_of_range(bad: dict[str, float]) -> None:
         filled(*places(number=200)).interval(**bad)  # type: ignore[arg-type]
 
 
-def test_nothing_seen() -> None:
+@pytest.mark.parametrize("question", [ClassCalibration.compute, ClassCalibration.interval])
+def test_nothing_seen(question: Callable[[ClassCalibration], Any]) -> None:
     with pytest.raises(ValueError, match="no scored token was seen"):
-        ClassCalibration([1]).compute()
+        question(ClassCalibration([1]))

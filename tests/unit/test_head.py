@@ -143,11 +143,12 @@ def test_ignored_tokens_may_hold_anything() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [0.0, -3.0, 1 / 3, 1e3])
-def test_grad_output(factor: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chunk", [10, N])
+def test_grad_output(chunk: int, factor: float, dtype: torch.dtype) -> None:
     batch = Batch(dtype)
-    batch.score(reduction="mean").loss.backward()
+    batch.score(reduction="mean", chunk_tokens=chunk).loss.backward()
     once = batch.gradients()
-    (batch.score(reduction="mean").loss * factor).backward()
+    (batch.score(reduction="mean", chunk_tokens=chunk).loss * factor).backward()
     for m, t in zip(batch.gradients(), once, strict=True):
         rtol = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
         # float16 gradients are rounded to multiples of 2**-24 once more
@@ -157,9 +158,12 @@ def test_grad_output(factor: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("factor", [1.0, 5.0])
-def test_two_backwards_through_a_retained_graph_add_up(factor: float, reduction: str) -> None:
-    batch = Batch()
-    loss = batch.score(reduction=reduction).loss.sum() * factor
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.float32, 10), (torch.bfloat16, 10), (torch.bfloat16, N)])
+def test_two_backwards_through_a_retained_graph_add_up(
+    dtype: torch.dtype, chunk: int, factor: float, reduction: str
+) -> None:
+    batch = Batch(dtype)
+    loss = batch.score(reduction=reduction, chunk_tokens=chunk).loss.sum() * factor
     loss.backward(retain_graph=True)
     once = batch.gradients()
     copies = [g.clone() for g in once]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsm_hf import linear_scoring_loss
+from dpsm_hf.row_pass import row_pass
 from tests.reference import reference_loss
 
 SLACK = 8
@@ -134,6 +135,32 @@ def test_with_what_models_do_to_their_logits(objective: str, post: Any, dtype: s
 @pytest.mark.parametrize("chunk", [1, 7, 46, 47, 48, 10_000])
 def test_any_chunk(chunk: int, dtype: str) -> None:
     check(make(47, 123, 40, DTYPES[dtype]), OBJECTIVES["dpsm .3"], chunk_tokens=chunk)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_chunk_where_tokens_are_fewer_than_the_model_is_wide(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def counted(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(logits))
+        return row_pass(logits, *args, **kwargs)
+
+    monkeypatch.setattr("dpsm_hf.chunked.row_pass", counted)
+    case, options = make(300, 123, 320, torch.bfloat16), OBJECTIVES[objective]
+    check(case, options)
+    assert rows == [300]
+    # the logits of float32, of more tokens, of evaluation and of a frozen head are still cut
+    for hidden, weight in ((case.hidden.float(), case.weight.float()), (case.hidden[:, :256], case.weight[:, :256])):
+        rows.clear()
+        linear_scoring_loss(hidden.requires_grad_(), weight.requires_grad_(), case.labels, **options)
+        assert rows == [150, 150]
+    for wants in ((False, False), (True, False)):
+        rows.clear()
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(case, wants, strict=False)]
+        linear_scoring_loss(*inputs, case.labels, **options)
+        assert rows == [150, 150]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from dpsm_hf import calibration as dpsm_calibration
 from dpsm_hf.calibration.metrics import equal_width_ece
+from dpsm_hf.files import json_number
 
 _DESCRIPTION = """
 How well the confidence of a model in its predicted (top) label tells the share of places where that label is right:
@@ -141,9 +141,7 @@ def _results(
     results.setdefault(f"ece_{bins}", float(equal_width_ece(calibration.totals(), bins)))
     if intervals:
         found = calibration.intervals(level=level, samples=samples, seed=seed)
-        results["intervals"] = {
-            name: [bound if math.isfinite(bound) else None for bound in interval] for name, interval in found.items()
-        }
+        results["intervals"] = {name: [json_number(bound) for bound in interval] for name, interval in found.items()}
     if curve:
         results["curve"] = calibration.curve(bins).as_dict()
     return results

@@ -1,0 +1,109 @@
+"""The claims that a campaign tests: what is compared with what, within which limits, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Families in the order of the report.
+FAMILIES = ("quality", "calibration", "convergence", "efficiency")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim about a variation, tested over the seeds of a setting.
+
+    Args:
+        key: short name, unique.
+        family: one of `FAMILIES`.
+        words: the claim, as a sentence that follows the variation's name.
+        metric: figure that is compared, see `Results.value`.
+        against: ``reference``, ``brier``, or ``worse of both``: of each seed's reference and Brier figure the worse.
+        scale: ``difference`` or ``ratio``.
+        at_least, at_most: the limits.
+        unit: of a difference, for the tables.
+        scaled: compare figures before (False) or after (True) temperature scaling; None: as each variation reads them.
+    """
+
+    key: str
+    family: str
+    words: str
+    metric: str
+    against: str = "reference"
+    scale: str = "difference"
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = ""
+    scaled: bool | None = None
+
+
+def claims_of(task: str, ece: str = "ece_15") -> tuple[Claim, ...]:
+    """Return the claims of the method for a task.
+
+    Args:
+        task: ``language-modelling`` or ``summarization``.
+        ece: the calibration error they are stated in.
+    """
+    if task == "summarization":
+        quality: tuple[Claim, ...] = (
+            Claim(
+                "rouge-gain", "quality", "gains at least 0.3 points of ROUGE-L over cross-entropy", "rougeL",
+                at_least=0.3, unit="points",
+            ),
+            Claim(
+                "not-worst", "quality", "has a ROUGE-L not below both cross-entropy's and Brier's", "rougeL",
+                against="worse of both", at_least=0.0, unit="points",
+            ),
+        )  # fmt: skip
+    else:
+        quality = (
+            Claim(
+                "perplexity-gap", "quality", "has a perplexity at most 0.3 above cross-entropy's", "perplexity",
+                at_most=0.3, scaled=False,
+            ),
+            Claim(
+                "not-worst", "quality", "has a perplexity not above both cross-entropy's and Brier's", "perplexity",
+                against="worse of both", at_most=0.0, scaled=False,
+            ),
+        )  # fmt: skip
+    calibration = []
+    for scaled in (False, True):
+        suffix, words = ("-scaled", ", both after temperature scaling") if scaled else ("", "")
+        calibration += [
+            Claim(
+                f"ece-gain{suffix}", "calibration",
+                f"has an {ece_words(ece)} at least 25 % below cross-entropy's{words}", ece, scale="ratio",
+                at_most=0.75, scaled=scaled,
+            ),
+            Claim(
+                f"ece-brier{suffix}", "calibration", f"has an {ece_words(ece)} within 5 % of Brier's, or below{words}",
+                ece, against="brier", scale="ratio", at_most=1.05, scaled=scaled,
+            ),
+        ]  # fmt: skip
+    convergence = (
+        Claim(
+            "time-to-quality", "convergence",
+            "needs at most 110 % of the training time of cross-entropy for 95 % of cross-entropy's final quality",
+            "seconds_to_quality", scale="ratio", at_most=1.1,
+        ),
+        Claim(
+            "time-to-quality-brier", "convergence",
+            "needs at most 60 % of the training time of Brier for 95 % of cross-entropy's final quality",
+            "seconds_to_quality", against="brier", scale="ratio", at_most=0.6,
+        ),
+    )  # fmt: skip
+    efficiency = (
+        Claim(
+            "throughput", "efficiency", "trains at least 98 % of the tokens a second of cross-entropy",
+            "tokens_per_second", scale="ratio", at_least=0.98,
+        ),
+        Claim(
+            "memory", "efficiency", "needs at most 500 MB more memory than cross-entropy", "peak_memory_mb",
+            at_most=500.0, unit="MB",
+        ),
+    )  # fmt: skip
+    return (*quality, *calibration, *convergence, *efficiency)
+
+
+def ece_words(ece: str) -> str:
+    """Return a calibration error's name as people write it: ``ECE-15``."""
+    return ece.replace("ece_", "ECE-") if ece.startswith("ece_") else ece.replace("_", " ")

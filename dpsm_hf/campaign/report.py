@@ -1,0 +1,347 @@
+"""The report of a campaign: one HTML page that needs no network, the same in Markdown, and the verdict as JSON."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from ..figures import save_figure
+from ..files import write_json
+from ..records import read_json
+from . import charts, tables
+from .design import Campaign
+from .document_tests import document_table
+from .records import Record, read_records
+from .results import Results, Setting
+from .verdict import MAIN_STUDY, Finding, overall, verdict
+from .words import claim_line, headline, settings_line
+
+VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
+
+# log key, axis, caption, logarithmic
+_CURVES = (
+    ("eval_perplexity", "held-out perplexity", "Perplexity on the validation split", True),
+    ("eval_rougeL", "held-out ROUGE-L", "ROUGE-L on the validation split", False),
+    ("eval_ece_15", "held-out ECE-15", "Calibration error on the validation split, 15 bins, top-label", True),
+    ("eval_brier", "held-out Brier score", "Brier score on the validation split", False),
+)
+_SCHEDULE = (
+    ("alpha", "α (weight of the Brier score)", "α: 0 is pure cross-entropy, 1 is pure Brier score", False),
+    ("grad_norm", "gradient norm", "Norm of the gradient before clipping", True),
+    ("grad_norm_ce", "gradient norm", "Norm of the cross-entropy part's gradient", True),
+    ("grad_norm_brier", "gradient norm", "Norm of the Brier part's gradient", True),
+)
+
+
+def write_campaign_report(campaign: Campaign, directory: Path) -> list[Path]:
+    """Write ``report.html``, ``report.md``, ``verdict.json``, ``figures.json`` and ``plots/`` from the records.
+
+    Args:
+        campaign: its design; runs without a record are named as missing.
+        directory: of the campaign.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ValueError: if there is no record at all, or one that cannot be read.
+    """
+    directory = Path(directory)
+    records = read_records(directory, campaign.order)
+    if not any(record.status == "ok" for record in records.values()):
+        raise ValueError(f"{directory} holds no finished run of this campaign: do 'dpsm campaign run' first.")
+    results = Results(campaign, records)
+    findings = verdict(results)
+    context = _context(campaign, results, findings, directory)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    plain = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    written = []
+    for name, source, maker in (
+        (HTML_NAME, "campaign.html.j2", environment),
+        (MARKDOWN_NAME, "campaign.md.j2", plain),
+    ):
+        text = resources.files("dpsm_hf").joinpath("templates", source).read_text(encoding="utf-8")
+        maker.filters["cell"] = _markdown_cell
+        path = directory / name
+        path.write_text(maker.from_string(text).render(**context), encoding="utf-8")
+        written.append(path)
+    content = {
+        "schema": 1,
+        "campaign": campaign.name,
+        "scale": campaign.scale,
+        "headline": context["headline"],
+        "overall": {v.name: overall(findings, v.name) for v in _judged(campaign, findings)},
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    write_json(content, directory / VERDICT_NAME)
+    write_json({"schema": 1, "tables": [asdict(t) for t in context["all_tables"]]}, directory / TABLES_NAME)
+    return [*written, directory / VERDICT_NAME, directory / TABLES_NAME]
+
+
+def _judged(campaign: Campaign, findings: Sequence[Finding]) -> list[Any]:
+    names = {finding.variation for finding in findings}
+    return [v for v in campaign.variations if v.name in names]
+
+
+def _context(campaign: Campaign, results: Results, findings: Sequence[Finding], directory: Path) -> dict[str, Any]:
+    pictures = _Pictures(directory / "plots")
+    settings = results.settings(MAIN_STUDY) or results.settings()[:1]
+    quality = tables.QUALITY[campaign.task]
+    best = Results(campaign, results.records, checkpoint="best")
+    blocks: dict[str, list[tables.Table | None]] = {"final": [], "efficiency": [], "robustness": []}
+    for setting in settings:
+        blocks["final"] += [
+            tables.comparison(results, setting, (*quality, *tables.CALIBRATION), "Last checkpoint"),
+            tables.comparison(results, setting, tables.AFTER, "Last checkpoint, after temperature scaling"),
+            _if_any(
+                tables.comparison(best, setting, (*quality, *tables.CALIBRATION), "Best checkpoint on validation")
+            ),
+            document_table(results, setting, directory),
+        ]
+        blocks["efficiency"].append(tables.comparison(results, setting, tables.EFFICIENCY, "Cost of training"))
+        blocks["robustness"] += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
+        blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
+    audit = audit_table(directory)
+    blocks["efficiency"].append(audit)
+    blocks["robustness"].insert(0, tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5])))
+    shown = {name: [t for t in found if t is not None and len(t.headings) > 1] for name, found in blocks.items()}
+    return {
+        "campaign": campaign,
+        "headline": headline(campaign, findings),
+        "claims": [
+            {"family": family, "rows": [_claim_row(campaign, f) for f in findings if f.family == family]}
+            for family in dict.fromkeys(f.family for f in findings)
+        ],
+        "main": [v for v in campaign.variations if v.role == "main"],
+        "settings": settings_line(campaign, results),
+        "tables": shown,
+        "all_tables": [table for found in shown.values() for table in found],
+        "sections": _sections(results, settings, pictures),
+        "missing": tables.missing_runs(results),
+        "pruned": _pruned(results),
+        "samples": _samples(results, settings[0]),
+        "reproduce": _reproduce(campaign, results, directory),
+        "counts": dict(Counter(r.status for r in results.records.values())),
+    }
+
+
+def _if_any(table: tables.Table) -> tables.Table | None:
+    return table if any(cell.text != "–" for row in table.rows for cell in row[1:]) else None
+
+
+def _claim_row(campaign: Campaign, finding: Finding) -> dict[str, Any]:
+    return {
+        "decision": finding.decision,
+        "css": finding.decision.replace(" ", "-"),
+        "title": campaign.variation(finding.variation).title,
+        "role": finding.role,
+        "words": finding.words,
+        "setting": finding.setting,
+        "figures": claim_line(finding),
+        "note": finding.note,
+    }
+
+
+def audit_table(directory: Path) -> tables.Table | None:
+    """Return the efficiency audit's table from ``audit.json``; None where there is none."""
+    path = directory / "audit.json"
+    if not path.exists():
+        return None
+    from .audit_table import table
+
+    content = read_json(path)
+    shown = (
+        ("seconds_per_step", "s a step", 4), ("ratio", "time, ratio", 3), ("tokens_per_second", "tokens/s", 0),
+        ("peak_memory_mb", "peak memory, MB", 0), ("peak_memory_difference_mb", "difference, MB", 0),
+        ("gflops_per_step", "GFLOP a step", 2), ("head_share", "share of the head", 2),
+        ("utilisation_percent", "utilisation, %", 0), ("joules_per_step", "J a step", 2),
+    )  # fmt: skip
+    rows = []
+    for entry in table(content):
+        cells = [tables.Cell(entry["title"] or entry["variation"])]
+        for key, _, decimals in shown:
+            value = entry.get(key)
+            text = "not measured" if value is None else f"{value:,.{decimals}f}"
+            if value is not None and entry.get(f"{key}_p10") is not None:
+                text += f" ({entry[f'{key}_p10']:,.{decimals}f} to {entry[f'{key}_p90']:,.{decimals}f})"
+            cells.append(tables.Cell(text))
+        rows.append(cells)
+    caption = (
+        f"Audit: one training step of {content['settings']['tokens']:,} tokens of the same text on "
+        f"{content['machine']['device']}; median, 10th and 90th percentile of {content['settings']['repeats']} rounds"
+    )
+    return tables.Table(caption, ["", *(label for _, label, _ in shown)], rows)
+
+
+class _Pictures:
+    """Saves each figure as PNG beside the report and hands it to the page as an inlined SVG."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
+        if figure is None:
+            return []
+        name = re.sub(r"[^\w.-]+", "_", name)
+        save_figure(figure, self.directory / f"{name}.png", dpi=110)
+        vector = save_figure(figure, self.directory / f"{name}.svg")
+        data = base64.b64encode(vector.read_bytes()).decode("ascii")
+        vector.unlink()
+        return [{"data": f"data:image/svg+xml;base64,{data}", "caption": caption, "png": f"plots/{name}.png"}]
+
+
+def _sections(results: Results, settings: Sequence[Setting], pictures: _Pictures) -> list[dict[str, Any]]:
+    from .reliability_pictures import reliability_pictures
+
+    campaign = results.campaign
+    sections: list[dict[str, Any]] = []
+
+    def section(title: str, text: str, make: Callable[[Setting, str], list[dict[str, str]]]) -> None:
+        found = []
+        for number, setting in enumerate(settings):
+            found += make(setting, f"{number}-" if number else "")
+        if found:
+            sections.append({"title": title, "text": text, "pictures": found})
+
+    def main(setting: Setting) -> list[str]:
+        return [n for n in results.variations(setting) if _drawn(campaign, n)]
+
+    def curves(x: str, kinds: Sequence[tuple[str, str, str, bool]]) -> Callable[[Setting, str], list[dict[str, str]]]:
+        def make(setting: Setting, prefix: str) -> list[dict[str, str]]:
+            found = []
+            for key, axis, caption, log in kinds:
+                figure = charts.learning_curves(results, setting, main(setting), key, axis, x, log)
+                place = tables.describe(results, setting)
+                found += pictures.add(f"{prefix}{key}-over-{x}", figure, f"{caption}. {place}")
+            return found
+
+        return make
+
+    words = "Means over seeds; bands reach from the lowest to the highest seed. Main variations only."
+    section("Learning curves", words, curves("step", _CURVES))
+    section("Over seconds of training", "Evaluation is excluded from the seconds.", curves("seconds", _CURVES))
+    section("α and gradients", "", curves("step", _SCHEDULE))
+    metric, label = ("rougeL", "ROUGE-L") if campaign.quality[1] else ("perplexity", "perplexity")
+    section(
+        "Quality against calibration",
+        "Each variation before and after temperature scaling. What another point beats in both is worse than it.",
+        lambda setting, prefix: pictures.add(
+            f"{prefix}pareto", charts.pareto(results, setting, metric, label), tables.describe(results, setting)
+        ),
+    )
+    section(
+        "Reliability",
+        "Below the diagonal a model is overconfident. Token-level, top-label, test split, first seed.",
+        lambda setting, prefix: [
+            picture
+            for name, figure, caption in reliability_pictures(results, setting, main(setting))
+            for picture in pictures.add(f"{prefix}{name}", figure, caption)
+        ],
+    )
+    grids = _heat_maps(results, pictures)
+    if grids:
+        sections.append({"title": "Grids", "text": "Means over seeds.", "pictures": grids})
+    return sections
+
+
+def _drawn(campaign: Campaign, name: str) -> bool:
+    variation = campaign.variation(name)
+    return variation.role == "main" and variation.of is None
+
+
+def _heat_maps(results: Results, pictures: _Pictures) -> list[dict[str, str]]:
+    """Draw every study that varies two or more arguments: the two with most values, a map for each other value."""
+    studies: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in results.settings():
+        if len(setting.settings) >= 2:
+            studies.setdefault((setting.study, setting.size, setting.data), []).append(setting)
+    found = []
+    kinds = [(results.campaign.quality[0], results.campaign.quality[0]), ("ece_15", "ECE-15")]
+    for settings in studies.values():
+        values: dict[str, set[str]] = {}
+        for setting in settings:
+            for name, value in setting.settings:
+                values.setdefault(name, set()).add(value)
+        axes = sorted(values, key=lambda name: (-len(values[name]), name))[:2]
+        rest: dict[tuple[Any, ...], list[Setting]] = {}
+        for setting in settings:
+            rest.setdefault(tuple((n, v) for n, v in setting.settings if n not in axes), []).append(setting)
+        for others, part in rest.items():
+            for name in results.variations(part[0]):
+                for metric, label in kinds:
+                    words = ", ".join(f"{n} {v}" for n, v in others)
+                    figure = charts.heat_map(results, part, name, metric, label, (axes[0], axes[1]))
+                    caption = "; ".join(x for x in (tables.describe(results, Setting(*_plain(part[0]))), words) if x)
+                    slug = f"grid-{part[0].study}-{part[0].size}-{name}-{metric}-{words}"
+                    found += pictures.add(slug, figure, caption)
+    return found
+
+
+def _plain(setting: Setting) -> tuple[str, str, str]:
+    return setting.study, setting.size, setting.data
+
+
+def _pruned(results: Results) -> list[str]:
+    return [f"{r.name}: {r.message}" for r in results.records.values() if r.status == "pruned"]
+
+
+def _samples(results: Results, setting: Setting) -> list[dict[str, Any]]:
+    """Return the texts of the first seed side by side: a prompt, the reference, and what each variation wrote."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in results.variations(setting):
+        if not _drawn(results.campaign, name):
+            continue
+        points = [p for p in results.points(setting, name) if results.record(p) is not None]
+        record = results.record(points[0]) if points else None
+        for sample in record.samples if record is not None else ():
+            entry = found.setdefault(
+                sample["prompt"], {"prompt": sample["prompt"], "reference": sample.get("reference", ""), "outputs": []}
+            )
+            entry["outputs"].append((results.campaign.variation(name).title, sample["output"]))
+    return list(found.values())
+
+
+def _reproduce(campaign: Campaign, results: Results, directory: Path) -> dict[str, Any]:
+    machines: dict[str, Mapping[str, Any]] = {}
+    for record in results.records.values():
+        machines.setdefault(json.dumps(record.machine, sort_keys=True), record.machine)
+    plan = directory / "plan.json"
+    command = read_json(plan).get("command") if plan.exists() else None
+    return {
+        "command": command or f"dpsm campaign run FILE --scale {campaign.scale}",
+        "machines": [_flat(machine) for machine in machines.values()],
+        "source": campaign.source,
+        "source_sha": hashlib.sha256(campaign.source.encode()).hexdigest()[:16],
+        "runs": [_run_line(results.records[i]) for i in campaign.order if i in results.records],
+    }
+
+
+def _flat(machine: Mapping[str, Any]) -> str:
+    parts = []
+    for key, value in machine.items():
+        inner = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        parts.append(f"{key}: {inner}")
+    return "; ".join(parts)
+
+
+def _run_line(record: Record) -> dict[str, Any]:
+    seconds = sum(a.get("seconds") or 0.0 for a in record.attempts)
+    return {
+        "id": record.run_id, "name": record.name, "status": record.status, "attempts": len(record.attempts),
+        "seconds": f"{seconds:,.0f}",
+    }  # fmt: skip
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

@@ -1,0 +1,332 @@
+"""The verdict of a campaign: for every claim, variation and setting holds, fails or cannot tell, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..statistics import Decision, claim_test, decide, holm, power_note, sign_agreement
+from .claims import Claim, claims_of
+from .results import Pairs, Results, Setting
+
+#: Chance of saying "holds" of a claim that is wrong, over a family of claims.
+ALPHA = 0.05
+
+#: Share of settings and seeds that have to agree.
+AGREEMENT = 0.75
+
+MAIN_STUDY = "main"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say about a claim, for one variation in one setting.
+
+    Args:
+        key, family, words: of the claim.
+        variation: that it is about.
+        setting: in words.
+        role: of the variation: the claims of ``main`` variations are one Holm family, those of ablations another.
+        decision: ``holds``, ``fails`` or ``cannot tell``, after Holm's correction over the family.
+        estimate: difference or ratio; None where there is no pair.
+        low, high: its interval, of level 0.90 (each limit is wrong with a chance of 5 %); None where it has none.
+        at_least, at_most: the limits of the claim.
+        scale, unit: of the estimate.
+        pairs: seeds compared.
+        p_value: one-sided, against "the claim is wrong", and after Holm's correction.
+        p_adjusted: see there.
+        note: what the figures cannot show, in words.
+    """
+
+    key: str
+    family: str
+    words: str
+    variation: str
+    setting: str
+    role: str
+    decision: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    at_least: float | None
+    at_most: float | None
+    scale: str
+    unit: str
+    pairs: int
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A finding before the correction, with the p-values of both its ends."""
+
+    finding: Finding
+    p_holds: float
+    p_fails: float
+
+
+def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str = MAIN_STUDY) -> list[Finding]:
+    """Judge every claim for every variation but the two that it compares with, in every setting of a study.
+
+    ``holds`` and ``fails`` are both conclusions of a one-sided paired test at 5 %, corrected by Holm within a family:
+    the same claim over all variations of a role and all settings. Everything else is ``cannot tell``.
+
+    Args:
+        results: figures of the campaign.
+        claims: by default those of the task.
+        study: whose settings are judged.
+    """
+    campaign = results.campaign
+    claims = claims_of(campaign.task) if claims is None else claims
+    found: list[Finding] = []
+    for claim in claims:
+        tests: dict[str, list[_Test]] = {}
+        for setting in results.settings(study):
+            for name in results.variations(setting):
+                if name in (campaign.reference, campaign.brier):
+                    continue
+                role = campaign.variation(name).role
+                if campaign.variation(name).of is not None and not _about_scaling(claim):
+                    continue
+                tests.setdefault(role, []).append(_judge(results, claim, setting, name, role))
+        for family in tests.values():
+            found += _corrected(family)
+    return [*found, *robustness(results, claims, study)]
+
+
+def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN_STUDY) -> list[Finding]:
+    """Judge whether the signs of the main study's differences return in the other settings and seeds.
+
+    For quality and for calibration before scaling: the sign of the mean difference to the reference in the first
+    setting of the main study is what is expected; it has to return in at least 75 % of all other settings and seeds.
+    """
+    campaign = results.campaign
+    found = []
+    for claim in claims:
+        if claim.against != "reference" or claim.scaled is True or claim.family not in ("quality", "calibration"):
+            continue
+        for variation in campaign.variations:
+            if variation.name in (campaign.reference, campaign.brier) or variation.of is not None:
+                continue
+            cells: dict[Hashable, dict[Hashable, float | None]] = {}
+            main: list[float | None] = []
+            others = False
+            for setting in results.settings():
+                if variation.name not in results.variations(setting):
+                    continue
+                pairs = _pairs(results, claim, setting, variation.name)
+                differences: dict[Hashable, float | None] = dict(
+                    zip(pairs.seeds, (pairs.ours - pairs.theirs).tolist(), strict=True)
+                )
+                if setting.study == main_study and not main:
+                    main = list(differences.values())
+                    continue
+                others = True
+                cells[setting.label] = {**differences, **dict.fromkeys(pairs.missing)}
+            if not others or not any(cells.values()):
+                continue
+            found.append(_agreement(claim, variation.name, variation.role, main, cells))
+    return found
+
+
+def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
+    """Return one word for each claim about a variation: over all settings it holds, fails in one, or cannot be told.
+
+    Args:
+        findings: of `verdict`.
+        variation: name.
+    """
+    words: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.variation == variation:
+            words.setdefault(finding.key, []).append(finding.decision)
+    return {
+        key: Decision.FAILS.value
+        if Decision.FAILS.value in decisions
+        else Decision.HOLDS.value
+        if set(decisions) == {Decision.HOLDS.value}
+        else Decision.CANNOT_TELL.value
+        for key, decisions in words.items()
+    }
+
+
+def _about_scaling(claim: Claim) -> bool:
+    """Return whether a claim says anything of runs that are read after scaling: not of their training."""
+    return claim.family == "calibration" and claim.scaled is False
+
+
+def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> Pairs:
+    campaign = results.campaign
+    # a variation that reads figures after scaling is held against the others' before it
+    read = None if campaign.variation(variation).of is not None else claim.scaled
+    how: dict[str, Any] = {} if read is None else {"scaled": read}
+    if claim.against != "worse of both":
+        other = campaign.reference if claim.against == "reference" else campaign.brier
+        pairs = results.pairs(setting, variation, other, claim.metric, **how)
+    else:
+        ours, theirs = (
+            results.pairs(setting, variation, other, claim.metric, **how)
+            for other in (campaign.reference, campaign.brier)
+        )
+        worst = max if claim.at_most is not None else min
+        both = {
+            seed: (x, worst(y, theirs.theirs[theirs.seeds.index(seed)]))
+            for seed, x, y in zip(ours.seeds, ours.ours, ours.theirs, strict=True)
+            if seed in theirs.seeds
+        }
+        missing = (set(ours.seeds) | set(theirs.seeds) | set(ours.missing) | set(theirs.missing)) - set(both)
+        pairs = Pairs(
+            tuple(both),
+            np.array([x for x, _ in both.values()]),
+            np.array([y for _, y in both.values()]),
+            tuple(sorted(missing)),
+        )
+    return pairs
+
+
+def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> _Test:
+    pairs = _pairs(results, claim, setting, variation)
+    finding = Finding(
+        claim.key, claim.family, claim.words, variation, setting.label, role, Decision.CANNOT_TELL.value, None, None,
+        None, claim.at_least, claim.at_most, claim.scale, claim.unit, len(pairs.seeds), note=_missing(pairs),
+    )  # fmt: skip
+    if not len(pairs.seeds):
+        return _Test(finding, math.nan, math.nan)
+    if not (np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()):
+        return _censored(claim, pairs, finding, _training_times(results, claim, setting, variation, pairs))
+    try:
+        test, opposite = (
+            claim_test(pairs.ours, pairs.theirs, at_least=low, at_most=high, scale=claim.scale, alpha=ALPHA)
+            for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
+        )
+    except ValueError as error:  # a ratio of what is not positive
+        return _Test(replace(finding, note=_join(finding.note, str(error))), math.nan, math.nan)
+    note = finding.note
+    if len(pairs.seeds) < 2:
+        note = _join(note, "one seed has no spread: repeat with others")
+    elif claim.scale == "difference" and test.decision is Decision.CANNOT_TELL:
+        differences = pairs.ours - pairs.theirs
+        note = _join(note, power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit).sentence)
+    return _Test(
+        replace(
+            finding, estimate=test.estimate, low=_finite(test.interval.low), high=_finite(test.interval.high),
+            p_value=_finite(test.p_value), note=note,
+        ),
+        test.p_value,
+        opposite.p_value,
+    )  # fmt: skip
+
+
+def _training_times(
+    results: Results, claim: Claim, setting: Setting, variation: str, pairs: Pairs
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the whole training time of each run of the pairs, NaN where it is not known."""
+    other = results.campaign.brier if claim.against == "brier" else results.campaign.reference
+    ours, theirs = (results.values(setting, name, "train_seconds") for name in (variation, other))
+    times = ([of.get(seed, math.nan) for seed in pairs.seeds] for of in (ours, theirs))
+    first, second = (np.array(values) for values in times)
+    return first, second
+
+
+def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndarray, np.ndarray]) -> _Test:
+    """Judge times of which some are infinite, of runs that never arrived.
+
+    All that is known of such a time is that it is longer than the training. With the training's time in its place
+    the ratio is too small where ours never arrived, so that the claim may fail by it but not hold, and too large where
+    the others never did, so that it may hold but not fail.
+    """
+    ours_never, theirs_never = np.isinf(pairs.ours), np.isinf(pairs.theirs)
+    note = (
+        f"{int(ours_never.sum())} of {len(pairs.ours)} runs never got there, of those compared with "
+        f"{int(theirs_never.sum())}"
+    )
+    finding = replace(finding, note=_join(finding.note, note))
+    ours = np.where(ours_never, whole[0], pairs.ours)
+    theirs = np.where(theirs_never, whole[1], pairs.theirs)
+    neither = bool((ours_never & theirs_never).any())
+    if neither or claim.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return _Test(finding, math.nan, math.nan)
+    test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
+    opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
+    may_hold, may_fail = not ours_never.any(), not theirs_never.any()
+    bound = "at most" if may_hold else "at least"
+    finding = replace(
+        finding,
+        estimate=test.estimate if may_hold != may_fail else None,
+        high=_finite(test.interval.high) if may_hold else None,
+        low=_finite(test.interval.low) if may_fail else None,
+        p_value=_finite(test.p_value) if may_hold else None,
+        note=_join(finding.note, f"the ratio is {bound} the one given") if may_hold != may_fail else finding.note,
+    )
+    return _Test(finding, test.p_value if may_hold else math.nan, opposite.p_value if may_fail else math.nan)
+
+
+def _corrected(tests: Sequence[_Test]) -> list[Finding]:
+    holds, fails = (holm([None if math.isnan(p) else p for p in ps]) for ps in
+                    ([t.p_holds for t in tests], [t.p_fails for t in tests]))  # fmt: skip
+    found = []
+    for test, p_holds, p_fails in zip(tests, holds, fails, strict=True):
+        decision = Decision.CANNOT_TELL
+        if p_holds <= ALPHA:  # False for NaN
+            decision = Decision.HOLDS
+        elif p_fails <= ALPHA:
+            decision = Decision.FAILS
+        found.append(replace(test.finding, decision=decision.value, p_adjusted=_finite(float(p_holds))))
+    return found
+
+
+def _agreement(
+    claim: Claim,
+    variation: str,
+    role: str,
+    main: Sequence[float | None],
+    cells: Mapping[Hashable, Mapping[Hashable, float | None]],
+) -> Finding:
+    mean = float(np.mean([value for value in main if value is not None])) if main else math.nan
+    finding = Finding(
+        f"same-sign-{claim.key}", "robustness",
+        f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
+        f"of the main study, in at least {AGREEMENT:.0%} of all other settings and seeds",
+        variation, f"{len(cells)} other settings", role, Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
+        "share", "", 0,
+    )  # fmt: skip
+    if math.isnan(mean) or mean == 0:
+        return replace(finding, note="the main study has no difference whose sign could return")
+    agreement = sign_agreement(cells, 1 if mean > 0 else -1)
+    seen = agreement.same + agreement.opposite + agreement.zero
+    if not seen:
+        return replace(finding, note="no other setting has been run")
+    decision = decide(agreement.bounds, at_least=AGREEMENT)
+    note = f"{agreement.same} of {seen} settings and seeds"
+    if agreement.missing:
+        note += f"; {agreement.missing} missing"
+    return replace(
+        finding, decision=decision.value, estimate=agreement.share, low=agreement.interval.low,
+        high=agreement.interval.high, pairs=seen, note=note,
+    )  # fmt: skip
+
+
+def _metric_words(metric: str) -> str:
+    return metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-") if "_" in metric or "rouge" in metric else metric
+
+
+def _missing(pairs: Pairs) -> str:
+    return f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
+
+
+def _join(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

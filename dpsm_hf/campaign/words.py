@@ -1,0 +1,81 @@
+"""The verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .claims import FAMILIES
+from .design import Campaign
+from .results import Results
+from .verdict import MAIN_STUDY, Finding, overall
+
+
+def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:
+    """Return a sentence for each main variation that is judged, the method's own first: what holds, fails, is open."""
+    sentences = []
+    judged = [v for v in campaign.variations if v.role == "main" and any(f.variation == v.name for f in findings)]
+    judged.sort(key=lambda v: not v.name.startswith("dpsm"))
+    for variation in judged:
+        words = overall(findings, variation.name)
+        families = {f.key: f.family for f in findings}
+        parts = []
+        for decision, said in (("holds", "holds"), ("fails", "fails"), ("cannot tell", "cannot be told")):
+            keys = sorted((k for k, d in words.items() if d == decision), key=lambda k: _place(families[k]))
+            if keys:
+                parts.append(f"{said} for {_join([_short(k) for k in keys])}")
+        total = len(words)
+        held = sum(d == "holds" for d in words.values())
+        sentences.append(f"{variation.title}: {held} of {total} claims hold. It {'; '.join(parts)}.")
+    if not sentences:
+        sentences.append("No variation has been compared with the reference yet.")
+    return sentences
+
+
+def claim_line(finding: Finding) -> str:
+    """Return the figures of a finding: ``1.62 [1.40, 1.85], claimed: at most 0.3; 3 seeds; p = .02 (Holm .08)``."""
+    if finding.estimate is None and finding.low is None and finding.high is None:
+        return "no figure"
+    decimals = 3 if finding.scale in ("ratio", "share") else 2
+    text = "–" if finding.estimate is None else f"{finding.estimate:,.{decimals}f}"
+    if finding.unit:
+        text += f" {finding.unit}"
+    if finding.low is not None or finding.high is not None:
+        low, high = ("…" if v is None else f"{v:,.{decimals}f}" for v in (finding.low, finding.high))
+        text += f" [{low}, {high}]"
+    limits = [
+        f"{word} {value:g}"
+        for word, value in (("at least", finding.at_least), ("at most", finding.at_most))
+        if value is not None
+    ]
+    what = {"ratio": "ratio", "share": "share"}.get(finding.scale, "difference")
+    text += f"; claimed: {what} {' and '.join(limits)}; n = {finding.pairs}"
+    if finding.p_value is not None:
+        text += f"; p = {finding.p_value:.3g}"
+        if finding.p_adjusted is not None:
+            text += f", Holm {finding.p_adjusted:.3g}"
+    return text
+
+
+def settings_line(campaign: Campaign, results: Results) -> str:
+    """Return what the figures are: split, checkpoint, settings and seeds of the main study."""
+    settings = results.settings(MAIN_STUDY)
+    seeds = sorted({p.seed for p in campaign.points if p.study == MAIN_STUDY})
+    places = "; ".join(dict.fromkeys(f"{s.size} on {s.data}" for s in settings))
+    return (
+        f"Judged on the {results.split} split at the {results.checkpoint} checkpoint; main study: {places}; seeds "
+        f"{', '.join(map(str, seeds))}. Calibration is token-level and top-label. 'Holds' and 'fails' are one-sided "
+        "paired tests at 5 % with Holm's correction over the variations of a role; intervals are 90 %, so that each "
+        "end is wrong with a chance of 5 %; everything else cannot be told."
+    )
+
+
+def _place(family: str) -> int:
+    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+
+
+def _short(key: str) -> str:
+    return key.replace("-", " ")
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

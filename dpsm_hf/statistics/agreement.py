@@ -1,0 +1,98 @@
+"""Several settings together: in what share of settings and seeds has a difference the same sign."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+from ..calibration.intervals import Interval
+
+
+@dataclass(frozen=True)
+class SignAgreement:
+    """How many cells (a setting with a seed) have a difference of the expected sign.
+
+    Attributes:
+        expected: 1 or -1.
+        same, opposite, zero, missing: numbers of cells; a difference of 0 has no sign and does not agree.
+        share: of the expected sign among the cells that are there; NaN if none is.
+        bounds: the share if every missing cell had another sign, and if every one had the expected sign: what `decide`
+            takes where the claim is about these settings and seeds.
+        interval: exact binomial interval of the share, as if cells were drawn independently from all there could be.
+            Cells of a seed, or of a setting, are not quite independent, so it is rather too narrow.
+        level: of the interval.
+        by_setting: setting to its share, NaN where all its cells are missing.
+    """
+
+    expected: int
+    same: int
+    opposite: int
+    zero: int
+    missing: int
+    share: float
+    bounds: Interval
+    interval: Interval
+    level: float
+    by_setting: Mapping[Hashable, float]
+
+
+def sign_agreement(
+    differences: Mapping[Hashable, Mapping[Hashable, float | None]], expected: int, *, level: float = 0.95
+) -> SignAgreement:
+    """Count in how many settings and seeds a difference has the expected sign.
+
+    ``share = same / (same + opposite + zero)``; missing cells are counted apart, and `SignAgreement.bounds` says what
+    they could change.
+
+    Args:
+        differences: by setting, then by seed (system minus baseline); None or NaN is a missing run,
+            infinity has a sign.
+        expected: 1 or -1, the sign of the claim (that of the clean setting, say), fixed before looking.
+        level: of confidence, in (0, 1).
+
+    Raises:
+        ValueError: without any cell, for another `expected`, or a level out of range.
+
+    Source: the sign test, Arbuthnott (1710); interval of Clopper & Pearson (Biometrika 1934).
+    """
+    from scipy import stats
+
+    if expected not in (1, -1):
+        raise ValueError(f"expected={expected!r} must be 1 or -1, the sign of the claim.")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1, 0.95 say.")
+    signs = {setting: [_sign(d) for d in cells.values()] for setting, cells in differences.items()}
+    every = [sign for cells in signs.values() for sign in cells]
+    if not every:
+        raise ValueError("There is no setting with a seed: nothing to count signs of.")
+    there = [sign for sign in every if sign is not None]
+    same = there.count(expected)
+    interval = Interval(math.nan, math.nan)
+    if there:
+        found = stats.binomtest(same, len(there)).proportion_ci(level, method="exact")
+        interval = Interval(float(found.low), float(found.high))
+    missing = len(every) - len(there)
+    return SignAgreement(
+        expected=expected,
+        same=same,
+        opposite=there.count(-expected),
+        zero=there.count(0),
+        missing=missing,
+        share=same / len(there) if there else math.nan,
+        bounds=Interval(same / len(every), (same + missing) / len(every)),
+        interval=interval,
+        level=level,
+        by_setting={setting: _share(cells, expected) for setting, cells in signs.items()},
+    )
+
+
+def _sign(difference: float | None) -> int | None:
+    if difference is None or math.isnan(difference):
+        return None
+    return (difference > 0) - (difference < 0)
+
+
+def _share(signs: list[int | None], expected: int) -> float:
+    there = [sign for sign in signs if sign is not None]
+    return there.count(expected) / len(there) if there else math.nan

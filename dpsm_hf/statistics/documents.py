@@ -1,0 +1,159 @@
+"""Figures of a test set as ratios of sums over its documents, so that documents can be resampled or swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentMeans:
+    """A mean over a test set: the sum of ``total`` over documents by the sum of ``count``; its exp if so wished.
+
+    NLL, Brier and accuracy of tokens are such means, and ROUGE of summaries with a count of 1 each; perplexity is the
+    exp of NLL's.
+
+    Args:
+        total: sums ``[documents]`` (or of blocks of documents), or ``[seeds, documents]`` for several runs.
+        count: what was counted in each document (tokens), of the same shape, not negative.
+        exponentiate: report ``exp(mean)``, for perplexity.
+
+    Raises:
+        ValueError: for other shapes, NaN, infinity, negative counts, sums where nothing was counted, or no counts.
+    """
+
+    total: np.ndarray
+    count: np.ndarray
+    exponentiate: bool = False
+
+    def __post_init__(self) -> None:
+        """Check shapes and numbers."""
+        _check({"total": self.total, "count": self.count}, dimensions=(1, 2))
+
+    @property
+    def features(self) -> np.ndarray:
+        """Return what is summed over documents, ``[seeds, documents, 2]``: total and count."""
+        return np.stack([_rows(self.total, 1), _rows(self.count, 1)], axis=-1)
+
+    def metric(self, sums: np.ndarray) -> np.ndarray:
+        """Return the figure from summed features ``[..., 2]``; NaN where nothing was counted."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            mean = np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
+            return np.exp(mean) if self.exponentiate else mean
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentBins:
+    """The expected calibration error of a test set, ``sum_b |sum correct - sum confidence| / sum count``.
+
+    Args:
+        count: predictions by document and bin of confidence, ``[documents, bins]`` or ``[seeds, documents, bins]``.
+        correct: how many of them were right.
+        confidence: the sum of their confidences.
+
+    Raises:
+        ValueError: for other shapes, NaN, infinity, negative counts, sums where nothing was counted, or no counts.
+
+    Source: Naeini, Cooper & Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015).
+    """
+
+    count: np.ndarray
+    correct: np.ndarray
+    confidence: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Check shapes and numbers."""
+        arrays = {"count": self.count, "correct": self.correct, "confidence": self.confidence}
+        _check(arrays, dimensions=(2, 3))
+
+    @property
+    def features(self) -> np.ndarray:
+        """Return what is summed, ``[seeds, documents, 1 + bins]``: count, then right ones less confidence by bin."""
+        count = _rows(self.count, 2)
+        return np.concatenate(
+            [count.sum(-1, keepdims=True), _rows(self.correct, 2) - _rows(self.confidence, 2)], axis=-1
+        )
+
+    def metric(self, sums: np.ndarray) -> np.ndarray:
+        """Return the figure from summed features ``[..., 1 + bins]``; NaN where nothing was counted."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(sums[..., 0] > 0, np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], np.nan)
+
+
+Documents = DocumentMeans | DocumentBins
+
+
+def paired_features(values: Documents, baseline: Documents, same_counts: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features of two systems, ``[seeds, documents, features]``, without documents that are empty in both.
+
+    Raises:
+        ValueError: if the two are not of one kind, or not of the same documents.
+    """
+    if type(values) is not type(baseline) or getattr(values, "exponentiate", None) != getattr(
+        baseline, "exponentiate", None
+    ):
+        raise ValueError(f"{_kind(values)} cannot be compared with {_kind(baseline)}: give two of one kind.")
+    x, y = values.features, baseline.features
+    if x.shape != y.shape:
+        raise ValueError(
+            f"The systems have {_shape(x)} and {_shape(y)}: a paired comparison needs the same documents, the same "
+            "blocks of them and as many runs of both."
+        )
+    counts = _counts(values), _counts(baseline)
+    differ = counts[0] != counts[1]
+    if same_counts and differ.any():
+        seed, document = (int(place) for place in np.argwhere(differ)[0])
+        raise ValueError(
+            f"Document {document} (run {seed}) has {counts[0][seed, document]:g} counts in one system and "
+            f"{counts[1][seed, document]:g} in the other, so these are not the same documents in the same order. For "
+            "figures whose counts differ by nature (of generated tokens, say), pass same_counts=False."
+        )
+    kept = (counts[0] > 0).any(0) | (counts[1] > 0).any(0)
+    return x[:, kept], y[:, kept]
+
+
+def _counts(documents: Documents) -> np.ndarray:
+    """Return ``[seeds, documents]``."""
+    if isinstance(documents, DocumentMeans):
+        return _rows(documents.count, 1)
+    return _rows(documents.count, 2).sum(-1)
+
+
+def _rows(values: np.ndarray, dimensions: int) -> np.ndarray:
+    """Return float64 with a leading axis of runs."""
+    x = np.asarray(values, dtype=np.float64)
+    return x[None] if x.ndim == dimensions else x
+
+
+def _check(arrays: dict[str, np.ndarray], dimensions: tuple[int, int]) -> None:
+    shapes = {name: np.shape(values) for name, values in arrays.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["count"]) not in dimensions:
+        wanted = "[documents]" if dimensions[0] == 1 else "[documents, bins]"
+        raise ValueError(
+            f"The arrays have the shapes {shapes}: give all as {wanted}, with [seeds, ...] before or not."
+        )
+    x = {name: np.asarray(values, dtype=np.float64) for name, values in arrays.items()}
+    for name, values in x.items():
+        if not np.isfinite(values).all():
+            place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            raise ValueError(f"{name}{list(place)}={values[place]}: sums have to be finite numbers.")
+        if (values[x["count"] == 0] != 0).any():
+            raise ValueError(f"{name} is not 0 where nothing was counted: count and {name} are not of the same run.")
+    if (x["count"] < 0).any():
+        raise ValueError(f"count has {x['count'].min():g}: counts cannot be negative.")
+    runs = _rows(x["count"], dimensions[0])
+    for run, count in enumerate(runs):
+        if count.sum() == 0:
+            raise ValueError(f"Nothing was counted in any document of run {run}: there is no figure to compare.")
+
+
+def _kind(documents: Documents) -> str:
+    exponentiate = isinstance(documents, DocumentMeans) and documents.exponentiate
+    return type(documents).__name__ + (" with exponentiate=True" if exponentiate else "")
+
+
+def _shape(features: np.ndarray) -> str:
+    sizes: Sequence[int] = features.shape
+    return f"{sizes[1]} documents in {sizes[0]} run(s) with {sizes[2] - 1} sums each"

@@ -1,0 +1,241 @@
+"""Two systems on the same documents: paired bootstrap and approximate randomisation.
+
+Both say what another test set of the kind would show; neither says what another seed would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..calibration.intervals import Interval, check_resampling
+from .documents import DocumentBins, Documents, paired_features
+from .error_contrasts import error_difference, error_ratio
+from .paired import SCALES
+
+# Numbers in the matrix of weights that is held at a time: 64 MB.
+_AT_A_TIME = 2**23
+
+
+@dataclass(frozen=True)
+class DocumentBootstrap:
+    """A difference or ratio of two systems with the uncertainty that the choice of documents brings.
+
+    Attributes:
+        scale: "difference" (values - baseline) or "ratio".
+        documents: that count, those that are empty in both systems do not.
+        values, baseline: the figures of the two systems, means over the runs if there are several.
+        estimate: their difference or ratio.
+        interval: NaN with fewer than two documents, or where a resample has no figure.
+        level: of the interval.
+        standard_error: of the difference, or of the ratio's logarithm, over the resamples; NaN as the interval.
+        samples: resamples.
+        undefined: resamples without a difference or ratio (a baseline of 0, no counts). Any makes the interval of
+            `DocumentMeans` NaN; that of `DocumentBins` only needs the two figures.
+    """
+
+    scale: str
+    documents: int
+    values: float
+    baseline: float
+    estimate: float
+    interval: Interval
+    level: float
+    standard_error: float
+    samples: int
+    undefined: int
+
+
+@dataclass(frozen=True)
+class Randomization:
+    """A test of two systems on the same documents.
+
+    Attributes:
+        documents: that count, those that are empty in both systems do not.
+        difference: values - baseline, the mean over the runs if there are several.
+        p_value: of a difference as large under swaps of the two.
+        alternative: "two-sided", "less" or "greater".
+        assignments: swaps that were tried.
+        exact: every possible swap was.
+    """
+
+    documents: int
+    difference: float
+    p_value: float
+    alternative: str
+    assignments: int
+    exact: bool
+
+
+def paired_bootstrap(
+    values: Documents,
+    baseline: Documents,
+    *,
+    scale: str = "difference",
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+    same_counts: bool = True,
+) -> DocumentBootstrap:
+    """Resample documents, the same for both systems, and return the interval of their difference or ratio.
+
+    The documents of a resample are weights from a multinomial distribution, and one matrix product sums them. For
+    `DocumentMeans` the interval is the basic bootstrap's, ``[2 v - q_high, 2 v - q_low]`` around the estimate v, of
+    logarithms for a ratio. For `DocumentBins`, whose errors noise makes larger, see `error_contrasts`. Several runs
+    stay as they are, and the means of their figures are compared: seeds are for `paired_difference`.
+
+    Args:
+        values: sums of the system by document (or by block of documents, which are then what is resampled).
+        baseline: of what it is compared with, on the same documents.
+        scale: "difference" or "ratio".
+        level: of confidence, in (0, 1).
+        samples: resamples.
+        seed: of the resampling.
+        same_counts: refuse documents that have not the same count in both systems.
+
+    Raises:
+        ValueError: for arguments out of range, or if the two are not of the same documents.
+
+    Source: Koehn, "Statistical significance tests for machine translation evaluation" (EMNLP 2004) for pairing;
+    Davison & Hinkley, "Bootstrap methods and their application" (1997), section 5.2.
+    """
+    check_resampling(level, samples)
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}.")
+    x, y = paired_features(values, baseline, same_counts)
+    point = values.metric(x.sum(1)).mean(), baseline.metric(y.sum(1)).mean()
+    number = x.shape[1]
+    estimate = float(_contrast(*point, scale))
+    interval, error, undefined = Interval(math.nan, math.nan), math.nan, 0
+    if number > 1:
+        rng = np.random.default_rng(seed)
+        weights = _weights(rng, number, samples)
+        parts = [(values.metric(w @ x).mean(0), baseline.metric(w @ y).mean(0)) for w in weights]
+        drawn = [np.concatenate(some) for some in zip(*parts, strict=True)]
+        contrasts = _contrast(drawn[0], drawn[1], scale)
+        undefined = int((~np.isfinite(contrasts)).sum())
+        if not undefined and math.isfinite(estimate):
+            error = float(contrasts.std(ddof=1))
+        if isinstance(values, DocumentBins):
+            if np.isfinite(drawn).all() and (scale == "difference" or point[1] > 0):
+                of_errors = error_ratio if scale == "ratio" else error_difference
+                interval = of_errors(float(point[0]), drawn[0], float(point[1]), drawn[1], level)
+        elif math.isfinite(error):
+            low, high = np.quantile(contrasts, [(1 - level) / 2, (1 + level) / 2])
+            interval = Interval(*(_back(2 * estimate - float(q), scale) for q in (high, low)))
+    return DocumentBootstrap(
+        scale=scale,
+        documents=number,
+        values=float(point[0]),
+        baseline=float(point[1]),
+        estimate=_back(estimate, scale),
+        interval=interval,
+        level=level,
+        standard_error=error,
+        samples=samples,
+        undefined=undefined,
+    )
+
+
+def approximate_randomization(
+    values: Documents,
+    baseline: Documents,
+    *,
+    alternative: str = "two-sided",
+    samples: int = 10_000,
+    seed: int = 0,
+    same_counts: bool = True,
+) -> Randomization:
+    """Test the difference of two systems by swapping their outputs, document by document.
+
+    If the two were the same, each document's pair of outputs could as well be the other way round. With R random sets
+    of swaps, ``p = (1 + #{as large}) / (1 + R)``, which is never 0 and keeps the level of the test; where all
+    ``2**documents`` sets are no more than `samples`, all are tried and p is exact. A document's outputs of all runs
+    are swapped together.
+
+    Args:
+        values: sums of the system by document (or by block of documents, which are then what is swapped).
+        baseline: of what it is compared with, on the same documents.
+        alternative: "two-sided" (of the size), "less" (values below the baseline) or "greater".
+        samples: random sets of swaps.
+        seed: of the swaps.
+        same_counts: refuse documents that have not the same count in both systems.
+
+    Raises:
+        ValueError: for arguments out of range, or if the two are not of the same documents.
+
+    Source: Noreen, "Computer-intensive methods for testing hypotheses" (1989); Yeh, "More accurate tests for the
+    statistical significance of result differences" (COLING 2000); Phipson & Smyth, "Permutation p-values should never
+    be zero" (2010) for the added 1.
+    """
+    if alternative not in ("two-sided", "less", "greater"):
+        raise ValueError(f"alternative={alternative!r} is unknown; choose two-sided, less or greater.")
+    if not isinstance(samples, int) or samples < 20:
+        raise ValueError(f"samples={samples} must be a whole number from 20 on.")
+    x, y = paired_features(values, baseline, same_counts)
+    number = x.shape[1]
+    exact = number < 63 and 2**number <= samples
+    figures = values.metric(x.sum(1)), baseline.metric(y.sum(1))  # [seeds]
+    with np.errstate(invalid="ignore"):
+        difference = float((figures[0] - figures[1]).mean())
+    if not math.isfinite(difference):
+        raise ValueError(f"The figures {figures[0]} and {figures[1]} have no difference that could be tested.")
+    # a swap that gives the same difference adds the same numbers in another order
+    tolerance = 1e-12 * max(float(np.abs(figures[0]).max()), float(np.abs(figures[1]).max()))
+    as_large = tried = 0
+    for swap in _swaps(np.random.default_rng(seed), number, 2**number if exact else samples, exact):
+        moved = swap @ (y - x)
+        found = values.metric(x.sum(1)[:, None] + moved) - baseline.metric(y.sum(1)[:, None] - moved)
+        found = found.mean(0)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                "Some swaps leave a system without any count: leave out the documents that have a count in one system "
+                "only, or compare counts that are the same."
+            )
+        if alternative == "two-sided":
+            as_large += int((np.abs(found) >= abs(difference) - tolerance).sum())
+        elif alternative == "less":
+            as_large += int((found <= difference + tolerance).sum())
+        else:
+            as_large += int((found >= difference - tolerance).sum())
+        tried += len(swap)
+    return Randomization(
+        documents=number,
+        difference=difference,
+        p_value=as_large / tried if exact else (1 + as_large) / (1 + tried),
+        alternative=alternative,
+        assignments=tried,
+        exact=exact,
+    )
+
+
+def _contrast(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
+    """Return the difference or the logarithm of the ratio; not finite where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(values) - np.log(baseline) if scale == "ratio" else values - baseline
+
+
+def _back(contrast: float, scale: str) -> float:
+    return math.exp(contrast) if scale == "ratio" else contrast
+
+
+def _weights(rng: np.random.Generator, number: int, samples: int) -> Iterator[np.ndarray]:
+    """Yield how often each document is drawn, ``[some, number]``, `samples` rows in all."""
+    step = max(1, _AT_A_TIME // number)
+    for start in range(0, samples, step):
+        size = min(step, samples - start)
+        yield rng.multinomial(number, np.full(number, 1 / number), size=size).astype(np.float64)
+
+
+def _swaps(rng: np.random.Generator, number: int, sets: int, exact: bool) -> Iterator[np.ndarray]:
+    """Yield which documents are swapped, ``[some, number]`` of 0 and 1: all sets there are, or random ones."""
+    step = max(1, _AT_A_TIME // number)
+    for start in range(0, sets, step):
+        rows = np.arange(start, min(start + step, sets))
+        if exact:
+            yield (rows[:, None] >> np.arange(number) & 1).astype(np.float64)
+        else:
+            yield rng.integers(0, 2, size=(len(rows), number)).astype(np.float64)

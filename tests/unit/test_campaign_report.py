@@ -1,0 +1,161 @@
+"""The report of a campaign from records made by hand: what is on the page, and that the page needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsm_hf.campaign.design import Campaign, Point
+from dpsm_hf.campaign.records import Record, write_record
+from dpsm_hf.campaign.report import write_campaign_report
+from dpsm_hf.campaign.results import Results
+from dpsm_hf.campaign.tables import QUALITY, comparison, differences
+from tests.hand_made_campaigns import VARIATIONS, campaign, records
+
+STUDIES = ("main", "flipped-targets")
+LEVEL = {"ce-baseline": 50.0, "brier-baseline": 80.0, "dpsm-linear": 53.0, "focal": 56.0}
+CURVE = {
+    "edges": [i / 15 for i in range(16)], "count": [400 - 20 * i for i in range(15)],
+    "confidence": [(i + 0.5) / 15 for i in range(15)], "accuracy": [(i + 0.4) / 15 for i in range(15)],
+}  # fmt: skip
+
+
+def make(point: Point) -> dict[str, Any]:
+    level = LEVEL[point.variation] + 0.3 * point.seed + (2.0 if point.study != "main" else 0.0)
+    ece = level / 1500
+    values = {"perplexity": level, "nll": float(np.log(level)), "ece_15": ece, "ece_10": ece, "brier": 0.8}
+    scaled = {f"{name}_scaled": value / (4 if "ece" in name else 1.01) for name, value in values.items()}
+    return {
+        "metrics": {**values, **scaled, "temperature": 1.1},
+        "curve": [(10.0 * i, 8.0 - i * (8.0 - float(np.log(level))) / 4) for i in range(5)],
+        "efficiency": {"tokens_per_second": 5000.0 + point.seed, "peak_memory_mb": 800.0, "energy_joules": None},
+    }
+
+
+def blocks(rng: np.random.Generator, worse: float) -> dict[str, np.ndarray]:
+    count = rng.integers(20, 40, size=(16, 15))
+    confidence = count * (np.arange(15) + 0.5) / 15
+    sums = {"count": count, "correct": np.round(confidence * 0.9), "confidence": confidence}
+    sums |= {"nll": count.sum(1) * (4 + worse), "brier": count.sum(1) * 0.8, "spherical": count.sum(1) * 0.3}
+    return {**sums, "labels": np.array("abc")}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Campaign, Path, dict[str, Record]]:
+    made = campaign(studies=STUDIES, variations=VARIATIONS, source="name: by-hand\n# <b>&</b>\n")
+    found = records(made, make)
+    for run_id, record in found.items():
+        folder = tmp_path / "runs" / run_id
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(record.arguments["seed"])
+        np.savez(folder / "last-test.npz", **blocks(rng, 0.1 * (record.arguments["loss_type"] != "ce")))
+        found[run_id] = replace(
+            record,
+            documents={"last-test": "last-test.npz"},
+            calibration={"test": {"step": 400, "split": "test", "tokens": 3900, "curve": CURVE}},
+            samples=[{"prompt": "The <module>", "reference": "is | here", "output": f"was {record.name}"}],
+            machine={"device": "CPU, 2 cores", "versions": {"torch": "2.13.0"}, "commit": "abc", "dirty": False},
+            attempts=[{"started": "2026-01-01T00:00:00", "seconds": 41.0, "exit_code": 0, "from_step": 0}],
+        )
+        write_record(found[run_id], folder)
+    return made, tmp_path, found
+
+
+class Outside(HTMLParser):
+    """Collect what a page would fetch, and check that its elements are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, _ = written
+    paths = write_campaign_report(made, folder)
+    assert [p.name for p in paths] == ["report.html", "report.md", "verdict.json", "figures.json"]
+    page = Outside()
+    page.feed(paths[0].read_text())
+    assert not page.open
+    assert page.links and all(link.startswith(("data:image/svg+xml;base64,", "#")) for link in page.links)
+    for words in (
+        "Verdict", "DPSM, linear", "has a perplexity at most 0.3 above cross-entropy's", "How to reproduce it",
+        "Quality against calibration", "The <module>", "# <b>&</b>", "after temperature scaling", "in brackets",
+        "By documents", "CPU, 2 cores",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "53.60 ± 0.30 ***" in page.text  # differs from cross-entropy by 3 in each seed: no variance, p = 0
+    markdown = paths[1].read_text()
+    pictures = re.findall(r"\]\((plots/[^)]+)\)", markdown)
+    assert len(pictures) == len(set(pictures)) > 8 and len(pictures) == len(list((folder / "plots").iterdir()))
+    assert all((folder / picture).stat().st_size > 5000 for picture in pictures)
+    rows = [line for line in markdown.splitlines() if line.startswith("| ") and " cannot tell | " in line[:20]]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+    verdict = json.loads(paths[2].read_text())
+    assert verdict["overall"]["dpsm-linear"]["perplexity-gap"] == "fails"
+    assert len(verdict["findings"]) > 20
+    assert json.loads(paths[3].read_text())["tables"][0]["rows"]
+
+
+def test_the_same_records_give_the_same_report(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, _ = written
+    first = [path.read_bytes() for path in write_campaign_report(made, folder)]
+    assert [path.read_bytes() for path in write_campaign_report(made, folder)] == first
+
+
+def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, found = written
+    by_name = {record.name: record for record in found.values() if record.arguments["study"] == "main"}
+    for name, status, message in (
+        ("dpsm-linear/1", "diverged", "the loss is NaN at step 120"),
+        ("focal/2", "pruned", "rung 0.25: 4.1 against 3.9"),
+    ):  # fmt: skip
+        record = replace(by_name[name], status=status, message=message)
+        write_record(record, folder / "runs" / record.run_id)
+    gone = by_name["brier-baseline/3"]
+    (folder / "runs" / gone.run_id / "record.json").unlink()
+    text = write_campaign_report(made, folder)[0].read_text()
+    assert "seed 1: diverged: the loss is NaN at step 120" in text
+    assert "focal/2: rung 0.25: 4.1 against 3.9" in text
+    assert "brier-baseline, seed 3" in text and "not run yet" in text and "1 run missing" in text
+    assert "(2 of 3)" in text
+
+
+def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished run"):
+        write_campaign_report(campaign(), tmp_path)
+
+
+def test_numbers_of_the_tables(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, _, found = written
+    results = Results(made, found)
+    setting = results.settings("main")[0]
+    table = comparison(results, setting, QUALITY["language-modelling"], "x")
+    assert table.headings == ["", "perplexity ↓", "NLL ↓"]  # no run has an accuracy
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert cells["cross-entropy"][0] == "50.60 ± 0.30"
+    assert cells["cross-entropy, temperature-scaled"][0].startswith("50.10 ± 0.30")
+    assert [row[1].state for row in table.rows] == ["", "", "", "best", ""]
+    other = differences(results, QUALITY["language-modelling"])
+    assert other is not None
+    row = next(row for row in other.rows if row[0].text.endswith("DPSM, linear"))
+    assert row[1].text == "55.60 ± 0.30 (+5.00)"  # 3 of its own and 2 of the noise
