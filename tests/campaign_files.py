@@ -476,4 +476,10 @@ MISTAKES: list[tuple[str, str, str, str]] = [
         "<<: {max_steps: 10}",
         "base: merge keys (<<) are not read; put what is shared into base",
     ),
+    (
+        "alpha_schedule: late_linear",
+        "alpha_schedule: linear, label_smoothing_factor: 0",
+        "late:",
+        "variations.late: has the same arguments as dpsm, on top of the base",
+    ),
 ]

@@ -65,17 +65,20 @@ class Run:
         processes: that it is launched on.
         contents: what stands in the id for arguments that name local files, by argument: a hash of the files, so that
             a folder can move without its runs being repeated, and cannot change without that.
+        neutral: arguments that were given the script's own default; no part of the id.
     """
 
     task: str
     arguments: Mapping[str, Any]
     processes: int = 1
     contents: Mapping[str, Any] = field(default_factory=dict)
+    neutral: frozenset[str] = frozenset()
 
     @property
     def id(self) -> str:
         """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
-        arguments = {name: value for name, value in self.arguments.items() if name not in DISPLAY}
+        left_out = DISPLAY | self.neutral
+        arguments = {name: value for name, value in self.arguments.items() if name not in left_out}
         content = {"task": self.task, "processes": self.processes, "arguments": {**arguments, **self.contents}}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

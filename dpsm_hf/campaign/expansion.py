@@ -10,7 +10,7 @@ from typing import Any
 
 from .design import Campaign, Point, Run, Variation
 from .local_files import EXTRA_ARGUMENT, content_hash
-from .script_arguments import effective, refusals
+from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
 from .yaml_lines import Place, Problems, suggestion
 
@@ -115,7 +115,9 @@ def _check_variations(spec: Spec, problems: Problems) -> None:
             _check_reader(spec, entry, problems, path)
             continue
         values = _values({**spec.base, **entry.arguments})
-        text = repr(sorted(effective(spec.task, values).items()))
+        values = effective(spec.task, values)
+        neutral = defaults_among(spec.task, values)
+        text = repr(sorted((argument, value) for argument, value in values.items() if argument not in neutral))
         if text in own:
             what = f"has the same arguments as {own[text]}, on top of the base; change or remove one of the two"
             problems.add(entry.place, path, what)
@@ -261,7 +263,7 @@ def _run(
                 missing = True
     if missing:
         return None
-    run = Run(task, {**values, "seed": seed}, processes, _contents(values, given))
+    run = Run(task, {**values, "seed": seed}, processes, _contents(values, given), defaults_among(task, values))
     # seeds differ in nothing that could be refused
     unseeded = repr((sorted(values.items()), reported))
     if unseeded not in work.checked:

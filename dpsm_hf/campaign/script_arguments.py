@@ -225,6 +225,22 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def defaults_among(task: str, arguments: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of arguments that have the script's own default, which leaving them out would give too.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        arguments: of the script, known and typed.
+    """
+    fields = argument_fields(task)
+    return frozenset(name for name, value in arguments.items() if value == _default(fields[name][1]))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value.value if isinstance(value, enum.Enum) else value
+
+
 def effective(task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without those that have no effect: alpha's, where the loss mixes nothing.
 
