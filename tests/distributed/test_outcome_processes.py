@@ -20,12 +20,12 @@ SHARED = """
     --tokenizer_name train-bpe --tokenizer_vocab_size 300 --use_cpu --loss_type ce --do_train --do_eval --do_predict
     --learning_rate 1e-2 --lr_scheduler_type constant --logging_steps 2 --eval_strategy steps --eval_steps 2
     --save_strategy best --evaluate_best --early_stopping_patience 1 --fit_temperature --sample_outputs 2
-    --max_eval_samples 7 --max_predict_samples 11 --max_train_samples 8 --disable_tqdm true
+    --max_eval_samples 7 --max_predict_samples 5 --max_train_samples 8 --disable_tqdm true
 """
 CLM = """
     run_clm_dpsm.py --dataset_name python-docs --model_type gpt2 --block_size 32 --max_steps 14
     --config_overrides n_embd=32,n_layer=1,n_head=2,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0
-    --extra_eval_datasets docstrings=python-docstrings
+    --eval_delay 7
 """
 SUMMARIES = """
     run_summarization_dpsm.py --dataset_name python-docstrings --model_type bart --max_steps 4 --max_source_length 32
@@ -46,7 +46,7 @@ def run(arguments: str, folder: Path, processes: int) -> dict[str, Any]:
         [*launcher, *words, "--output_dir", str(folder), "--per_device_train_batch_size", sizes[0],
          "--per_device_eval_batch_size", sizes[1]],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def run(arguments: str, folder: Path, processes: int) -> dict[str, Any]:
 @pytest.mark.parametrize("arguments", [CLM, SUMMARIES], ids=["clm", "summaries"])
 def test_two_processes_find_out_what_one_does(arguments: str, tmp_path: Path) -> None:
     one, two = (run(arguments, tmp_path / str(n), n) for n in (1, 2))
-    assert two["best_step"] == one["best_step"]
+    assert two["best_step"] == one["best_step"] and (arguments != CLM or one["best_step"] < one["efficiency"]["steps"])
     assert two["samples"] == one["samples"] and len(one["samples"]) == 2
     assert two["documents"] == one["documents"]
     volatile = ("runtime", "per_second", "seconds", "preparation_time")

@@ -243,10 +243,12 @@ def test_best_by_a_score_of_texts(tmp_path: Path) -> None:
 
 
 def test_loaded_best_weights_are_not_called_the_last(tmp_path: Path) -> None:
-    options = {**CLM, "max_steps": 10, "evaluate_best": None, "extra_eval_datasets": None, "do_predict": None,
-               "metric_for_best_model": "eval_nll", "greater_is_better": False,
-               "early_stopping_patience": None}  # fmt: skip
-    found = run(run_clm_dpsm.main, tmp_path, {**options, "load_best_model_at_end": True, "learning_rate": 1.0})
+    options = {
+        **{**CLM, "max_steps": 10, "learning_rate": 1.0, "load_best_model_at_end": True},
+        **dict.fromkeys(("evaluate_best", "extra_eval_datasets", "do_predict", "early_stopping_patience")),
+        **{"metric_for_best_model": "eval_nll", "greater_is_better": False},
+    }
+    found = run(run_clm_dpsm.main, tmp_path, options)
     assert found.outcome["best_step"] == 5 and found.outcome["efficiency"]["steps"] == 10
     assert set(found.outcome["metrics"]) == {"best"} and set(found.outcome["documents"]) == {"best-validation"}
     history = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -254,7 +256,11 @@ def test_loaded_best_weights_are_not_called_the_last(tmp_path: Path) -> None:
     assert found.outcome["metrics"]["best"]["validation"]["nll"] == pytest.approx(at_five, rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_steps": 13, "early_stopping_patience": None}], ids=["stopped", "ended"])
+@pytest.mark.parametrize(
+    "options",
+    [{"early_stopping_patience": 1}, {"max_steps": 7, "early_stopping_patience": None}],
+    ids=["stopped", "ended"],
+)
 def test_a_kill_between_training_and_evaluation(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,8 +417,8 @@ def test_figures_that_are_not_finite_are_null(tmp_path: Path, monkeypatch: pytes
         (run_summarization_dpsm.main, {**SUMMARIES, "predict_with_generate": None}, "pass --predict_with_generate"),
         (
             run_summarization_dpsm.main,
-            {**SUMMARIES, "extra_eval_datasets": ["a=python-docs"]},
-            "a=python-docs: .*column",
+            {**SUMMARIES, "extra_eval_datasets": ["a=python-docs,summary=gist"]},
+            "a=python-docs: .*gist",
         ),
     ],
 )
