@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .design import Budget, Campaign, Point
-from .launching import needed_runs
 from .lock import RunnerError
 from .records import Record
 
@@ -42,7 +41,7 @@ def cohorts(campaign: Campaign) -> list[Cohort]:
         return []
     role = {variation.name: variation.role for variation in campaign.variations}
     main = {point.run_id for point in campaign.points if role[point.variation] == "main"}
-    kept = main | {needed for run in campaign.runs.values() for needed in needed_runs(run)}
+    kept = main | {needed for run in campaign.runs.values() for needed in run.needs}
     groups: dict[tuple[Any, ...], tuple[Point, dict[str, None]]] = {}
     placed: set[str] = set()
     for point in campaign.points:

@@ -31,22 +31,6 @@ def run_folder(directory: Path, run_id: str) -> Path:
     return directory / "runs" / run_id
 
 
-def needed_runs(run: Run) -> list[str]:
-    """Return the ids of the runs that have to be ok before this one starts, as its arguments name them.
-
-    Args:
-        run: the run.
-    """
-    found: list[str] = []
-
-    def look(text: str) -> str:
-        found.extend(match[2] for match in _PLACEHOLDER.finditer(text) if match[2])
-        return text
-
-    _each_text(dict(run.arguments), look)
-    return list(dict.fromkeys(found))
-
-
 def fill_in(arguments: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Replace ``{run:ID}`` by the output folder of that run and ``{campaign}`` by the campaign's folder.
 
@@ -185,14 +169,14 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
         raise RunnerError(f"{directory} has braces in its name, which mark placeholders in arguments: rename it.")
     for run_id, run in campaign.runs.items():
         find_script(SCRIPTS[run.task])
-        for needed in needed_runs(run):
+        for needed in run.needs:
             if needed not in campaign.runs:
                 raise RunnerError(f"Run {run_id} starts from {{run:{needed}}}, which this campaign does not have.")
     run_order(campaign)
 
 
 def run_order(campaign: Campaign) -> list[str]:
-    """Return the ids of all runs in the order in which they start: the campaign's, what is needed before who needs it.
+    """Return the ids of the runs in the order in which they start: the campaign's, with what each needs before it.
 
     Args:
         campaign: the campaign.
@@ -205,10 +189,10 @@ def run_order(campaign: Campaign) -> list[str]:
     def add(run_id: str, path: tuple[str, ...]) -> None:
         if run_id in path:
             raise RunnerError(f"Runs start from each other in a circle: {' -> '.join((*path, run_id))}.")
-        for needed in needed_runs(campaign.runs[run_id]):
+        for needed in campaign.runs[run_id].needs:
             add(needed, (*path, run_id))
         order[run_id] = None
 
-    for run_id in (*campaign.order, *campaign.runs):
+    for run_id in campaign.order:
         add(run_id, ())
     return list(order)

@@ -42,7 +42,7 @@ def run_names(campaign: Campaign) -> dict[str, str]:
         parts += [f"{key}-{value}" for key, value in point.settings.items()]
         names[run_id] = "/".join(part.replace("/", "_") for part in parts if part)
     for run_id in campaign.runs:
-        names.setdefault(run_id, f"preparation/{run_id}")
+        names.setdefault(run_id, f"preparation/{campaign.preparations.get(run_id, run_id)}")
     seen = list(names.values())
     return {run_id: name if seen.count(name) == 1 else f"{name}/{run_id}" for run_id, name in names.items()}
 

@@ -26,7 +26,7 @@ from .collecting import clean_folder
 from .design import SCRIPTS, Campaign
 from .endings import Ending
 from .halving import check_halving
-from .launching import check_campaign, launch_environment, needed_runs, run_folder, run_order
+from .launching import check_campaign, launch_environment, run_folder, run_order
 from .lock import RunnerError, campaign_lock, kill_run
 from .machine import cores, visible_devices
 from .progress import Progress, run_names
@@ -132,7 +132,7 @@ class _Runner:
         self.broken: set[Path] = set()
         self.tried: set[str] = set()
         self.again = {i for i, r in self.records.items() if r.status in retry}
-        self.needed = {needed for run in campaign.runs.values() for needed in needed_runs(run)}
+        self.needed = {needed for run in campaign.runs.values() for needed in run.needs}
         self.signals = 0
         self.stopping = False
         self.fatal: str | None = None
@@ -269,7 +269,7 @@ class _Runner:
             return False
         return all(
             self._is_ok(needed) or needed in self.active or self._may_start(needed)
-            for needed in needed_runs(self.campaign.runs[run_id])
+            for needed in self.campaign.runs[run_id].needs
         )
 
     def _is_ok(self, run_id: str) -> bool:
@@ -280,7 +280,7 @@ class _Runner:
             if len(self.active) + len(self.tokenizers) >= self.jobs:
                 return
             run = self.campaign.runs[run_id]
-            if not self._may_start(run_id) or not all(map(self._is_ok, needed_runs(run))):
+            if not self._may_start(run_id) or not all(map(self._is_ok, run.needs)):
                 continue
             rung = self.budget.next_rung(run_id)
             if self.budget.waits(run_id, rung, self.active, self._may_start):
@@ -356,6 +356,6 @@ def _chosen(campaign: Campaign, order: list[str], names: dict[str, str], only: S
                 f"only={pattern!r} is no run of this campaign; its runs are {', '.join(names.values())}."
             )
         wanted |= found
-    while more := {needed for i in wanted for needed in needed_runs(campaign.runs[i])} - wanted:
+    while more := {needed for i in wanted for needed in campaign.runs[i].needs} - wanted:
         wanted |= more
     return [run_id for run_id in order if run_id in wanted]

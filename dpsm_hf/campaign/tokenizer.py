@@ -60,7 +60,9 @@ def shared_tokenizer(run: Run, directory: Path) -> Path | None:
     # A given configuration has its own token ids, which only the script can bring into line with a new tokenizer.
     if arguments.get("tokenizer_name") != TRAIN_BPE or arguments.get("config_name") is not None:
         return None
-    text = json.dumps({"task": run.task, **tokenizer_settings(run, directory)}, sort_keys=True)
+    # files by what they hold, where that is known: the same name may come to hold another text
+    contents = {key: value for key, value in run.contents.items() if key in _DECIDING}
+    text = json.dumps({"task": run.task, **tokenizer_settings(run, directory), **contents}, sort_keys=True)
     return directory / "tokenizer" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -15,7 +15,6 @@ from dpsm_hf.campaign.launching import (
     fill_in,
     launch_command,
     launch_environment,
-    needed_runs,
     run_folder,
     run_order,
     script_settings,
@@ -34,7 +33,7 @@ def test_placeholders(tmp_path: Path) -> None:
     run = Run(
         "language-modelling", {"model_name_or_path": "{run:abc}", "x": ["{campaign}/y", 3], "z": {"k": "{run:d}"}}
     )
-    assert needed_runs(run) == ["abc", "d"]
+    assert run.needs == ("abc",)
     assert fill_in(run.arguments, tmp_path) == {
         "model_name_or_path": str(tmp_path / "runs" / "abc"), "x": [f"{tmp_path}/y", 3],
         "z": {"k": str(tmp_path / "runs" / "d")},
@@ -56,8 +55,9 @@ def test_what_a_run_starts_from_comes_first(tmp_path: Path) -> None:
 
 def test_runs_in_a_circle() -> None:
     a, b = Run("language-modelling", {"x": "{run:b}"}), Run("language-modelling", {"x": "{run:a}"})
-    campaign = replace(make_campaign(ARGUMENTS, ("ce",)), runs={"a": a, "b": b}, points=())
-    with pytest.raises(RunnerError, match="circle: a -> b -> a"):
+    campaign = replace(make_campaign(ARGUMENTS, ("ce",)), runs={"a": a, "b": b})
+    campaign = replace(campaign, points=(Point("main", "ce", "tiny", "reference", 1, "a"),))
+    with pytest.raises(RunnerError, match="circle: b -> a -> b"):
         run_order(campaign)
 
 
@@ -134,6 +134,8 @@ def test_runs_on_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
     assert folder() != folder(train_file="b.txt") and folder() != folder(tokenizer_vocab_size=999)
     assert folder(tokenizer_name="gpt2") is None
     assert folder(config_name="x") is None
+    held = Run("language-modelling", ARGUMENTS, contents={"train_file": "sha256 of its text"})
+    assert folder() != shared_tokenizer(held, tmp_path)
     assert folder() != shared_tokenizer(Run("summarization", ARGUMENTS), tmp_path)
 
 
