@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,27 @@ def test_the_second_rung_compares_those_that_are_left(tmp_path: Path) -> None:
     ]  # fmt: skip
     rules = pruning(campaign, {**records, **decided}, tmp_path)
     assert rules.next_rung(run_of(campaign, "spherical")) is None
+
+
+def test_one_that_has_come_further_is_compared_rung_by_rung(tmp_path: Path) -> None:
+    campaign = make_campaign(ARGUMENTS, ("ce",), ablations=ABLATIONS[:2], budget=HALVING)
+    # both were interrupted at step 60, before there was a rule
+    records = by_id(*(
+        record(
+            campaign, variation, 10.0, "interrupted",
+            history=[{"step": 30, "eval_nll": at_30}, {"step": 50, "eval_nll": at_50}],
+        )
+        for variation, at_30, at_50 in (("dpsm", 1.0, 3.0), ("focal", 2.0, 2.0))
+    ))  # fmt: skip
+    for run_id in records:
+        checkpoint = tmp_path / "runs" / run_id / "checkpoint-60"
+        checkpoint.mkdir(parents=True)
+        state = {"global_step": 60, "max_steps": 100, "eval_steps": 10}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    decided = pruning(campaign, records, tmp_path).decide((), lambda run_id: False)
+    assert {r.decision["rung"] for r in decided.values()} == {0}
+    assert decided[run_of(campaign, "focal")].status == "pruned"
+    assert decided[run_of(campaign, "dpsm")].status == "interrupted"  # and goes on
 
 
 def test_one_that_failed_is_not_waited_for_and_meets_the_rule_later(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_a_killed_process() -> None:
 def test_an_interrupt_of_the_runner_is_no_failure() -> None:
     assert classify(1, [*TRACE, "KeyboardInterrupt", DIED.format("SIGINT", 2)], asked=True).status == "interrupted"
     assert classify(1, [SIMPLE.format(130)], asked=True).status == "interrupted"
+    assert classify(1, [*TRACE, "KeyboardInterrupt"], asked=True).status == "interrupted"
     # but what went wrong while it saved its checkpoint is
     assert classify(1, log("OSError: [Errno 28] No space left on device"), asked=True).disk_full
     assert classify(0, ["done"], asked=True).status == "ok"
