@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..files import write_json
 from .design import Campaign
@@ -187,10 +186,13 @@ def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words
     )
     if code not in (0, 1):
         return code
-    if campaign.audit is not None and not options.no_audit:
-        _audit(campaign, directory, options, words)
-    if not options.no_report:
-        code = max(code, _report(campaign, directory, options, words))
+    steps = [] if campaign.audit is None or options.no_audit else [_audit]
+    for step in [*steps, *([] if options.no_report else [_report])]:
+        try:
+            step(campaign, directory, options, words)
+        except ValueError as error:  # an audit that cannot be made leaves the report to be written
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
     return code
 
 
@@ -204,8 +206,7 @@ def _status(campaign: Campaign, directory: Path, options: argparse.Namespace, wo
 def _report(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
     from .report import write_campaign_report
 
-    written: Any = write_campaign_report(campaign, directory)
-    for path in [written] if isinstance(written, (str, Path)) else written:
+    for path in write_campaign_report(campaign, directory):
         print(path)
     return 0
 

@@ -287,6 +287,48 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "none.yaml: there is no such file" in capsys.readouterr().err
 
 
+def test_run_does_everything_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpsm_hf.campaign import audit, report, running
+
+    done: list[str] = []
+    code = 0
+
+    def run(campaign: Campaign, directory: Path, **options: Any) -> int:
+        done.append(f"run {len(campaign.runs)} {sorted(options.items())}")
+        assert (directory / "plan.json").exists()
+        return code
+
+    def fail(campaign: Campaign, directory: Path) -> None:
+        done.append("audit")
+        raise ValueError("cannot be audited")
+
+    def write(campaign: Campaign, directory: Path) -> list[Path]:
+        done.append("report")
+        return [directory / "report.html"]
+
+    monkeypatch.setattr(running, "run_campaign", run)
+    monkeypatch.setattr(audit, "run_audit", fail)
+    monkeypatch.setattr(report, "write_campaign_report", write)
+    monkeypatch.setattr(plan_module, "calibrate", lambda dtype: None)
+    (tmp_path / "try.yaml").write_text(edit("budget:\n", "audit: {size: tiny}\nbudget:\n"))
+    words = ["campaign", "run", str(tmp_path / "try.yaml"), "--output_dir", str(tmp_path), "--only", "study=main"]
+    assert main([*words, "--jobs", "2", "--devices", "0,1", "--retry", "oom"]) == 1
+    options = "[('devices', ['0', '1']), ('jobs', 2), ('keep', 'model'), ('retry', ['oom'])]"
+    assert done == [f"run 8 {options}", "audit", "report"]
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "try-small" / "report.html")]
+    assert "8 runs" in said.err and "error: cannot be audited" in said.err
+    plan = json.loads((tmp_path / "try-small" / "plan.json").read_text())
+    assert plan["command"].startswith("dpsm campaign run ") and plan["command"].endswith("--devices 0,1 --retry oom")
+    done.clear()
+    assert main([*words, "--no_audit"]) == 0 and [step.split()[0] for step in done] == ["run", "report"]
+    done.clear()
+    code = 130
+    assert main(words) == 130 and [step.split()[0] for step in done] == ["run"]
+
+
 def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--help"], "campaign"),
