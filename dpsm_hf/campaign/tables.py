@@ -300,7 +300,7 @@ def missing_runs(results: Results) -> list[str]:
     found = {}
     for point in results.campaign.points:
         record = results.record(point)
-        if record is None or record.status in ("interrupted", "running"):
+        if record is None or record.status in ("interrupted", "paused", "running"):
             what = "not run yet" if record is None else record.status
             found[point.run_id] = (
                 f"{point.variation}, seed {point.seed}, {describe(results, setting_of(point))}: {what}"
