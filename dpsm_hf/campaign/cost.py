@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from ..data.tokenizer import DEFAULT_VOCAB_SIZE, TRAIN_BPE
 from ..scripts.scratch_config import build_config_from_scratch
 from .design import Campaign, Run
+from .script_arguments import quiet
 
 # Names of the cross-attention's matrices that read the encoder's output, in BART's family and in T5's.
 _CROSS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")
@@ -170,7 +171,8 @@ def _size(text: str) -> ModelSize | None:
         return None
     if vocabulary is not None and "vocab_size" not in (overrides or ""):
         overrides = ",".join(filter(None, [overrides, f"vocab_size={vocabulary}"]))
-    return measure(build_config_from_scratch(model_type, overrides, None))
+    with quiet():  # special tokens of another vocabulary do not matter here
+        return measure(build_config_from_scratch(model_type, overrides, None))
 
 
 def measure(config: PreTrainedConfig) -> ModelSize:

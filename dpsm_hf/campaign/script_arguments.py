@@ -183,7 +183,7 @@ def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
     # a run for another machine is checked on this one: precision and sharding are that machine's business
     elsewhere = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
     given = {k: v for k, v in arguments.items() if k not in ("tf32", "fsdp", "fsdp_config", "deepspeed")}
-    with _quiet():
+    with quiet():
         for kind in classes:
             names = {field.name for field in dataclasses.fields(kind) if field.init}
             values = {**given, **elsewhere} if issubclass(kind, DPSMConfig | DPSMSeq2SeqConfig) else given
@@ -213,8 +213,8 @@ def _check_together(task: str, built: Sequence[Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the dataclasses from logging: a plan builds thousands of them."""
+def quiet() -> Iterator[None]:
+    """Keep configurations and dataclasses from logging and warning: a plan builds thousands of them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

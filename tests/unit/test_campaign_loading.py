@@ -271,7 +271,7 @@ def test_set_changes_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_set_with_dots_in_a_name(tmp_path: Path) -> None:
-    text = FILE.replace("  late:", "  late0.5:")
+    text = FILE.replace("  late:", "  late0.5:").replace("  dpsm:", "  late0:").replace("[dpsm]", "[late0]")
     campaign = load(tmp_path, text, overrides=["variations.late0.5.alpha_hold=0.6"])
     assert run_at(campaign, variation="late0.5", seed=1).arguments["alpha_hold"] == 0.6
 
