@@ -246,7 +246,8 @@ def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, 
         columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)
         settings = TokenizationSettings(
             *columns,
-            **lengths,
+            max_source_length=lengths["max_source_length"],
+            max_target_length=lengths["max_target_length"],
             source_prefix=options.source_prefix,
         )
         kept, _ = filter_pairs(pairs, *columns, split=split)
