@@ -63,13 +63,15 @@ def make_campaign(
     budget: Budget | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
     track: tuple[str, ...] = (),
+    processes: int = 1,
 ) -> Campaign:
     """Return a campaign of one size and data set; `own` holds further arguments by variation."""
     runs, points = {}, []
     for seed in seeds:
         for name in (*variations, *ablations):
             loss = LOSSES.get(name, {})
-            run = Run("language-modelling", {**arguments, **loss, **(own or {}).get(name, {}), "seed": seed})
+            merged = {**arguments, **loss, **(own or {}).get(name, {}), "seed": seed}
+            run = Run("language-modelling", merged, processes)
             runs[run.id] = run
             points.append(Point("main", name, "tiny", "reference", seed, run.id))
     made = [

@@ -85,7 +85,7 @@ class Progress:
             message: why it is not ok.
             left: seconds that the rest will take; None where unknown.
         """
-        rest = "" if left is None else "  nothing left" if left == 0 else f"  about {duration(left)} left"
+        rest = "" if left is None else "  the last one" if left == 0 else f"  about {duration(left)} left"
         why = f"  {message}" if message else ""
         self.say(f"{self._head(run_id)}  {status}  {duration(seconds)}{rest}{why}")
 

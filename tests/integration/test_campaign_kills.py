@@ -71,8 +71,13 @@ def figures(records: Mapping[str, Record]) -> dict[str, Any]:
         run_id: {
             "status": record.status, "message": record.message, "decision": record.decision,
             "metrics": timeless(record.metrics), "calibration": timeless(record.calibration),
-            # an entry that holds nothing but the clock is written with a checkpoint that has no other
-            "history": [entry for entry in timeless(record.history) if set(entry) > {"step", "epoch"}],
+            # An entry that holds nothing but the clock is written with a checkpoint that has no other; and the summary
+            # at the end has the mean loss of the steps since the last resume.
+            "history": [
+                timeless(entry)
+                for entry in record.history
+                if set(timeless(entry)) > {"step", "epoch"} and "train_runtime" not in entry
+            ],
         }
         for run_id, record in records.items()
     }  # fmt: skip

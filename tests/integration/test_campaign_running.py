@@ -85,7 +85,7 @@ def test_what_a_record_holds(done: tuple[Campaign, Path, str]) -> None:
         assert record.calibration["test"]["curve"]
         assert [entry["step"] for entry in record.history if "eval_nll" in entry]
         assert not list(run_folder(out, run_id).glob("checkpoint-*"))
-    assert said.count(" ok ") == 3 and "nothing left" in said
+    assert said.count(" ok ") == 3 and "the last one" in said
     assert (out / "campaign.yaml").read_text() == "name: test\n"
 
 
