@@ -280,6 +280,7 @@ def test_trust_remote_code(language_model: Saved, tmp_path: Path, capsys: pytest
     files = text_files(tmp_path, language_model)
     message = refused(capsys, folder, *files, "--output_dir", tmp_path / "refused")
     assert "custom code" in message and "trust_remote_code" in message and str(folder) in message
+    assert not any("configuration_halved" in name for name in sys.modules), "nothing of it was run"
     # in a process of its own: the code is copied to a folder that this one has read the name of
     words = [str(folder), *files, "--trust_remote_code", "--use_cpu", "--apply", "generation_config"]
     done = subprocess.run(
