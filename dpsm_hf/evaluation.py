@@ -72,6 +72,7 @@ class EvaluationMixin(TrainingLossMixin):
         self._free_running: FreeRunning | None = None
         self._depth_reader: tuple[nn.Module, DepthReader] | None = None
         self._seconds_evaluating = 0.0
+        self._loaded_set: Any = None
         self._evaluating_since: float | None = None
         if isinstance(self.args, DPSMArguments) and self.args.fit_temperature and calibration_dataset is None:
             raise ValueError(
@@ -85,6 +86,18 @@ class EvaluationMixin(TrainingLossMixin):
     def calibration(self) -> TokenCalibration | None:
         """Return the statistics of all tokens of the last evaluation, over all processes; None before the first."""
         return None if self.panel is None else self.panel.tokens
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of a set as the trainer does, and never that of another one.
+
+        With persistent workers Trainer keeps loaders by name, and all sets that are passed as objects have one name.
+        """
+        if not isinstance(eval_dataset, str):
+            chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+            if self._loaded_set is not chosen:
+                getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+                self._loaded_set = chosen
+        return super().get_eval_dataloader(eval_dataset)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 

@@ -227,13 +227,12 @@ class TemperatureScaler:
         """
         core = core_model(model)
         layer, name = output_layer(core), type(core).__name__
-        embeddings = getattr(core, "get_input_embeddings", lambda: None)()
         reason = ""
         if layer is None or type(layer) is not nn.Linear:
             kind = type(layer)
             reason = f"its output layer is {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
-        elif embeddings is not None and layer.weight.data_ptr() == embeddings.weight.data_ptr():
-            reason = "its output weights are those of its embeddings (tie_word_embeddings)"
+        elif shared := _shared_with(core, layer):
+            reason = f"its output weights are those of {shared} too (tie_word_embeddings)"
         elif post_ops(core).softcap is not None:
             reason = "it caps its logits behind the layer"
         elif not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
@@ -250,6 +249,17 @@ class TemperatureScaler:
             for values in (layer.weight, layer.bias, added_bias(core)):
                 if values is not None:
                     values.div_(self.temperature)
+
+
+def _shared_with(model: nn.Module, layer: nn.Module) -> str:
+    """Return the name of another parameter that lies where one of the layer's does; empty if there is none."""
+    own = {id(module) for module in layer.modules()}
+    places = {values.data_ptr() for values in layer.parameters()}
+    for name, module in model.named_modules():
+        for part, values in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(module) not in own and values.data_ptr() in places:
+                return f"{name}.{part}".lstrip(".")
+    return ""
 
 
 def _scored(logits: Tensor, labels: Tensor) -> Tensor:

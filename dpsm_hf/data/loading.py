@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import glob
 import gzip
 import logging
 from collections.abc import Mapping, Sequence
@@ -275,7 +276,12 @@ def _load_file(
     )
     try:
         part = datasets.load_dataset(
-            builder, data_files={split: path}, split=split, cache_dir=cache_dir, streaming=streaming, **options
+            builder,
+            data_files={split: glob.escape(path)},
+            split=split,
+            cache_dir=cache_dir,
+            streaming=streaming,
+            **options,
         )
         if streaming:
             next(iter(part), None)  # A stream reads nothing, and reports nothing, before its first row.

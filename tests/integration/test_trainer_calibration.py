@@ -421,3 +421,18 @@ def test_one_document_has_no_interval(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     metrics = trainer.evaluate(make_data("gpt2", 1))
     assert "eval_nll" in metrics and "eval_nll_low" not in metrics
+
+
+def test_persistent_workers_never_give_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(moments: Any, **options: Any) -> TemperatureScaler:
+        return TemperatureScaler(1 + moments(1.0).nll)  # random labels have no best temperature
+
+    monkeypatch.setattr(TemperatureScaler, "fit_moments", fit)
+    sets = {"eval_dataset": make_data("gpt2", 11), "calibration_dataset": make_data("gpt2", 6).select([5, 1, 2])}
+    found = []
+    for persistent in (False, True):
+        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent}
+        trainer = make_trainer(tmp_path, fit_temperature=True, **sets, **workers)
+        metrics = [trainer.evaluate(), trainer.evaluate(sets["calibration_dataset"]), trainer.evaluate()]
+        found.append([(m["eval_nll"], m["eval_tokens"], m["eval_temperature"]) for m in metrics])
+    assert found[0] == found[1] and found[0][0] == found[0][2] != found[0][1]

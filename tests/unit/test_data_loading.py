@@ -52,6 +52,19 @@ def test_local_files(tmp_path, extension, streaming):
     assert isinstance(raw["train"], IterableDataset) == streaming
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_files_are_no_patterns(tmp_path, streaming):
+    folder = tmp_path / "runs [new] *"
+    folder.mkdir()
+    for name in ("run[1].txt", "run1.txt"):
+        (folder / name).write_text(name, encoding="utf-8")
+    data = load_text_datasets(
+        test_file=str(folder / "run[1].txt"), streaming=streaming, cache_dir=str(tmp_path / "c"),
+        required_splits=["test"],
+    )  # fmt: skip
+    assert [row["text"] for row in data["test"]] == ["run[1].txt"]
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_keep_linebreaks_and_byte_order_mark(tmp_path, keep):
     path = tmp_path / "a.txt"

@@ -331,6 +331,18 @@ def lora_on_the_head() -> nn.Module:
     return get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
 
 
+def marian_with_two_embeddings() -> nn.Module:
+    from transformers import MarianConfig, MarianMTModel
+
+    sizes = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    config = MarianConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        max_position_embeddings=32, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, decoder_vocab_size=40,
+        share_encoder_decoder_embeddings=False, **sizes,
+    )  # fmt: skip
+    return MarianMTModel(config)
+
+
 def float8_head() -> nn.Module:
     model = make_model("llama")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -340,9 +352,10 @@ def float8_head() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: make_model("gpt2"), "its output weights are those of its embeddings"),
-        (lambda: make_model("t5"), "its output weights are those of its embeddings"),
-        (lambda: make_model("bart"), "its output weights are those of its embeddings"),
+        (lambda: make_model("gpt2"), "its output weights are those of .* too"),
+        (lambda: make_model("t5"), "its output weights are those of .* too"),
+        (lambda: make_model("bart"), "its output weights are those of .* too"),
+        (marian_with_two_embeddings, "its output weights are those of model.decoder.embed_tokens.weight too"),
         (lambda: small(Gemma2ForCausalLM, Gemma2Config, tie_word_embeddings=False), "it caps its logits behind the l"),
         (lora_on_the_head, "its output layer is"),
         (float8_head, "its weights are torch.float8_e4m3fn"),
