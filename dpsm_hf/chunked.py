@@ -183,7 +183,7 @@ class _Work:
             None) with the dtype it is to have.
         """
         hidden, head, options = self.hidden, self.head, self.options
-        self.whole = weight is not None and wants[1] and _cheaper_whole(hidden, head, len(self.labels))
+        self.whole = weight is not None and _cheaper_whole(hidden, head, len(self.labels)) and wants[1]
         chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
