@@ -156,7 +156,7 @@ class _Runner:
                     self._clean(run_id)
                 while True:
                     self._collect()
-                    self._write_down(self.budget.decide(self.active, self._may_start))
+                    self._write_down(self.budget.decide(self.active, self._may_come))
                     if self.signals or self.fatal:
                         self._stop()
                     else:
@@ -272,6 +272,14 @@ class _Runner:
             for needed in self.campaign.runs[run_id].needs
         )
 
+    def _may_come(self, run_id: str) -> bool:
+        """Return whether a run is still to come in this call, or in the next, for it was stopped from outside.
+
+        What is compared at a rung must not hang on who was killed.
+        """
+        stopped = run_id in self.tried and self.records[run_id].status == "interrupted"
+        return stopped or self._may_start(run_id)
+
     def _is_ok(self, run_id: str) -> bool:
         return run_id in self.records and self.records[run_id].status == "ok"
 
@@ -341,7 +349,7 @@ class _Runner:
         if self.fatal is not None:
             self.progress.say(f"error: {_full(self.directory, self.fatal)}")
             return 1
-        if self.signals:
+        if self.signals and not set(counts) <= {"ok", "pruned"}:
             self.progress.say("Interrupted. What is done is kept; the same command goes on from there.")
             return 130
         return 0 if set(counts) <= {"ok", "pruned"} else 1

@@ -20,7 +20,7 @@ from dpsm_hf.campaign.design import Budget, Campaign
 from dpsm_hf.campaign.launching import SETTINGS_NAME, run_folder
 from dpsm_hf.campaign.lock import processes_of, ranks_of
 from dpsm_hf.campaign.records import RECORD_NAME, Record, read_records
-from tests.campaigns import make_campaign, tiny_arguments
+from tests.campaigns import make_campaign, run_of, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
@@ -44,6 +44,20 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, Path]:
     path = folder / "campaign.json"
     path.write_text(json.dumps({**content, "budget": budget, "rungs": [0.5]}), encoding="utf-8")
     return make_campaign(**content, budget=Budget(**budget, halving_rungs=(0.5,))), path
+
+
+@pytest.fixture(scope="module")
+def whole(plan: tuple[Campaign, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """What nobody kills comes to, and about how many seconds a run takes on this machine as it is."""
+    output = tmp_path_factory.mktemp("whole") / "whole"
+    started = time.monotonic()
+    assert finish(plan[1], output) == 0
+    # of about four processes, two at a time
+    length = (time.monotonic() - started) / 2.5
+    records = read_records(output)
+    assert sorted(record.status for record in records.values()) == ["ok", "ok", "pruned"]
+    assert all(record.metrics for record in records.values() if record.status == "ok")
+    return figures(records), length
 
 
 def start(plan: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -83,16 +97,30 @@ def figures(records: Mapping[str, Record]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_twenty_kills(plan: tuple[Campaign, Path], tmp_path: Path) -> None:
+def test_one_that_is_killed_is_waited_for_at_a_rung(
+    plan: tuple[Campaign, Path], whole: tuple[dict[str, Any], float], tmp_path: Path
+) -> None:
     campaign, path = plan
-    started = time.monotonic()
-    assert finish(path, tmp_path / "whole") == 0
-    # of about four processes, two at a time: a run's length on this machine as it is
-    length = (time.monotonic() - started) / 2.5
-    expected = read_records(tmp_path / "whole")
-    assert sorted(record.status for record in expected.values()) == ["ok", "ok", "pruned"]
-    assert all(record.metrics for record in expected.values() if record.status == "ok")
+    killed = run_of(campaign, "focal")
+    output = tmp_path / "out"
+    runner = start(path, output)
+    deadline = time.monotonic() + 300
+    while not (ranks := ranks_of(run_folder(output, killed) / SETTINGS_NAME)):
+        assert runner.poll() is None and time.monotonic() < deadline, (tmp_path / "out.log").read_text()
+        time.sleep(0.05)
+    ranks[0].kill()
+    assert runner.wait(timeout=600) == 1
+    records = read_records(output)
+    assert records[killed].status == "interrupted"
+    other = records[run_of(campaign, "dpsm")]
+    assert (other.status, other.decision) == ("paused", {})  # rather than the best of one
+    assert finish(path, output) == 0
+    assert figures(read_records(output)) == whole[0]
 
+
+def test_twenty_kills(plan: tuple[Campaign, Path], whole: tuple[dict[str, Any], float], tmp_path: Path) -> None:
+    campaign, path = plan
+    expected, length = whole
     chance = random.Random(20)
     outputs = [tmp_path / "killed-0"]
     runner: subprocess.Popen[bytes] | None = None
@@ -121,7 +149,7 @@ def test_twenty_kills(plan: tuple[Campaign, Path], tmp_path: Path) -> None:
     assert finish(path, outputs[-1]) == 0
     witness.look(outputs[-1])
     for output in outputs:
-        assert figures(read_records(output)) == figures(expected)
+        assert figures(read_records(output)) == expected
     statuses = [a.get("status") for output in outputs for r in read_records(output).values() for a in r.attempts]
     assert statuses.count("interrupted") >= 5, statuses  # that many kills have hit a run under way
 
