@@ -76,7 +76,8 @@ class AuditSettings:
 def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
     """Return the run of each variation whose step is audited: those that differ in the variation alone.
 
-    Variations that read another's runs train nothing and are left out, as are those that the plan has no run of.
+    Variations that read another's runs train nothing and are left out, as are those that the plan has no run of. A run
+    that starts from another's model gets that model with random weights, which cost the same.
 
     Args:
         campaign: the campaign.
@@ -101,7 +102,8 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
     for variation in campaign.variations:
         points = [p for p in own if p.variation == variation.name and p.size == first.size]
         if variation.of is None and points:
-            found[variation.name] = campaign.runs[min(points, key=rank).run_id]
+            run = campaign.runs[min(points, key=rank).run_id]
+            found[variation.name] = dataclasses.replace(run, arguments=campaign.with_architecture(run))
     return found
 
 

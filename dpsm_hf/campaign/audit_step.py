@@ -30,6 +30,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..arguments import DPSMConfig, DPSMSeq2SeqConfig
 from ..data.tokenizer import DEFAULT_MAX_LENGTH, resolve_tokenizer
 from ..scripts import clm_arguments, summarization_arguments
+from ..scripts.outcome_arguments import OutcomeArguments
 from ..scripts.positions import fit_positions
 from ..scripts.scratch_config import build_config_from_scratch
 from ..scripts.script_utils import parse_script_arguments
@@ -80,13 +81,18 @@ def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) ->
         ValueError: for an argument that the script does not have, or does not take.
     """
     kinds: tuple[type, ...] = (
-        (summarization_arguments.ModelArguments, summarization_arguments.DataTrainingArguments, DPSMSeq2SeqConfig)
+        (
+            summarization_arguments.ModelArguments,
+            summarization_arguments.DataTrainingArguments,
+            OutcomeArguments,
+            DPSMSeq2SeqConfig,
+        )
         if task == "summarization"
-        else (clm_arguments.ModelArguments, clm_arguments.DataTrainingArguments, DPSMConfig)
+        else (clm_arguments.ModelArguments, clm_arguments.DataTrainingArguments, OutcomeArguments, DPSMConfig)
     )
     kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
     words = [*command_line(kept), "--output_dir", str(directory), "--report_to", "none"]
-    model, data, training = parse_script_arguments(kinds, words)
+    model, data, _, training = parse_script_arguments(kinds, words)
     training.eval_strategy = IntervalStrategy.NO
     training.load_best_model_at_end = training.fit_temperature = training.push_to_hub = False
     training.disable_tqdm = True

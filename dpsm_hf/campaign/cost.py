@@ -144,9 +144,7 @@ def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSi
         run: one of its runs.
         size: name under which the file may give its architecture.
     """
-    given = dict(run.arguments)
-    while given.get("model_name_or_path", "").startswith("{run:"):
-        given = dict(campaign.runs[given["model_name_or_path"][5:-1]].arguments)
+    given = campaign.with_architecture(run)
     if given.get("model_name_or_path") or given.get("config_name"):
         shape = campaign.planned.get("size", {}).get(size or "", {})
         source = given.get("config_name") or given["model_name_or_path"]

@@ -32,6 +32,10 @@ DISPLAY = frozenset(
 )
 
 # What stands in an argument for the output folder of another run.
+# Arguments that say which model and which tokenizer a script builds.
+_ARCHITECTURE = (
+    "model_name_or_path", "config_name", "model_type", "config_overrides", "tokenizer_name", "tokenizer_vocab_size",
+)  # fmt: skip
 _RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
 
 
@@ -188,6 +192,20 @@ class Campaign:
             KeyError: if there is none of that name.
         """
         return {v.name: v for v in self.variations}[name]
+
+    def with_architecture(self, run: Run) -> dict[str, Any]:
+        """Return a run's arguments, with the model and tokenizer of the run that it starts from where it does.
+
+        Args:
+            run: one of `runs`.
+        """
+        arguments, source = dict(run.arguments), run
+        while match := _RUN_FOLDER.fullmatch(str(source.arguments.get("model_name_or_path", ""))):
+            source = self.runs[match[1]]
+        if source is not run:
+            shape = {name: source.arguments.get(name) for name in _ARCHITECTURE}
+            arguments = {name: value for name, value in {**arguments, **shape}.items() if value is not None}
+        return arguments
 
     @property
     def order(self) -> list[str]:

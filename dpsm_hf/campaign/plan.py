@@ -74,6 +74,7 @@ def make_plan(
         "title": campaign.title,
         "scale": campaign.scale,
         "jobs": jobs,
+        "readers": {v.name: v.of for v in campaign.variations if v.of is not None},
         "studies": _studies(campaign),
         "points": [{**vars(point), "settings": dict(point.settings)} for point in campaign.points],
         "preparations": dict(campaign.preparations),
@@ -229,6 +230,8 @@ def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
         counts = [len(study["variations"]), len(study["seeds"]), study["runs"], study["shared"]]
         rows.append([study["study"], study["size"], study["data"], setting or "-", *map(str, counts)])
     lines += _table(rows)
+    for name, of in plan["readers"].items():
+        lines.append(f"{name} has no runs of its own: it reads those of {of} after temperature scaling")
     if plan["preparations"]:
         lines += ["", f"and {len(plan['preparations'])} run(s) whose model others start from: "]
         lines[-1] += ", ".join(plan["preparations"].values())

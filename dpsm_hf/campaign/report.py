@@ -20,11 +20,15 @@ from ..figures import save_figure
 from ..files import write_json
 from ..records import read_json
 from . import charts, tables
+from .audit import AUDIT_NAME
+from .audit_table import table as audit_rows
+from .audited_claims import audited_claims
 from .design import Campaign
 from .document_tests import document_table
+from .finding import Finding
 from .records import Record, read_records
 from .results import Results, Setting
-from .verdict import MAIN_STUDY, Finding, overall, verdict
+from .verdict import MAIN_STUDY, overall, verdict
 from .words import claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
@@ -62,8 +66,9 @@ def write_campaign_report(campaign: Campaign, directory: Path) -> list[Path]:
     if not any(record.status == "ok" for record in records.values()):
         raise ValueError(f"{directory} holds no finished run of this campaign: do 'dpsm campaign run' first.")
     results = Results(campaign, records)
-    findings = verdict(results)
-    context = _context(campaign, results, findings, directory)
+    audit = read_json(directory / AUDIT_NAME) if (directory / AUDIT_NAME).exists() else None
+    findings = verdict(results) + (audited_claims(campaign, audit) if audit is not None else [])
+    context = _context(campaign, results, findings, directory, audit)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     plain = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     written = []
@@ -94,7 +99,13 @@ def _judged(campaign: Campaign, findings: Sequence[Finding]) -> list[Any]:
     return [v for v in campaign.variations if v.name in names]
 
 
-def _context(campaign: Campaign, results: Results, findings: Sequence[Finding], directory: Path) -> dict[str, Any]:
+def _context(
+    campaign: Campaign,
+    results: Results,
+    findings: Sequence[Finding],
+    directory: Path,
+    audit: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     pictures = _Pictures(directory / "plots")
     settings = results.settings(MAIN_STUDY) or results.settings()[:1]
     quality = tables.QUALITY[campaign.task]
@@ -112,8 +123,7 @@ def _context(campaign: Campaign, results: Results, findings: Sequence[Finding], 
         blocks["efficiency"].append(tables.comparison(results, setting, tables.EFFICIENCY, "Cost of training"))
         blocks["robustness"] += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
         blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
-    audit = audit_table(directory)
-    blocks["efficiency"].append(audit)
+    blocks["efficiency"].append(audit_table(audit) if audit is not None else None)
     blocks["robustness"].insert(0, tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5])))
     shown = {name: [t for t in found if t is not None and len(t.headings) > 1] for name, found in blocks.items()}
     return {
@@ -153,14 +163,8 @@ def _claim_row(campaign: Campaign, finding: Finding) -> dict[str, Any]:
     }
 
 
-def audit_table(directory: Path) -> tables.Table | None:
-    """Return the efficiency audit's table from ``audit.json``; None where there is none."""
-    path = directory / "audit.json"
-    if not path.exists():
-        return None
-    from .audit_table import table
-
-    content = read_json(path)
+def audit_table(content: Mapping[str, Any]) -> tables.Table:
+    """Return the efficiency audit's table from what ``audit.json`` holds."""
     shown = (
         ("seconds_per_step", "s a step", 4), ("ratio", "time, ratio", 3), ("tokens_per_second", "tokens/s", 0),
         ("peak_memory_mb", "peak memory, MB", 0), ("peak_memory_difference_mb", "difference, MB", 0),
@@ -168,7 +172,7 @@ def audit_table(directory: Path) -> tables.Table | None:
         ("utilisation_percent", "utilisation, %", 0), ("joules_per_step", "J a step", 2),
     )  # fmt: skip
     rows = []
-    for entry in table(content):
+    for entry in audit_rows(content):
         cells = [tables.Cell(entry["title"] or entry["variation"])]
         for key, _, decimals in shown:
             value = entry.get(key)

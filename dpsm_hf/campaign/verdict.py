@@ -4,75 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..statistics import Decision, claim_test, decide, holm, power_note, sign_agreement
+from ..statistics import Decision, claim_test, decide, power_note, sign_agreement
 from .claims import Claim, claims_of
+from .finding import ALPHA, Finding, Judged, corrected, finite, join
 from .results import Pairs, Results, Setting
-
-#: Chance of saying "holds" of a claim that is wrong, over a family of claims.
-ALPHA = 0.05
 
 #: Share of settings and seeds that have to agree.
 AGREEMENT = 0.75
 
 MAIN_STUDY = "main"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the runs say about a claim, for one variation in one setting.
-
-    Args:
-        key, family, words: of the claim.
-        variation: that it is about.
-        setting: in words.
-        role: of the variation: the claims of ``main`` variations are one Holm family, those of ablations another.
-        decision: ``holds``, ``fails`` or ``cannot tell``, after Holm's correction over the family.
-        estimate: difference or ratio; None where there is no pair.
-        low, high: its interval, of level 0.90 (each limit is wrong with a chance of 5 %); None where it has none.
-        at_least, at_most: the limits of the claim.
-        scale, unit: of the estimate.
-        pairs: seeds compared.
-        p_value: one-sided, against "the claim is wrong", and after Holm's correction.
-        p_adjusted: see there.
-        note: what the figures cannot show, in words.
-    """
-
-    key: str
-    family: str
-    words: str
-    variation: str
-    setting: str
-    role: str
-    decision: str
-    estimate: float | None
-    low: float | None
-    high: float | None
-    at_least: float | None
-    at_most: float | None
-    scale: str
-    unit: str
-    pairs: int
-    p_value: float | None = None
-    p_adjusted: float | None = None
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Test:
-    """A finding before the correction, with the p-values of both its ends."""
-
-    finding: Finding
-    p_holds: float
-    p_fails: float
 
 
 def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str = MAIN_STUDY) -> list[Finding]:
@@ -90,7 +35,7 @@ def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str 
     claims = claims_of(campaign.task) if claims is None else claims
     found: list[Finding] = []
     for claim in claims:
-        tests: dict[str, list[_Test]] = {}
+        tests: dict[str, list[Judged]] = {}
         for setting in results.settings(study):
             for name in results.variations(setting):
                 if name in (campaign.reference, campaign.brier):
@@ -100,7 +45,7 @@ def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str 
                     continue
                 tests.setdefault(role, []).append(_judge(results, claim, setting, name, role))
         for family in tests.values():
-            found += _corrected(family)
+            found += corrected(family)
     return [*found, *robustness(results, claims, study)]
 
 
@@ -194,14 +139,14 @@ def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> 
     return pairs
 
 
-def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> _Test:
+def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> Judged:
     pairs = _pairs(results, claim, setting, variation)
     finding = Finding(
         claim.key, claim.family, claim.words, variation, setting.label, role, Decision.CANNOT_TELL.value, None, None,
         None, claim.at_least, claim.at_most, claim.scale, claim.unit, len(pairs.seeds), note=_missing(pairs),
     )  # fmt: skip
     if not len(pairs.seeds):
-        return _Test(finding, math.nan, math.nan)
+        return Judged(finding, math.nan, math.nan)
     if not (np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()):
         return _censored(claim, pairs, finding, _training_times(results, claim, setting, variation, pairs))
     try:
@@ -210,17 +155,17 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
             for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
         )
     except ValueError as error:  # a ratio of what is not positive
-        return _Test(replace(finding, note=_join(finding.note, str(error))), math.nan, math.nan)
+        return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     note = finding.note
     if len(pairs.seeds) < 2:
-        note = _join(note, "one seed has no spread: repeat with others")
+        note = join(note, "one seed has no spread: repeat with others")
     elif claim.scale == "difference" and test.decision is Decision.CANNOT_TELL:
         differences = pairs.ours - pairs.theirs
-        note = _join(note, power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit).sentence)
-    return _Test(
+        note = join(note, power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit).sentence)
+    return Judged(
         replace(
-            finding, estimate=test.estimate, low=_finite(test.interval.low), high=_finite(test.interval.high),
-            p_value=_finite(test.p_value), note=note,
+            finding, estimate=test.estimate, low=finite(test.interval.low), high=finite(test.interval.high),
+            p_value=finite(test.p_value), note=note,
         ),
         test.p_value,
         opposite.p_value,
@@ -238,7 +183,7 @@ def _training_times(
     return first, second
 
 
-def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndarray, np.ndarray]) -> _Test:
+def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndarray, np.ndarray]) -> Judged:
     """Judge times of which some are infinite, of runs that never arrived.
 
     All that is known of such a time is that it is longer than the training. With the training's time in its place
@@ -250,12 +195,12 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
         f"{int(ours_never.sum())} of {len(pairs.ours)} runs never got there, of those compared with "
         f"{int(theirs_never.sum())}"
     )
-    finding = replace(finding, note=_join(finding.note, note))
+    finding = replace(finding, note=join(finding.note, note))
     ours = np.where(ours_never, whole[0], pairs.ours)
     theirs = np.where(theirs_never, whole[1], pairs.theirs)
     neither = bool((ours_never & theirs_never).any())
     if neither or claim.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return _Test(finding, math.nan, math.nan)
+        return Judged(finding, math.nan, math.nan)
     test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
     opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
@@ -263,26 +208,12 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     finding = replace(
         finding,
         estimate=test.estimate if may_hold != may_fail else None,
-        high=_finite(test.interval.high) if may_hold else None,
-        low=_finite(test.interval.low) if may_fail else None,
-        p_value=_finite(test.p_value) if may_hold else None,
-        note=_join(finding.note, f"the ratio is {bound} the one given") if may_hold != may_fail else finding.note,
+        high=finite(test.interval.high) if may_hold else None,
+        low=finite(test.interval.low) if may_fail else None,
+        p_value=finite(test.p_value) if may_hold else None,
+        note=join(finding.note, f"the ratio is {bound} the one given") if may_hold != may_fail else finding.note,
     )
-    return _Test(finding, test.p_value if may_hold else math.nan, opposite.p_value if may_fail else math.nan)
-
-
-def _corrected(tests: Sequence[_Test]) -> list[Finding]:
-    holds, fails = (holm([None if math.isnan(p) else p for p in ps]) for ps in
-                    ([t.p_holds for t in tests], [t.p_fails for t in tests]))  # fmt: skip
-    found = []
-    for test, p_holds, p_fails in zip(tests, holds, fails, strict=True):
-        decision = Decision.CANNOT_TELL
-        if p_holds <= ALPHA:  # False for NaN
-            decision = Decision.HOLDS
-        elif p_fails <= ALPHA:
-            decision = Decision.FAILS
-        found.append(replace(test.finding, decision=decision.value, p_adjusted=_finite(float(p_holds))))
-    return found
+    return Judged(finding, test.p_value if may_hold else math.nan, opposite.p_value if may_fail else math.nan)
 
 
 def _agreement(
@@ -322,11 +253,3 @@ def _metric_words(metric: str) -> str:
 
 def _missing(pairs: Pairs) -> str:
     return f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
-
-
-def _join(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

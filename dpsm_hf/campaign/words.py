@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from .claims import FAMILIES
 from .design import Campaign
+from .finding import Finding
 from .results import Results
-from .verdict import MAIN_STUDY, Finding, overall
+from .verdict import MAIN_STUDY, overall
 
 
 def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:

@@ -20,6 +20,7 @@ from dpsm_hf.campaign import audit, audit_worker
 from dpsm_hf.campaign.audit import AuditSettings, audited_runs, run_audit, table
 from dpsm_hf.campaign.audit_step import Shape, make_batches, make_tokenizer, parse_arguments
 from dpsm_hf.campaign.design import Campaign, Point, Run, Variation
+from dpsm_hf.campaign.loading import load_campaign
 from dpsm_hf.data.python_text import load_python_docs
 from dpsm_hf.ranges import RANGES
 
@@ -27,7 +28,8 @@ VOCABULARY = 300
 COMMON: dict[str, Any] = {
     "tokenizer_name": "train-bpe", "tokenizer_vocab_size": VOCABULARY, "do_train": True, "max_steps": 100,
     "per_device_train_batch_size": 2, "use_cpu": True, "learning_rate": 1e-4, "eval_strategy": "steps",
-    "eval_steps": 50, "load_best_model_at_end": True, "save_steps": 50, "fit_temperature": True,
+    "eval_steps": 50, "evaluate_best": True, "save_steps": 50, "fit_temperature": True,
+    "early_stopping_patience": 5, "sample_outputs": 4, "extra_eval_datasets": ["a=python-docs", "b=python-docs"],
 }  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {
     "language-modelling": {
@@ -362,6 +364,17 @@ def test_the_runs_differ_in_the_variation_alone() -> None:
     assert {run.arguments["run_name"] for run in audited_runs(campaign, "less-tiny").values()} == {"less-tiny"}
     with pytest.raises(ValueError, match="no run of size 'huge'; the plan has the sizes less-tiny, tiny"):
         audited_runs(campaign, "huge")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "campaigns").glob("*.yaml")), ids=str)
+def test_the_shipped_campaigns_can_be_audited(path: Path, tmp_path: Path) -> None:
+    campaign = load_campaign(path, "small", only=["study=main", "seed=1"])
+    runs = audited_runs(campaign)
+    assert list(runs) == [v.name for v in campaign.variations if v.of is None]
+    for run in runs.values():
+        parsed = parse_arguments(campaign.task, run.arguments, tmp_path)
+        assert parsed.model.model_name_or_path is None and parsed.model.model_type in ("gpt2", "bart")
+        assert parsed.model.tokenizer_name == "train-bpe"
 
 
 def test_variations_of_different_models_are_refused(specs: Callable[[str], dict[str, Any]]) -> None:

@@ -122,6 +122,27 @@ def test_the_same_records_give_the_same_report(written: tuple[Campaign, Path, di
     assert [path.read_bytes() for path in write_campaign_report(made, folder)] == first
 
 
+def test_an_audit_is_judged_and_shown(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, _ = written
+    variations = {
+        name: {
+            "title": name, "status": "ok", "samples": [{"seconds": s, "reference_seconds": 1.0} for s in (0.9, 0.91)],
+            "peak_memory_mb": 700.0, "peak_memory_difference_mb": -50.0,
+        }
+        for name in ("ce-baseline", "brier-baseline", "dpsm-linear")
+    }  # fmt: skip
+    content = {
+        "settings": {"tokens": 2000, "repeats": 2}, "machine": {"device": "CPU, 2 cores"}, "reference": "ce-baseline",
+        "variations": variations,
+    }  # fmt: skip
+    (folder / "audit.json").write_text(json.dumps(content))
+    page = write_campaign_report(made, folder)[0].read_text()
+    assert "needs at most 500 MB more memory than cross-entropy for a step of the same batch" in page
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert verdict["overall"]["dpsm-linear"]["audited-memory"] == "holds"
+    assert verdict["overall"]["dpsm-linear"]["audited-throughput"] == "holds"
+
+
 def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
     made, folder, found = written
     by_name = {record.name: record for record in found.values() if record.arguments["study"] == "main"}

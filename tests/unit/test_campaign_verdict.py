@@ -11,8 +11,9 @@ from scipy import stats
 
 from dpsm_hf.campaign.claims import claims_of
 from dpsm_hf.campaign.design import Point
+from dpsm_hf.campaign.finding import Finding
 from dpsm_hf.campaign.results import Results, setting_of
-from dpsm_hf.campaign.verdict import Finding, overall, verdict
+from dpsm_hf.campaign.verdict import overall, verdict
 from tests.hand_made_campaigns import VARIATIONS, campaign, records
 
 PLAIN = VARIATIONS[:3]
