@@ -29,12 +29,20 @@ from .arguments import DPSMConfig, DPSMSeq2SeqConfig
 from .data.clm import ClmCollator, ClmPreprocessing, prepare_clm_datasets
 from .data.loading import EMBEDDED_DATASETS, load_text_datasets
 from .data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from .scaled_model import PLACES, check_target, save_scaled
 from .scripts.positions import position_limit
 from .scripts.scratch_config import check_block_size
 from .temperature import FILE_NAME, TemperatureScaler
 from .trainer import DPSMSeq2SeqTrainer, DPSMTrainer
 
-APPLICATIONS = ("none", "generation_config", "weights")
+APPLICATIONS = ("none", *PLACES)
+
+_LOCAL_REMEDY = (
+    "Use local files with --calibration_file and --test_file (csv, json, jsonl, txt or parquet), a folder with such "
+    "files as --dataset, or the real text that every Python carries with --dataset python-docs (language models) or "
+    "python-docstrings (encoder-decoders)."
+)
+_DESCRIPTION = (__doc__ or "").replace("``", "")
 
 # Tokens of an encoder-decoder's rows where nobody says.
 _MOST_TOKENS = {"max_source_length": 1024, "max_target_length": 128}
@@ -51,7 +59,7 @@ _ROWS = (
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     command = argparse.ArgumentParser(
-        prog="dpsm calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dpsm calibrate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_argument("model", help="folder of a saved model, or its name on the hub")
     data = command.add_argument_group("data")
@@ -119,6 +127,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
             applied.
     """
     _check(options)
+    _check_model(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     seq2seq = bool(config.is_encoder_decoder)
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
@@ -148,9 +157,9 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=collator,
     )
+    scaler = trainer.fit_temperature()  # an evaluation would report without one that cannot be fitted
     metrics = trainer.evaluate(rows["test"], metric_key_prefix="test")
-    scaler = trainer.temperature_scaler
-    assert scaler is not None and trainer.panel is not None and trainer.panel.scaled is not None  # fitted just now
+    assert trainer.panel is not None and trainer.panel.scaled is not None
     trainer.save_metrics("test", metrics, combined=False)
     if trainer.is_world_process_zero():
         print(_table(scaler, trainer.panel.tokens.intervals(), trainer.panel.scaled.intervals(), metrics))
@@ -158,7 +167,9 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         print(f"\ntemperature: {folder / FILE_NAME}")
         print(f"diagram: {folder / 'calibration' / 'test-step-000000.png'}")
         if options.apply != "none":
-            _save_applied(options, scaler, model, tokenizer)
+            target = _target(options)
+            save_scaled(model, tokenizer, scaler, target, place=options.apply, source=options.model)
+            print(f"model with the temperature in its {options.apply.replace('_', ' ')}: {target}")
     return metrics
 
 
@@ -181,10 +192,35 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("dataset_config_name", "calibration_split", "test_split"):
             if getattr(options, name) != defaults.get_default(name):
                 raise ValueError(f"--{name} {getattr(options, name)!r} has no effect without --dataset: leave it out.")
+    if options.dataset is None and Path(options.calibration_file).resolve() == Path(options.test_file).resolve():
+        raise ValueError(
+            f"--calibration_file and --test_file are both {options.test_file!r}: a temperature is judged on other "
+            "data than it is fitted on."
+        )
+    if options.apply != "none":
+        try:
+            check_target(_target(options), options.model)
+        except ValueError as error:
+            raise ValueError(f"--output_dir {options.output_dir!r}: {error}") from None
     for name in ("max_samples", "per_device_eval_batch_size", "block_size", "bins"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
+
+
+def _check_model(model: str) -> None:
+    """Refuse a path that is none; transformers would take it for a name on the hub."""
+    path = Path(model).expanduser()
+    if (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1) and not path.is_dir():
+        what = "is a file" if path.is_file() else "does not exist"
+        raise ValueError(
+            f"the model {model!r} {what}: give the folder that save_pretrained or a script's --output_dir wrote, the "
+            "one with config.json, or a name on the hub."
+        )
+
+
+def _target(options: argparse.Namespace) -> Path:
+    return Path(options.output_dir) / "model"
 
 
 def _check_kind(options: argparse.Namespace, model: str, seq2seq: bool) -> None:
@@ -210,7 +246,11 @@ def _splits(options: argparse.Namespace) -> dict[str, Any]:
         return dict(raw)
     names = {"calibration": options.calibration_split, "test": options.test_split}
     raw = load_text_datasets(
-        options.dataset, options.dataset_config_name, required_splits=[], validation_split_percentage=None
+        options.dataset,
+        options.dataset_config_name,
+        required_splits=[],
+        validation_split_percentage=None,
+        remedy=_LOCAL_REMEDY,
     )
     for name, split in names.items():
         if split not in raw:
@@ -292,19 +332,6 @@ def _table(
     lines.append(f"{'ECE-15 if calibrated':<22}{metrics['test_ece_15_null']:>12.4f}  {'':<22}"
                  f"{metrics['test_ece_15_null_scaled']:>12.4f}")  # fmt: skip
     return "\n".join(lines)
-
-
-def _save_applied(options: argparse.Namespace, scaler: TemperatureScaler, model: Any, tokenizer: Any) -> None:
-    folder = Path(options.output_dir) / "model"
-    if options.apply == "weights":
-        scaler.fold_into(model)
-    else:
-        scaler.apply_to_generation_config(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if options.apply == "generation_config":
-        scaler.save(folder)  # not beside folded weights, where it would be applied twice
-    print(f"model with the temperature in its {options.apply.replace('_', ' ')}: {folder}")
 
 
 if __name__ == "__main__":

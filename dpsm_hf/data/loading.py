@@ -52,6 +52,7 @@ def load_text_datasets(
     cache_dir: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
+    remedy: str = _LOCAL_REMEDY,
 ) -> AnyDatasetDict:
     """Load the splits of a run, by name or from files.
 
@@ -73,6 +74,7 @@ def load_text_datasets(
         cache_dir: Where ``datasets`` keeps its files.
         token: Hub token.
         trust_remote_code: Accepted for old command lines; ``datasets`` no longer runs code from the hub.
+        remedy: What to do about a hub data set that is not there, in the options of the command.
 
     Returns:
         The splits by name.
@@ -93,7 +95,7 @@ def load_text_datasets(
     elif dataset_name in EMBEDDED_DATASETS:
         raw = _load_embedded(dataset_name, dataset_config_name, streaming)
     else:
-        raw = _load_named(dataset_name, dataset_config_name, streaming, cache_dir, token)
+        raw = _load_named(dataset_name, dataset_config_name, streaming, cache_dir, token, remedy)
     described = repr(dataset_name) if dataset_name is not None else "the given files"
     splits: dict[str, AnyDataset] = {str(name): part for name, part in raw.items()}
     if "validation" not in splits and "train" in splits and validation_split_percentage:
@@ -222,7 +224,7 @@ def _load_embedded(name: str, config_name: str | None, streaming: bool) -> AnyDa
 
 
 def _load_named(
-    name: str, config_name: str | None, streaming: bool, cache_dir: str | None, token: str | None
+    name: str, config_name: str | None, streaming: bool, cache_dir: str | None, token: str | None, remedy: str
 ) -> AnyDatasetDict:
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file():
@@ -233,19 +235,19 @@ def _load_named(
     except ConnectionError as error:
         raise ConnectionError(
             f"The data set {name!r} cannot be loaded because the Hugging Face hub cannot be reached ({error}). "
-            + _LOCAL_REMEDY
+            + remedy
         ) from None
     except DatasetNotFoundError:
         raise FileNotFoundError(
             f"There is no data set {name!r}: not on the Hugging Face hub (or it is private or gated, and --token does "
-            f"not open it), and not as a local folder. {_LOCAL_REMEDY}"
+            f"not open it), and not as a local folder. {remedy}"
         ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise ValueError(
             f"The data set {name!r} is a loading script, and the datasets library runs no scripts any more. Use a "
-            f"copy of it in parquet form, or export it. {_LOCAL_REMEDY}"
+            f"copy of it in parquet form, or export it. {remedy}"
         ) from error
     return loaded
 

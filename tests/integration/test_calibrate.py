@@ -157,6 +157,7 @@ def test_an_encoder_decoder_on_a_named_data_set(tmp_path: Path, capsys: pytest.C
         (["--test_file", "a.txt"], "give --dataset, or both --calibration_file and --test_file"),
         (["--dataset", "python-docs", "--calibration_split", "test"], "are both 'test'"),
         (["--dataset", "python-docs", "--test_split", "tset"], "python-docs has no 'tset' split; it has 'train'"),
+        (["--calibration_file", "a.txt", "--test_file", "./a.txt"], "are both './a.txt'"),
         (["--dataset", "python-docs", "--max_samples", "0"], "--max_samples 0 must be at least 1"),
         (["--dataset", "python-docs", "--bins", "7"], "calibration_bins=7 does not divide 3000"),
     ],
@@ -170,7 +171,10 @@ def test_refused(
 
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate([str(tmp_path / "nothing"), "--dataset", "python-docs"]) == 2
-    assert "nothing" in capsys.readouterr().err
+    assert "nothing' does not exist: give the folder that save_pretrained" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert calibrate([str(tmp_path / "file"), "--dataset", "python-docs"]) == 2
+    assert "file' is a file: give the folder" in capsys.readouterr().err
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
