@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -15,12 +16,15 @@ from transformers.utils import logging
 from .arguments import dpsm_arguments
 from .distributed import sum_over_processes
 from .files import write_json
-from .losses import score_tokens
+from .losses import TokenScores, score_tokens
 from .models import align_targets, label_alignment
 from .panel import EvaluationPanel
 from .plots import ReliabilityDisplay
 
 logger = logging.get_logger(__name__)
+
+# of a file, in characters, leaving room for the step and the ending in the 255 bytes that file systems allow
+_LONGEST_NAME = 50
 
 
 class AlphaScheduleCallback(TrainerCallback):
@@ -58,6 +62,12 @@ class AlphaScheduleCallback(TrainerCallback):
             tqdm.write(f"DPSM | {description}")  # print would land behind the progress bar
 
 
+def _file_name(prefix: str) -> str:
+    """Return a name for files from that of an evaluation set, say a hub data set's; no two sets share one."""
+    name = re.sub(r"[^\w.-]+", "_", prefix)[:_LONGEST_NAME]
+    return name if name == prefix else f"{name}-{zlib.crc32(prefix.encode()):08x}"
+
+
 def calibration_record(panel: EvaluationPanel, prefix: str, step: int, bins: int) -> dict[str, Any]:
     """Return what a file of `CalibrationCallback` holds.
 
@@ -84,6 +94,8 @@ class CalibrationCallback(TrainerCallback):
     def __init__(self, bins: int | None = None) -> None:
         self.bins = bins
         self._panel: EvaluationPanel | None = None
+        self._batch: tuple[TokenScores, Tensor, int] | None = None
+        self._loader: Any = None
         self._prefix = "eval"
         self._listens = True
         self._hook: Any = None
@@ -118,9 +130,21 @@ class CalibrationCallback(TrainerCallback):
         if alignment is None or logits is None:
             return
         targets = align_targets(labels, logits.shape[-2], alignment)
+        self._batch = score_tokens(logits.detach(), targets), targets, labels.shape[0]
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the batch that the model was just called with; one that no evaluation called it with never is."""
+        loader = kwargs.get("eval_dataloader")
+        if self._loader is not loader:  # the evaluation before this one may have been interrupted
+            self._panel, self._loader = None, loader
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
         try:
             self._panel = self._panel or EvaluationPanel()
-            self._panel.add(score_tokens(logits.detach(), targets), targets, labels.shape[0])
+            self._panel.add(*batch)
         except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on
             logger.warning_once(f"CalibrationCallback leaves this batch out: {error}")
 
@@ -145,7 +169,7 @@ class CalibrationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """Forget what `Trainer.predict` scored: it belongs to no evaluation."""
-        self._panel = None
+        self._panel = self._loader = None
 
     # ---- what is written -------------------------------------------------------------------------------------------
 
@@ -155,6 +179,7 @@ class CalibrationCallback(TrainerCallback):
         """Write the files of this evaluation."""
         metrics = kwargs.get("metrics")
         panel, self._panel = self._panel or EvaluationPanel(), None
+        self._loader = None
         if self._listens:
             panel.reduce(sum_over_processes, args.device)
             if not panel.tokens.tokens:
@@ -175,10 +200,10 @@ class CalibrationCallback(TrainerCallback):
         record = self.record = calibration_record(panel, self._prefix, state.global_step, bins)
         folder = Path(str(args.output_dir)) / "calibration"
         folder.mkdir(parents=True, exist_ok=True)
-        # the name of an evaluation set may be that of a hub data set, with a slash or a dot
-        name = re.sub(r"[^\w.-]+", "_", self._prefix) + f"-step-{state.global_step:06d}"
+        name = f"{_file_name(self._prefix)}-step-{state.global_step:06d}"
         write_json(record, folder / f"{name}.json")
-        display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}")
+        trained = state.global_step > 0 or state.max_steps > 0
+        display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}" if trained else "")
         picture = display.save(folder / f"{name}.png")
         self._send(args, state, display, picture)
 

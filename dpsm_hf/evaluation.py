@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ from .depth import DepthReader
 from .devices import float64_device
 from .distributed import sum_over_processes
 from .extra_statistics import ExtraStatistics
+from .fingerprint import fingerprint
 from .frequent_tokens import frequent_labels
 from .generation.scoring import FreeRunning
 from .losses import TokenScores
-from .models import core_model, end_tokens
+from .models import core_model, end_tokens, label_alignment
 from .panel import EvaluationPanel, check_finite, real_tokens
-from .temperature import Moments, TemperatureScaler
+from .temperature import Moments, TemperatureScaler, UnfittableError
 from .token_bytes import token_bytes
 from .training_loss import TrainingLossMixin
 
@@ -63,12 +65,12 @@ class EvaluationMixin(TrainingLossMixin):
 
     def __init__(self, *args: Any, calibration_dataset: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Where a temperature is fitted; neither trained nor tested on.
-        self.calibration_dataset = calibration_dataset
+        self._calibration_dataset = calibration_dataset
         #: What the last evaluation saw, over all processes.
         self.panel: EvaluationPanel | None = None
-        self._scaler: tuple[Any, TemperatureScaler] | None = None
-        self._byte_lengths: tuple[Any, Tensor | None] | None = None
+        # None where there is no best temperature for these weights
+        self._scaler: tuple[Any, TemperatureScaler | None] | None = None
+        self._byte_lengths: tuple[Any, int, Tensor | None] | None = None
         self._free_running: FreeRunning | None = None
         self._depth_reader: tuple[nn.Module, DepthReader] | None = None
         self._seconds_evaluating = 0.0
@@ -81,6 +83,17 @@ class EvaluationMixin(TrainingLossMixin):
             )
         if calibration_dataset is not None:
             check_calibration_dataset(calibration_dataset, self.train_dataset, self.eval_dataset)
+
+    @property
+    def calibration_dataset(self) -> Any:
+        """Return where a temperature is fitted; neither trained nor tested on. Another set makes another one."""
+        return self._calibration_dataset
+
+    @calibration_dataset.setter
+    def calibration_dataset(self, dataset: Any) -> None:
+        if dataset is not None:
+            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
+        self._calibration_dataset, self._scaler = dataset, None
 
     @property
     def calibration(self) -> TokenCalibration | None:
@@ -227,18 +240,19 @@ class EvaluationMixin(TrainingLossMixin):
                 "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
             )
         if self.dpsm.fit_temperature and not self.is_in_train:
-            self.fit_temperature()
+            self._fit_if_possible()
         self.panel = None  # two would be held otherwise
+        outer, free_running = self._collector, self._free_running  # of an evaluation that this one is part of
         panel = self._collector = self._new_panel(dataset)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            self.panel = panel.reduce(sum_over_processes, self.args.device)
+            if self._free_running is not None:
+                panel.generated = self._free_running.joined()
         finally:
-            self._collector = None
-        self.panel = panel.reduce(sum_over_processes, self.args.device)
-        if self._free_running is not None:
-            panel.generated, self._free_running = self._free_running.joined(), None
+            self._collector, self._free_running = outer, free_running
         if found := panel.metrics():
             metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
@@ -248,6 +262,10 @@ class EvaluationMixin(TrainingLossMixin):
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             for callback in self._calibration_callbacks():
                 callback.receive(panel, metric_key_prefix, self._tensorboard_writer())
+        elif panel.samples and output.metrics is not None and f"{metric_key_prefix}_loss" in output.metrics:
+            # no token, no loss: a 0 would be the best that there ever was
+            output.metrics[f"{metric_key_prefix}_loss"] = math.nan
+            logger.warning(f"no token of the data set for {metric_key_prefix!r} is scored: every label is ignored.")
         return output
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
@@ -269,16 +287,21 @@ class EvaluationMixin(TrainingLossMixin):
             eos_tokens=end_tokens(core_model(self.model), self.processing_class),
             byte_lengths=self._token_bytes(),
             temperature=None if scaler is None else scaler.temperature,
-            classes=frequent_labels(dataset, wanted) if wanted else None,
+            classes=frequent_labels(dataset, wanted, unscored=self._unscored_labels()) if wanted else None,
             layers=None if self._depth_reader is None else self._depth_reader[1].layers,
         )
 
+    def _unscored_labels(self) -> int:
+        """Return how many labels at the beginning of a row no row of the logits predicts."""
+        return 1 if label_alignment(self.model) == "shifted" else 0
+
     def _token_bytes(self) -> Tensor | None:
         """Return the bytes of each token of the tokenizer as it is now; None, too, is found out only once."""
-        tokenizer = self.processing_class
-        if self._byte_lengths is None or self._byte_lengths[0] is not tokenizer:
-            self._byte_lengths = (tokenizer, token_bytes(tokenizer))
-        return self._byte_lengths[1]
+        tokenizer: Any = self.processing_class
+        size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # grows with added tokens
+        if self._byte_lengths is None or self._byte_lengths[0] is not tokenizer or self._byte_lengths[1] != size:
+            self._byte_lengths = (tokenizer, size, token_bytes(tokenizer))
+        return self._byte_lengths[2]
 
     def _calibration_callbacks(self) -> list[CalibrationCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
@@ -329,8 +352,18 @@ class EvaluationMixin(TrainingLossMixin):
         scaler = TemperatureScaler.fit_moments(moments, split=split)
         if self.is_world_process_zero():
             scaler.save(str(self.args.output_dir))
-        self._scaler = (self._weights(), scaler)
+        self._scaler = (fingerprint(self.model), scaler)
         return scaler
+
+    def _fit_if_possible(self) -> None:
+        """Fit for the weights as they are; where no temperature is best, the metrics are reported without one."""
+        if self._scaler is not None and self._scaler[0] == fingerprint(self.model):
+            return
+        try:
+            self.fit_temperature()
+        except UnfittableError as error:
+            self._scaler = (fingerprint(self.model), None)
+            logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
 
     def use_temperature(self, scaler: TemperatureScaler | float) -> None:
         """Let the evaluations of the model as it is now report metrics scaled by a temperature that is known already.
@@ -342,7 +375,7 @@ class EvaluationMixin(TrainingLossMixin):
             ValueError: if the temperature is not positive.
         """
         scaler = scaler if isinstance(scaler, TemperatureScaler) else TemperatureScaler(float(scaler))
-        self._scaler = (self._weights(), scaler)
+        self._scaler = (fingerprint(self.model), scaler)
 
     @property
     def temperature_scaler(self) -> TemperatureScaler | None:
@@ -350,13 +383,9 @@ class EvaluationMixin(TrainingLossMixin):
         return self._scaler_in_force()
 
     def _scaler_in_force(self) -> TemperatureScaler | None:
-        if self._scaler is None or self._scaler[0] != self._weights():
+        if self._scaler is None or self._scaler[0] != fingerprint(self.model):
             return None
         return self._scaler[1]
-
-    def _weights(self) -> Any:
-        # a write in place raises a tensor's version; for the optimizer's, training_step forgets the temperature
-        return [(parameter.data_ptr(), parameter._version) for parameter in core_model(self.model).parameters()]
 
     def _close_progress_bar(self) -> None:
         for callback in self.callback_handler.callbacks:

@@ -17,17 +17,27 @@ from .losses import IGNORE_INDEX
 _SAMPLES = 256
 
 
-def frequent_labels(dataset: Any, number: int) -> Tensor:
+def frequent_labels(dataset: Any, number: int, *, unscored: int = 0) -> Tensor:
     """Return the most frequent labels of the first 256 samples, int64 ``[<= number]``, the most frequent first.
 
     Ties go to the smaller id, so that every process finds the same.
 
+    Args:
+        dataset: is read from its start, before the evaluation reads it again.
+        number: of labels wanted.
+        unscored: labels at the beginning of a sample that no row of the logits predicts: 1 where labels are shifted.
+
     Raises:
-        ValueError: if the samples of the data set have no ``labels``.
+        ValueError: if the samples of the data set have no ``labels``, or can be read only once.
     """
     counts: Counter[int] = Counter()
     number_of_samples = len(dataset) if has_length(dataset) else None
     samples = iter(dataset) if number_of_samples is None else (dataset[i] for i in range(number_of_samples))
+    if samples is dataset:
+        raise ValueError(
+            "classwise_tokens reads the first samples to find the most frequent labels, but this data set can be read "
+            "only once: give one that begins anew whenever it is iterated, or leave classwise_tokens at 0."
+        )
     for sample in itertools.islice(samples, _SAMPLES):
         labels = sample.get("labels") if hasattr(sample, "get") else None
         if labels is None:
@@ -35,7 +45,7 @@ def frequent_labels(dataset: Any, number: int) -> Tensor:
                 "classwise_tokens needs to know the most frequent labels before the evaluation, but the samples of "
                 "this data set have no 'labels' (they are made by the collator); leave classwise_tokens at 0."
             )
-        values, times = np.unique(np.asarray(labels).reshape(-1), return_counts=True)
+        values, times = np.unique(np.asarray(labels).reshape(-1)[unscored:], return_counts=True)
         counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
     counts.pop(IGNORE_INDEX, None)
     if not counts:

@@ -67,6 +67,11 @@ class EvaluationPanel:
         self._intervals: Mapping[str, tuple[float, float]] | None = None
 
     @property
+    def samples(self) -> int:
+        """Return the number of samples seen, with and without a scored token, those that fill up a batch too."""
+        return self._samples
+
+    @property
     def counts_depths(self) -> bool:
         """Return whether `add` wants the depth of each token."""
         return self.depth is not None

@@ -33,6 +33,10 @@ _TOLERANCE = 1e-6  # of log T
 _MOST_PASSES = 60
 
 
+class UnfittableError(ValueError):
+    """No temperature is best: nothing to fit on, logits that are NaN, or an NLL without a minimum."""
+
+
 class Moments(NamedTuple):
     """Sums over tokens at one temperature: NLL in nats, its first and second derivative by log T, and the tokens."""
 
@@ -138,11 +142,11 @@ class TemperatureScaler:
         for passes in range(1, _MOST_PASSES + 1):
             at = moments(math.exp(x))
             if not at.tokens:
-                raise ValueError(
+                raise UnfittableError(
                     "no scored token to fit a temperature on: every label is ignored, or the data is empty."
                 )
             if not all(math.isfinite(value) for value in at[:3]):
-                raise ValueError(
+                raise UnfittableError(
                     f"the NLL at temperature {math.exp(x):.4g} is {at.nll}: a logit is NaN, or a label is impossible "
                     "(its logit is masked). Fit on tokens that the model can predict."
                 )
@@ -164,7 +168,7 @@ class TemperatureScaler:
                 return cls(math.exp(following), before, after, at.tokens, passes, split)
             x = following
         end = "every token is predicted rightly" if x < 0 else "its predictions tell nothing of the labels"
-        raise ValueError(
+        raise UnfittableError(
             f"the NLL has no minimum between temperatures {LEAST} and {MOST}: it still falls at {math.exp(x):.4g}. "
             f"No temperature is best for this model and these {at.tokens} tokens ({end}); use more data."
         )

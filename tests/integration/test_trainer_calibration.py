@@ -29,159 +29,19 @@ from dpsm_hf import (
     DPSMSeq2SeqConfig,
     DPSMSeq2SeqTrainer,
     DPSMTrainer,
-    ReliabilityDisplay,
-    TemperatureScaler,
 )
 from dpsm_hf.calibration import METRICS
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
 from dpsm_hf.depth import DepthReader
+from dpsm_hf.frequent_tokens import frequent_labels
 from dpsm_hf.generation import generated_batch
 from dpsm_hf.models import align_targets
 from dpsm_hf.text_metrics import rouge_scores
 from dpsm_hf.token_bytes import token_bytes
-from tests.tiny import SEQ2SEQ, VOCAB, make_data, make_model
+from tests.evaluation_trainers import make_trainer
+from tests.tiny import VOCAB, make_data
 
 TEXTS = [f"Line {i} of a text, with a naïve café and 日本語 in it.\n" * 3 for i in range(30)]
-
-
-def make_trainer(folder: Path, name: str = "gpt2", **options: Any) -> Any:
-    given = {key: options.pop(key) for key in ("callbacks", "eval_dataset", "calibration_dataset") if key in options}
-    seq2seq = name in SEQ2SEQ
-    defaults: dict[str, Any] = dict(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
-        per_device_train_batch_size=8, per_device_eval_batch_size=4, learning_rate=1e-2, max_steps=4, loss_type="ce",
-    )  # fmt: skip
-    config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
-    trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
-        model=make_model(name), args=config(**{**defaults, **options}), train_dataset=make_data(name, 16),
-        **{"eval_dataset": make_data(name, 11), **given},
-    )  # fmt: skip
-    trainer.remove_callback(CalibrationCallback)
-    if options.get("predict_with_generate"):
-        trainer.compute_metrics = lambda prediction: {}  # without one a Seq2SeqTrainer generates nothing
-    return trainer
-
-
-def float64_logits(model: Any, data: Dataset, *, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of the scored tokens and their labels."""
-    batch = {key: torch.tensor(data[key]) for key in ("input_ids", "attention_mask", "labels")}
-    with torch.no_grad():
-        logits = model.eval()(**batch).logits.double()
-    labels = batch["labels"]
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    keep = labels != -100
-    return logits[keep], labels[keep]
-
-
-# ---- temperature ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fused_head", ["on", "off"])
-@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
-def test_temperature_and_scaled_metrics(name: str, fused_head: str, tmp_path: Path) -> None:
-    held_out = make_data(name, 12)
-    trainer = make_trainer(tmp_path, name, fit_temperature=True, calibration_dataset=held_out, fused_head=fused_head)
-    trainer.train()  # on rows that the calibration split shares, so that there is something to be sure of
-    metrics = trainer.evaluate()
-    shifted = name not in SEQ2SEQ
-    oracle = TemperatureScaler.fit(*float64_logits(trainer.model, held_out, shifted=shifted))
-    saved = TemperatureScaler.load(tmp_path)
-    assert saved == trainer.temperature_scaler and saved.split == "calibration" and saved.tokens == oracle.tokens
-    assert metrics["eval_temperature"] == saved.temperature == pytest.approx(oracle.temperature, rel=1e-4)
-    logits, labels = float64_logits(trainer.model, trainer.eval_dataset, shifted=shifted)
-    p = (logits / saved.temperature).softmax(-1)
-    p_y = p.gather(1, labels[:, None])[:, 0]
-    assert metrics["eval_nll_scaled"] == pytest.approx(-p_y.log().mean().item(), rel=1e-5)
-    brier = (p - torch.nn.functional.one_hot(labels, VOCAB)).square().sum(-1).mean().item()
-    assert metrics["eval_brier_scaled"] == pytest.approx(brier, rel=1e-5)
-    assert metrics["eval_confidence_scaled"] == pytest.approx(p.amax(-1).mean().item(), rel=1e-5)
-    assert metrics["eval_nll"] != metrics["eval_nll_scaled"] and "eval_token_accuracy_scaled" not in metrics
-    on_the_split = trainer.evaluate(held_out.select(range(12)))
-    assert on_the_split["eval_nll_scaled"] < on_the_split["eval_nll"]
-
-
-def test_a_temperature_is_of_the_weights_it_was_fitted_for(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), max_steps=6)
-    trainer.train()
-    assert "eval_temperature" in trainer.evaluate()
-    first = trainer.temperature_scaler
-    assert trainer.fit_temperature() is first, "fitted again for the same weights"
-    with torch.no_grad():
-        trainer.model.lm_head.weight.mul_(2.0)
-    assert trainer.temperature_scaler is None
-    second = trainer.fit_temperature()
-    assert second.temperature != first.temperature
-    with torch.no_grad():
-        trainer.model.lm_head.weight.mul_(1.5)
-    trainer.use_temperature(2.0)
-    trainer.args.fit_temperature = False
-    assert trainer.evaluate()["eval_temperature"] == 2.0
-    trainer.train()
-    assert "eval_temperature" not in trainer.evaluate()
-
-
-def test_no_temperature_is_fitted_while_training(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), eval_strategy="steps", eval_steps=2
-    )
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
-    assert len(logged) == 2 and not any("eval_temperature" in entry for entry in logged)
-    assert "eval_temperature" in trainer.evaluate()
-
-
-def test_the_file_of_an_evaluation_has_before_and_after(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, fit_temperature=True, calibration_dataset=make_data("gpt2", 12), classwise_tokens=3
-    )
-    trainer.add_callback(CalibrationCallback())
-    trainer.train()
-    metrics = trainer.evaluate()
-    record = json.loads((tmp_path / "calibration" / "eval-step-000004.json").read_text(encoding="utf-8"))
-    assert record["temperature"] == metrics["eval_temperature"]
-    assert record["metrics"]["ece_15"] == metrics["eval_ece_15"]
-    assert record["scaled"]["metrics"]["ece_15"] == metrics["eval_ece_15_scaled"]
-    assert sum(record["scaled"]["curve"]["count"]) == record["tokens"] == metrics["eval_tokens"]
-    assert set(record["intervals"]) == set(record["scaled"]["intervals"])
-    assert len(record["classwise"]["classes"]) == 3 and record["classwise"]["ece"] == metrics["eval_classwise_ece"]
-    picture = ReliabilityDisplay.from_json(record, name="gpt2").save(tmp_path / "diagram.svg")
-    assert picture.stat().st_size > 1000
-
-
-def test_temperature_while_generating(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, "bart", fit_temperature=True, calibration_dataset=make_data("bart", 12),
-        predict_with_generate=True, generation_max_length=6,
-    )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert math.isfinite(metrics["eval_nll_scaled"]) and metrics["eval_temperature"] > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fit_temperature": True}, "needs data to fit on: pass calibration_dataset="),
-        ({"calibration_dataset": "eval"}, "calibration_dataset is eval_dataset itself"),
-        ({"calibration_dataset": Dataset.from_list([])}, "calibration_dataset is empty"),
-        ({"classwise_tokens": -1}, "classwise_tokens=-1 must be 0"),
-    ],
-)
-def test_refused_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    if options.get("calibration_dataset") == "eval":
-        same = make_data("gpt2", 11)
-        options = {"eval_dataset": same, "calibration_dataset": same}
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, **options)
-
-
-def test_a_temperature_needs_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no data to fit a temperature on"):
-        make_trainer(tmp_path).fit_temperature()
-    ignored = make_data("gpt2", 4).map(lambda row: {"labels": [-100] * len(row["labels"])})
-    with pytest.raises(ValueError, match="no scored token to fit a temperature on"):
-        make_trainer(tmp_path).fit_temperature(ignored)
 
 
 # ---- text, end tokens, classes -------------------------------------------------------------------------------------
@@ -243,6 +103,13 @@ def test_end_tokens_and_bytes_after_scaling_and_in_the_file(tmp_path: Path) -> N
         assert record["eos"]["metrics"][name] == metrics[f"eval_eos_{name}"] != record["metrics"][name]
 
 
+def test_added_tokens_have_bytes(tmp_path: Path) -> None:
+    trainer, tokenizer, _ = text_trainer(tmp_path)
+    before = trainer._token_bytes()
+    tokenizer.add_tokens(["naïve!"])
+    assert trainer._token_bytes().tolist() == [*before.tolist(), len("naïve!".encode())]
+
+
 def test_bytes_are_those_of_the_tokenizer_and_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, by_byte, _ = text_trainer(tmp_path)
     asked: list[Any] = []
@@ -274,6 +141,44 @@ def test_classwise_error_of_the_most_frequent_tokens(fused_head: str, tmp_path: 
         gaps = [((labels == k).double() - p[:, k])[bins == b].sum().abs().item() for b in range(15)]
         errors.append(sum(gaps) / len(labels))
     assert metrics["eval_classwise_ece"] == pytest.approx(sum(errors) / 5, rel=1e-5)
+
+
+def test_what_no_row_predicts_is_no_frequent_token(tmp_path: Path) -> None:
+    data = make_data("gpt2", 11).map(lambda row: {"labels": [7, *row["labels"][1:]]})  # as a BOS would be
+    trainer = make_trainer(tmp_path, eval_dataset=data, classwise_tokens=VOCAB)
+    trainer.evaluate()
+    found = trainer.panel.classwise.classes.tolist()
+    scored = {label for row in data["labels"] for label in row[1:]} - {-100}
+    assert set(found) == scored and len(scored) < VOCAB
+    assert frequent_labels(data, 1).tolist() == [7] and found[0] != 7
+
+
+def test_classes_are_not_taken_from_what_can_be_read_once() -> None:
+    with pytest.raises(ValueError, match="this data set can be read only once"):
+        frequent_labels(iter([{"labels": [1, 2]}]), 2)
+
+
+def test_an_evaluation_within_an_evaluation(tmp_path: Path) -> None:
+    data = make_data("gpt2", 11)
+    expected = make_trainer(tmp_path, eval_dataset=data).evaluate()["eval_tokens"]
+    trainer = make_trainer(tmp_path, eval_dataset=data)
+    step, nested = trainer.prediction_step, []
+
+    def step_and_evaluate(*args: Any, **options: Any) -> Any:
+        result = step(*args, **options)
+        if not nested:
+            nested.append(None)
+            nested[0] = trainer.evaluate(data.select([0]), metric_key_prefix="inner")["inner_tokens"]
+        return result
+
+    trainer.prediction_step = step_and_evaluate
+    assert trainer.evaluate()["eval_tokens"] == expected > nested[0] > 0
+
+
+def test_nothing_scored_is_no_loss_of_zero(tmp_path: Path) -> None:
+    ignored = make_data("gpt2", 4).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    metrics = make_trainer(tmp_path, eval_dataset=ignored).evaluate()
+    assert math.isnan(metrics["eval_loss"]) and "eval_nll" not in metrics
 
 
 def test_classes_need_labels_in_the_data(tmp_path: Path) -> None:
@@ -421,18 +326,3 @@ def test_one_document_has_no_interval(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     metrics = trainer.evaluate(make_data("gpt2", 1))
     assert "eval_nll" in metrics and "eval_nll_low" not in metrics
-
-
-def test_persistent_workers_never_give_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(moments: Any, **options: Any) -> TemperatureScaler:
-        return TemperatureScaler(1 + moments(1.0).nll)  # random labels have no best temperature
-
-    monkeypatch.setattr(TemperatureScaler, "fit_moments", fit)
-    sets = {"eval_dataset": make_data("gpt2", 11), "calibration_dataset": make_data("gpt2", 6).select([5, 1, 2])}
-    found = []
-    for persistent in (False, True):
-        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent}
-        trainer = make_trainer(tmp_path, fit_temperature=True, **sets, **workers)
-        metrics = [trainer.evaluate(), trainer.evaluate(sets["calibration_dataset"]), trainer.evaluate()]
-        found.append([(m["eval_nll"], m["eval_tokens"], m["eval_temperature"]) for m in metrics])
-    assert found[0] == found[1] and found[0][0] == found[0][2] != found[0][1]

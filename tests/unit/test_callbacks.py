@@ -234,6 +234,16 @@ def test_other_prefixes_and_prediction(tmp_path: Path) -> None:
     assert record(tmp_path, "test-step-000000.json")["tokens"] == dev["tokens"]
 
 
+def test_every_set_has_a_file_of_its_own(tmp_path: Path) -> None:
+    data = make_data("gpt2", 8)
+    names = ["a/b", "a_b", "a b", "x" * 260]
+    dpsm_trainer(tmp_path).evaluate(eval_dataset={name: data.select(range(i + 1)) for i, name in enumerate(names)})
+    files = {
+        r["split"]: r["tokens"] for p in (tmp_path / "calibration").glob("*.json") if (r := json.loads(p.read_text()))
+    }
+    assert len(set(files.values())) == len(names) and set(files) == {f"eval_{name}" for name in names}
+
+
 # ---- CalibrationCallback in a plain Trainer ------------------------------------------------------------------------
 
 
@@ -264,6 +274,28 @@ def test_prediction_does_not_leak_into_the_next_evaluation(tmp_path: Path) -> No
     trainer = plain_trainer(tmp_path, CalibrationCallback())
     expected = trainer.evaluate()["eval_tokens"]
     trainer.predict(make_data("gpt2", 5))
+    assert trainer.evaluate()["eval_tokens"] == expected
+
+
+def test_an_interrupted_evaluation_and_own_calls_do_not_leak(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, CalibrationCallback())
+    expected = trainer.evaluate()["eval_tokens"]
+    step = trainer.prediction_step
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    trainer.prediction_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.prediction_step = step
+    batch = trainer.data_collator([make_data("gpt2", 2)[i] for i in range(2)])
+    with torch.no_grad():
+        trainer.model(**batch)
     assert trainer.evaluate()["eval_tokens"] == expected
 
 
