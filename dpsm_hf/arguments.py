@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .calibration import GRID_BINS
+from .calibration import GRID_BINS, lower_is_better
 from .head_options import FUSED_MODES
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import LOSS_TYPES, Objective
@@ -123,6 +123,11 @@ class DPSMArguments:
 
     def __post_init__(self) -> None:
         parent: Any = super()
+        own: Any = self
+        metric = getattr(own, "metric_for_best_model", None)
+        if metric is not None and getattr(own, "greater_is_better", None) is None and lower_is_better(metric):
+            # where nothing is said, TrainingArguments takes more to be better of all but a loss
+            own.greater_is_better = False
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
         self.objective()
@@ -177,6 +182,9 @@ class DPSMArguments:
 @dataclass
 class DPSMConfig(DPSMArguments, TrainingArguments):
     """TrainingArguments with the fields of `DPSMArguments`; no default of TrainingArguments is changed.
+
+    Of ``metric_for_best_model`` less is better, too, for the metrics that are reported here (``eval_nll``,
+    ``eval_ece_15``, ...), unless ``greater_is_better`` says otherwise.
 
     With this config `DPSMTrainer` installs `AlphaScheduleCallback` and `CalibrationCallback`.
     """

@@ -9,7 +9,7 @@ from .classwise import ClassCalibration
 from .curve import CalibrationCurve, calibration_curve
 from .grid import GRID_BINS
 from .intervals import Interval
-from .metrics import METRICS, SCORES
+from .metrics import METRICS, SCORES, lower_is_better
 
 __all__ = [
     "GRID_BINS",
@@ -20,4 +20,5 @@ __all__ = [
     "Interval",
     "TokenCalibration",
     "calibration_curve",
+    "lower_is_better",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ from ..devices import float64_device
 from .curve import CalibrationCurve
 from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson
-from .metrics import SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
+from .metrics import RANGES, SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
 
 #: Blocks that documents are dealt out to; what the bootstrap resamples.
 BLOCKS = 128
 
 _STATE = ("count", "correct", "confidence", "sums", "counts")
+
+# What a score may lie outside its range by, in the arithmetic of the head.
+_ROUNDING = 1e-3
 
 # Fewer blocks than this with tokens tell too little of each other to resample.
 _FEW_BLOCKS = 10
@@ -68,10 +72,12 @@ class TokenCalibration:
 
         Raises:
             ValueError: if shapes disagree, a confidence lies outside [0, 1] or is NaN, ``correct`` is neither 0 nor
-                1, a score is NaN or unknown, or a document is negative. Nothing is added then.
+                1, a score is NaN, unknown or outside its range, or a document is negative. Nothing is added then.
         """
-        if unknown := set(scores) - set(SCORES):
-            raise ValueError(f"unknown scores {sorted(unknown)}; TokenCalibration knows {', '.join(SCORES)}.")
+        if unknown := sorted(set(scores) - set(SCORES)):
+            close = get_close_matches(unknown[0], (*SCORES, "mask", "document"), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown scores {unknown}; TokenCalibration knows {', '.join(SCORES)}.{hint}")
         if "label_bytes" in scores and "nll" not in scores:
             raise ValueError("label_bytes needs the nll of the same tokens: the two make bits per byte.")
         columns = {"confidence": confidence, "correct": correct, **scores}
@@ -272,7 +278,8 @@ def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[
     sound = ((conf >= 0) & (conf <= 1)).all()  # False for NaN too
     sound = sound & (values["correct"] == right).all() & ((right == 0) | (right == 1)).all()
     for name in scores:
-        sound = sound & ~torch.isnan(values[name]).any()
+        low, high = RANGES[name]
+        sound = sound & ((values[name] >= low - _ROUNDING) & (values[name] <= high + _ROUNDING)).all()
     if "document" in values:
         document = values["document"]
         sound = sound & ((document >= 0) & (document == document.to(torch.int64))).all()
@@ -286,6 +293,10 @@ def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[
     for name in scores:
         if bool((broken := torch.isnan(values[name])).any()):
             raise ValueError(f"{name} is NaN for {int(broken.sum())} tokens, first token {int(broken.nonzero()[0])}.")
+        low, high = RANGES[name]
+        outside = values[name][(values[name] < low - _ROUNDING) | (values[name] > high + _ROUNDING)]
+        if len(outside):
+            raise ValueError(f"{name} {float(outside[0])} lies outside [{low:g}, {high:g}], where its values are.")
     raise ValueError("document must hold whole numbers from 0 on, one for each token.")
 
 

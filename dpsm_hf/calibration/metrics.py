@@ -6,6 +6,7 @@ are resamples of the same tokens, and returns one number for each of these.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,12 @@ Array = np.ndarray
 #: Scores that a caller may give for each token; the last is the length in bytes of the text that its label stands for.
 SCORES = ("nll", "brier", "spherical", "entropy", "label_probability", "label_bytes")
 
+#: The least and the greatest value of each.
+RANGES = {
+    "nll": (0.0, math.inf), "brier": (0.0, 2.0), "spherical": (0.0, 1.0), "entropy": (0.0, math.inf),
+    "label_probability": (0.0, 1.0), "label_bytes": (0.0, math.inf),
+}  # fmt: skip
+
 #: What is summed over tokens: those, and the Brier score of the confidence as a forecast of being right.
 SUMMED = (*SCORES, "top_label_brier")
 
@@ -26,6 +33,11 @@ METRICS = (
     *SUMMED, "perplexity", "bits_per_byte", "token_accuracy", "confidence", "signed_gap", "ece_10", "ece_15",
     "ece_100", "ece_10_null", "ece_15_null", "ece_100_null", "debiased_ece", "adaptive_ece", "smooth_ece", "mce",
     "reliability", "resolution", "uncertainty", "confidence_auroc", "tokens",
+)  # fmt: skip
+
+_LOWER_IS_BETTER = (
+    "nll", "perplexity", "bits_per_byte", "brier", "top_label_brier", "spherical", "ece_10", "ece_15", "ece_100",
+    "debiased_ece", "adaptive_ece", "smooth_ece", "classwise_ece", "mce", "reliability",
 )  # fmt: skip
 
 _LARGEST_EXPONENT = 700.0  # of a float64
@@ -55,6 +67,16 @@ class Totals:
     def tokens(self) -> Array:
         """Return the number of tokens, ``[...]``."""
         return self.count.sum(-1)
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether a metric is one of these errors and scores, whatever stands before it.
+
+    Args:
+        name: with or without prefixes (``eval_``, ``eval_<set>_``) and with or without ``_scaled`` behind.
+    """
+    bare = name.removesuffix("_scaled")
+    return any(bare == known or bare.endswith(f"_{known}") for known in _LOWER_IS_BETTER)
 
 
 def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str, Array]:

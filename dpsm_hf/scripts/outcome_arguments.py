@@ -7,13 +7,11 @@ from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from dpsm_hf.calibration import lower_is_better
 from dpsm_hf.scripts.extra_datasets import ExtraDataset, parse_extra_datasets
 
 #: What the best checkpoint is best in where nothing is said.
 DEFAULT_METRIC = "eval_nll"
-
-# Words in the names of metrics of which less is better; transformers takes that to be so of "loss" alone.
-_LOWER_IS_BETTER = {"loss", "nll", "perplexity", "byte", "brier", "spherical", "ece", "mce"}
 
 
 @dataclass
@@ -106,10 +104,10 @@ def settle_best_checkpoint(outcome_args: OutcomeArguments, training_args: Any) -
     if wanted and training_args.metric_for_best_model is None:
         training_args.metric_for_best_model, training_args.greater_is_better = DEFAULT_METRIC, False
     metric = training_args.metric_for_best_model
-    if metric is not None and training_args.greater_is_better and _LOWER_IS_BETTER & set(metric.split("_")):
+    if metric is not None and training_args.greater_is_better and (metric.endswith("loss") or lower_is_better(metric)):
         raise ValueError(
-            f"--metric_for_best_model {metric} is better when it is lower, but greater_is_better is true "
-            "(transformers takes that for granted unless the name ends in 'loss'): pass --greater_is_better false."
+            f"--metric_for_best_model {metric} is better when it is lower, but --greater_is_better is true: leave "
+            "that out."
         )
     if outcome_args.evaluate_best:
         _check_saving(training_args)

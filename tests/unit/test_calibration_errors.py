@@ -34,6 +34,10 @@ def filled(number: int = 1000) -> TokenCalibration:
         ({"confidence": [0.5], "correct": [1], "mask": [True, False]}, r"mask has shape \(2,\)"),
         ({"confidence": [0.5], "correct": [1], "nll": [1.0, 2.0]}, r"nll has shape \(2,\)"),
         ({"confidence": [0.5], "correct": [1], "crps": [1.0]}, r"unknown scores \['crps'\]; .*nll, brier"),
+        ({"confidence": [0.5], "correct": [1], "documents": [1]}, r"unknown scores .* Did you mean document\?"),
+        ({"confidence": [0.5], "correct": [1], "nll": [-0.5]}, r"nll -0.5 lies outside \[0, inf\]"),
+        ({"confidence": [0.5], "correct": [1], "brier": [2.1]}, r"brier 2.1 lies outside \[0, 2\]"),
+        ({"confidence": [0.5], "correct": [1], "spherical": [-0.6]}, r"spherical -0.6 lies outside \[0, 1\]"),
         ({"confidence": [0.5], "correct": [math.nan]}, r"correct must hold 0 or 1"),
         (
             {"confidence": [0.5] * 3, "correct": [1] * 3, "nll": [1, math.nan, math.nan]},

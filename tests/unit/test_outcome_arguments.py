@@ -92,6 +92,19 @@ def test_one_extra_set_in_a_file_of_arguments(tmp_path: Path) -> None:
     assert [extra.name for extra in parsed.extra_datasets()] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_ece_15", False), ("ece_15", False), ("eval_held_out_smooth_ece_scaled", False), ("eval_loss", False),
+        ("eval_perplexity", False), ("eval_rougeL", True), ("eval_token_accuracy", True), ("eval_piece", True),
+    ],
+)  # fmt: skip
+def test_which_end_of_a_metric_is_the_good_one(metric: str, greater: bool, tmp_path: Path) -> None:
+    for given, expected in ((None, greater), (True, True), (False, False)):
+        config = DPSMConfig(output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=given)
+        assert config.greater_is_better is expected
+
+
 def settled(folder: Path, outcome: dict[str, Any], **training: Any) -> DPSMConfig:
     defaults = {"do_train": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     config = DPSMConfig(output_dir=str(folder), use_cpu=True, **{**defaults, **training})
@@ -126,8 +139,8 @@ def test_what_the_best_checkpoint_is_best_in(tmp_path: Path) -> None:
         ({"evaluate_best": True}, {"save_steps": 4}, r"--save_steps 2 \(it is --save_strategy steps --save_steps 4\)"),
         ({"evaluate_best": True}, {"save_strategy": "epoch"}, r"\(it is --save_strategy epoch\)"),
         ({"evaluate_best": True}, {"load_best_model_at_end": True}, "leave out --load_best_model_at_end"),
-        ({}, {"metric_for_best_model": "eval_nll"}, "pass --greater_is_better false"),
-        ({}, {"metric_for_best_model": "ece_15"}, "pass --greater_is_better false"),
+        ({}, {"metric_for_best_model": "eval_nll", "greater_is_better": True}, "nll is better when it is lower"),
+        ({}, {"metric_for_best_model": "ece_15", "greater_is_better": True}, "--greater_is_better is true: leave"),
     ],
 )
 def test_options_that_are_refused(
