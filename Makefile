@@ -32,9 +32,9 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then echo "creating $(VENV) (pip from the system)"; \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; \
 	else echo "error: '$(PYTHON)' has neither ensurepip nor pip. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; fi
-	@echo "installing $(TORCH) (the biggest download)"
+	@echo "installing $(TORCH) (the biggest download; pip says nothing until it is done)"
 	@$(PY) -m pip install -qq "$(TORCH)" -c constraints.txt
-	@echo "installing this package and what it needs"
+	@echo "installing this package and what it needs (some minutes)"
 	@$(PY) -m pip install -qq -e ".[test]" -c constraints.txt
 	@touch $@
 

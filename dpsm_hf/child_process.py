@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ class ChildResult:
     tail: tuple[str, ...]
 
 
-def run_child(command: Sequence[str], log: Path) -> ChildResult:
+def run_child(
+    command: Sequence[str], log: Path, *, shown: Callable[[str], str | None] = lambda line: line
+) -> ChildResult:
     """Run a command with its output shown as it comes, and measured.
 
     Args:
         command: the command line.
         log: file that gets a copy of the output, progress bars reduced to their last state.
+        shown: given each line, returns what people see of it; None for nothing.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # Threads that wait spin; where another program wants the same cores, that makes both crawl. A tenth of libgomp's
@@ -62,7 +65,7 @@ def run_child(command: Sequence[str], log: Path) -> ChildResult:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
     ):
         try:
-            _show(process, copy, tail)
+            _show(process, copy, tail, shown)
             exit_code, cpu_seconds, memory = _reap(process)
         except KeyboardInterrupt:
             # The terminal has sent the interrupt to the child too, which saves and stops after its current step.
@@ -74,15 +77,21 @@ def run_child(command: Sequence[str], log: Path) -> ChildResult:
     return ChildResult(exit_code, time.perf_counter() - started, cpu_seconds, memory, tuple(tail))
 
 
-def _show(process: subprocess.Popen[bytes], copy: Any, tail: deque[str]) -> None:
+def _show(process: subprocess.Popen[bytes], copy: Any, tail: deque[str], shown: Callable[[str], str | None]) -> None:
     assert process.stdout is not None  # it was opened as a pipe
     pending = b""
     while chunk := os.read(process.stdout.fileno(), 65536):
-        sys.stderr.write(chunk.decode("utf-8", errors="replace"))
-        sys.stderr.flush()
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
+            # the state of a bar that has been shown already is not repeated
+            seen = shown(line.decode("utf-8", errors="replace").rstrip("\r").rsplit("\r", 1)[-1])
+            if seen is not None:
+                sys.stderr.write(f"\r{seen}\n")
             _keep(line, copy, tail)
+        state = pending.rsplit(b"\r", 1)[-1]
+        if b"%|" in state:  # a progress bar, whose line ends with the work
+            sys.stderr.write("\r" + state.decode("utf-8", errors="replace"))
+        sys.stderr.flush()
     _keep(pending, copy, tail)
 
 

@@ -12,6 +12,7 @@ what is missing or was made with other settings, other library versions or other
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import shutil
@@ -32,6 +33,10 @@ from .report import Report, write_report
 
 LOSSES = ("ce", "brier", "dpsm")
 PACKAGE = Path(__file__).resolve().parent
+# Shown of an evaluation while it runs; the log has all.
+_CHIEF = (
+    "eval_nll", "eval_perplexity", "eval_brier", "eval_ece_15", "eval_token_accuracy", "eval_rougeL", "epoch",
+)  # fmt: skip
 # What reads finished runs cannot change them.
 _READERS = {
     "demo.py",
@@ -221,7 +226,7 @@ def train_one(command: list[str], directory: Path, loss: str, seed: int, digest:
     directory.mkdir(parents=True)
     run: dict[str, Any] = {"schema": 1, "name": loss, "loss_type": loss, "seed": seed, **settings}
     _write_run(directory, {**run, "status": "interrupted", "message": "stopped before it had finished"})
-    result = run_child(command, directory / "log.txt")
+    result = run_child(command, directory / "log.txt", shown=brief)
     run |= {"seconds": round(result.seconds, 2), "exit_code": result.exit_code}
     measured = {"cpu_seconds": result.cpu_seconds, "peak_memory_mb": result.peak_memory_mb}
     run |= {key: round(value, 1) for key, value in measured.items() if value is not None}
@@ -236,6 +241,19 @@ def train_one(command: list[str], directory: Path, loss: str, seed: int, digest:
         print(textwrap.indent("\n".join(result.tail), "    "), file=sys.stderr)
         print(f"All of its output: {directory / 'log.txt'}", file=sys.stderr)
     return read_run(directory)
+
+
+def brief(line: str) -> str | None:
+    """Return what is shown of a line of a run's output: of the fifty figures of an evaluation the chief ones.
+
+    Args:
+        line: of the output; all of it is kept in the log.
+    """
+    if (start := line.find("{'eval_")) >= 0 and line.rstrip().endswith("}"):
+        figures = ast.literal_eval(line[start:].strip())
+        return line[:start] + ", ".join(f"{name} {value}" for name, value in figures.items() if name in _CHIEF)
+    name = line.split("=")[0].strip()
+    return None if name.startswith("eval_") and "=" in line and name not in _CHIEF else line
 
 
 def _write_run(directory: Path, run: Mapping[str, Any]) -> None:
@@ -310,7 +328,10 @@ def run_demo(
     except KeyboardInterrupt:
         code = 130
         done = ", ".join(record.name for record in records) or "none"
-        print(f"\nInterrupted. Finished runs are kept ({done}); the same command goes on from there.", file=sys.stderr)
+        print(
+            f"\nInterrupted. Finished runs are kept ({done}); the same command makes the others, from their start.",
+            file=sys.stderr,
+        )
     if records:
         report = write_report(records, directory, preset.title, preset.subtitle)
         print_report(report, time.perf_counter() - started)

@@ -113,23 +113,28 @@ class ReliabilityDisplay:
         return cls([record_series(content, name, scaled=scaled)], str(content.get("split", "")))
 
     @classmethod
-    def overlay(cls, displays: Sequence[ReliabilityDisplay], *, scaled: bool = True) -> ReliabilityDisplay:
+    def overlay(
+        cls, displays: Sequence[ReliabilityDisplay | str | Path], *, scaled: bool = True
+    ) -> ReliabilityDisplay:
         """Put the curves of several displays into one diagram.
 
         Args:
-            displays: the displays; their splits must agree and their models' names differ. A model without a name is
-                called by its place, ``model 2``.
+            displays: the displays, or paths of files that `CalibrationCallback` wrote; their splits must agree and
+                their models' names differ. A model without a name is called by its place, ``model 2``; one of a file
+                by the folder of its run, with the file's name where that tells them apart.
             scaled: whether to draw the curves after temperature scaling too, of those that have one.
 
         Raises:
             ValueError: if there is none, if they show different splits, or if two models have one name.
         """
-        splits = sorted({display.split for display in displays})
+        given = _file_names([d for d in displays if not isinstance(d, ReliabilityDisplay)])
+        shown = [d if isinstance(d, ReliabilityDisplay) else cls.from_json(d, given[str(d)]) for d in displays]
+        splits = sorted({display.split for display in shown})
         if len(splits) > 1:
             raise ValueError(
                 f"These reliability diagrams show different splits ({', '.join(splits)}); draw one diagram a split."
             )
-        found = [series for display in displays for series in display._series]
+        found = [series for display in shown for series in display._series]
         if len(found) > 1:
             found = [replace(s, name=s.name or f"model {i}") for i, s in enumerate(found, start=1)]
         names = [series.name for series in found]
@@ -316,6 +321,14 @@ class ReliabilityDisplay:
         ax.set(xlim=(-0.02, 1.02), xlabel="confidence (token-level)", ylabel=label)
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.set_axisbelow(True)
+
+
+def _file_names(paths: Sequence[str | Path]) -> dict[str, str]:
+    """Name models by the folders of their runs, and files of one run by their own names too."""
+    folders = {str(path): Path(path).resolve().parent for path in paths}
+    runs = {path: (folder.parent if folder.name == "calibration" else folder).name for path, folder in folders.items()}
+    taken = list(runs.values())
+    return {path: run if taken.count(run) == 1 else f"{run} {Path(path).stem}" for path, run in runs.items()}
 
 
 def _draw_points(

@@ -55,7 +55,7 @@ def test_three_runs_and_a_report(job: Any, tmp_path: Path, capsys: pytest.Captur
     assert calls(tmp_path) == ["ce", "brier", "dpsm"]
     printed = capsys.readouterr()
     assert "On this run DPSM loses to cross-entropy" in printed.out and "report.html" in printed.out
-    assert "[2/3] Brier" in printed.err and "training dpsm 42 3" in printed.err and " 50%" in printed.err
+    assert "[2/3] Brier" in printed.err and "training dpsm 42 3" in printed.err and "100%" in printed.err
     run = json.loads((tmp_path / "out" / "brier" / "run.json").read_text())
     assert run["status"] == "finished" and run["seed"] == 42 and run["exit_code"] == 0 and run["seconds"] > 0
     assert run["versions"]["torch"] and run["command"][run["command"].index("--loss_type") + 1] == "brier"
@@ -148,6 +148,23 @@ def test_wrong_options_end_with_a_sentence(
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert demo.main(["--output_dir", str(tmp_path)]) == 2
     assert "run_clm_dpsm.py is not in" in capsys.readouterr().err
+
+
+def test_what_is_seen_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys\n"
+        "print({'loss': '7.1', 'epoch': '0.1'})\n"
+        "sys.stdout.write('\\r 10%|#  | 1/10\\r\\x1b[K')\n"
+        "print({'eval_nll': '5.3', 'eval_mce': '0.2', 'eval_ece_15': '0.01', 'epoch': '0.1'})\n"
+        "print('  eval_mce    =  0.2')\n"
+        "print('  eval_nll    =  5.3')\n"
+        "sys.stdout.write('\\r 90%|## | 9/10')\n"  # a line that is not over
+    )
+    run_child([sys.executable, "-c", code], tmp_path / "log.txt", shown=demo.brief)
+    seen = capsys.readouterr().err
+    assert "{'loss': '7.1', 'epoch': '0.1'}" in seen and " 90%|## | 9/10" in seen
+    assert "eval_nll 5.3, eval_ece_15 0.01, epoch 0.1\n" in seen and "  eval_nll    =  5.3" in seen
+    assert "mce" not in seen and (tmp_path / "log.txt").read_text().count("mce") == 2
 
 
 def test_a_child_killed_by_a_signal_is_told_apart(tmp_path: Path) -> None:

@@ -263,6 +263,16 @@ def test_several_models_with_their_scaled_curves() -> None:
     assert displays[0].ece_scaled, "the displays that were overlaid keep theirs"
 
 
+def test_files_are_named_by_their_runs(tmp_path: Path) -> None:
+    files = []
+    for name in ("ce/calibration/eval-step-1.json", "dpsm/calibration/eval-step-1.json", "ce/calibration/eval-2.json"):
+        files.append(tmp_path / name)
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        files[-1].write_text(json.dumps({"split": "eval", "curve": CURVE}))
+    assert list(ReliabilityDisplay.overlay(files[:2]).ece) == ["ce", "dpsm"]
+    assert list(ReliabilityDisplay.overlay([str(f) for f in files]).ece) == ["ce eval-step-1", "dpsm", "ce eval-2"]
+
+
 def test_models_without_names_are_numbered_and_equal_names_are_refused() -> None:
     nameless = [ReliabilityDisplay.from_curve(CURVE), ReliabilityDisplay.from_curve(CURVE, "dpsm")]
     assert list(ReliabilityDisplay.overlay(nameless).ece) == ["model 1", "dpsm"]
