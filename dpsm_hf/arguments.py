@@ -113,6 +113,14 @@ class DPSMArguments:
             "their probabilities can be believed, as eval_generated_... and eval_summary_...; one forward a batch."
         },
     )
+    log_component_grad_norms: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: log the gradient norms that cross-entropy and the Brier score would have alone, as "
+            "grad_norm_ce and grad_norm_brier; two more passes of one micro-batch at every logged step, whose time "
+            "does not count as training."
+        },
+    )
     expected_depth: bool = field(
         default=False,
         metadata={
@@ -147,6 +155,11 @@ class DPSMArguments:
             )
         if self.classwise_tokens < 0:
             raise ValueError(f"classwise_tokens={self.classwise_tokens} must be 0 (off) or a number of tokens.")
+        if self.log_component_grad_norms and getattr(self, "logging_strategy", None) != IntervalStrategy.STEPS:
+            raise ValueError(
+                f"log_component_grad_norms measures at the steps that are logged; logging_strategy="
+                f"{getattr(self, 'logging_strategy', None)!s} does not say which: set logging_strategy='steps'."
+            )
         if self.loss_type == "dpsm" and self.alpha_schedule == "feedback":
             if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
                 raise ValueError(

@@ -16,6 +16,7 @@ from .arguments import DPSMArguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
 from .clock import seconds_trained, tells_time
+from .component_gradients import ComponentGradientsMixin
 from .evaluation import EvaluationMixin
 from .model_card import add_objective_section, objective_section
 from .models import vocabulary_size
@@ -25,7 +26,7 @@ from .ranges import BACKWARD, active, calls_named, name_steps
 logger = logging.get_logger(__name__)
 
 
-class DPSMMixin(EvaluationMixin):
+class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -73,6 +74,9 @@ class DPSMMixin(EvaluationMixin):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             raise FloatingPointError(self._describe_non_finite(float(loss.mean())))
+        if self._batch_of_step[1] == 1 and self._components_due():
+            with self._evaluating():  # the training clock stands still
+                self._measure_components(inputs)
         return loss
 
     def _describe_non_finite(self, loss: float) -> str:
@@ -131,6 +135,8 @@ class DPSMMixin(EvaluationMixin):
             if self._alpha is not None:
                 logs["alpha"] = self._alpha
             logs.update(means)
+            logs.update(self._component_norms)
+            self._component_norms.clear()
             seconds = self._train_seconds()
             if tokens and seconds > self._tally_started:
                 logs["tokens_per_second"] = tokens / (seconds - self._tally_started)

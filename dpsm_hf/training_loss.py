@@ -76,6 +76,7 @@ class TrainingLossMixin(CorruptionMixin):
         self._logits_unused = False
         self._fused: FusedHead | None = None
         self._not_fused: weakref.ref[nn.Module] | None = None
+        self._rule: Objective | None = None
         self._refuse_other_losses()
         if self._owns_loss():
             # the denominator is ours whether or not the model's forward has a place for it
@@ -180,8 +181,33 @@ class TrainingLossMixin(CorruptionMixin):
             outputs = (loss, *outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _loss_under(
+        self, rule: Objective, inputs: dict[str, Any], targets: Tensor, denominator: Tensor | int
+    ) -> Tensor:
+        """Return the loss of a batch of training under another rule, without a trace in the log.
+
+        Args:
+            rule: to score with.
+            inputs: on the device.
+            targets: the labels as they were scored.
+            denominator: see `compute_loss`.
+        """
+        clean = inputs_without_labels(self.model, inputs)
+        batch = _Batch(clean, targets, targets, self._alignment or "aligned", denominator)
+        self._rule = rule
+        try:
+            outputs, _ = self._score_in_head(self.model, batch)
+            if outputs is None:
+                return self._score_from_logits(self.model, batch)[0]
+            assert outputs.loss is not None  # there is a rule
+            return outputs.loss
+        finally:
+            self._rule = None
+
     def _objective(self, training: bool) -> Objective:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
+        if self._rule is not None:
+            return self._rule
         if training:
             return self.dpsm.objective(self._alpha)
         return Objective("ce", label_smoothing=self.label_smoother.epsilon if self.label_smoother is not None else 0.0)
@@ -268,7 +294,7 @@ class TrainingLossMixin(CorruptionMixin):
     def _score_logits(self, model: nn.Module, batch: _Batch, logits: Tensor) -> tuple[Tensor, TokenScores, Tensor]:
         labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
         targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels
-        plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss)
+        plain_ce = not model.training or (self.dpsm.loss_type == "ce" and not self.dpsm.z_loss and self._rule is None)
         # labels are checked here, before cross-entropy would index with a wrong one
         scores = score_tokens(
             logits.detach() if plain_ce else logits,

@@ -15,13 +15,14 @@ from tests.tiny import SEQ2SEQ, make_data, make_model
 def make_trainer(folder: Path, name: str = "gpt2", **options: Any) -> Any:
     given = {key: options.pop(key) for key in ("callbacks", "eval_dataset", "calibration_dataset") if key in options}
     seq2seq = name in SEQ2SEQ
+    dropout = options.pop("dropout", 0.0)
     defaults: dict[str, Any] = dict(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
         per_device_train_batch_size=8, per_device_eval_batch_size=4, learning_rate=1e-2, max_steps=4, loss_type="ce",
     )  # fmt: skip
     config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
     trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
-        model=make_model(name), args=config(**{**defaults, **options}), train_dataset=make_data(name, 16),
+        model=make_model(name, dropout), args=config(**{**defaults, **options}), train_dataset=make_data(name, 16),
         **{"eval_dataset": make_data(name, 11), **given},
     )  # fmt: skip
     trainer.remove_callback(CalibrationCallback)

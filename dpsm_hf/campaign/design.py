@@ -19,6 +19,7 @@ ROLES = ("main", "ablation")
 DISPLAY = frozenset(
     {
         "disable_tqdm",
+        "log_component_grad_norms",
         "log_level",
         "log_level_replica",
         "log_on_each_node",

@@ -124,7 +124,7 @@ def _context(
         blocks["robustness"] += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
         blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
     blocks["efficiency"].append(audit_table(audit) if audit is not None else None)
-    blocks["robustness"].insert(0, tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5])))
+    blocks["robustness"][:0] = tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))
     shown = {name: [t for t in found if t is not None and len(t.headings) > 1] for name, found in blocks.items()}
     return {
         "campaign": campaign,
@@ -277,6 +277,8 @@ def _heat_maps(results: Results, pictures: _Pictures) -> list[dict[str, str]]:
         for setting in settings:
             for name, value in setting.settings:
                 values.setdefault(name, set()).add(value)
+        if sum(len(of_one) > 1 for of_one in values.values()) < 2:
+            continue  # a row of cells is a table
         axes = sorted(values, key=lambda name: (-len(values[name]), name))[:2]
         rest: dict[tuple[Any, ...], list[Setting]] = {}
         for setting in settings:

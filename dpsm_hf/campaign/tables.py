@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -142,20 +142,23 @@ def comparison(results: Results, setting: Setting, columns: Sequence[Column], ca
     return Table(f"{caption}: {describe(results, setting)}", ["", *(c.heading for c in shown)], rows, notes)
 
 
-def differences(results: Results, columns: Sequence[Column], main: str = "main") -> Table | None:
+def differences(results: Results, columns: Sequence[Column], main: str = "main") -> list[Table]:
     """Show every other study's figures and their difference from clean cross-entropy of the same seed.
 
     "Clean" is the reference in the main study, of the same size and data where it has them, else in its first setting.
+    A table for each study, size and data; what the study varies stands with the variation.
     """
-    rows: list[list[Cell]] = []
-    shown = [c for c in columns if c.metric != "flops_per_step"]
+    blocks: dict[str, list[Sequence[Cell]]] = {}
     for setting in results.settings():
         if setting.study == main:
             continue
         base = clean_setting(results, setting, main)
+        rows = blocks.setdefault(describe(results, replace(setting, settings=())), [])
+        varied = ", ".join(f"{name} {value}" for name, value in setting.settings)
         for name in results.variations(setting):
-            cells = [Cell(f"{describe(results, setting)}: {results.campaign.variation(name).title}")]
-            for column in shown:
+            title = results.campaign.variation(name).title
+            cells = [Cell(f"{title}, {varied}" if varied else title)]
+            for column in columns:
                 ours = _values(results, setting, name, column)
                 theirs = {} if base is None else _values(results, base, results.campaign.reference, column)
                 gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
@@ -164,12 +167,9 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
                     text += f" ({column.scale * float(np.mean(gaps)):+,.{column.decimals}f})"
                 cells.append(Cell(text))
             rows.append(cells)
-    if not rows:
-        return None
-    caption = (
-        "Other studies: the figure, and in brackets its mean difference from clean cross-entropy of the same seed"
-    )
-    return Table(caption, ["", *(c.heading for c in shown)], rows)
+    headings = ["", *(c.heading for c in columns)]
+    words = "the figure, and in brackets its mean difference from clean cross-entropy of the same seed"
+    return [Table(f"{place}: {words}", headings, rows) for place, rows in blocks.items()]
 
 
 def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column]) -> list[Table]:

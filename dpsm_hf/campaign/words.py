@@ -10,6 +10,24 @@ from .finding import Finding
 from .results import Results
 from .verdict import MAIN_STUDY, overall
 
+# What a claim is called where there is no room for its sentence.
+_SHORT = {
+    "perplexity-gap": "perplexity within 0.3 of cross-entropy's",
+    "rouge-gain": "ROUGE-L 0.3 above cross-entropy's",
+    "not-worst": "never worse than both",
+    "ece-gain": "ECE 25 % below cross-entropy's",
+    "ece-brier": "ECE within 5 % of Brier's",
+    "ece-gain-scaled": "ECE 25 % below cross-entropy's, both scaled",
+    "ece-brier-scaled": "ECE within 5 % of Brier's, both scaled",
+    "time-to-quality": "quality within 110 % of cross-entropy's time",
+    "time-to-quality-brier": "quality within 60 % of Brier's time",
+    "throughput": "throughput",
+    "memory": "memory",
+    "audited-throughput": "throughput in the audit",
+    "audited-memory": "memory in the audit",
+}
+_SIGN_OF = {"perplexity-gap": "perplexity", "rouge-gain": "ROUGE-L", "ece-gain": "ECE"}
+
 
 def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:
     """Return a sentence for each main variation that is judged, the method's own first: what holds, fails, is open."""
@@ -20,13 +38,13 @@ def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:
         words = overall(findings, variation.name)
         families = {f.key: f.family for f in findings}
         parts = []
-        for decision, said in (("holds", "holds"), ("fails", "fails"), ("cannot tell", "cannot be told")):
+        for decision in ("holds", "fails", "cannot tell"):
             keys = sorted((k for k, d in words.items() if d == decision), key=lambda k: _place(families[k]))
             if keys:
-                parts.append(f"{said} for {_join([_short(k) for k in keys])}")
+                parts.append(f"{decision.capitalize()}: {'; '.join(_short(k) for k in keys)}.")
         total = len(words)
         held = sum(d == "holds" for d in words.values())
-        sentences.append(f"{variation.title}: {held} of {total} claims hold. It {'; '.join(parts)}.")
+        sentences.append(f"{variation.title}: {held} of {total} claims hold. {' '.join(parts)}")
     if not sentences:
         sentences.append("No variation has been compared with the reference yet.")
     return sentences
@@ -75,8 +93,5 @@ def _place(family: str) -> int:
 
 
 def _short(key: str) -> str:
-    return key.replace("-", " ")
-
-
-def _join(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    same = key.removeprefix("same-sign-")
+    return _SHORT.get(key, key) if same == key else f"sign of the {_SIGN_OF.get(same, same)} difference elsewhere"

@@ -37,6 +37,7 @@ FSDP_CASES = [
     ("llama_head_lora", "head"),
     ("bart", "root"),
 ]
+PART_CASES = ("gpt2", "llama_lora", "bart")
 STEPS = 2  # the first is the one that is checked
 
 
@@ -98,6 +99,8 @@ def main(path: str) -> None:
             results[f"ddp/{name}/{find}"] = cases.one_step(
                 name, "dpsm", 4, 2, fused_head="on", ddp_find_unused_parameters=find
             )
+        for name in PART_CASES:
+            results[f"parts/{name}"] = cases.one_step(name, "dpsm", 8, 1, log_component_grad_norms=True)
         rank, world = dist.get_rank(), dist.get_world_size()
         for name, units in FSDP_CASES:
             results[f"fsdp/{name}/{units}"] = gradients(name, units, rank, world)

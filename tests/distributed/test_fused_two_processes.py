@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import cases
-from tests.distributed.fused_worker import DDP_CASES, FSDP_CASES, gradients
+from tests.distributed.fused_worker import DDP_CASES, FSDP_CASES, PART_CASES, gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
@@ -39,6 +39,15 @@ def test_ddp_equals_one_process(name: str, find_unused: bool, two: Any) -> None:
     assert difference <= 1e-5
     for key in ("loss", "nll", "brier", "token_accuracy", "confidence"):
         assert parts["logs"][key] == pytest.approx(whole["logs"][key], rel=2e-6), key
+
+
+@pytest.mark.parametrize("name", PART_CASES)
+def test_gradients_of_the_parts_are_those_of_one_process(name: str, two: Any) -> None:
+    whole = cases.one_step(name, "dpsm", 16, 1, log_component_grad_norms=True)
+    parts = two[f"parts/{name}"]
+    assert (parts["gradient"] - whole["gradient"]).norm() <= 1e-5 * whole["gradient"].norm()
+    for key in ("grad_norm_ce", "grad_norm_brier"):
+        assert parts["logs"][key] == pytest.approx(whole["logs"][key], rel=1e-5), key
 
 
 @pytest.mark.parametrize(("name", "units"), FSDP_CASES)

@@ -112,6 +112,9 @@ def test_the_page_is_whole_and_needs_nothing_else(written: tuple[Campaign, Path,
     assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
     verdict = json.loads(paths[2].read_text())
     assert verdict["overall"]["dpsm-linear"]["perplexity-gap"] == "fails"
+    (said,) = [line for line in verdict["headline"] if line.startswith("DPSM, linear: ")]
+    assert "Fails: perplexity within 0.3 of cross-entropy's" in said
+    assert not [key for of in verdict["overall"].values() for key in of if key in said and "-" in key]
     assert len(verdict["findings"]) > 20
     assert json.loads(paths[3].read_text())["tables"][0]["rows"]
 
@@ -176,7 +179,7 @@ def test_numbers_of_the_tables(written: tuple[Campaign, Path, dict[str, Record]]
     assert cells["cross-entropy"][0] == "50.60 ± 0.30"
     assert cells["cross-entropy, temperature-scaled"][0].startswith("50.10 ± 0.30")
     assert [row[1].state for row in table.rows] == ["", "", "", "best", ""]
-    other = differences(results, QUALITY["language-modelling"])
-    assert other is not None
-    row = next(row for row in other.rows if row[0].text.endswith("DPSM, linear"))
+    (other,) = differences(results, QUALITY["language-modelling"])
+    assert other.caption.startswith("flipped-targets; tiny; docs: the figure, and in brackets")
+    row = next(row for row in other.rows if row[0].text == "DPSM, linear")
     assert row[1].text == "55.60 ± 0.30 (+5.00)"  # 3 of its own and 2 of the noise
