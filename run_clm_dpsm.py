@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataTrainingArguments, OutcomeArguments, DPSMConfig), argv
     )
     setup_logging(training_args)
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # it speeds up copies to a GPU; torch warns where there is none
     check_contradictions(model_args, data_args, training_args)
     settle_best_checkpoint(outcome_args, training_args)
     limits: dict[str, int | None] = {

@@ -29,7 +29,8 @@ class ChildResult:
         exit_code: its exit code; negative for a signal.
         seconds: wall-clock time from start to end.
         cpu_seconds: processor time of all its threads; ``None`` where the system does not say.
-        peak_memory_mb: largest resident set in MB; ``None`` where the system does not say.
+        peak_memory_mb: largest resident set in MB, of it or of one that it has waited for; ``None`` where the system
+            does not say. Never less than this process had when it started the child: Linux counts from the fork on.
         tail: its last lines of output.
     """
 

@@ -343,7 +343,7 @@ class EvaluationMixin(TrainingLossMixin):
         def moments(temperature: float) -> Moments:
             panel = self._collector = _MomentPanel(temperature)
             try:
-                super(EvaluationMixin, self).evaluation_loop(dataloader, "Temperature", prediction_loss_only=True)
+                super(EvaluationMixin, self).evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
             finally:
                 self._collector = None
                 self._close_progress_bar()

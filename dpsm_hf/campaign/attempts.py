@@ -14,7 +14,15 @@ from ..files import write_json
 from .collecting import collect, diverged, forget_results, has_results, is_finished, reached_step
 from .design import Campaign
 from .endings import LOG_LINES, Ending, classify, memory_kill_count
-from .launching import LOG_NAME, SETTINGS_NAME, launch_command, launch_environment, run_folder, script_settings
+from .launching import (
+    LOG_NAME,
+    SETTINGS_NAME,
+    launch_command,
+    launch_environment,
+    run_folder,
+    script_settings,
+    shown_command,
+)
 from .lock import end_orphans, interrupt_run, kill_run, processes_of
 from .machine import machine_facts
 from .records import Record, write_record
@@ -89,7 +97,7 @@ class Attempt:
             name=name,
             status="running",
             message="",
-            command=command,
+            command=shown_command(command, directory),
             attempts=[*(record.attempts if record is not None else ()), attempt],
             machine=machine_facts(devices),
         )

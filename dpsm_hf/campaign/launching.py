@@ -115,6 +115,25 @@ def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
     return [sys.executable, "-m", LAUNCHER, *several, *words, str(find_script(SCRIPTS[run.task])), str(settings)]
 
 
+def shown_command(command: Sequence[str], directory: Path) -> list[str]:
+    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder.
+
+    Args:
+        command: of `launch_command`.
+        directory: of the campaign.
+    """
+    words = []
+    for word in command:
+        path = Path(word)
+        if word == sys.executable:
+            words.append("python")
+        elif path.is_absolute():
+            words.append(str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name)
+        else:
+            words.append(word)
+    return words
+
+
 def launch_environment(
     campaign: Campaign, run: Run, name: str, directory: Path, *, devices: Sequence[str] = (), threads: int = 1
 ) -> dict[str, str]:

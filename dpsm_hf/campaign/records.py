@@ -32,7 +32,7 @@ class Record:
         arguments: of the script.
         status: one of `STATUSES`.
         message: why it is not ok; for a pruned run the rule, the rung and the figures that decided.
-        command: that ran last.
+        command: that ran last; its paths are seen from the campaign's folder.
         attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step``,
             ``to_step`` (of the newest checkpoint), ``status``, ``message``, ``devices`` on GPUs, and ``rung`` where it
             was to stop there.

@@ -72,7 +72,8 @@ def test_what_a_record_holds(done: tuple[Campaign, Path, str]) -> None:
     for run_id, record in records.items():
         assert record.status == "ok" and record.message == ""
         assert record.arguments == campaign.runs[run_id].arguments
-        assert record.command[-2].endswith("run_clm_dpsm.py")
+        assert record.command[0] == "python"  # no path of the machine: records are handed on
+        assert record.command[-2:] == ["run_clm_dpsm.py", f"runs/{record.run_id}/settings.json"]
         (attempt,) = record.attempts
         assert attempt["exit_code"] == 0 and attempt["from_step"] == 0
         assert attempt["to_step"] == campaign.runs[run_id].arguments["max_steps"]

@@ -75,7 +75,9 @@ def test_measures_of_a_child(tmp_path: Path) -> None:
         time.sleep(0.01)
     assert result.exit_code == 0
     assert result.cpu_seconds is not None and 0.2 <= result.cpu_seconds < 10
-    assert result.peak_memory_mb is not None and 64 < result.peak_memory_mb < 1000
+    # what this process has is counted, between fork and exec
+    own = psutil.Process().memory_info().rss / 2**20
+    assert result.peak_memory_mb is not None and 64 < result.peak_memory_mb < max(own, 64) + 100
 
 
 @linux
