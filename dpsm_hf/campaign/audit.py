@@ -313,7 +313,7 @@ def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], 
         if len(ids) >= wanted:
             break
         used.append(text)
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     while len(ids) < wanted:  # a small text is read again
         ids += ids[: wanted - len(ids)]
     return ids[:wanted], used
