@@ -27,6 +27,7 @@ def reliability_pictures(
             content = record.calibration.get(results.split) if record is not None and record.status == "ok" else None
             if content is not None:
                 title = results.campaign.variation(name).title
+                content = {**content, "split": results.split}  # Seq2SeqTrainer's scripts call it predict
                 displays.append((name, title, point.seed, ReliabilityDisplay.from_json(content, title)))
                 break
     if len(displays) > 1:

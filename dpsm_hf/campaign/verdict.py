@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import Decision, claim_test, decide, power_note, sign_agreement
+from ..statistics import ClaimTest, Decision, claim_test, decide, power_note, sign_agreement
 from .claims import Claim, claims_of
 from .finding import ALPHA, Finding, Judged, corrected, finite, join
 from .results import Pairs, Results, Setting
@@ -165,11 +165,16 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
     return Judged(
         replace(
             finding, estimate=test.estimate, low=finite(test.interval.low), high=finite(test.interval.high),
-            p_value=finite(test.p_value), note=note,
+            p_value=finite(_p_of(test)), note=note,
         ),
-        test.p_value,
-        opposite.p_value,
+        _p_of(test),
+        _p_of(opposite),
     )  # fmt: skip
+
+
+def _p_of(test: ClaimTest) -> float:
+    """Return the p-value that decides: figures without variance, exactly on the limit, leave no doubt of the claim."""
+    return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
 
 
 def _training_times(
