@@ -65,6 +65,7 @@ def test_never_worse_than_both(ours: tuple[float, ...], word: str) -> None:
     [
         ((0.020, 0.021, 0.019), "holds", "holds"),
         ((0.0395, 0.041, 0.040), "fails", "fails"),
+        ((0.0340, 0.0357, 0.03315), "fails", "fails"),  # 15 % below cross-entropy's
         ((0.020, 0.035, 0.028), "cannot tell", "cannot tell"),
     ],
 )
@@ -117,6 +118,18 @@ def test_time_to_the_quality_of_cross_entropy() -> None:
     found = judged(curves((15.0, 2.0), (16.0, 2.0)))
     assert found["time-to-quality", "dpsm-linear"].decision == "fails"
     assert found["time-to-quality-brier", "dpsm-linear"].decision == "fails"
+
+
+def test_the_quality_to_reach_is_that_of_the_same_seed() -> None:
+    made = campaign(variations=PLAIN)
+
+    def make(point: Point) -> dict[str, Any]:  # the reference of seed 2 goes half the way of seed 1's
+        end = 2.0 if point.seed == 1 or point.variation != "ce-baseline" else 6.0
+        return {"curve": [(10.0 * i, 10.0 + (end - 10.0) * min(1.0, i / 3)) for i in range(5)]}
+
+    results = Results(made, records(made, make))
+    steps = results.values(setting_of(made.points[0]), "dpsm-linear", "steps_to_quality")
+    assert (steps[1], steps[2]) == pytest.approx((285.0, 142.5))
 
 
 def test_runs_that_never_arrive() -> None:
