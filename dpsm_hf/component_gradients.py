@@ -41,15 +41,23 @@ class ComponentGradientsMixin(TrainingLossMixin):
                 f"log_component_grad_norms needs whole weights on each process, which {found[0]} does not leave "
                 "there; leave it out."
             )
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        if any((getattr(self.args, name, None) or {}).get("use_reentrant") for name in names):
+            raise ValueError(
+                "log_component_grad_norms does not work with re-entrant activation checkpointing, which torch cannot "
+                "differentiate by parameters: set use_reentrant to false, or leave one of the two out."
+            )
         if not self._owns_loss():
             raise ValueError(
                 "log_component_grad_norms needs a loss that is computed here: leave compute_loss_func out, or choose "
                 "another loss_type than 'ce' for a model that DPSM does not know."
             )
 
-    def _components_due(self) -> bool:
-        """Return whether the optimizer step under way is one that is logged."""
+    def _components_due(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the optimizer step that begins is one that is logged."""
         if not self.dpsm.log_component_grad_norms or self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
+        if self._alignment is None or "labels" not in inputs:  # found out by the step, or refused there
             return False
         step = self.state.global_step + 1
         first = step == 1 and self.args.logging_first_step
@@ -62,24 +70,24 @@ class ComponentGradientsMixin(TrainingLossMixin):
         ``sum(g.square().sum() for g in torch.autograd.grad(loss, trained_parameters)).sqrt()``.
 
         Args:
-            inputs: the micro-batch that was trained on just now; its targets, flipped ones too, are those of then.
+            inputs: the micro-batch that is about to be trained on. Before, not after: no gradient is held yet, so that
+                the peak of memory stays what it is.
         """
-        assert self._last_batch is not None  # of the training step
-        targets = self._last_batch[1]
         prepared = self._prepare_inputs(dict(inputs))
         count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
-        denominator = self._denominator(targets, targets, "aligned", count)
         # like its gradient: summed over processes where the count is everybody's, else averaged
         shares = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = getattr(self.accelerator, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())  # small gradients are lost in float16
-        devices = [targets.device] if targets.is_cuda else []
+        device = prepared["labels"].device
+        devices = [device] if device.type == "cuda" else []
+        self.model.train()
         for name, rule in PARTS.items():
             # both draw the same dropout, and the next step draws what it would have drawn
             with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-                loss = self._loss_under(rule, prepared, targets, denominator)
-            total: Tensor = torch.zeros((), device=targets.device)
+                loss = self._loss_under(rule, prepared, count)
+            total: Tensor = torch.zeros((), device=device)
             for parameter, gradient in zip(
                 parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True
             ):

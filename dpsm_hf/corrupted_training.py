@@ -131,9 +131,9 @@ class CorruptionMixin(_Base):
     # ---- flipped targets -------------------------------------------------------------------------------------------
 
     def _flipped(
-        self, labels: Tensor, shift_labels: Tensor | None, alignment: Alignment
+        self, labels: Tensor, shift_labels: Tensor | None, alignment: Alignment, *, counted: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the labels, or the shifted ones, with the flips of this step."""
+        """Return the labels, or the shifted ones, with the flips of this step, counted by default."""
         flips = self.corruption.flips
         if flips is None:
             return labels, shift_labels
@@ -141,7 +141,8 @@ class CorruptionMixin(_Base):
         first = 1 if shift_labels is None and alignment == "shifted" else 0  # nothing predicts the first token
         targets = (labels if shift_labels is None else shift_labels)[..., first:]
         flipped, changed = flips(targets, step)
-        self._counts.add_flips(targets, changed)
+        if counted:
+            self._counts.add_flips(targets, changed)
         if shift_labels is not None:
             return labels, flipped
         return (torch.cat([labels[..., :first], flipped], -1) if first else flipped), None

@@ -65,6 +65,9 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         self._scaler = None  # fused optimizers write without raising the version of what they write to
         step, batch = self._batch_of_step
         self._batch_of_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 1)
+        if self._batch_of_step[1] == 1 and self._components_due(inputs):
+            with self._evaluating():  # the training clock stands still
+                self._measure_components(inputs)
         if active():
             name_steps(self.optimizer)
             with calls_named(self.accelerator, "backward", BACKWARD):
@@ -74,9 +77,6 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             raise FloatingPointError(self._describe_non_finite(float(loss.mean())))
-        if self._batch_of_step[1] == 1 and self._components_due():
-            with self._evaluating():  # the training clock stands still
-                self._measure_components(inputs)
         return loss
 
     def _describe_non_finite(self, loss: float) -> str:

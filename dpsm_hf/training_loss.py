@@ -181,19 +181,20 @@ class TrainingLossMixin(CorruptionMixin):
             outputs = (loss, *outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_under(
-        self, rule: Objective, inputs: dict[str, Any], targets: Tensor, denominator: Tensor | int
-    ) -> Tensor:
+    def _loss_under(self, rule: Objective, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
         """Return the loss of a batch of training under another rule, without a trace in the log.
 
         Args:
             rule: to score with.
-            inputs: on the device.
-            targets: the labels as they were scored.
-            denominator: see `compute_loss`.
+            inputs: on the device, of a model whose alignment is known.
+            count: of tokens, the denominator; see `compute_loss`.
         """
+        assert self._alignment is not None
+        labels, shift_labels = inputs["labels"], inputs.get("shift_labels")
+        denominator = self._denominator(labels, shift_labels, self._alignment, count)
+        labels, shift_labels = self._flipped(labels, shift_labels, self._alignment, counted=False)
         clean = inputs_without_labels(self.model, inputs)
-        batch = _Batch(clean, targets, targets, self._alignment or "aligned", denominator)
+        batch = _Batch(clean, labels, shift_labels, self._alignment, denominator)
         self._rule = rule
         try:
             outputs, _ = self._score_in_head(self.model, batch)

@@ -11,9 +11,11 @@ from datasets import Dataset
 from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
 from tests.tiny import SEQ2SEQ, make_data, make_model
 
+_OF_THE_TRAINER = ("callbacks", "eval_dataset", "calibration_dataset", "corruption")
+
 
 def make_trainer(folder: Path, name: str = "gpt2", **options: Any) -> Any:
-    given = {key: options.pop(key) for key in ("callbacks", "eval_dataset", "calibration_dataset") if key in options}
+    given = {key: options.pop(key) for key in _OF_THE_TRAINER if key in options}
     seq2seq = name in SEQ2SEQ
     dropout = options.pop("dropout", 0.0)
     defaults: dict[str, Any] = dict(

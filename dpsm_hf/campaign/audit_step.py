@@ -95,6 +95,7 @@ def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) ->
     model, data, _, training = parse_script_arguments(kinds, words)
     training.eval_strategy = IntervalStrategy.NO
     training.load_best_model_at_end = training.fit_temperature = training.push_to_hub = False
+    training.log_component_grad_norms = False
     training.disable_tqdm = True
     return ParsedArguments(task, model, data, training)
 

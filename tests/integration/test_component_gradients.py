@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dpsm_hf.corrupted_training import Corruption
+from dpsm_hf.data.corruption import TargetFlips, replacement_weights
 from tests.evaluation_trainers import make_trainer
+from tests.tiny import VOCAB
 
 
 def trained(folder: Path, name: str, **options: Any) -> Any:
@@ -49,6 +52,19 @@ def test_training_does_not_notice(options: dict[str, Any], tmp_path: Path) -> No
         assert all(mine[key] == theirs[key] for key in ("loss", "nll", "brier", "grad_norm"))
 
 
+def test_flips_are_counted_once(tmp_path: Path) -> None:
+    counts = []
+    for measured in (True, False):
+        trainer = make_trainer(
+            tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=measured,
+            corruption=Corruption(flips=TargetFlips(0.3, replacement_weights(VOCAB, (0, 1, 2)), seed=1)),
+        )  # fmt: skip
+        trainer.train()
+        counts.append(dict(trainer._counts.gather(torch.device("cpu"))))
+        assert [e["grad_norm"] for e in logged(trainer)] != [0.0] * 4
+    assert counts[0] == counts[1] and counts[0]["flipped_tokens"] > 0
+
+
 def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=True)
     stopped = []
@@ -65,6 +81,10 @@ def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.
     [
         ({"logging_strategy": "epoch"}, "logging_strategy=IntervalStrategy.EPOCH does not say which"),
         ({"logging_strategy": "no"}, "set logging_strategy='steps'"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "does not work with re-entrant activation checkpointing",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
