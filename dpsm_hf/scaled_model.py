@@ -33,6 +33,8 @@ def check_target(folder: Path, source: str | Path) -> None:
     Raises:
         ValueError: if that would overwrite the model itself, or anything else that `save_scaled` has not written.
     """
+    if Path(source).resolve() in (own.resolve() for own in _own_folders(folder)):
+        raise ValueError(f"{source} is what an interrupted call has left and is about to be deleted: move it away.")
     if not folder.exists():
         return
     if folder.resolve() == Path(source).resolve():
@@ -41,6 +43,12 @@ def check_target(folder: Path, source: str | Path) -> None:
         )
     if not (folder / RECORD_NAME).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and holds something else: give another folder, or move it away.")
+
+
+def _own_folders(folder: Path) -> tuple[Path, Path]:
+    """Return where a model is written before it takes its place, and where the one before it waits meanwhile."""
+    part, old = (folder.with_name(f".{folder.name}.dpsm-{end}") for end in ("part", "old"))
+    return part, old
 
 
 def save_scaled(
@@ -67,7 +75,7 @@ def save_scaled(
         _settle_sampling(model, Path(source))
     else:
         scaler.apply_to_generation_config(model)
-    part, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
+    part, old = _own_folders(folder)
     for left_over in (part, old):
         shutil.rmtree(left_over, ignore_errors=True)
     model.save_pretrained(part)

@@ -40,7 +40,8 @@ def learning_curves(
         curves = []
         for point in results.points(setting, name):
             record = results.record(point)
-            found = [] if record is None else series(record, key)
+            # one that ended early would end the mean of all
+            found = [] if record is None or record.status != "ok" else series(record, key)
             if len(found) > 1:
                 curves.append((np.array([p[x == "step"] for p in found]), np.array([p[2] for p in found])))
         if not curves:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..clock import seconds_trained
 from ..files import strict
-from ..records import read_json, read_run
+from ..records import read_json
 from .records import Record
 
 OUTCOME_NAME = "outcome.json"
@@ -142,22 +143,31 @@ def _outcome_of_files(folder: Path, history: Sequence[Mapping[str, Any]]) -> dic
     if not (folder / RESULTS_NAME).exists() or not (folder / STATE_NAME).exists():
         return {}
     metrics: dict[str, dict[str, Any]] = {}
-    for key, value in read_json(folder / RESULTS_NAME).items():
+    for key, value in _readable(folder / RESULTS_NAME).items():
         prefix, _, name = key.partition("_")
         if prefix in _SPLITS and isinstance(value, (int, float)):
             metrics.setdefault(_SPLITS[prefix], {})[name] = value
     calibration: dict[str, Any] = {}
     for path in sorted((folder / "calibration").glob("*.json")):  # by split, then by step
-        content = read_json(path)
+        content = _readable(path)
         if isinstance(content, dict) and content.get("split") in _SPLITS:
             calibration[_SPLITS[content["split"]]] = content
-    speed = read_run(folder).metrics.get("tokens_per_second")
+    speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
+    speed = statistics.median(speeds) if speeds else None
     steps = newest_state(folder).get("global_step")
     return {
         "metrics": {"last": strict(metrics)} if metrics else {},
         "efficiency": {"tokens_per_second": speed, "steps": steps},
         "calibration": calibration,
     }
+
+
+def _readable(path: Path) -> Any:
+    """Parse a JSON file that somebody else writes, in place: what a kill has left of it is as good as nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def diverged(record: Record) -> str | None:

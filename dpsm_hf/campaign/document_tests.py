@@ -37,15 +37,15 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
         if name == reference:
             continue
         own = _sums(results, setting, name, directory)
+        suffix = "_scaled" if any(p.scaled for p in results.points(setting, name)) else ""
         seeds = [s for s in own if s in base and _same_documents(own[s], base[s])]
+        seeds = [s for s in seeds if f"count{suffix}" in own[s]]  # no temperature may have been found for one
         if not seeds:
             continue
-        scaled = any(p.scaled for p in results.points(setting, name))
         cells = [Cell(results.campaign.variation(name).title), Cell(str(len(seeds)))]
         for kind in ("perplexity", "ece"):
             ours, theirs = (
-                _documents([found[s] for s in seeds], kind, suffix)
-                for found, suffix in ((own, "_scaled" if scaled else ""), (base, ""))
+                _documents([found[s] for s in seeds], kind, end) for found, end in ((own, suffix), (base, ""))
             )
             interval = paired_bootstrap(ours, theirs, samples=SAMPLES)
             test = approximate_randomization(ours, theirs, samples=SAMPLES)
@@ -88,9 +88,6 @@ def _same_documents(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndar
 
 
 def _documents(runs: list[Mapping[str, np.ndarray]], kind: str, suffix: str) -> DocumentMeans | DocumentBins:
-    # a run without a temperature of its own has no scaled sums
-    suffix = suffix if all(f"count{suffix}" in run for run in runs) else ""
-
     def stacked(name: str) -> np.ndarray:
         return np.stack([run[f"{name}{suffix}"] for run in runs])
 

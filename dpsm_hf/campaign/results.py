@@ -150,14 +150,15 @@ class Results:
         the same setting and seed; its ``end`` is its last evaluation during training.
 
         Returns:
-            Infinity twice where the run never gets there; None where the curves that it needs are missing.
+            Infinity twice where the run never gets there; None where the curves that it needs are missing: of runs
+            that have not ended well, or, where less is better, of ones that were not evaluated before training.
         """
         own = self.curve(point)
         others = [p for p in self.points(setting_of(point), self.campaign.reference) if p.seed == point.seed]
         base = self.curve(others[0]) if others else []
-        if not own or len(base) < 2:
-            return None
         better_high = self.campaign.quality[1]
+        if not own or len(base) < 2 or (not better_high and base[0][1] > 0):
+            return None
         start, end = base[0][2], base[-1][2]
         target = ARRIVED * end if better_high else start - ARRIVED * (start - end)
         sign = 1.0 if better_high else -1.0
@@ -175,7 +176,7 @@ class Results:
         """Return training seconds, step and quality at each evaluation of a run's training; NLL for perplexity."""
         name = "nll" if self.campaign.quality[0] == "perplexity" else self.campaign.quality[0]
         record = self.record(point)
-        return [] if record is None else series(record, f"eval_{name}")
+        return [] if record is None or record.status != "ok" else series(record, f"eval_{name}")
 
 
 def series(record: Record, key: str) -> list[tuple[float, float, float]]:

@@ -63,25 +63,31 @@ def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN
         for variation in campaign.variations:
             if variation.name in (campaign.reference, campaign.brier) or variation.of is not None:
                 continue
-            cells: dict[Hashable, dict[Hashable, float | None]] = {}
-            main: list[float | None] = []
-            others = False
-            for setting in results.settings():
-                if variation.name not in results.variations(setting):
-                    continue
-                pairs = _pairs(results, claim, setting, variation.name)
-                differences: dict[Hashable, float | None] = dict(
-                    zip(pairs.seeds, (pairs.ours - pairs.theirs).tolist(), strict=True)
-                )
-                if setting.study == main_study and not main:
-                    main = list(differences.values())
-                    continue
-                others = True
-                cells[setting.label] = {**differences, **dict.fromkeys(pairs.missing)}
-            if not others or not any(cells.values()):
+            first = next(iter(results.settings(main_study)), None)
+            if first is None or variation.name not in results.variations(first):
                 continue
-            found.append(_agreement(claim, variation.name, variation.role, main, cells))
+            known = {point.run_id for point in results.points(first, variation.name)}
+            cells: dict[Hashable, dict[Hashable, float | None]] = {}
+            for setting in results.settings():
+                if setting == first or variation.name not in results.variations(setting):
+                    continue
+                # a run that the first setting shares would agree with itself
+                seeds = {p.seed for p in results.points(setting, variation.name) if p.run_id not in known}
+                found_there = _differences(results, claim, setting, variation.name)
+                cell: dict[Hashable, float | None] = {s: x for s, x in found_there.items() if s in seeds}
+                if cell:  # empty without a reference to differ from
+                    cells[setting.label] = cell
+            if cells:
+                main = list(_differences(results, claim, first, variation.name).values())
+                found.append(_agreement(claim, variation.name, variation.role, main, cells))
     return found
+
+
+def _differences(results: Results, claim: Claim, setting: Setting, variation: str) -> dict[int, float | None]:
+    """Return the difference to the reference by seed; None where one of the two is missing."""
+    pairs = _pairs(results, claim, setting, variation)
+    found: dict[int, float | None] = dict(zip(pairs.seeds, (pairs.ours - pairs.theirs).tolist(), strict=True))
+    return {**found, **dict.fromkeys(pairs.missing)}
 
 
 def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
@@ -206,8 +212,11 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     neither = bool((ours_never & theirs_never).any())
     if neither or claim.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return Judged(finding, math.nan, math.nan)
-    test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
-    opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
+    try:
+        test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
+        opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
+    except ValueError as error:  # a run that had the quality before it began
+        return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
     bound = "at most" if may_hold else "at least"
     finding = replace(
@@ -228,7 +237,8 @@ def _agreement(
     main: Sequence[float | None],
     cells: Mapping[Hashable, Mapping[Hashable, float | None]],
 ) -> Finding:
-    mean = float(np.mean([value for value in main if value is not None])) if main else math.nan
+    known = [value for value in main if value is not None]
+    mean = float(np.mean(known)) if known else math.nan
     finding = Finding(
         f"same-sign-{claim.key}", "robustness",
         f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "

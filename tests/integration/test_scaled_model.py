@@ -92,6 +92,13 @@ def test_nobodys_model_is_overwritten(source: Path, tmp_path: Path, capsys: pyte
         check_target(source, tmp_path)
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty", source)
+    # what a user may have moved away is none of ours
+    save(source, tmp_path / "models" / "model", "weights")
+    (tmp_path / "models" / "model").rename(tmp_path / "models" / "model.old")
+    save(tmp_path / "models" / "model.old", tmp_path / "models" / "model", "weights")
+    assert (tmp_path / "models" / "model.old" / "config.json").exists()
+    with pytest.raises(ValueError, match="what an interrupted call has left and is about to be deleted"):
+        check_target(tmp_path / "m", tmp_path / ".m.dpsm-old")
     ours = tmp_path / "ours"
     ours.mkdir()
     write_json({"schema": 1}, ours / RECORD_NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,12 @@ def test_more_rows_than_samples_are_all_evaluated(tmp_path: Path) -> None:
 def test_names_of_evaluation_sets_become_file_names(tmp_path: Path) -> None:
     sets = {"org/v1.5": make_data("gpt2", rows=3), "org/v1.6": make_data("gpt2", rows=3)}
     DPSMTrainer(model=make_model("gpt2"), args=config(tmp_path), eval_dataset=sets).evaluate()
-    assert sorted(p.name for p in (tmp_path / "calibration").iterdir()) == [
-        f"eval_org_v1.{n}-step-000000.{kind}" for n in (5, 6) for kind in ("json", "png")
+    names = [
+        f"eval_org_v1.{n}-{zlib.crc32(f'eval_org/v1.{n}'.encode()):08x}-step-000000.{kind}"
+        for n in (5, 6)
+        for kind in ("json", "png")
     ]
+    assert sorted(p.name for p in (tmp_path / "calibration").iterdir()) == names
 
 
 def test_generation_arguments_in_a_plain_dpsm_trainer_do_no_harm(tmp_path: Path) -> None:

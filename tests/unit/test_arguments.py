@@ -35,6 +35,7 @@ TYPED = {
     "fit_temperature": "true",
     "generated_calibration": "false",
     "expected_depth": "true",
+    "log_component_grad_norms": "true",
 }
 
 
@@ -73,6 +74,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.alpha_feedback_metric == "eval_dev_signed_gap"
     assert args.classwise_tokens == 50 and args.fit_temperature is True
     assert args.generated_calibration is False and args.expected_depth is True
+    assert args.log_component_grad_norms is True
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
     assert set(TYPED) | {"focal_gamma"} == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(

@@ -222,12 +222,12 @@ def test_in_pieces_as_at_once(cuts: list[int], seed: int) -> None:
     confidence, correct = tokens(400, seed)
     whole, pieces, merged = TokenCalibration(), TokenCalibration(), TokenCalibration()
     document = np.random.default_rng(seed).integers(0, 1000, 400)
-    whole.update(confidence=confidence, correct=correct, nll=-np.log(confidence + 0.1), document=document)
+    whole.update(confidence=confidence, correct=correct, nll=-np.log((confidence + 0.1) / 1.1), document=document)
     for lo, hi in zip([0, *cuts], [*cuts, 400], strict=True):
         part = {
             "confidence": confidence[lo:hi],
             "correct": correct[lo:hi],
-            "nll": -np.log(confidence[lo:hi] + 0.1),
+            "nll": -np.log((confidence[lo:hi] + 0.1) / 1.1),
             "document": document[lo:hi],
         }
         pieces.update(**part)
