@@ -107,6 +107,15 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
     return found
 
 
+def arguments_key(run: Run) -> str:
+    """Return what tells whether a variation was audited as it is now.
+
+    Args:
+        run: of `audited_runs`.
+    """
+    return hashlib.sha256(json.dumps(dict(run.arguments), sort_keys=True).encode()).hexdigest()[:12]
+
+
 def run_audit(campaign: Campaign, directory: Path) -> dict[str, Any]:
     """Measure what is missing of a campaign's audit and return all of it, which is in ``audit.json`` too.
 
@@ -182,14 +191,17 @@ class _Audit:
         }  # fmt: skip
         before, text = self._read_previous(content)
         content["text"] = text
+        content["variations"] = {name: entry for name, entry in before.items() if name not in self.runs}
         for name, run in self.runs.items():
-            key = hashlib.sha256(json.dumps(dict(run.arguments), sort_keys=True).encode()).hexdigest()[:12]
+            key = arguments_key(run)
             kept = before.get(name)
             if kept is None or kept.get("arguments") != key or kept.get("status") == "failed":
                 kept = {"samples": []}
             title = self.campaign.variation(name).title
             content["variations"][name] = {**kept, "title": title, "status": "running", "message": "",
                                            "arguments": key}  # fmt: skip
+        for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
+            entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
         return content
 
     def _read_previous(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..statistics import Decision, claim_test
+from .audit import arguments_key, audited_runs
 from .claims import Claim
 from .design import Campaign
 from .finding import ALPHA, Finding, Judged, corrected, finite
@@ -33,14 +34,23 @@ def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding
 
     Args:
         campaign: its design.
-        audit: content of ``audit.json``.
+        audit: content of ``audit.json``. What was audited with another reference, at another scale or with other
+            arguments is left out.
     """
+    if (audit["reference"], audit["scale"]) != (campaign.reference, campaign.scale):
+        return []
+    try:
+        runs = audited_runs(campaign, audit["settings"].get("size"))
+    except ValueError:  # the reference is not among the chosen points
+        return []
     setting = f"audit, {audit['settings']['tokens']:,} tokens a step, {audit['machine']['device']}"
     speed: dict[str, list[Judged]] = {}
     memory = []
     for variation in campaign.variations:
-        entry = audit["variations"].get(variation.name)
-        if entry is None or variation.name in (campaign.reference, campaign.brier) or variation.of is not None:
+        entry, run = audit["variations"].get(variation.name), runs.get(variation.name)
+        if entry is None or run is None or entry["arguments"] != arguments_key(run):
+            continue
+        if variation.name in (campaign.reference, campaign.brier):
             continue
         speed.setdefault(variation.role, []).append(
             _speed(entry, _empty(THROUGHPUT, variation.name, setting, variation.role))

@@ -214,6 +214,9 @@ def _report(campaign: Campaign, directory: Path, options: argparse.Namespace, wo
 def _audit(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
     from .audit import AUDIT_NAME, run_audit
 
+    if options.step == "run" and not any(point.variation == campaign.reference for point in campaign.points):
+        print("The audit is left out: it compares with the reference, which --only leaves out.", file=sys.stderr)
+        return 0
     run_audit(campaign, directory)
     print(directory / AUDIT_NAME)
     return 0

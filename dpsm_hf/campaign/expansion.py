@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .contradictions import campaign_refusals, check_spec, values_of
 from .design import Campaign, Point, Run, Variation
 from .local_files import EXTRA_ARGUMENT, content_hash
 from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
-from .yaml_lines import Place, Problems, suggestion
+from .yaml_lines import Place, Problems
 
 # Sections, the more specific ones last.
 _SPECIFIC = ("base", "sizes", "data", "variations", "studies")
@@ -42,9 +43,7 @@ def expand(spec: Spec, scale: str, source: str, problems: Problems) -> Campaign:
         problems: gets what contradicts, or is refused by the script; the result is then of no use.
     """
     work = _Expansion(spec, problems)
-    _check_variations(spec, problems)
-    for name, study in spec.studies.items():
-        _check_study(spec, study, problems, f"studies.{name}")
+    check_spec(spec, problems)
     problems.check()
     places = [
         (study, size, data, seed, combination)
@@ -104,76 +103,6 @@ def _combinations(study: StudyEntry) -> Iterator[dict[str, Given]]:
         yield dict(zip(study.grid, values, strict=True))
 
 
-# ---- what contradicts ----------------------------------------------------------------------------------------------
-
-
-def _check_variations(spec: Spec, problems: Problems) -> None:
-    own: dict[str, str] = {}
-    for name, entry in spec.variations.items():
-        path = f"variations.{name}"
-        if entry.of is not None:
-            _check_reader(spec, entry, problems, path)
-            continue
-        values = _values({**spec.base, **entry.arguments})
-        values = effective(spec.task, values)
-        neutral = defaults_among(spec.task, values)
-        text = repr(sorted((argument, value) for argument, value in values.items() if argument not in neutral))
-        if text in own:
-            what = f"has the same arguments as {own[text]}, on top of the base; change or remove one of the two"
-            problems.add(entry.place, path, what)
-        own.setdefault(text, name)
-    for role, loss in (("reference", "ce"), ("brier", "brier")):
-        chosen = spec.variations.get(spec.reference if role == "reference" else spec.brier)
-        if chosen is None or role not in spec.places:
-            continue
-        found = _values({**spec.base, **chosen.arguments}).get("loss_type", "dpsm")
-        if chosen.of is not None or found != loss:
-            is_what = f"reads {chosen.of.value}" if chosen.of is not None else f"has loss_type {found}"
-            problems.add(spec.places[role], role, f"{chosen.name} {is_what}; name a variation with loss_type {loss}")
-
-
-def _check_reader(spec: Spec, entry: VariationEntry, problems: Problems, path: str) -> None:
-    assert entry.of is not None
-    source, place = entry.of.value, entry.of.place
-    others = [name for name, other in spec.variations.items() if other.of is None]
-    if source not in others:
-        problems.add(
-            place, f"{path}.of", f"{source!r} is not a variation with runs; {suggestion(str(source), others)}"
-        )
-    elif not _values({**spec.base, **spec.variations[source].arguments}).get("fit_temperature"):
-        what = "reads figures after temperature scaling, but no temperature is fitted; set fit_temperature in base"
-        problems.add(place, f"{path}.of", what)
-
-
-def _check_study(spec: Spec, study: StudyEntry, problems: Problems, path: str) -> None:
-    varied: dict[str, Given] = {
-        **study.arguments,
-        **{name: values[0] for name, values in study.grid.items() if values},
-    }
-    for name in study.grid:
-        if name in study.arguments:
-            given = study.arguments[name]
-            problems.add(given.place, given.key, "the grid of this study varies it; leave one of the two out")
-    for name, given in varied.items():
-        fixing = [v for v in study.variations if name in spec.variations[v].arguments]
-        if fixing and name not in study.replaces:
-            what = f"the variation {fixing[0]} fixes this argument; leave it out, or say replaces: [{name}]"
-            problems.add(given.place, given.key.rsplit("[", 1)[0], what)
-    for name in study.replaces - varied.keys():
-        problems.add(study.place, f"{path}.replaces", f"{name} is neither in arguments nor in grid; leave it out")
-    for v in study.variations:
-        source = spec.variations[v].of
-        if source is not None and source.value in spec.variations and source.value not in study.variations:
-            what = f"{v} reads the figures of {source.value}, which is not among the variations; add it"
-            problems.add(study.place, f"{path}.variations", what)
-    for size, data in itertools.product(study.sizes, study.data):
-        for name, given in spec.sizes[size].arguments.items():
-            other = spec.data[data].arguments.get(name)
-            if other is not None and other.value != given.value:
-                what = f"contradicts {given.key} in {given.place}; keep one of the two"
-                problems.add(other.place, other.key, what)
-
-
 # ---- one point -----------------------------------------------------------------------------------------------------
 
 
@@ -230,10 +159,6 @@ def _merged(*layers: Arguments) -> dict[str, Given]:
     return found
 
 
-def _values(given: Arguments) -> dict[str, Any]:
-    return {name: value.value for name, value in given.items() if value.value is not None}
-
-
 def _run(
     work: _Expansion,
     given: Mapping[str, Given],
@@ -253,7 +178,7 @@ def _run(
         reported: whether its figures are reported, not its model alone used.
     """
     task, problems = work.spec.task, work.problems
-    values = effective(task, _values(given))
+    values = effective(task, values_of(given))
     missing = False
     for name in values:
         for path in given[name].paths:
@@ -271,23 +196,12 @@ def _run(
         for message in refusals(task, values):
             blamed = _blamed(message, given)
             problems.add(blamed.place if blamed else place, blamed.key if blamed else key, message)
-        for message in _campaign_refusals(work.spec, values) if reported else ():
+        for message in campaign_refusals(work.spec, values) if reported else ():
             blamed = _blamed(message, given)
             problems.add(
                 blamed.place if blamed else work.spec.places["base"], blamed.key if blamed else "base", message
             )
     return run
-
-
-def _campaign_refusals(spec: Spec, values: Mapping[str, Any]) -> Iterator[str]:
-    """Say what a campaign wants of every run beyond what its script does."""
-    if not values.get("do_train"):
-        yield "do_train is off, so nothing is trained; set do_train: true in base"
-    wanted = "do_predict" if spec.test_split == "test" else "do_eval"
-    if not values.get(wanted):
-        yield f"test_split is {spec.test_split}, which needs {wanted}; set {wanted}: true in base"
-    if spec.budget.halving_metric is not None and values.get("eval_strategy") != "steps":
-        yield "budget.halving compares evaluations at equal steps; set eval_strategy: steps and eval_steps"
 
 
 def _blamed(message: str, given: Mapping[str, Given]) -> Given | None:
@@ -307,8 +221,10 @@ def _contents(values: Mapping[str, Any], given: Mapping[str, Given]) -> dict[str
         if name != EXTRA_ARGUMENT:
             found[name] = content_hash(paths[0])
             continue
-        texts = list(value)
-        for path in paths:
-            texts = [text.replace(str(path), content_hash(path)) for text in texts]
-        found[name] = texts
+        hashes = {str(path): content_hash(path) for path in paths}
+        parts = [text.partition("=") for text in value]  # NAME=SOURCE,OPTIONS
+        found[name] = [
+            f"{head}={hashes.get(rest.partition(',')[0], rest.partition(',')[0])},{rest.partition(',')[2]}"
+            for head, _, rest in parts
+        ]
     return found

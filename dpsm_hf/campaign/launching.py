@@ -77,7 +77,8 @@ def script_settings(
     own = fill_in(run.arguments, directory)
     # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
     keeping = {"save_strategy": "steps", "save_total_limit": 2}
-    keeping["save_steps"] = own.get("eval_steps", 0.1) if own.get("eval_strategy") == "steps" else 0.1
+    by_steps = own.get("eval_strategy") == "steps"
+    keeping["save_steps"] = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
     if own.get("save_strategy", "steps") != "steps" or "save_steps" in own:
         keeping = {"save_total_limit": 2}
     settings: dict[str, Any] = {**keeping, "disable_tqdm": True, "log_level": "warning", **own}

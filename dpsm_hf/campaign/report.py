@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from .verdict import MAIN_STUDY, overall, verdict
 from .words import claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
+
+_LONGEST_NAME = 100  # of a picture's file, in characters
 
 # log key, axis, caption, logarithmic
 _CURVES = (
@@ -198,6 +201,8 @@ class _Pictures:
         if figure is None:
             return []
         name = re.sub(r"[^\w.-]+", "_", name)
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
         save_figure(figure, self.directory / f"{name}.png", dpi=110)
         vector = save_figure(figure, self.directory / f"{name}.svg")
         data = base64.b64encode(vector.read_bytes()).decode("ascii")
@@ -289,7 +294,7 @@ def _heat_maps(results: Results, pictures: _Pictures) -> list[dict[str, str]]:
                     words = ", ".join(f"{n} {v}" for n, v in others)
                     figure = charts.heat_map(results, part, name, metric, label, (axes[0], axes[1]))
                     caption = "; ".join(x for x in (tables.describe(results, Setting(*_plain(part[0]))), words) if x)
-                    slug = f"grid-{part[0].study}-{part[0].size}-{name}-{metric}-{words}"
+                    slug = f"grid-{part[0].study}-{part[0].size}-{part[0].data}-{name}-{metric}-{words}"
                     found += pictures.add(slug, figure, caption)
     return found
 

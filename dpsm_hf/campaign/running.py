@@ -69,7 +69,7 @@ def run_campaign(
 
     Returns:
         An exit code: 0 if all runs are ok or were left out by the budget, 1 if some are not, 2 if nothing could be
-        started, 130 after an interrupt.
+        started, 3 if the disk is full, 130 after an interrupt.
     """
     directory = Path(directory).resolve()
     try:
@@ -93,7 +93,7 @@ def run_campaign(
         if error.errno not in _FULL:
             raise
         print(f"error: {_full(directory, str(error))}", file=stream or sys.stderr)
-        return 1
+        return 3
 
 
 def _full(directory: Path, what: str) -> str:
@@ -348,9 +348,10 @@ class _Runner:
         self.progress.say(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + ".")
         if self.fatal is not None:
             self.progress.say(f"error: {_full(self.directory, self.fatal)}")
-            return 1
-        if self.signals and not set(counts) <= {"ok", "pruned"}:
-            self.progress.say("Interrupted. What is done is kept; the same command goes on from there.")
+            return 3
+        if self.signals:
+            left = "the same command goes on from there" if set(counts) - {"ok", "pruned"} else "all runs are done"
+            self.progress.say(f"Interrupted. What is done is kept; {left}.")
             return 130
         return 0 if set(counts) <= {"ok", "pruned"} else 1
 

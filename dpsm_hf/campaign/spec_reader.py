@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ class SpecReader:
             if name and name not in variations:
                 self.problems.unknown(top[role].place, role, "a variation", name, variations)
         return Spec(
-            name=self.text(top.get("name"), "name"),
+            name=self.folder_name(top.get("name"), "name"),
             title=self.text(top.get("title"), "title", self.text(top.get("name"), "name")),
             task=self.task,
             reference=self.text(top.get("reference"), "reference"),
@@ -78,7 +79,7 @@ class SpecReader:
             data=data,
             studies=studies,
             budget=self.budget(top.get("budget")),
-            audit=self.audit(top.get("audit")),
+            audit=self.audit(top.get("audit"), sizes),
             track=tuple(
                 self.choice(item, "track", TRACKERS, "") for item in self.items(top.get("track"), "track", empty=True)
             ),
@@ -218,12 +219,15 @@ class SpecReader:
         keep = self.number(halving.get("keep"), "budget.halving.keep", default.halving_keep, 0.0, 1.0)
         return Budget(limit, self.text(halving.get("metric"), "budget.halving.metric") or None, rungs, keep)
 
-    def audit(self, given: Located | None) -> dict[str, Any] | None:
+    def audit(self, given: Located | None, sizes: Iterable[str]) -> dict[str, Any] | None:
         if given is None or given.value is None:
             return None
         known = ("size", "tokens", "repeats", "steps", "sequences", "length")
+        least = {"steps": 0, "tokens": 2, "length": 2}
         return {
-            key: item.plain() if key == "size" else self.integer(item, f"audit.{key}", 0 if key == "steps" else 1)
+            key: self.choice(item, "audit.size", sizes, "")
+            if key == "size"
+            else self.integer(item, f"audit.{key}", least.get(key, 1))
             for key, item in self.keys(given, "audit", known, ()).items()
         }
 
@@ -310,6 +314,13 @@ class SpecReader:
             return default
         return given.value
 
+    def folder_name(self, given: Located | None, path: str) -> str:
+        text = self.text(given, path)
+        if given is not None and text and not re.fullmatch(r"[\w][\w.+-]*", text):
+            what = f"{text!r} names the folder of the results; use letters, digits and . _ + - alone"
+            self.problems.add(given.place, path, what)
+        return text
+
     def choice(self, given: Located | None, path: str, allowed: Iterable[str], default: str) -> str:
         text = self.text(given, path, default)
         if given is not None and isinstance(given.value, str) and text not in allowed:
@@ -345,6 +356,8 @@ class SpecReader:
             )
         for item in self.items(given, path):
             value = self.integer(item, path, 0)
+            if value >= 2**32:
+                self.problems.add(item.place, path, f"the seed {value} is too large; it must be less than 2**32")
             if value in found:
                 self.problems.add(item.place, path, f"the seed {value} is there twice; keep one")
             found.append(value)

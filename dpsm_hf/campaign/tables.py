@@ -149,11 +149,18 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
     A table for each study, size and data; what the study varies stands with the variation.
     """
     blocks: dict[str, list[Sequence[Cell]]] = {}
+    bases: dict[str, str] = {}
+    notes_of: dict[str, list[str]] = {}
     for setting in results.settings():
         if setting.study == main:
             continue
         base = clean_setting(results, setting, main)
-        rows = blocks.setdefault(describe(results, replace(setting, settings=())), [])
+        place = describe(results, replace(setting, settings=()))
+        rows = blocks.setdefault(place, [])
+        alike = base is None or (base.size, base.data) == (setting.size, setting.data)
+        where = "" if alike or base is None else f" of {describe(results, base)}"
+        bases[place] = f"clean cross-entropy{where}, same seed"
+        notes_of.setdefault(place, []).extend(_status_notes(results, setting, results.variations(setting)))
         varied = ", ".join(f"{name} {value}" for name, value in setting.settings)
         for name in results.variations(setting):
             title = results.campaign.variation(name).title
@@ -163,13 +170,18 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
                 theirs = {} if base is None else _values(results, base, results.campaign.reference, column)
                 gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
                 text = _mean(column, list(ours.values()))
+                planned = len(results.points(setting, name))
+                if 0 < len(ours) < planned:
+                    text += f" ({len(ours)} of {planned})"
                 if gaps and np.isfinite(gaps).all():
                     text += f" ({column.scale * float(np.mean(gaps)):+,.{column.decimals}f})"
                 cells.append(Cell(text))
             rows.append(cells)
     headings = ["", *(c.heading for c in columns)]
-    words = "the figure, and in brackets its mean difference from clean cross-entropy of the same seed"
-    return [Table(f"{place}: {words}", headings, rows) for place, rows in blocks.items()]
+    return [
+        Table(f"{place}: the figure, and in brackets its mean difference from {bases[place]}", headings, rows, notes)
+        for place, rows, notes in ((place, rows, notes_of[place]) for place, rows in blocks.items())
+    ]
 
 
 def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column]) -> list[Table]:

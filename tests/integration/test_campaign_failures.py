@@ -102,7 +102,7 @@ def test_a_full_disk_stops_the_campaign(tmp_path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     campaign = campaign_of("full disk", "well")
     code, records, said = run(campaign, tmp_path / "out")
-    assert code == 1
+    assert code == 3
     assert records["v0"].status == "failed" and "No space left" in records["v0"].message
     assert "v1" not in records
     assert "error: the disk is full" in said and "Make room" in said

@@ -221,6 +221,12 @@ def test_further_sets_may_be_files_too(tmp_path: Path) -> None:
     other.mkdir()
     shutil.copy(tmp_path / "book.txt", other)
     assert ids(load(other, text)) == ids(load(tmp_path, text))
+    # a name that begins like another's
+    (other / "book.txt.more.txt").write_text("a man in want\n")
+    two = text.replace("'books=./book.txt'", "'books=./book.txt', 'more=./book.txt.more.txt'")
+    before = ids(load(other, two))
+    (other / "book.txt.more.txt").write_text("of a fortune\n")
+    assert ids(load(other, two)) != before
     (other / "book.txt").unlink()
     assert "extra_eval_datasets: there is no file or folder" in wrong(other, text)[0]
 
@@ -237,7 +243,7 @@ def test_set_changes_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert late("base.max_steps=7", scale="paper")["max_steps"] == 7  # what is typed wins over the scale
     assert late("sizes.tiny.block_size=64")["block_size"] == 64
     assert late("variations.late.arguments.alpha_hold=0.7")["alpha_hold"] == 0.7
-    assert "eval_steps" not in late("base.eval_steps=null")
+    assert "alpha_warmup_steps" not in late("base.alpha_warmup_steps=null")
     assert {p.seed for p in load(tmp_path, FILE, overrides=["seeds=[5]"]).points} == {5}
     assert load(tmp_path, FILE, overrides=["budget.limit=3"]).budget.limit == 3.0
     (tmp_path / "x.txt").write_text("x\n")

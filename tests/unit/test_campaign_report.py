@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpsm_hf.campaign.audit import arguments_key, audited_runs
 from dpsm_hf.campaign.design import Campaign, Point
+from dpsm_hf.campaign.document_tests import document_table
 from dpsm_hf.campaign.records import Record, write_record
 from dpsm_hf.campaign.report import write_campaign_report
 from dpsm_hf.campaign.results import Results
@@ -127,16 +129,18 @@ def test_the_same_records_give_the_same_report(written: tuple[Campaign, Path, di
 
 def test_an_audit_is_judged_and_shown(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
     made, folder, _ = written
+    runs = audited_runs(made)
     variations = {
         name: {
-            "title": name, "status": "ok", "samples": [{"seconds": s, "reference_seconds": 1.0} for s in (0.9, 0.91)],
+            "title": name, "status": "ok", "arguments": arguments_key(runs[name]),
+            "samples": [{"seconds": s, "reference_seconds": 1.0} for s in (0.9, 0.91)],
             "peak_memory_mb": 700.0, "peak_memory_difference_mb": -50.0,
         }
         for name in ("ce-baseline", "brier-baseline", "dpsm-linear")
     }  # fmt: skip
     content = {
         "settings": {"tokens": 2000, "repeats": 2}, "machine": {"device": "CPU, 2 cores"}, "reference": "ce-baseline",
-        "variations": variations,
+        "scale": "small", "variations": variations,
     }  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(content))
     page = write_campaign_report(made, folder)[0].read_text()
@@ -144,6 +148,56 @@ def test_an_audit_is_judged_and_shown(written: tuple[Campaign, Path, dict[str, R
     verdict = json.loads((folder / "verdict.json").read_text())
     assert verdict["overall"]["dpsm-linear"]["audited-memory"] == "holds"
     assert verdict["overall"]["dpsm-linear"]["audited-throughput"] == "holds"
+
+
+def test_a_seed_without_a_temperature_is_not_read_as_scaled(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    made, folder, found = written
+    for record in found.values():
+        if record.name in ("ce-baseline/1", "ce-baseline/2"):
+            path = folder / "runs" / record.run_id / "last-test.npz"
+            with np.load(path) as arrays:
+                kept = dict(arrays)
+            scaled = {f"{name}_scaled": kept[name] for name in ("count", "correct", "confidence")}
+            np.savez(path, **kept, **scaled, nll_scaled=kept["nll"] * 0.9)
+    results = Results(made, found)
+    table = document_table(results, results.settings("main")[0], folder)
+    assert table is not None
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert rows["cross-entropy, temperature-scaled"][0] == "2" and rows["DPSM, linear"][0] == "3"
+    assert rows["cross-entropy, temperature-scaled"][1].startswith("-")
+
+
+def test_a_study_says_what_is_missing_and_what_it_is_compared_with(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    made, _, found = written
+    made = replace(made, points=tuple(replace(p, size="big") if p.study == "main" else p for p in made.points))
+    for run_id, record in found.items():
+        if record.arguments["study"] != "main" and record.name == "focal/2":
+            found[run_id] = replace(record, status="failed", message="out of ink")
+    (table,) = differences(Results(made, found), QUALITY["language-modelling"])
+    assert table.caption.endswith(
+        "in brackets its mean difference from clean cross-entropy of main; big; docs, same seed"
+    )
+    row = next(row for row in table.rows if row[0].text == "focal loss")
+    assert "(2 of 3)" in row[1].text and table.notes == ["focal loss, seed 2: failed: out of ink"]
+
+
+def test_pictures_of_two_data_sets_have_files_of_their_own(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, _ = written
+    points, long = [], {"a_rather_long_name_of_an_argument_of_the_script": "x" * 300}
+    for point in made.points:
+        for data in ("docs", "books") if point.study != "main" else ("docs",):
+            points += [
+                replace(point, data=data, settings={"alpha": a, "beta": b, **long} if point.study != "main" else {})
+                for a in ("1", "2") for b in ("3", "4")
+            ]  # fmt: skip
+    markdown = write_campaign_report(replace(made, points=tuple(points)), folder)[1].read_text()
+    grids = [p for p in re.findall(r"\]\((plots/[^)]+)\)", markdown) if "grid" in p]
+    assert len(grids) == len(set(grids)) == 2 * 2 * len(VARIATIONS)
+    assert all((folder / grid).exists() for grid in grids)
 
 
 def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]) -> None:

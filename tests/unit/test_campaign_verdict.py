@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,42 @@ def test_the_quality_to_reach_is_that_of_the_same_seed() -> None:
     assert (steps[1], steps[2]) == pytest.approx((285.0, 142.5))
 
 
+def test_a_reference_that_ended_early_sets_no_quality_to_reach() -> None:
+    whole = curves((10.0, 2.0), (30.0, 2.0))
+
+    def make(point: Point) -> dict[str, Any]:
+        made = whole(point)
+        cut = point.variation == "ce-baseline"
+        return {"curve": made["curve"][:2] if cut else made["curve"], "status": "interrupted" if cut else "ok"}
+
+    finding = judged(make)["time-to-quality-brier", "dpsm-linear"]
+    assert (finding.pairs, finding.decision) == (0, "cannot tell")
+
+
+def test_a_reference_that_was_not_evaluated_before_training_sets_none() -> None:
+    made = campaign(variations=PLAIN)
+    found = records(made, curves((10.0, 2.0), (30.0, 2.0)))
+    late = {i: replace(r, history=[e for e in r.history if e["step"]]) for i, r in found.items()}
+    assert Results(made, late).to_quality(made.points[0]) is None
+
+
+def test_a_run_that_had_the_quality_before_it_began() -> None:
+    made = campaign(variations=PLAIN, quality=("rougeL", True))
+
+    def make(point: Point) -> dict[str, Any]:
+        return {"efficiency": {"train_seconds": 40.0}}
+
+    found = {}
+    for run_id, record in records(made, make).items():
+        never = record.name == "dpsm-linear/2"
+        rouge = [1.0, 1.0] if never else [30.0, 30.0]  # at once, or never
+        history = [{"step": 100 * i, "eval_rougeL": r, "eval_train_seconds": 20.0 * i} for i, r in enumerate(rouge)]
+        found[run_id] = replace(record, history=history)
+    findings = {(f.key, f.variation): f for f in verdict(Results(made, found))}
+    finding = findings["time-to-quality", "dpsm-linear"]
+    assert finding.decision == "cannot tell" and "1 of 3 runs never got there" in finding.note
+
+
 def test_runs_that_never_arrive() -> None:
     # Brier ends at 6 after 160 s, ours arrives after 30: at most a fifth of Brier's time, whatever that would be
     found = judged(curves((10.0, 2.0), (40.0, 6.0)))
@@ -189,6 +226,28 @@ def test_signs_in_other_settings(good: int, word: str) -> None:
     assert (finding.decision, finding.pairs, finding.estimate) == (word, 8, good / 8)
     low, high = stats.binomtest(good, 8).proportion_ci(0.95, method="exact")
     assert (finding.low, finding.high) == pytest.approx((low, high))
+
+
+def test_shared_runs_and_studies_without_a_reference_are_no_other_settings() -> None:
+    made = campaign((1, 2), ("main", "noise", "grid", "warm-up"), PLAIN)
+    ids = {(p.study, p.variation, p.seed): p.run_id for p in made.points}
+    points = tuple(
+        replace(p, run_id=ids["main", p.variation, p.seed]) if p.study == "grid" else p
+        for p in made.points
+        if p.study != "warm-up" or p.variation == "dpsm-linear"
+    )
+    made = replace(made, points=points)
+    found = {f.key: f for f in verdict(Results(made, records(made, robust(0, 2)))) if f.variation == "dpsm-linear"}
+    finding = found["same-sign-perplexity-gap"]  # the grid would agree with itself
+    assert (finding.setting, finding.pairs, finding.estimate) == ("1 other settings", 2, 0.0)
+
+
+def test_signs_are_those_of_the_first_setting_or_of_none() -> None:
+    made = campaign((1, 2), ("main", "noise"), PLAIN)
+    gone = {p.run_id for p in made.points if p.study == "main"}
+    found = {i: r for i, r in records(made, robust(2, 2)).items() if i not in gone}
+    findings = {f.key: f for f in verdict(Results(made, found)) if f.variation == "dpsm-linear"}
+    assert "no difference whose sign could return" in findings["same-sign-perplexity-gap"].note
 
 
 def test_missing_runs_leave_signs_open() -> None:
