@@ -243,7 +243,7 @@ def _agreement(
         f"same-sign-{claim.key}", "robustness",
         f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
         f"of the main study, in at least {AGREEMENT:.0%} of all other settings and seeds",
-        variation, f"{len(cells)} other settings", role, Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
+        variation, "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings", role, Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
         "share", "", 0,
     )  # fmt: skip
     if math.isnan(mean) or mean == 0:

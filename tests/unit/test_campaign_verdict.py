@@ -239,7 +239,7 @@ def test_shared_runs_and_studies_without_a_reference_are_no_other_settings() -> 
     made = replace(made, points=points)
     found = {f.key: f for f in verdict(Results(made, records(made, robust(0, 2)))) if f.variation == "dpsm-linear"}
     finding = found["same-sign-perplexity-gap"]  # the grid would agree with itself
-    assert (finding.setting, finding.pairs, finding.estimate) == ("1 other settings", 2, 0.0)
+    assert (finding.setting, finding.pairs, finding.estimate) == ("1 other setting", 2, 0.0)
 
 
 def test_signs_are_those_of_the_first_setting_or_of_none() -> None:
