@@ -8,6 +8,7 @@ colour-blind readers; marker and dash pattern repeat the distinction for print w
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 OKABE_ITO = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -33,6 +35,21 @@ def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_log_axis(ax: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at enough places to read a value off.
+
+    Args:
+        ax: with its data drawn.
+    """
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low) if 0 < low < high else 1.0
+    steps = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(1 + 0.2 * i for i in range(45))
+    ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12 if decades > 0.6 else 60))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def figure_of(ax: Axes) -> Figure:

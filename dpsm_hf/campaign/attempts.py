@@ -108,6 +108,11 @@ class Attempt:
         environment = launch_environment(campaign, run, name, directory, devices=devices, threads=threads)
         self.child = Child(command, self.folder / LOG_NAME, environment)
 
+    @property
+    def saving(self) -> bool:
+        """Return whether its training processes were told to save a checkpoint and stop."""
+        return bool(self._told)
+
     def interrupt(self) -> None:
         """Have the training processes save a checkpoint and stop, each told once; before there is one, end at once."""
         self.asked = True
@@ -144,6 +149,8 @@ def _finish(attempt: Attempt, result: ChildResult) -> tuple[Record, Ending]:
     )
     record = collect(attempt.record, attempt.folder)
     step = reached_step(attempt.folder)
+    if ending.status == "interrupted" and attempt.asked and step == 0:
+        ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
     if ending.status == "ok":
         ending = _finished(record, attempt.folder, attempt.rung, step)
     last = {

@@ -208,8 +208,11 @@ def explain_limit(decided: Mapping[str, Any]) -> str:
     Args:
         decided: of `limit_decision`.
     """
+    needed, spent, reserved, allowed = (
+        f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
+        for value in (decided[f"{kind}_seconds"] for kind in ("needed", "spent", "reserved", "allowed"))
+    )
     return (
-        f"left out: it needs {decided['needed_seconds']:.0f} s, and with {decided['spent_seconds']:.0f} s spent and "
-        f"{decided['reserved_seconds']:.0f} s kept for main variations and runs under way that exceeds the "
-        f"{decided['allowed_seconds']:.0f} s allowed; {decided['rule']}"
+        f"left out: it needs {needed}, and with {spent} spent and {reserved} kept for main variations and runs under "
+        f"way that exceeds the {allowed} allowed; {decided['rule']}"
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..figures import empty_figure, run_styles
+from ..figures import empty_figure, plain_log_axis, run_styles
 from .results import Results, Setting, series
 
 #: Points of the common axis on which the curves of several seeds are averaged.
@@ -55,7 +55,11 @@ def learning_curves(
     if not drawn:
         return None
     if log:
-        ax.set_yscale("log")
+        plain_log_axis(ax)
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
+    if key == "alpha":
+        ax.set_ylim(-0.03, 1.03)
     ax.set(xlabel="training step" if x == "step" else "seconds of training (evaluation excluded)", ylabel=label)
     ax.grid(alpha=0.3, lw=0.6)
     ax.legend(fontsize=8, framealpha=0.9)
@@ -117,7 +121,7 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     front = sorted(set(front))
     ax.plot([sign * p[0] for p in front], [p[1] for p in front], "k--", lw=1, zorder=1, label="Pareto front")
     if min(p[1] for p in cloud) > 0:
-        ax.set_yscale("log")
+        plain_log_axis(ax)
     if sign > 0 and max(abs(p[0]) for p in cloud) > 4 * min(abs(p[0]) for p in cloud):
         ax.set_xscale("log")
     arrow = "higher" if results.campaign.quality[1] else "lower"

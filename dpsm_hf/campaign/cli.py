@@ -206,7 +206,7 @@ def _status(campaign: Campaign, directory: Path, options: argparse.Namespace, wo
 def _report(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
     from .report import write_campaign_report
 
-    for path in write_campaign_report(campaign, directory):
+    for path in write_campaign_report(campaign, directory, options.only or ()):
         print(path)
     return 0
 

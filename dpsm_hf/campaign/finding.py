@@ -28,8 +28,10 @@ class Finding:
         at_least, at_most: the limits of the claim.
         scale, unit: of the estimate.
         pairs: seeds compared.
-        p_value: one-sided, against "the claim is wrong", and after Holm's correction.
-        p_adjusted: see there.
+        p_value: one-sided, small where the claim holds.
+        p_adjusted: the same after Holm's correction.
+        p_fails: one-sided, small where the claim fails.
+        p_fails_adjusted: the same after Holm's correction.
         note: what the figures cannot show, in words.
     """
 
@@ -50,6 +52,8 @@ class Finding:
     pairs: int
     p_value: float | None = None
     p_adjusted: float | None = None
+    p_fails: float | None = None
+    p_fails_adjusted: float | None = None
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,7 +92,12 @@ def corrected(tests: Sequence[Judged]) -> list[Finding]:
             decision = Decision.HOLDS
         elif p_fails <= ALPHA:
             decision = Decision.FAILS
-        found.append(replace(test.finding, decision=decision.value, p_adjusted=finite(float(p_holds))))
+        found.append(
+            replace(
+                test.finding, decision=decision.value, p_adjusted=finite(float(p_holds)),
+                p_fails=finite(test.p_fails), p_fails_adjusted=finite(float(p_fails)),
+            )
+        )  # fmt: skip
     return found
 
 

@@ -239,12 +239,17 @@ def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
     for size, speed in plan["speed"].items():
         lines.append(f"speed of {size}: {speed['source'] if speed else 'unknown'}")
     lines.append(
-        f"in all: {in_units(total['tokens'])}tokens, {in_units(total['flops'])}FLOP, "
-        f"{in_hours(total['hours'])} of runs, {in_hours(total['hours_of_wall_clock'])} with {plan['jobs']} at a time"
+        f"in all: {_amount(total['tokens'], 'tokens')}, {_amount(total['flops'], 'FLOP')}; without start-up and "
+        f"evaluation {in_hours(total['hours'])} of runs, {in_hours(total['hours_of_wall_clock'])} with {plan['jobs']} "
+        "at a time"
     )
     if every_run:
         lines += ["", *_table(_each_run(plan))]
     return "\n".join(lines)
+
+
+def _amount(value: float | None, unit: str) -> str:
+    return f"unknown {unit}" if value is None else f"{in_units(value)}{unit}"
 
 
 def _by_size(plan: Mapping[str, Any]) -> list[list[str]]:

@@ -46,17 +46,18 @@ _CURVES = (
 _SCHEDULE = (
     ("alpha", "α (weight of the Brier score)", "α: 0 is pure cross-entropy, 1 is pure Brier score", False),
     ("grad_norm", "gradient norm", "Norm of the gradient before clipping", True),
-    ("grad_norm_ce", "gradient norm", "Norm of the cross-entropy part's gradient", True),
-    ("grad_norm_brier", "gradient norm", "Norm of the Brier part's gradient", True),
+    ("grad_norm_ce", "norm of cross-entropy's gradient", "The gradient that cross-entropy would have alone", True),
+    ("grad_norm_brier", "norm of Brier's gradient", "The gradient that the Brier score would have alone", True),
 )
 
 
-def write_campaign_report(campaign: Campaign, directory: Path) -> list[Path]:
+def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[str] = ()) -> list[Path]:
     """Write ``report.html``, ``report.md``, ``verdict.json``, ``figures.json`` and ``plots/`` from the records.
 
     Args:
         campaign: its design; runs without a record are named as missing.
         directory: of the campaign.
+        only: what the campaign was cut down to, in words, where it is a part; the page says so.
 
     Returns:
         The files, the page first.
@@ -67,11 +68,16 @@ def write_campaign_report(campaign: Campaign, directory: Path) -> list[Path]:
     directory = Path(directory)
     records = read_records(directory, campaign.order)
     if not any(record.status == "ok" for record in records.values()):
-        raise ValueError(f"{directory} holds no finished run of this campaign: do 'dpsm campaign run' first.")
+        ended = Counter(record.status for record in records.values())
+        what = ", ".join(f"{number} {status}" for status, number in sorted(ended.items())) or "none has begun"
+        raise ValueError(
+            f"{directory} holds no run of this campaign that ended well ({what}). 'dpsm campaign run' does what is "
+            "missing; 'dpsm campaign status' says why others ended, --retry takes them up again."
+        )
     results = Results(campaign, records)
     audit = read_json(directory / AUDIT_NAME) if (directory / AUDIT_NAME).exists() else None
     findings = verdict(results) + (audited_claims(campaign, audit) if audit is not None else [])
-    context = _context(campaign, results, findings, directory, audit)
+    context = {**_context(campaign, results, findings, directory, audit), "only": " ".join(only)}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     plain = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     written = []
@@ -80,7 +86,7 @@ def write_campaign_report(campaign: Campaign, directory: Path) -> list[Path]:
         (MARKDOWN_NAME, "campaign.md.j2", plain),
     ):
         text = resources.files("dpsm_hf").joinpath("templates", source).read_text(encoding="utf-8")
-        maker.filters["cell"] = _markdown_cell
+        maker.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote}
         path = directory / name
         path.write_text(maker.from_string(text).render(**context), encoding="utf-8")
         written.append(path)
@@ -110,6 +116,7 @@ def _context(
     audit: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     pictures = _Pictures(directory / "plots")
+    pictures.clear()
     settings = results.settings(MAIN_STUDY) or results.settings()[:1]
     quality = tables.QUALITY[campaign.task]
     best = Results(campaign, results.records, checkpoint="best")
@@ -197,6 +204,11 @@ class _Pictures:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def clear(self) -> None:
+        """Delete what an earlier report has left, of variations that may be gone."""
+        for path in self.directory.glob("*.png"):
+            path.unlink()
+
     def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
         if figure is None:
             return []
@@ -244,7 +256,8 @@ def _sections(results: Results, settings: Sequence[Setting], pictures: _Pictures
     metric, label = ("rougeL", "ROUGE-L") if campaign.quality[1] else ("perplexity", "perplexity")
     section(
         "Quality against calibration",
-        "Each variation before and after temperature scaling. What another point beats in both is worse than it.",
+        "Each variation before and after temperature scaling, with standard deviations over seeds. What another point "
+        "beats in both is worse than it.",
         lambda setting, prefix: pictures.add(
             f"{prefix}pareto", charts.pareto(results, setting, metric, label), tables.describe(results, setting)
         ),
@@ -355,4 +368,9 @@ def _run_line(record: Record) -> dict[str, Any]:
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return " ".join(str(text).split()).replace("|", "\\|").replace("*", "\\*")
+
+
+def _markdown_quote(text: str) -> str:
+    # a fence of four, for texts may hold one of three
+    return f"````text\n{text.strip()}\n````"

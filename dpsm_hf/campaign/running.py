@@ -191,17 +191,17 @@ class _Runner:
                 signal.signal(number, handler)
 
     def _stop(self) -> None:
-        at_once = self.signals > 1
-        if self.active and not self.stopping and not at_once:
-            several = len(self.active) > 1
-            how_many = f"{len(self.active)} runs save checkpoints" if several else "saving a checkpoint"
-            self.progress.say(f"Interrupted: {how_many}. Press Ctrl-C again to stop at once.")
+        at_once, first = self.signals > 1, not self.stopping
         self.stopping = True
         for attempt in self.active.values():
             if at_once:
                 attempt.kill()
             elif not attempt.asked:
                 attempt.interrupt()
+        saving = sum(attempt.saving for attempt in self.active.values())
+        if first and saving and not at_once:
+            how_many = f"{saving} runs save checkpoints" if saving > 1 else "saving a checkpoint"
+            self.progress.say(f"Interrupted: {how_many}. Press Ctrl-C again to stop at once.")
         for child in self.tokenizers.values():
             child.kill()
 

@@ -155,13 +155,14 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
         if setting.study == main:
             continue
         base = clean_setting(results, setting, main)
-        place = describe(results, replace(setting, settings=()))
+        several = len({s for s in results.settings(setting.study) if _place(s) == _place(setting)}) > 1
+        place = describe(results, replace(setting, settings=()) if several else setting)
         rows = blocks.setdefault(place, [])
         alike = base is None or (base.size, base.data) == (setting.size, setting.data)
         where = "" if alike or base is None else f" of {describe(results, base)}"
         bases[place] = f"clean cross-entropy{where}, same seed"
         notes_of.setdefault(place, []).extend(_status_notes(results, setting, results.variations(setting)))
-        varied = ", ".join(f"{name} {value}" for name, value in setting.settings)
+        varied = ", ".join(f"{name} {value}" for name, value in setting.settings) if several else ""
         for name in results.variations(setting):
             title = results.campaign.variation(name).title
             cells = [Cell(f"{title}, {varied}" if varied else title)]
@@ -182,6 +183,10 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
         Table(f"{place}: the figure, and in brackets its mean difference from {bases[place]}", headings, rows, notes)
         for place, rows, notes in ((place, rows, notes_of[place]) for place, rows in blocks.items())
     ]
+
+
+def _place(setting: Setting) -> tuple[str, str, str]:
+    return setting.study, setting.size, setting.data
 
 
 def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column]) -> list[Table]:
@@ -267,7 +272,9 @@ def _best(results: Results, setting: Setting, names: Sequence[str], column: Colu
     means = {}
     for name in names:
         values = list(_values(results, setting, name, column).values())
-        if values and np.isfinite(values).all():
+        # of all its seeds: those that are missing may be the bad ones
+        complete = len(values) == len(results.points(setting, name))
+        if values and complete and np.isfinite(values).all():
             means[name] = round(float(np.mean(values)) * column.scale, column.decimals)
     if not column.better or len(set(means.values())) < 2:
         return set()

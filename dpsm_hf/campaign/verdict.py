@@ -17,6 +17,9 @@ from .results import Pairs, Results, Setting
 #: Share of settings and seeds that have to agree.
 AGREEMENT = 0.75
 
+#: Fewer settings and seeds than this cannot agree: three quarters of them would be all.
+FEWEST_SIGNS = 4
+
 MAIN_STUDY = "main"
 
 
@@ -203,8 +206,8 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     """
     ours_never, theirs_never = np.isinf(pairs.ours), np.isinf(pairs.theirs)
     note = (
-        f"{int(ours_never.sum())} of {len(pairs.ours)} runs never got there, of those compared with "
-        f"{int(theirs_never.sum())}"
+        f"{int(ours_never.sum())} of its {len(pairs.ours)} runs never got there, {int(theirs_never.sum())} of those "
+        "that it is compared with"
     )
     finding = replace(finding, note=join(finding.note, note))
     ours = np.where(ours_never, whole[0], pairs.ours)
@@ -218,14 +221,14 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     except ValueError as error:  # a run that had the quality before it began
         return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
-    bound = "at most" if may_hold else "at least"
+    bound = "at most" if may_hold else "at least"  # whole trainings stand in for times that are longer
     finding = replace(
         finding,
         estimate=test.estimate if may_hold != may_fail else None,
         high=finite(test.interval.high) if may_hold else None,
         low=finite(test.interval.low) if may_fail else None,
         p_value=finite(test.p_value) if may_hold else None,
-        note=join(finding.note, f"the ratio is {bound} the one given") if may_hold != may_fail else finding.note,
+        note=join(finding.note, f"so the ratio is {bound} this") if may_hold != may_fail else finding.note,
     )
     return Judged(finding, test.p_value if may_hold else math.nan, opposite.p_value if may_fail else math.nan)
 
@@ -242,8 +245,9 @@ def _agreement(
     finding = Finding(
         f"same-sign-{claim.key}", "robustness",
         f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
-        f"of the main study, in at least {AGREEMENT:.0%} of all other settings and seeds",
-        variation, "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings", role, Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
+        f"of the main study, in at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
+        variation, "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings", role,
+        Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
         "share", "", 0,
     )  # fmt: skip
     if math.isnan(mean) or mean == 0:
@@ -252,8 +256,13 @@ def _agreement(
     seen = agreement.same + agreement.opposite + agreement.zero
     if not seen:
         return replace(finding, note="no other setting has been run")
-    decision = decide(agreement.bounds, at_least=AGREEMENT)
     note = f"{agreement.same} of {seen} settings and seeds"
+    decision = decide(agreement.bounds, at_least=AGREEMENT)
+    if seen + agreement.missing < FEWEST_SIGNS:
+        decision, note = (
+            Decision.CANNOT_TELL,
+            f"{note}, which are too few to agree: at least {FEWEST_SIGNS} are needed",
+        )
     if agreement.missing:
         note += f"; {agreement.missing} missing"
     return replace(

@@ -55,12 +55,14 @@ def claim_line(finding: Finding) -> str:
     if finding.estimate is None and finding.low is None and finding.high is None:
         return "no figure"
     decimals = 3 if finding.scale in ("ratio", "share") else 2
-    text = "–" if finding.estimate is None else f"{finding.estimate:,.{decimals}f}"
+    text = "–" if finding.estimate is None else _digits(finding.estimate, decimals)
     if finding.unit:
         text += f" {finding.unit}"
     if finding.low is not None or finding.high is not None:
-        low, high = ("…" if v is None else f"{v:,.{decimals}f}" for v in (finding.low, finding.high))
-        text += f" [{low}, {high}]"
+        least = "(0" if finding.scale == "ratio" else "(-∞"  # where there is no bound
+        low = least if finding.low is None else f"[{_digits(finding.low, decimals)}"
+        high = "∞)" if finding.high is None else f"{_digits(finding.high, decimals)}]"
+        text += f" {low}, {high}"
     limits = [
         f"{word} {value:g}"
         for word, value in (("at least", finding.at_least), ("at most", finding.at_most))
@@ -68,11 +70,19 @@ def claim_line(finding: Finding) -> str:
     ]
     what = {"ratio": "ratio", "share": "share"}.get(finding.scale, "difference")
     text += f"; claimed: {what} {' and '.join(limits)}; n = {finding.pairs}"
-    if finding.p_value is not None:
-        text += f"; p = {finding.p_value:.3g}"
-        if finding.p_adjusted is not None:
-            text += f", Holm {finding.p_adjusted:.3g}"
+    fails = finding.decision == "fails"
+    p, adjusted = (finding.p_fails, finding.p_fails_adjusted) if fails else (finding.p_value, finding.p_adjusted)
+    if p is not None:
+        text += f"; p {'of failing ' if fails else ''}= {p:.3g}"
+        if adjusted is not None:
+            text += f", Holm {adjusted:.3g}"
     return text
+
+
+def _digits(value: float, decimals: int) -> str:
+    """Return a number with so many decimals, or with two digits where these would leave nothing of it."""
+    text = f"{value:,.{decimals}f}"
+    return text if value == 0 or float(text.replace(",", "")) != 0 else f"{value:.2g}"
 
 
 def settings_line(campaign: Campaign, results: Results) -> str:

@@ -169,7 +169,12 @@ def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
         mark = error.problem_mark or error.context_mark
         place = Place(name, mark.line + 1 if mark is not None else 1)
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        problems.add(place, "", f"this is no valid YAML: {what}; look at this line and the one before")
+        problems.add(
+            place,
+            "",
+            f"this is no valid YAML: {what}; look at this line and the one before"
+            " (a value with ${NAME} needs quotes within braces)",
+        )
         return None
     except yaml.YAMLError as error:  # characters that YAML does not allow
         problems.add(Place(name, 1), "", f"this is no valid YAML: {' '.join(str(error).split())}; remove them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,8 @@ def test_run_does_everything_in_order(
         done.append("audit")
         raise ValueError("cannot be audited")
 
-    def write(campaign: Campaign, directory: Path) -> list[Path]:
+    def write(campaign: Campaign, directory: Path, only: Sequence[str]) -> list[Path]:
+        assert only == ["study=main"]
         done.append("report")
         return [directory / "report.html"]
 

@@ -219,7 +219,7 @@ def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no finished run"):
+    with pytest.raises(ValueError, match=r"no run of this campaign that ended well \(none has begun\)"):
         write_campaign_report(campaign(), tmp_path)
 
 

@@ -166,7 +166,7 @@ def test_a_run_that_had_the_quality_before_it_began() -> None:
         found[run_id] = replace(record, history=history)
     findings = {(f.key, f.variation): f for f in verdict(Results(made, found))}
     finding = findings["time-to-quality", "dpsm-linear"]
-    assert finding.decision == "cannot tell" and "1 of 3 runs never got there" in finding.note
+    assert finding.decision == "cannot tell" and "1 of its 3 runs never got there" in finding.note
 
 
 def test_runs_that_never_arrive() -> None:
