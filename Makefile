@@ -43,7 +43,7 @@ demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real te
 
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(STAMP) ## Time the head, training steps and growth against others (half an hour, on a quiet machine); BENCH_ARGS
 	$(PY) -m benchmarks $(BENCH_ARGS)

@@ -63,3 +63,9 @@ def real_tokenizer(real_data: Callable[..., Path], tmp_path_factory: pytest.Temp
         return str(folder)
 
     return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)

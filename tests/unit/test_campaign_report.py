@@ -21,6 +21,7 @@ from dpsm_hf.campaign.results import Results
 from dpsm_hf.campaign.tables import QUALITY, comparison, differences
 from tests.hand_made_campaigns import VARIATIONS, campaign, records
 
+pytestmark = pytest.mark.slow
 STUDIES = ("main", "flipped-targets")
 LEVEL = {"ce-baseline": 50.0, "brier-baseline": 80.0, "dpsm-linear": 53.0, "focal": 56.0}
 CURVE = {
