@@ -14,20 +14,37 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import gzip
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets  # noqa: F401  (it and transformers set their loggers up when imported)
 import pytest
 import torch
+import transformers
 
 torch.set_num_threads(1)
+transformers.utils.logging.get_verbosity()  # sets its logger up, once and before any test
 
 
 def data_root() -> Path:
     """The folder with real data sets and tokenizers: $DPSM_DATA, or shared/data beside the checkout."""
     named = os.environ.get("DPSM_DATA")
     return Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """Undo what a script that ran in this process did to log levels, so that no file depends on those before it."""
+    names = ("dpsm_hf", "__main__", "run_clm_dpsm", "run_summarization_dpsm", "transformers", "datasets")
+    loggers = [logging.getLogger(), *map(logging.getLogger, names)]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagates, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagates
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,6 @@ def test_an_evaluation_survives_what_no_temperature_fits(tmp_path: Path, caplog:
     with torch.no_grad():
         trainer.model.lm_head.weight.zero_()  # every temperature is as good
     passes = count_passes(trainer)
-    logging.getLogger("dpsm_hf").propagate = True
     metrics = trainer.evaluate()
     assert "no temperature was fitted, and no metric is reported after scaling" in caplog.text
     assert math.isfinite(metrics["eval_nll"]) and "eval_temperature" not in metrics

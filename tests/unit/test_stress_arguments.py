@@ -103,7 +103,7 @@ def test_a_fold_comes_out_of_train(caplog: pytest.LogCaptureFixture) -> None:
     assert arguments.splits_to_load(["validation", "test"]) == ["train", "test"]
     assert arguments.splits_to_load(["train", "validation"]) == ["train"]
     train = Dataset.from_dict({"text": [f"text {i}" for i in range(30)]})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="dpsm_hf"):
         parts = arguments.take_fold({"train": train, "validation": train, "test": train}, ["text"])
     assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == sorted(train["text"])
     assert parts["test"] is train and "The validation split is not used" in caplog.text

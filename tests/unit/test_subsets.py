@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from datasets import Dataset
 
@@ -153,9 +151,9 @@ def test_too_few_examples_for_a_fold() -> None:
         split_fold(same, fold_of(["one"], 2), 2, ["text"])
 
 
-def test_a_stream_of_lines_cannot_be_cut_into_documents(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_of_lines_cannot_be_cut_into_documents() -> None:
     stream = Dataset.from_dict({"text": LINES}).to_iterable_dataset()
-    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match=r"--cross_validation_fold .*--streaming"):
+    with pytest.raises(ValueError, match=r"--cross_validation_fold .*--streaming"):
         split_fold(stream, 0, 2, ["text"], by_document=True)
     with pytest.raises(ValueError, match=r"--low_resource .*--document_boundary row"):
         low_resource(stream, 0.5, ["text"], by_document=True)
