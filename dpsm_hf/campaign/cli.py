@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..files import write_json
 from .design import Campaign
+from .records import RETRIES
 from .spec import SCALES
 from .yaml_lines import SpecError
 
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "--retry",
                 action="append",
                 default=[],
+                choices=RETRIES,
                 metavar="STATUS",
                 help="take runs up again that are failed, oom or diverged",
             )

@@ -143,6 +143,9 @@ def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSi
         campaign: the campaign.
         run: one of its runs.
         size: name under which the file may give its architecture.
+
+    Raises:
+        ValueError: the architecture cannot be built.
     """
     given = campaign.with_architecture(run)
     if given.get("model_name_or_path") or given.get("config_name"):
@@ -154,7 +157,12 @@ def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSi
         if given.get("tokenizer_name") == TRAIN_BPE:
             vocabulary = given.get("tokenizer_vocab_size") or DEFAULT_VOCAB_SIZE
         text = json.dumps([None, given.get("model_type"), given.get("config_overrides"), vocabulary])
-    return _size(text)
+    try:
+        return _size(text)
+    except ValueError as error:  # heads that do not divide the width, say: only building the model tells
+        what = " ".join(filter(None, [given.get("model_type"), given.get("config_overrides")]))
+        where = f"size {size}" if size else f"run {run.id}"
+        raise ValueError(f"{campaign.name}: {where} ({what}) is no model that can be built: {error}") from error
 
 
 @functools.cache

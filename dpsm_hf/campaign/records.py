@@ -19,6 +19,8 @@ RECORD_NAME = "record.json"
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted", "paused", "pruned", "running")
 #: What the next ``run`` leaves alone.
 SETTLED = frozenset({"ok", "oom", "diverged", "pruned"})
+#: What it takes up again when asked to.
+RETRIES = ("failed", "oom", "diverged")
 
 
 @dataclass

@@ -31,12 +31,11 @@ from .lock import RunnerError, campaign_lock, kill_run
 from .machine import cores, visible_devices
 from .progress import Progress, run_names
 from .pruning import Pruning
-from .records import SETTLED, Record, read_records, write_record
+from .records import RETRIES, SETTLED, Record, read_records, write_record
 from .tokenizer import shared_tokenizer, tokenizer_command, tokenizer_settings
 
 #: So many failed attempts, over all calls, and a run is left alone until it is asked for with ``retry``.
 MAX_FAILURES = 3
-RETRIES = ("failed", "oom", "diverged")
 #: What is left of finished runs: ``all``; ``model``, without checkpoints; ``records``, without weights nobody needs.
 KEEP = ("all", "model", "records")
 

@@ -280,12 +280,18 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ["campaign", "plan"],
         ["campaign", "plna", "x"],
         ["campaign", "plan", "x", "--scale", "big"],
+        ["campaign", "run", "x", "--retry", "ok"],
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2
     assert main(["campaign", "plan", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: there is no such file" in capsys.readouterr().err
+    (tmp_path / "try.yaml").write_text(FILE.replace("n_head=2", "n_head=3"))
+    assert main(["campaign", "run", str(tmp_path / "try.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "try: size tiny (gpt2 n_embd=32,n_layer=1,n_head=3) is no model that can be built" in said
+    assert "divisible" in said and not (tmp_path / "out").exists()
 
 
 def test_run_does_everything_in_order(
