@@ -24,6 +24,8 @@ import pytest
 import torch
 import transformers
 
+from dpsm_hf import schedules
+
 torch.set_num_threads(1)
 transformers.utils.logging.get_verbosity()  # sets its logger up, once and before any test
 
@@ -45,6 +47,12 @@ def loggers_as_they_were() -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagates
         logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def schedule_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the schedules that a test registers when it ends."""
+    monkeypatch.setattr(schedules, "_SCHEDULES", dict(schedules._SCHEDULES))
 
 
 @pytest.fixture(scope="session")

@@ -165,6 +165,7 @@ def test_an_unknown_model_is_probed_once_and_an_incomprehensible_one_refused(tmp
         DPSMTrainer(model=Bigram(True, scale=3.0), args=config(tmp_path), train_dataset=data).train()
 
 
+@pytest.mark.usefixtures("schedule_registry")
 def test_a_registered_schedule_is_used_by_name(tmp_path: Path) -> None:
     register_alpha_schedule("test_square", uses_warmup=False)(
         lambda step, span, options, history: options.end * (step / span.total) ** 2

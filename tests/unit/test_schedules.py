@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +15,6 @@ from dpsm_hf import AlphaSchedule, available_alpha_schedules, get_alpha_schedule
 from dpsm_hf import schedules as module
 
 BUILT_IN = ["linear", "cosine", "constant", "late_linear", "step", "triangle", "feedback"]
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "_SCHEDULES", dict(module._SCHEDULES))
-    yield
 
 
 def alphas(schedule: AlphaSchedule, total: int, steps: list[int] | None = None) -> list[float]:
@@ -207,7 +200,7 @@ def test_feedback_never_leaves_its_bounds(
 # ---- registering ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("schedule_registry")
 def test_a_third_party_schedule() -> None:
     @register_alpha_schedule("square_root")
     def square_root(step: int, span: Any, options: Any, history: Any) -> float:
@@ -221,7 +214,7 @@ def test_a_third_party_schedule() -> None:
         register_alpha_schedule("square_root")
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("schedule_registry")
 def test_what_a_registered_schedule_declares_counts() -> None:
     register_alpha_schedule("sudden", start=0.4, hold=3, uses_warmup=False)(module._switch)
     assert alphas(get_alpha_schedule("sudden"), 5) == [0.4, 0.4, 0.4, 1, 1]
@@ -232,7 +225,7 @@ def test_what_a_registered_schedule_declares_counts() -> None:
         get_alpha_schedule("flat", warmup_steps=5)(0, 0)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("schedule_registry")
 def test_a_registered_schedule_may_arrive_at_the_very_last_step() -> None:
     register_alpha_schedule("whole")(lambda step, span, options, history: step / (span.total - 1))
     assert get_alpha_schedule("whole").reaches_end(50)
@@ -240,7 +233,7 @@ def test_a_registered_schedule_may_arrive_at_the_very_last_step() -> None:
     assert not get_alpha_schedule("short").reaches_end(50)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("schedule_registry")
 @pytest.mark.parametrize("bad", [1.5, -0.1, math.nan])
 def test_a_schedule_that_leaves_the_range_is_stopped(bad: float) -> None:
     register_alpha_schedule("wild")(lambda step, span, options, history: bad if step == 3 else 0.5)
