@@ -126,15 +126,19 @@ def has_figure(record: Record, metric: str, step: int) -> bool:
 
 
 def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
-    """Return the runs that go on: the best share, at least one; of equal ones the earlier in the plan.
+    """Return the runs that go on: the best share, at least one, and those that equal the last of them.
+
+    Equal to the last digit are schedules that have not left cross-entropy yet: a rung before they do cannot tell them
+    apart, and must not choose among them by the order of the plan.
 
     Args:
         figures: by run id, in the order of the plan; lower is better.
         keep: share that is kept, rounded up.
     """
     count = max(1, math.ceil(round(len(figures) * keep, 6)))
-    ranked = sorted(figures, key=figures.__getitem__)  # a stable sort
-    return [run_id for run_id in figures if run_id in set(ranked[:count])]
+    ranked = sorted(figures, key=figures.__getitem__)  # a stable sort: of those not finite the earlier in the plan
+    last = figures[ranked[count - 1]]
+    return [i for i in figures if i in ranked[:count] or (figures[i] == last and math.isfinite(last))]
 
 
 def decision(
@@ -154,7 +158,8 @@ def decision(
     return {
         "kind": "halving",
         "rule": f"at {budget.halving_rungs[rung]:g} of the steps the best {budget.halving_keep:g} of the ablations of "
-        f"one setting and seed go on, by {budget.halving_metric} on the validation split (lower is better)",
+        f"one setting and seed go on, and any equal to the last of them, by {budget.halving_metric} on the validation "
+        "split (lower is better)",
         "setting": cohort.setting,
         "rung": rung,
         "rungs": len(budget.halving_rungs),
@@ -177,10 +182,12 @@ def explain(decided: Mapping[str, Any], name: str) -> str:
     def shown(value: float | None) -> str:
         return "not finite" if value is None else f"{value:.6g}"
 
-    others = ", ".join(f"{other} {shown(value)}" for other, value in figures.items() if other != name)
+    # one setting and seed: the variation's name, which comes first, tells them apart
+    kept = ", ".join(f"{other.split('/')[0]} {shown(figures[other])}" for other in decided["kept"])
     return (
         f"stopped at step {decided['step']} (rung {decided['rung'] + 1} of {decided['rungs']}): {decided['metric']} "
-        f"{shown(figures[name])} against {others}; {decided['rule']}"
+        f"{shown(figures[name])}; of {len(figures)} compared, {len(decided['kept'])} went on: {kept} "
+        f"({decided['rule']})"
     )
 
 

@@ -29,6 +29,7 @@ from .document_tests import document_table
 from .finding import Finding
 from .records import Record, read_records
 from .results import Results, Setting
+from .stopped import stopped_early
 from .verdict import MAIN_STUDY, overall, verdict
 from .words import claim_line, headline, settings_line
 
@@ -149,7 +150,7 @@ def _context(
         "all_tables": [table for found in shown.values() for table in found],
         "sections": _sections(results, settings, pictures),
         "missing": tables.missing_runs(results),
-        "pruned": _pruned(results),
+        "stopped": stopped_early(results),
         "samples": _samples(results, settings[0]),
         "reproduce": _reproduce(campaign, results, directory),
         "counts": dict(Counter(r.status for r in results.records.values())),
@@ -314,10 +315,6 @@ def _heat_maps(results: Results, pictures: _Pictures) -> list[dict[str, str]]:
 
 def _plain(setting: Setting) -> tuple[str, str, str]:
     return setting.study, setting.size, setting.data
-
-
-def _pruned(results: Results) -> list[str]:
-    return [f"{r.name}: {r.message}" for r in results.records.values() if r.status == "pruned"]
 
 
 def _samples(results: Results, setting: Setting) -> list[dict[str, Any]]:

@@ -304,14 +304,16 @@ def _tests(results: Results, setting: Setting, names: Sequence[str], reference: 
 
 
 def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> list[str]:
-    notes = []
+    seeds: dict[tuple[str, str], list[int]] = {}
     for name in names:
         for point in results.points(setting, name):
             record = results.record(point)
             if record is not None and record.status != "ok":
-                why = f": {record.message}" if record.message else ""
-                notes.append(f"{results.campaign.variation(name).title}, seed {point.seed}: {record.status}{why}")
-    return list(dict.fromkeys(notes))
+                # why the budget stopped a run has a table of its own
+                told = record.message and record.status != "pruned"
+                what = f"{record.status}: {record.message}" if told else record.status
+                seeds.setdefault((results.campaign.variation(name).title, what), []).append(point.seed)
+    return [f"{title}, seed {', '.join(map(str, found))}: {what}" for (title, what), found in seeds.items()]
 
 
 def missing_runs(results: Results) -> list[str]:

@@ -206,15 +206,32 @@ def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]
     by_name = {record.name: record for record in found.values() if record.arguments["study"] == "main"}
     for name, status, message in (
         ("dpsm-linear/1", "diverged", "the loss is NaN at step 120"),
-        ("focal/2", "pruned", "rung 0.25: 4.1 against 3.9"),
+        ("focal/1", "pruned", ""),
+        ("focal/2", "pruned", "told otherwise"),
+        ("focal/3", "pruned", "left out: a long account"),
     ):  # fmt: skip
-        record = replace(by_name[name], status=status, message=message)
+        decision: dict[str, Any] = {}
+        if name == "focal/1":
+            figures = {"focal/1": 4.1, "spherical/1": 3.9, "brier/1": None}
+            decision = {
+                "kind": "halving",
+                "rule": "the best go on",
+                "step": 40,
+                "figures": figures,
+                "kept": ["spherical/1"],
+            }
+        elif name == "focal/3":
+            decision = {"kind": "limit", "rule": "all runs together", "needed_seconds": 51.2}
+        record = replace(by_name[name], status=status, message=message, decision=decision)
         write_record(record, folder / "runs" / record.run_id)
     gone = by_name["brier-baseline/3"]
     (folder / "runs" / gone.run_id / "record.json").unlink()
     text = write_campaign_report(made, folder)[0].read_text()
     assert "seed 1: diverged: the loss is NaN at step 120" in text
-    assert "focal/2: rung 0.25: 4.1 against 3.9" in text
+    cells = ("step 40: 4.1 (1 of 3 went on, up to 3.9)", "told otherwise", "no time left for its 51 s")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert "The best go on." in text and "All runs together." in text
+    assert "seed 1, 2, 3: pruned<" in text and "a long account" not in text
     assert "brier-baseline, seed 3" in text and "not run yet" in text and "1 run missing" in text
     assert "(2 of 3)" in text
 
