@@ -136,14 +136,17 @@ def _context(
         blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
     blocks["efficiency"].append(audit_table(audit) if audit is not None else None)
     blocks["robustness"][:0] = tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))
+    unknown = _unfinished_ablations(results)
+    told = [f for f in findings if f.estimate is not None or f.variation not in unknown]
     shown = {name: [t for t in found if t is not None and len(t.headings) > 1] for name, found in blocks.items()}
     return {
         "campaign": campaign,
         "headline": headline(campaign, findings),
         "claims": [
-            {"family": family, "rows": [_claim_row(campaign, f) for f in findings if f.family == family]}
-            for family in dict.fromkeys(f.family for f in findings)
+            {"family": family, "rows": [_claim_row(campaign, f) for f in told if f.family == family]}
+            for family in dict.fromkeys(f.family for f in told)
         ],
+        "unjudged": [campaign.variation(name).title for name in unknown],
         "main": [v for v in campaign.variations if v.role == "main"],
         "settings": settings_line(campaign, results),
         "tables": shown,
@@ -155,6 +158,18 @@ def _context(
         "reproduce": _reproduce(campaign, results, directory),
         "counts": dict(Counter(r.status for r in results.records.values())),
     }
+
+
+def _unfinished_ablations(results: Results) -> list[str]:
+    """Return the main study's ablations of which no run ended well: "no figure" for each claim would tell nothing."""
+    points = [point for point in results.campaign.points if point.study == MAIN_STUDY]
+    done = {point.variation for point in points if (r := results.record(point)) is not None and r.status == "ok"}
+    planned = {point.variation for point in points}
+    return [
+        v.name
+        for v in results.campaign.variations
+        if v.role == "ablation" and v.name in planned and v.name not in done
+    ]
 
 
 def _if_any(table: tables.Table) -> tables.Table | None:

@@ -36,12 +36,15 @@ def stopped_early(results: Results) -> Table | None:
         ]
         for (title, setting), by_seed in cells.items()
     ]
-    rules = dict.fromkeys(str(r.decision["rule"]) for *_, r in found.values() if "rule" in r.decision)
+    decided = [record.decision for *_, record in found.values()]
+    notes = [f"{rule[:1].upper()}{rule[1:]}." for rule in dict.fromkeys(d["rule"] for d in decided if "rule" in d)]
+    if any(d.get("kind") == "halving" for d in decided):
+        notes.append("A mean over the seeds of an ablation that were not stopped is one over those that did better.")
     return Table(
-        "Stopped early by the budget's rule, and so in no mean",
+        "Stopped early by the budget's rule",
         ["", *(f"seed {seed}" for seed in seeds)],
         rows,
-        [f"{rule[:1].upper()}{rule[1:]}." for rule in rules],
+        notes,
     )
 
 

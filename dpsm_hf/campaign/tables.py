@@ -120,10 +120,13 @@ def comparison(results: Results, setting: Setting, columns: Sequence[Column], ca
     """Compare all variations of a setting: mean ± sd over the seeds, stars of the paired t-test against the reference.
 
     The stars are those of each test alone; a dagger marks what is still below .05 after Holm's correction over the
-    variations of the column. Columns without any figure are left out.
+    variations of the column. Columns and variations without any figure are left out, and where every column is one
+    after temperature scaling those that only read another's runs so.
     """
     reference = results.campaign.reference
     names = results.variations(setting)
+    if all(column.scaled for column in columns):
+        names = [name for name in names if results.campaign.variation(name).of is None]
     shown = [c for c in columns if any(_values(results, setting, name, c) for name in names)]
     stars = {c: _tests(results, setting, names, reference, c) for c in shown}
     best = {c: _best(results, setting, names, c) for c in shown}
@@ -139,7 +142,7 @@ def comparison(results: Results, setting: Setting, columns: Sequence[Column], ca
             cells.append(Cell(text, "best" if name in best[column] else ""))
         rows.append(cells)
     notes = _status_notes(results, setting, names)
-    return Table(f"{caption}: {describe(results, setting)}", ["", *(c.heading for c in shown)], rows, notes)
+    return Table(f"{caption}: {describe(results, setting)}", ["", *(c.heading for c in shown)], _filled(rows), notes)
 
 
 def differences(results: Results, columns: Sequence[Column], main: str = "main") -> list[Table]:
@@ -180,8 +183,13 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
             rows.append(cells)
     headings = ["", *(c.heading for c in columns)]
     return [
-        Table(f"{place}: the figure, and in brackets its mean difference from {bases[place]}", headings, rows, notes)
-        for place, rows, notes in ((place, rows, notes_of[place]) for place, rows in blocks.items())
+        Table(
+            f"{place}: the figure, and in brackets its mean difference from {bases[place]}",
+            headings,
+            _filled(rows),
+            notes_of[place],
+        )
+        for place, rows in blocks.items()
     ]
 
 
@@ -225,10 +233,11 @@ def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Tab
                 text += f" ({own / base:.2f} ×)"
             cells.append(Cell(text))
         rows.append(cells)
-    if not any(cell.text != "–" for row in rows for cell in row[1:]):
+    filled = _filled(rows)
+    if not filled:
         return None
     caption = f"Standard deviation over seeds, and as a multiple of cross-entropy's: {describe(results, setting)}"
-    return Table(caption, ["", *(c.heading for c in columns)], rows)
+    return Table(caption, ["", *(c.heading for c in columns)], filled)
 
 
 def clean_setting(results: Results, setting: Setting, main: str = "main") -> Setting | None:
@@ -246,6 +255,10 @@ def describe(results: Results, setting: Setting) -> str:
         titles.get(kind, {}).get(getattr(setting, kind), getattr(setting, kind)) for kind in ("study", "size", "data")
     ]
     return "; ".join([*words, *(f"{name} {value}" for name, value in setting.settings)])
+
+
+def _filled(rows: Sequence[Sequence[Cell]]) -> list[Sequence[Cell]]:
+    return [row for row in rows if any(cell.text != "–" for cell in row[1:])]
 
 
 def _values(results: Results, setting: Setting, name: str, column: Column) -> dict[int, float]:

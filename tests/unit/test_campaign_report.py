@@ -232,6 +232,11 @@ def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in text
     assert "The best go on." in text and "All runs together." in text
     assert "seed 1, 2, 3: pruned<" in text and "a long account" not in text
+    assert "left out here: focal loss." in text
+    judged, _, rest = text.partition('id="results"')
+    final = rest.partition('id="pictures"')[0]
+    assert "<td>DPSM, linear" in judged and "<td>DPSM, linear" in final
+    assert judged.count("<td>focal loss") == 1 and "<td>focal loss" not in final, "only in the table of those stopped"
     assert "brier-baseline, seed 3" in text and "not run yet" in text and "1 run missing" in text
     assert "(2 of 3)" in text
 
