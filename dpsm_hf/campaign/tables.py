@@ -317,16 +317,24 @@ def _tests(results: Results, setting: Setting, names: Sequence[str], reference: 
 
 
 def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> list[str]:
-    seeds: dict[tuple[str, str], list[int]] = {}
+    seeds: dict[tuple[str, str], list[str]] = {}
+    stopped: dict[str, list[str]] = {}
     for name in names:
+        title = results.campaign.variation(name).title
         for point in results.points(setting, name):
             record = results.record(point)
-            if record is not None and record.status != "ok":
-                # why the budget stopped a run has a table of its own
-                told = record.message and record.status != "pruned"
-                what = f"{record.status}: {record.message}" if told else record.status
-                seeds.setdefault((results.campaign.variation(name).title, what), []).append(point.seed)
-    return [f"{title}, seed {', '.join(map(str, found))}: {what}" for (title, what), found in seeds.items()]
+            if record is None or record.status == "ok":
+                continue
+            if record.status == "pruned":  # why has a table of its own
+                stopped.setdefault(title, []).append(str(point.seed))
+            else:
+                what = f"{record.status}: {record.message}" if record.message else record.status
+                seeds.setdefault((title, what), []).append(str(point.seed))
+    notes = [f"{title}, seed {', '.join(found)}: {what}" for (title, what), found in seeds.items()]
+    if stopped:
+        parts = [f"{title} (seed {', '.join(found)})" for title, found in stopped.items()]
+        notes.append(f"Stopped early: {'; '.join(parts)}")
+    return notes
 
 
 def missing_runs(results: Results) -> list[str]:

@@ -70,7 +70,9 @@ def claim_line(finding: Finding) -> str:
     ]
     what = {"ratio": "ratio", "share": "share"}.get(finding.scale, "difference")
     text += f"; claimed: {what} {' and '.join(limits)}; n = {finding.pairs}"
-    fails = finding.decision == "fails"
+    # of a claim that cannot be told the p-value of the end that is nearer
+    nearer = finding.p_fails is not None and (finding.p_value is None or finding.p_fails < finding.p_value)
+    fails = finding.decision == "fails" or (finding.decision != "holds" and nearer)
     p, adjusted = (finding.p_fails, finding.p_fails_adjusted) if fails else (finding.p_value, finding.p_adjusted)
     if p is not None:
         text += f"; p {'of failing ' if fails else ''}= {p:.3g}"

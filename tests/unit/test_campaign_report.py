@@ -15,10 +15,12 @@ import pytest
 from dpsm_hf.campaign.audit import arguments_key, audited_runs
 from dpsm_hf.campaign.design import Campaign, Point
 from dpsm_hf.campaign.document_tests import document_table
+from dpsm_hf.campaign.finding import Finding
 from dpsm_hf.campaign.records import Record, write_record
 from dpsm_hf.campaign.report import write_campaign_report
 from dpsm_hf.campaign.results import Results
 from dpsm_hf.campaign.tables import QUALITY, comparison, differences
+from dpsm_hf.campaign.words import claim_line
 from tests.hand_made_campaigns import VARIATIONS, campaign, records
 
 pytestmark = pytest.mark.slow
@@ -231,7 +233,7 @@ def test_every_ending_is_named(written: tuple[Campaign, Path, dict[str, Record]]
     cells = ("step 40: 4.1 (1 of 3 went on, up to 3.9)", "told otherwise", "no time left for its 51 s")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in text
     assert "The best go on." in text and "All runs together." in text
-    assert "seed 1, 2, 3: pruned<" in text and "a long account" not in text
+    assert "Stopped early: focal loss (seed 1, 2, 3)<" in text and "a long account" not in text
     assert "left out here: focal loss." in text
     judged, _, rest = text.partition('id="results"')
     final = rest.partition('id="pictures"')[0]
@@ -261,3 +263,25 @@ def test_numbers_of_the_tables(written: tuple[Campaign, Path, dict[str, Record]]
     assert other.caption.startswith("flipped-targets; tiny; docs: the figure, and in brackets")
     row = next(row for row in other.rows if row[0].text == "DPSM, linear")
     assert row[1].text == "55.60 ± 0.30 (+5.00)"  # 3 of its own and 2 of the noise
+
+
+@pytest.mark.parametrize(
+    ("decision", "p_value", "p_fails", "words"),
+    [
+        ("holds", 0.01, 0.99, "p = 0.01, Holm 0.02"),
+        ("fails", 0.99, 0.01, "p of failing = 0.01, Holm 0.02"),
+        ("cannot tell", 0.2, 0.8, "p = 0.2, Holm 0.4"),
+        ("cannot tell", 0.9, 0.1, "p of failing = 0.1, Holm 0.2"),  # the end that is nearer
+        ("cannot tell", None, 0.04, "p of failing = 0.04, Holm 0.08"),
+        ("cannot tell", 0.04, None, "p = 0.04, Holm 0.08"),
+        ("cannot tell", None, None, "n = 3"),
+    ],
+)
+def test_the_p_value_of_the_claim(decision: str, p_value: float | None, p_fails: float | None, words: str) -> None:
+    doubled = [None if p is None else 2 * p for p in (p_value, p_fails)]
+    finding = Finding(
+        "k", "quality", "w", "v", "s", "main", decision, 1.2, 1.1, None, None, 1.1, "ratio", "", 3,
+        p_value, doubled[0], p_fails, doubled[1],
+    )  # fmt: skip
+    assert claim_line(finding).startswith("1.200 [1.100, ∞); claimed: ratio at most 1.1; n = 3")
+    assert claim_line(finding).endswith(words)
