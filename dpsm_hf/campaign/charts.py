@@ -80,7 +80,8 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     """Draw quality against calibration error, before (filled) and after (hollow) temperature scaling.
 
     Points are means over seeds, their bars standard deviations; the dashed line joins what no other point beats in
-    both, before and after scaling taken together.
+    both, before and after scaling taken together. Variations of which seeds are missing are drawn and marked so, but
+    are no part of that line: their seeds may be the easier or the better ones.
 
     Args:
         results: of the campaign.
@@ -96,10 +97,11 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     figure = empty_figure(6.2, 4.6)
     ax = figure.add_subplot()
     sign = -1.0 if results.campaign.quality[1] else 1.0
-    cloud: list[tuple[float, float]] = []
+    cloud: list[tuple[float, float, bool]] = []
     titles = [results.campaign.variation(name).title for name in names]
     for name, title, style in zip(names, titles, run_styles(titles), strict=True):
         means = []
+        planned = len(results.points(setting, name))
         for scaled in (False, True):
             x, y = (results.values(setting, name, metric, scaled=scaled) for metric in (quality, ece))
             seeds = sorted(set(x) & set(y))
@@ -107,19 +109,22 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
                 continue
             xs, ys = np.array([x[s] for s in seeds]), np.array([y[s] for s in seeds])
             means.append((float(xs.mean()), float(ys.mean())))
-            cloud.append((sign * means[-1][0], means[-1][1]))
+            whole = len(seeds) == planned
+            cloud.append((sign * means[-1][0], means[-1][1], whole))
+            shown = title if whole else f"{title} ({len(seeds)} of {planned} seeds)"
             spread = {"xerr": xs.std(ddof=1), "yerr": ys.std(ddof=1)} if len(seeds) > 1 else {}
             ax.errorbar(
                 *means[-1], **spread, fmt=style["marker"], color=style["color"], ms=6.5, lw=0.8, zorder=3,
-                mfc="white" if scaled else style["color"], label=None if scaled else title,
+                mfc="white" if scaled else style["color"], label=None if scaled else shown,
             )  # fmt: skip
         if len(means) == 2:
             ax.plot(*zip(*means, strict=True), color=style["color"], lw=0.7, alpha=0.6, zorder=2)
     if not cloud:
         return None
-    front = [p for p in cloud if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in cloud)]
-    front = sorted(set(front))
-    ax.plot([sign * p[0] for p in front], [p[1] for p in front], "k--", lw=1, zorder=1, label="Pareto front")
+    complete = {(x, y) for x, y, whole in cloud if whole}
+    front = sorted(p for p in complete if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in complete))
+    if front:
+        ax.plot([sign * p[0] for p in front], [p[1] for p in front], "k--", lw=1, zorder=1, label="Pareto front")
     if min(p[1] for p in cloud) > 0:
         plain_log_axis(ax)
     if sign > 0 and max(abs(p[0]) for p in cloud) > 4 * min(abs(p[0]) for p in cloud):

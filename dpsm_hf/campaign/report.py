@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
-from ..figures import save_figure
 from ..files import write_json
 from ..records import read_json
-from . import charts, tables
+from . import tables
 from .audit import AUDIT_NAME
 from .audit_table import table as audit_rows
 from .audited_claims import audited_claims
 from .design import Campaign
 from .document_tests import document_table
 from .finding import Finding
+from .pictures import Pictures, drawn, picture_sections
 from .records import Record, read_records
 from .results import Results, Setting
 from .stopped import stopped_early
@@ -34,22 +30,6 @@ from .verdict import MAIN_STUDY, overall, verdict
 from .words import claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
-
-_LONGEST_NAME = 100  # of a picture's file, in characters
-
-# log key, axis, caption, logarithmic
-_CURVES = (
-    ("eval_perplexity", "held-out perplexity", "Perplexity on the validation split", True),
-    ("eval_rougeL", "held-out ROUGE-L", "ROUGE-L on the validation split", False),
-    ("eval_ece_15", "held-out ECE-15", "Calibration error on the validation split, 15 bins, top-label", True),
-    ("eval_brier", "held-out Brier score", "Brier score on the validation split", False),
-)
-_SCHEDULE = (
-    ("alpha", "α (weight of the Brier score)", "α: 0 is pure cross-entropy, 1 is pure Brier score", False),
-    ("grad_norm", "gradient norm", "Norm of the gradient before clipping", True),
-    ("grad_norm_ce", "norm of cross-entropy's gradient", "The gradient that cross-entropy would have alone", True),
-    ("grad_norm_brier", "norm of Brier's gradient", "The gradient that the Brier score would have alone", True),
-)
 
 
 def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -116,7 +96,7 @@ def _context(
     directory: Path,
     audit: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    pictures = _Pictures(directory / "plots")
+    pictures = Pictures(directory / "plots")
     pictures.clear()
     settings = results.settings(MAIN_STUDY) or results.settings()[:1]
     quality = tables.QUALITY[campaign.task]
@@ -151,7 +131,7 @@ def _context(
         "settings": settings_line(campaign, results),
         "tables": shown,
         "all_tables": [table for found in shown.values() for table in found],
-        "sections": _sections(results, settings, pictures),
+        "sections": picture_sections(results, settings, pictures),
         "missing": tables.missing_runs(results),
         "stopped": stopped_early(results),
         "samples": _samples(results, settings[0]),
@@ -214,129 +194,11 @@ def audit_table(content: Mapping[str, Any]) -> tables.Table:
     return tables.Table(caption, ["", *(label for _, label, _ in shown)], rows)
 
 
-class _Pictures:
-    """Saves each figure as PNG beside the report and hands it to the page as an inlined SVG."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def clear(self) -> None:
-        """Delete what an earlier report has left, of variations that may be gone."""
-        for path in self.directory.glob("*.png"):
-            path.unlink()
-
-    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
-        if figure is None:
-            return []
-        name = re.sub(r"[^\w.-]+", "_", name)
-        if len(name) > _LONGEST_NAME:
-            name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
-        save_figure(figure, self.directory / f"{name}.png", dpi=110)
-        vector = save_figure(figure, self.directory / f"{name}.svg")
-        data = base64.b64encode(vector.read_bytes()).decode("ascii")
-        vector.unlink()
-        return [{"data": f"data:image/svg+xml;base64,{data}", "caption": caption, "png": f"plots/{name}.png"}]
-
-
-def _sections(results: Results, settings: Sequence[Setting], pictures: _Pictures) -> list[dict[str, Any]]:
-    from .reliability_pictures import reliability_pictures
-
-    campaign = results.campaign
-    sections: list[dict[str, Any]] = []
-
-    def section(title: str, text: str, make: Callable[[Setting, str], list[dict[str, str]]]) -> None:
-        found = []
-        for number, setting in enumerate(settings):
-            found += make(setting, f"{number}-" if number else "")
-        if found:
-            sections.append({"title": title, "text": text, "pictures": found})
-
-    def main(setting: Setting) -> list[str]:
-        return [n for n in results.variations(setting) if _drawn(campaign, n)]
-
-    def curves(x: str, kinds: Sequence[tuple[str, str, str, bool]]) -> Callable[[Setting, str], list[dict[str, str]]]:
-        def make(setting: Setting, prefix: str) -> list[dict[str, str]]:
-            found = []
-            for key, axis, caption, log in kinds:
-                figure = charts.learning_curves(results, setting, main(setting), key, axis, x, log)
-                place = tables.describe(results, setting)
-                found += pictures.add(f"{prefix}{key}-over-{x}", figure, f"{caption}. {place}")
-            return found
-
-        return make
-
-    words = "Means over seeds; bands reach from the lowest to the highest seed. Main variations only."
-    section("Learning curves", words, curves("step", _CURVES))
-    section("Over seconds of training", "Evaluation is excluded from the seconds.", curves("seconds", _CURVES))
-    section("α and gradients", "", curves("step", _SCHEDULE))
-    metric, label = ("rougeL", "ROUGE-L") if campaign.quality[1] else ("perplexity", "perplexity")
-    section(
-        "Quality against calibration",
-        "Each variation before and after temperature scaling, with standard deviations over seeds. What another point "
-        "beats in both is worse than it.",
-        lambda setting, prefix: pictures.add(
-            f"{prefix}pareto", charts.pareto(results, setting, metric, label), tables.describe(results, setting)
-        ),
-    )
-    section(
-        "Reliability",
-        "Below the diagonal a model is overconfident. Token-level, top-label, test split, first seed.",
-        lambda setting, prefix: [
-            picture
-            for name, figure, caption in reliability_pictures(results, setting, main(setting))
-            for picture in pictures.add(f"{prefix}{name}", figure, caption)
-        ],
-    )
-    grids = _heat_maps(results, pictures)
-    if grids:
-        sections.append({"title": "Grids", "text": "Means over seeds.", "pictures": grids})
-    return sections
-
-
-def _drawn(campaign: Campaign, name: str) -> bool:
-    variation = campaign.variation(name)
-    return variation.role == "main" and variation.of is None
-
-
-def _heat_maps(results: Results, pictures: _Pictures) -> list[dict[str, str]]:
-    """Draw every study that varies two or more arguments: the two with most values, a map for each other value."""
-    studies: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in results.settings():
-        if len(setting.settings) >= 2:
-            studies.setdefault((setting.study, setting.size, setting.data), []).append(setting)
-    found = []
-    kinds = [(results.campaign.quality[0], results.campaign.quality[0]), ("ece_15", "ECE-15")]
-    for settings in studies.values():
-        values: dict[str, set[str]] = {}
-        for setting in settings:
-            for name, value in setting.settings:
-                values.setdefault(name, set()).add(value)
-        if sum(len(of_one) > 1 for of_one in values.values()) < 2:
-            continue  # a row of cells is a table
-        axes = sorted(values, key=lambda name: (-len(values[name]), name))[:2]
-        rest: dict[tuple[Any, ...], list[Setting]] = {}
-        for setting in settings:
-            rest.setdefault(tuple((n, v) for n, v in setting.settings if n not in axes), []).append(setting)
-        for others, part in rest.items():
-            for name in results.variations(part[0]):
-                for metric, label in kinds:
-                    words = ", ".join(f"{n} {v}" for n, v in others)
-                    figure = charts.heat_map(results, part, name, metric, label, (axes[0], axes[1]))
-                    caption = "; ".join(x for x in (tables.describe(results, Setting(*_plain(part[0]))), words) if x)
-                    slug = f"grid-{part[0].study}-{part[0].size}-{part[0].data}-{name}-{metric}-{words}"
-                    found += pictures.add(slug, figure, caption)
-    return found
-
-
-def _plain(setting: Setting) -> tuple[str, str, str]:
-    return setting.study, setting.size, setting.data
-
-
 def _samples(results: Results, setting: Setting) -> list[dict[str, Any]]:
     """Return the texts of the first seed side by side: a prompt, the reference, and what each variation wrote."""
     found: dict[str, dict[str, Any]] = {}
     for name in results.variations(setting):
-        if not _drawn(results.campaign, name):
+        if not drawn(results.campaign, name):
             continue
         points = [p for p in results.points(setting, name) if results.record(p) is not None]
         record = results.record(points[0]) if points else None

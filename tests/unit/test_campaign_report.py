@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from dpsm_hf.campaign.audit import arguments_key, audited_runs
+from dpsm_hf.campaign.charts import pareto
 from dpsm_hf.campaign.design import Campaign, Point
 from dpsm_hf.campaign.document_tests import document_table
 from dpsm_hf.campaign.finding import Finding
@@ -21,6 +23,7 @@ from dpsm_hf.campaign.report import write_campaign_report
 from dpsm_hf.campaign.results import Results
 from dpsm_hf.campaign.tables import QUALITY, comparison, differences
 from dpsm_hf.campaign.words import claim_line
+from dpsm_hf.figures import empty_figure, plain_log_axis
 from tests.hand_made_campaigns import VARIATIONS, campaign, records
 
 pytestmark = pytest.mark.slow
@@ -285,3 +288,45 @@ def test_the_p_value_of_the_claim(decision: str, p_value: float | None, p_fails:
     )  # fmt: skip
     assert claim_line(finding).startswith("1.200 [1.100, ∞); claimed: ratio at most 1.1; n = 3")
     assert claim_line(finding).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0066, 0.02), (0.0034, 0.0061), (0.05, 0.5), (150, 3000), (120.5, 121.2), (1e-5, 3.0), (9, 11)]
+)
+def test_a_logarithmic_axis_can_be_read(low: float, high: float) -> None:
+    figure = empty_figure(5.2, 3.9)
+    ax = figure.add_subplot()
+    ax.plot([low, high])
+    plain_log_axis(ax)
+    figure.canvas.draw()
+    bottom, top = ax.get_ylim()
+    labels = [label for label in ax.get_yticklabels() if bottom <= label.get_position()[1] <= top]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
+    assert len(boxes) >= 3 and all(below.y1 < above.y0 for below, above in itertools.pairwise(boxes))
+    assert all(float(label.get_text()) == pytest.approx(label.get_position()[1], rel=1e-4) for label in labels)
+
+
+def test_points_over_a_part_of_the_seeds_make_no_front(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, _, found = written
+    setting = Results(made, found).settings("main")[0]
+
+    def legend_and_front(records: dict[str, Record]) -> tuple[list[str], float]:
+        figure = pareto(Results(made, records), setting, "perplexity", "perplexity")
+        assert figure is not None
+        (ax,) = figure.axes
+        (front,) = [line for line in ax.get_lines() if line.get_label() == "Pareto front"]
+        return [text.get_text() for text in ax.get_legend().get_texts()], float(np.min(front.get_xdata()))
+
+    titles, whole = legend_and_front(found)
+    assert "cross-entropy" in titles
+    gone = next(i for i, r in found.items() if r.name == "ce-baseline/2" and r.arguments["study"] == "main")
+    titles, part = legend_and_front({i: r for i, r in found.items() if i != gone})
+    assert "cross-entropy (2 of 3 seeds)" in titles and part > whole + 1
+
+
+def test_ablations_have_pictures_of_their_own(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, folder, _ = written
+    markdown = write_campaign_report(made, folder)[1].read_text()
+    section = markdown.partition("### Ablations")[2].partition("###")[0]
+    assert "(plots/eval_perplexity-over-step-ablations.png)" in section
+    assert (folder / "plots" / "eval_perplexity-over-step-ablations.png").exists()
