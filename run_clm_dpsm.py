@@ -41,6 +41,7 @@ from dpsm_hf.scripts.clm_arguments import (
     DataTrainingArguments,
     ModelArguments,
     check_contradictions,
+    natural_boundary,
     resolve_block_size,
 )
 from dpsm_hf.scripts.outcome import Outcome, discard_outcome
@@ -198,7 +199,7 @@ def load_extra_texts(
             )
         column = extra.text_column or (own if own in column_names(texts) else None)
         choose_text_column(texts, column, extra.name)
-        found[extra.name] = texts, column, data_args.boundary([extra.source] if extra.is_file else [])
+        found[extra.name] = texts, column, natural_boundary([extra.source] if extra.is_file else [])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,9 +36,9 @@ def learning_curves(
     figure = empty_figure(5.2, 3.9)
     ax = figure.add_subplot()
     drawn = 0
-    styles = run_styles([results.campaign.variation(name).title for name in names])
-    for name, style in zip(names, styles, strict=True):
-        curves = []
+    styles = _styles(results)
+    for name in names:
+        curves, style = [], styles[name]
         for point in results.points(setting, name):
             record = results.record(point)
             # one that ended early would end the mean of all
@@ -64,6 +65,12 @@ def learning_curves(
     ax.grid(alpha=0.3, lw=0.6)
     ax.legend(fontsize=8, framealpha=0.9)
     return figure
+
+
+def _styles(results: Results) -> dict[str, dict[str, Any]]:
+    """Give each variation the same style in all pictures."""
+    own = [v for v in results.campaign.variations if v.of is None]
+    return dict(zip((v.name for v in own), run_styles([v.title for v in own]), strict=True))
 
 
 def _together(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +105,9 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     ax = figure.add_subplot()
     sign = -1.0 if results.campaign.quality[1] else 1.0
     cloud: list[tuple[float, float, bool]] = []
-    titles = [results.campaign.variation(name).title for name in names]
-    for name, title, style in zip(names, titles, run_styles(titles), strict=True):
+    styles = _styles(results)
+    for name in names:
+        title, style = results.campaign.variation(name).title, styles[name]
         means = []
         planned = len(results.points(setting, name))
         for scaled in (False, True):

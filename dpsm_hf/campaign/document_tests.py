@@ -31,6 +31,7 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
         None where fewer than two variations have sums by block of the same documents.
     """
     reference = results.campaign.reference
+    least = 1.5 / (SAMPLES + 1)  # so many samples show none smaller than 1 / (SAMPLES + 1)
     base = _sums(results, setting, reference, directory)
     rows = []
     for name in results.variations(setting):
@@ -49,10 +50,14 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
             )
             interval = paired_bootstrap(ours, theirs, samples=SAMPLES)
             test = approximate_randomization(ours, theirs, samples=SAMPLES)
+            sign = "≤ " if test.p_value < least else ""
             decimals = 2 if kind == "perplexity" else 4
             low, high = interval.interval
             bounds = "" if math.isnan(low) else f" [{low:+.{decimals}f}, {high:+.{decimals}f}]"
-            cells += [Cell(f"{interval.estimate:+.{decimals}f}{bounds}"), Cell(f"{test.p_value:.4f}")]
+            cells += [
+                Cell(f"{interval.estimate:+.{decimals}f}{bounds}"),
+                Cell(f"{'≤ ' if test.p_value < least else ''}{test.p_value:.4f}"),
+            ]
         rows.append(cells)
     if not rows:
         return None
@@ -62,7 +67,9 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
         rows,
         [
             f"Paired bootstrap and approximate randomisation ({SAMPLES:,} each) over blocks of test documents. They "
-            "say what other documents would show; what other seeds would, the tables above say."
+            "say what other documents would show; what other seeds would, the tables above say. The p-values are not "
+            "corrected. An interval of ECE is too wide where two systems are nearly the same, and may then hold 0 "
+            "beside a small p."
         ],
     )
 

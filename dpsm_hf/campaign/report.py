@@ -27,7 +27,7 @@ from .records import Record, read_records
 from .results import Results, Setting
 from .stopped import stopped_early
 from .verdict import MAIN_STUDY, overall, verdict
-from .words import claim_line, headline, settings_line
+from .words import GLOSSARY, claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
 
@@ -111,7 +111,7 @@ def _context(
             ),
             document_table(results, setting, directory),
         ]
-        blocks["efficiency"].append(tables.comparison(results, setting, tables.EFFICIENCY, "Cost of training"))
+        blocks["efficiency"].append(tables.cost(results, setting))
         blocks["robustness"] += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
         blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
     blocks["efficiency"].append(audit_table(audit) if audit is not None else None)
@@ -135,6 +135,7 @@ def _context(
         "missing": tables.missing_runs(results),
         "stopped": stopped_early(results),
         "samples": _samples(results, settings[0]),
+        "glossary": GLOSSARY,
         "reproduce": _reproduce(campaign, results, directory),
         "counts": dict(Counter(r.status for r in results.records.values())),
     }

@@ -12,6 +12,8 @@ from ..statistics import holm, paired_difference, summarize
 from .results import Results, Setting, setting_of
 
 ALPHA = 0.05
+#: Relative spread of the reference's own speed from which a table says so.
+_UNSTEADY = 0.05
 
 
 @dataclass(frozen=True)
@@ -116,20 +118,22 @@ EFFICIENCY = (
 )
 
 
-def comparison(results: Results, setting: Setting, columns: Sequence[Column], caption: str) -> Table:
+def comparison(
+    results: Results, setting: Setting, columns: Sequence[Column], caption: str, tested: bool = True
+) -> Table:
     """Compare all variations of a setting: mean ± sd over the seeds, stars of the paired t-test against the reference.
 
     The stars are those of each test alone; a dagger marks what is still below .05 after Holm's correction over the
     variations of the column. Columns and variations without any figure are left out, and where every column is one
-    after temperature scaling those that only read another's runs so.
+    after temperature scaling those that only read another's runs so. Without ``tested`` nothing is starred or marked.
     """
     reference = results.campaign.reference
     names = results.variations(setting)
     if all(column.scaled for column in columns):
         names = [name for name in names if results.campaign.variation(name).of is None]
     shown = [c for c in columns if any(_values(results, setting, name, c) for name in names)]
-    stars = {c: _tests(results, setting, names, reference, c) for c in shown}
-    best = {c: _best(results, setting, names, c) for c in shown}
+    stars = {c: _tests(results, setting, names, reference, c) if tested else {} for c in shown}
+    best = {c: _best(results, setting, names, c) if tested else set() for c in shown}
     rows = []
     for name in names:
         cells = [Cell(results.campaign.variation(name).title)]
@@ -143,6 +147,31 @@ def comparison(results: Results, setting: Setting, columns: Sequence[Column], ca
         rows.append(cells)
     notes = _status_notes(results, setting, names)
     return Table(f"{caption}: {describe(results, setting)}", ["", *(c.heading for c in shown)], _filled(rows), notes)
+
+
+def cost(results: Results, setting: Setting) -> Table:
+    """Show what training cost: figures without tests, which the claims make where they are meant.
+
+    Seconds and memory depend on what else the machine did, and the memory of a run that was paused at a rung on its
+    having been several processes: neither stars nor a best one would tell of the losses.
+    """
+    made = comparison(results, setting, EFFICIENCY, "Cost of training", tested=False)
+    notes = list(made.notes)
+    speed = summarize(list(_finite(_values(results, setting, results.campaign.reference, EFFICIENCY[0])).values()))
+    if speed.mean > 0 and speed.sd / speed.mean > _UNSTEADY:
+        notes.append(
+            f"Cross-entropy's own tokens/s vary by {100 * speed.sd / speed.mean:.0f} % (sd) between seeds: the "
+            "machine was not idle, or too small for statements about 2 %."
+        )
+    paused = [
+        name
+        for name in results.variations(setting)
+        if any((r := results.record(p)) is not None and len(r.attempts) > 1 for p in results.points(setting, name))
+    ]
+    if paused:
+        titles = "; ".join(results.campaign.variation(name).title for name in paused)
+        notes.append(f"In several processes, each with its own peak memory, of which the largest counts: {titles}.")
+    return replace(made, notes=notes)
 
 
 def differences(results: Results, columns: Sequence[Column], main: str = "main") -> list[Table]:
@@ -218,19 +247,21 @@ def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column])
 
 
 def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Table | None:
-    """Show the standard deviation over seeds, and as a multiple of the reference's."""
+    """Show the standard deviation over seeds, and as a multiple of the reference's over the same seeds."""
     names = results.variations(setting)
     reference = results.campaign.reference
     rows = []
     for name in names:
         cells = [Cell(results.campaign.variation(name).title)]
         for column in columns:
-            own, base = (
-                summarize(list(_finite(_values(results, setting, n, column)).values())).sd for n in (name, reference)
-            )
+            ours, theirs = (_finite(_values(results, setting, n, column)) for n in (name, reference))
+            own = summarize(list(ours.values())).sd
+            base = summarize([theirs[seed] for seed in ours]).sd if set(ours) <= set(theirs) else math.nan
             text = "–" if math.isnan(own) else f"{own * column.scale:.{column.decimals + 1}f}"
             if not math.isnan(own) and base > 0:
                 text += f" ({own / base:.2f} ×)"
+            if not math.isnan(own) and len(ours) < (planned := len(results.points(setting, name))):
+                text += f" ({len(ours)} of {planned})"
             cells.append(Cell(text))
         rows.append(cells)
     filled = _filled(rows)
@@ -318,23 +349,15 @@ def _tests(results: Results, setting: Setting, names: Sequence[str], reference: 
 
 def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> list[str]:
     seeds: dict[tuple[str, str], list[str]] = {}
-    stopped: dict[str, list[str]] = {}
     for name in names:
         title = results.campaign.variation(name).title
         for point in results.points(setting, name):
             record = results.record(point)
-            if record is None or record.status == "ok":
+            if record is None or record.status in ("ok", "pruned"):  # those stopped early have a table of their own
                 continue
-            if record.status == "pruned":  # why has a table of its own
-                stopped.setdefault(title, []).append(str(point.seed))
-            else:
-                what = f"{record.status}: {record.message}" if record.message else record.status
-                seeds.setdefault((title, what), []).append(str(point.seed))
-    notes = [f"{title}, seed {', '.join(found)}: {what}" for (title, what), found in seeds.items()]
-    if stopped:
-        parts = [f"{title} (seed {', '.join(found)})" for title, found in stopped.items()]
-        notes.append(f"Stopped early: {'; '.join(parts)}")
-    return notes
+            what = f"{record.status}: {record.message}" if record.message else record.status
+            seeds.setdefault((title, what), []).append(str(point.seed))
+    return [f"{title}, seed {', '.join(found)}: {what}" for (title, what), found in seeds.items()]
 
 
 def missing_runs(results: Results) -> list[str]:

@@ -50,6 +50,14 @@ def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:
     return sentences
 
 
+#: What the columns of the tables mean; docs/calibration.md defines them.
+GLOSSARY = (
+    "ECE-10, -15, -100: expected calibration error with so many bins; signed gap: confidence less accuracy, above 0 "
+    "is overconfident; spherical: 1 less the spherical score; depth: the layer from which on the most likely token "
+    "stays the same; T: fitted temperature."
+)
+
+
 def claim_line(finding: Finding) -> str:
     """Return the figures of a finding: ``1.62 [1.40, 1.85], claimed: at most 0.3; 3 seeds; p = .02 (Holm .08)``."""
     if finding.estimate is None and finding.low is None and finding.high is None:

@@ -168,14 +168,15 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
             unicode_nfkc=self.unicode_nfkc,
             lowercase=self.lowercase,
             add_eos_between_documents=between,
-            document_boundary=self.boundary(self.files().values()),
+            document_boundary=(
+                natural_boundary(self.files().values()) if self.document_boundary == "auto" else self.document_boundary
+            ),
         )
 
-    def boundary(self, files: Iterable[str]) -> str:
-        """Settle what ends a document of data from these files: ``row`` or ``blank_line``."""
-        if self.document_boundary != "auto":
-            return self.document_boundary
-        return "blank_line" if any(file_builder(path) == "text" for path in files) else "row"
+
+def natural_boundary(files: Iterable[str]) -> str:
+    """Return what ends a document of data from these files, none for a data set: ``row`` or ``blank_line``."""
+    return "blank_line" if any(file_builder(path) == "text" for path in files) else "row"
 
 
 def check_contradictions(

@@ -315,13 +315,14 @@ def test_a_further_set_has_the_temperature_of_the_calibration_split(clm: Run, tm
     assert {n: alone[n] for n in names} == pytest.approx({n: found[n] for n in names}, rel=1e-5)
 
 
-def test_lines_of_a_book_are_not_documents(tmp_path: Path) -> None:
-    """In a text file documents end at blank lines, also beside a data set whose rows are documents."""
+@pytest.mark.parametrize("boundary", [None, "row"])
+def test_lines_of_a_book_are_not_documents(boundary: str | None, tmp_path: Path) -> None:
+    """In a text file documents end at blank lines, also beside data whose rows are documents, said so or not."""
     book = tmp_path / "book.txt"
     text = load_python_docstrings()["test"]["document"][0].splitlines()
     book.write_text("\n".join(["a line of text"] * 30 + ["", *text]), encoding="utf-8")
     options = {**CLM, "max_steps": 1, "evaluate_best": None, "early_stopping_patience": None, "do_predict": None,
-               "extra_eval_datasets": [f"book={book}"]}  # fmt: skip
+               "extra_eval_datasets": [f"book={book}"], "document_boundary": boundary}  # fmt: skip
     found = run(run_clm_dpsm.main, tmp_path / "out", {**options, "cache_dir": tmp_path / "cache"})
     figures = found.outcome["metrics"]["last"]["book"]
     assert figures["eos_tokens"] <= 2 < figures["tokens"] / 15
