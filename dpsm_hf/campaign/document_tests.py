@@ -54,10 +54,7 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
             decimals = 2 if kind == "perplexity" else 4
             low, high = interval.interval
             bounds = "" if math.isnan(low) else f" [{low:+.{decimals}f}, {high:+.{decimals}f}]"
-            cells += [
-                Cell(f"{interval.estimate:+.{decimals}f}{bounds}"),
-                Cell(f"{'≤ ' if test.p_value < least else ''}{test.p_value:.4f}"),
-            ]
+            cells += [Cell(f"{interval.estimate:+.{decimals}f}{bounds}"), Cell(f"{sign}{test.p_value:.4f}")]
         rows.append(cells)
     if not rows:
         return None
