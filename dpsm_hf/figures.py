@@ -112,7 +112,7 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
     """Choose the styles of runs in one picture: those of `run_style`, but no two alike.
 
     Args:
-        names: of the runs. From the eighth on colours repeat, with other markers.
+        names: of the runs. From the eighth on colours repeat, with other markers and dashes.
     """
     styles: list[dict[str, Any]] = []
     used: set[int] = {_FIXED_STYLES[name] for name in names if name in _FIXED_STYLES}
@@ -125,5 +125,6 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
             used.add(index)
         shift = index + position // len(OKABE_ITO)
         marker = _MARKERS[shift % len(_MARKERS)]
-        styles.append({"color": OKABE_ITO[index], "marker": marker, "linestyle": _DASHES[index]})
+        dash = _DASHES[shift % len(_DASHES)]  # a colour that comes again has other dashes too
+        styles.append({"color": OKABE_ITO[index], "marker": marker, "linestyle": dash})
     return styles

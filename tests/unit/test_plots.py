@@ -91,6 +91,7 @@ def test_no_two_runs_of_a_picture_look_alike() -> None:
 
     for names in (["ce", "x", "y"], ["x", "ce", "dpsm"], [f"run {i}" for i in range(14)]):
         assert len({look(style) for style in run_styles(names)}) == len(names)
+        assert len({(style["color"], str(style["linestyle"])) for style in run_styles(names)}) == len(names)
     named = dict(zip(["x", "ce", "dpsm"], run_styles(["x", "ce", "dpsm"]), strict=True))
     assert named["ce"] == run_style("ce", 0) and named["dpsm"] == run_style("dpsm", 5)
 
