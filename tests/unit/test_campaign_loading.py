@@ -11,6 +11,7 @@ import pytest
 
 from dpsm_hf.campaign.design import Budget, Campaign
 from dpsm_hf.campaign.loading import SpecError, load_campaign
+from tests.campaign_contradictions import CONTRADICTIONS
 from tests.campaign_files import FILE, edit, load, run_at, wrong
 from tests.campaign_mistakes import MISTAKES
 
@@ -312,7 +313,10 @@ def test_data_swaps_the_data_of_every_study(tmp_path: Path, monkeypatch: pytest.
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("old", "new", "line", "said"), MISTAKES, ids=[mistake[3][:60] for mistake in MISTAKES])
+WRONG = [*MISTAKES, *CONTRADICTIONS]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "said"), WRONG, ids=[mistake[3][:60] for mistake in WRONG])
 def test_every_kind_of_mistake_is_named_with_its_line(
     tmp_path: Path, old: str, new: str, line: str, said: str
 ) -> None:
