@@ -1,4 +1,4 @@
-"""Parts of a campaign's file that name what is not there or contradict each other: edit, line at fault, what is said."""
+"""Parts of a campaign's file that name what is not there or contradict others: edit, line at fault, what is said."""
 
 from __future__ import annotations
 

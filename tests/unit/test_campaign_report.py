@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpsm_hf.campaign.finding import Finding
 from dpsm_hf.campaign.records import Record, write_record
 from dpsm_hf.campaign.report import write_campaign_report
 from dpsm_hf.campaign.results import Results
-from dpsm_hf.campaign.tables import QUALITY, comparison, differences
+from dpsm_hf.campaign.tables import AFTER, QUALITY, Table, comparison, cost, differences, spread
 from dpsm_hf.campaign.words import claim_line
 from dpsm_hf.figures import empty_figure, plain_log_axis
 from tests.hand_made_campaigns import VARIATIONS, campaign, records
@@ -330,3 +331,69 @@ def test_ablations_have_pictures_of_their_own(written: tuple[Campaign, Path, dic
     section = markdown.partition("### Ablations")[2].partition("###")[0]
     assert "(plots/eval_perplexity-over-step-ablations.png)" in section
     assert (folder / "plots" / "eval_perplexity-over-step-ablations.png").exists()
+
+
+def test_cost_is_told_without_stars_and_with_what_disturbed_it(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    made, _, found = written
+    setting = Results(made, found).settings("main")[0]
+    speeds = {"ce-baseline": (5000.0, 5001.0, 5002.0), "dpsm-linear": (1.0, 2.0, 3.0)}
+
+    def told(change: Callable[[Record], Record]) -> Table:
+        return cost(Results(made, {i: change(r) for i, r in found.items()}), setting)
+
+    def slow(record: Record) -> Record:
+        name, _, seed = record.name.partition("/")
+        speed = speeds.get(name, (5000.0,) * 3)[int(seed) - 1]
+        return replace(record, efficiency={**record.efficiency, "tokens_per_second": speed})
+
+    table = told(slow)
+    assert not any("*" in cell.text or cell.state for row in table.rows for cell in row)
+    assert table.notes == [], "how another's speed varies is its own affair"
+    speeds["ce-baseline"] = (5000.0, 5001.0, 9000.0)
+    assert told(slow).notes[0].startswith("Cross-entropy's own tokens/s vary by 36 % (sd)")
+    paused = told(lambda r: replace(r, attempts=[{}, {}]) if r.name == "focal/2" else r)
+    assert len(paused.notes) == 1 and paused.notes[0].endswith("the largest counts: focal loss.")
+
+
+def test_a_spread_is_compared_over_the_same_seeds(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, _, found = written
+    levels = {"ce-baseline": (10.0, 11.0, 30.0), "dpsm-linear": (10.0, 12.0, 0.0)}
+    kept = {}
+    for i, record in found.items():
+        name, _, seed = record.name.partition("/")
+        if name in levels:
+            values = {**record.metrics["last"]["test"], "perplexity": levels[name][int(seed) - 1]}
+            record = replace(record, metrics={"last": {"test": values}})
+        if record.name != "dpsm-linear/3":
+            kept[i] = record
+    results = Results(made, kept)
+    table = spread(results, results.settings("main")[0], QUALITY["language-modelling"][:1])
+    assert table is not None
+    cells = {row[0].text: row[1].text for row in table.rows}
+    assert cells["DPSM, linear"] == "1.414 (2.00 ×) (2 of 3)" and cells["cross-entropy"].endswith("(1.00 ×)")
+
+
+def test_the_least_p_value_of_so_many_samples_is_a_bound(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    made, folder, found = written
+    results = Results(made, found)
+    table = document_table(results, results.settings("main")[0], folder)
+    assert table is not None
+    shown = [cell.text for row in table.rows for cell in (row[3], row[5])]
+    assert any(text == "≤ 0.0005" for text in shown) and "0.0005" not in shown
+    assert all(text.startswith("≤") == (text.endswith("0.0005")) for text in shown)
+
+
+def test_after_temperature_scaling_nobody_is_there_twice(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    made, _, found = written
+    results = Results(made, found)
+    setting = results.settings("main")[0]
+    names = [row[0].text for row in comparison(results, setting, AFTER, "x").rows]
+    assert "cross-entropy" in names and "cross-entropy, temperature-scaled" not in names
+    names = [row[0].text for row in comparison(results, setting, QUALITY["language-modelling"], "x").rows]
+    assert "cross-entropy, temperature-scaled" in names
