@@ -92,7 +92,7 @@ def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pi
 
     def ablations(setting: Setting) -> list[str]:
         names = results.variations(setting)
-        kept = [n for n in names if campaign.variation(n).role == "ablation" and _finished(results, setting, n)]
+        kept = [n for n in names if campaign.variation(n).role == "ablation" and results.finished(setting, n)]
         return [*(n for n in names if n == campaign.reference), *kept] if kept else []
 
     def curves(
@@ -144,11 +144,6 @@ def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pi
     return sections
 
 
-def _finished(results: Results, setting: Setting, name: str) -> bool:
-    records = map(results.record, results.points(setting, name))
-    return any(record is not None and record.status == "ok" for record in records)
-
-
 def drawn(campaign: Campaign, name: str) -> bool:
     """Return whether a variation has curves of its own: a main one with runs of its own."""
     variation = campaign.variation(name)
@@ -157,10 +152,10 @@ def drawn(campaign: Campaign, name: str) -> bool:
 
 def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
     """Draw every study that varies two or more arguments: the two with most values, a map for each other value."""
-    studies: dict[tuple[Any, ...], list[Setting]] = {}
+    studies: dict[Setting, list[Setting]] = {}
     for setting in results.settings():
         if len(setting.settings) >= 2:
-            studies.setdefault((setting.study, setting.size, setting.data), []).append(setting)
+            studies.setdefault(setting.plain, []).append(setting)
     found = []
     kinds = [(results.campaign.quality[0], results.campaign.quality[0]), ("ece_15", "ECE-15")]
     for settings in studies.values():
@@ -179,11 +174,7 @@ def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
                 for metric, label in kinds:
                     words = ", ".join(f"{n} {v}" for n, v in others)
                     figure = charts.heat_map(results, part, name, metric, label, (axes[0], axes[1]))
-                    caption = "; ".join(x for x in (tables.describe(results, Setting(*_plain(part[0]))), words) if x)
+                    caption = "; ".join(x for x in (tables.describe(results, part[0].plain), words) if x)
                     slug = f"grid-{part[0].study}-{part[0].size}-{part[0].data}-{name}-{metric}-{words}"
                     found += pictures.add(slug, figure, caption)
     return found
-
-
-def _plain(setting: Setting) -> tuple[str, str, str]:
-    return setting.study, setting.size, setting.data

@@ -106,9 +106,7 @@ def _context(
         blocks["final"] += [
             tables.comparison(results, setting, (*quality, *tables.CALIBRATION), "Last checkpoint"),
             tables.comparison(results, setting, tables.AFTER, "Last checkpoint, after temperature scaling"),
-            _if_any(
-                tables.comparison(best, setting, (*quality, *tables.CALIBRATION), "Best checkpoint on validation")
-            ),
+            tables.comparison(best, setting, (*quality, *tables.CALIBRATION), "Best checkpoint on validation"),
             document_table(results, setting, directory),
         ]
         blocks["efficiency"].append(tables.cost(results, setting))
@@ -118,7 +116,7 @@ def _context(
     blocks["robustness"][:0] = tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))
     unknown = _unfinished_ablations(results)
     told = [f for f in findings if f.estimate is not None or f.variation not in unknown]
-    shown = {name: [t for t in found if t is not None and len(t.headings) > 1] for name, found in blocks.items()}
+    shown = {name: [t for t in found if t is not None and t.rows] for name, found in blocks.items()}
     return {
         "campaign": campaign,
         "headline": headline(campaign, findings),
@@ -143,18 +141,10 @@ def _context(
 
 def _unfinished_ablations(results: Results) -> list[str]:
     """Return the main study's ablations of which no run ended well: "no figure" for each claim would tell nothing."""
-    points = [point for point in results.campaign.points if point.study == MAIN_STUDY]
-    done = {point.variation for point in points if (r := results.record(point)) is not None and r.status == "ok"}
-    planned = {point.variation for point in points}
-    return [
-        v.name
-        for v in results.campaign.variations
-        if v.role == "ablation" and v.name in planned and v.name not in done
-    ]
-
-
-def _if_any(table: tables.Table) -> tables.Table | None:
-    return table if any(cell.text != "–" for row in table.rows for cell in row[1:]) else None
+    settings = results.settings(MAIN_STUDY)
+    planned = {name for setting in settings for name in results.variations(setting)}
+    done = {name for setting in settings for name in planned if results.finished(setting, name)}
+    return [v.name for v in results.campaign.variations if v.role == "ablation" and v.name in planned - done]
 
 
 def _claim_row(campaign: Campaign, finding: Finding) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class Setting:
         extra = [f"{name} {value}" for name, value in self.settings]
         return ", ".join([self.study, self.size, self.data, *extra])
 
+    @property
+    def plain(self) -> Setting:
+        """Return it without what the study varies."""
+        return Setting(self.study, self.size, self.data)
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -95,6 +100,11 @@ class Results:
     def points(self, setting: Setting, variation: str) -> list[Point]:
         """Return the points of a variation in a setting: its seeds."""
         return self._points.get((setting, variation), [])
+
+    def finished(self, setting: Setting, variation: str) -> bool:
+        """Return whether any run of a variation in a setting has ended well."""
+        records = map(self.record, self.points(setting, variation))
+        return any(record is not None and record.status == "ok" for record in records)
 
     def record(self, point: Point) -> Record | None:
         """Return the record of the run at a point, None where there is none yet."""

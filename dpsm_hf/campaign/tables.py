@@ -187,8 +187,8 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
         if setting.study == main:
             continue
         base = clean_setting(results, setting, main)
-        several = len({s for s in results.settings(setting.study) if _place(s) == _place(setting)}) > 1
-        place = describe(results, replace(setting, settings=()) if several else setting)
+        several = len({s for s in results.settings(setting.study) if s.plain == setting.plain}) > 1
+        place = describe(results, setting.plain if several else setting)
         rows = blocks.setdefault(place, [])
         alike = base is None or (base.size, base.data) == (setting.size, setting.data)
         where = "" if alike or base is None else f" of {describe(results, base)}"
@@ -220,10 +220,6 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
         )
         for place, rows in blocks.items()
     ]
-
-
-def _place(setting: Setting) -> tuple[str, str, str]:
-    return setting.study, setting.size, setting.data
 
 
 def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column]) -> list[Table]:
