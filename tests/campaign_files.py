@@ -74,6 +74,15 @@ def edit(old: str, new: str) -> str:
     return FILE.replace(old, new)
 
 
+def with_files(folder: Path, content: str = "one\n") -> str:
+    """Write texts into a folder and return the file with them as its data."""
+    folder.mkdir(exist_ok=True)
+    (folder / "a.txt").write_text(content)
+    (folder / "b.txt").write_text("two\n")
+    files = "{train_file: ./a.txt, validation_file: b.txt, test_file: '${DPSM_TRY:-.}/b.txt'}"
+    return edit("{lowercase: false}", files).replace("  dataset_name: python-docs\n", "")
+
+
 def load(tmp_path: Path, text: str, *args: Any, **options: Any) -> Campaign:
     """Write a campaign's file and load it."""
     path = tmp_path / "try.yaml"

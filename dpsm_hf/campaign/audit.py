@@ -103,17 +103,8 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
         points = [p for p in own if p.variation == variation.name and p.size == first.size]
         if variation.of is None and points:
             run = campaign.runs[min(points, key=rank).run_id]
-            found[variation.name] = dataclasses.replace(run, arguments=campaign.with_architecture(run))
+            found[variation.name] = campaign.with_architecture(run)
     return found
-
-
-def arguments_key(run: Run) -> str:
-    """Return what tells whether a variation was audited as it is now.
-
-    Args:
-        run: of `audited_runs`.
-    """
-    return hashlib.sha256(json.dumps(dict(run.arguments), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_audit(campaign: Campaign, directory: Path) -> dict[str, Any]:
@@ -193,13 +184,12 @@ class _Audit:
         content["text"] = text
         content["variations"] = {name: entry for name, entry in before.items() if name not in self.runs}
         for name, run in self.runs.items():
-            key = arguments_key(run)
             kept = before.get(name)
-            if kept is None or kept.get("arguments") != key or kept.get("status") == "failed":
+            if kept is None or kept.get("run") != run.id or kept.get("status") == "failed":
                 kept = {"samples": []}
             title = self.campaign.variation(name).title
             content["variations"][name] = {**kept, "title": title, "status": "running", "message": "",
-                                           "arguments": key}  # fmt: skip
+                                           "run": run.id}  # fmt: skip
         for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
             entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
         return content

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..statistics import Decision, claim_test
-from .audit import arguments_key, audited_runs
+from .audit import audited_runs
 from .claims import Claim
 from .design import Campaign
 from .finding import ALPHA, Finding, Judged, corrected, finite
@@ -48,7 +48,7 @@ def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding
     memory = []
     for variation in campaign.variations:
         entry, run = audit["variations"].get(variation.name), runs.get(variation.name)
-        if entry is None or run is None or entry["arguments"] != arguments_key(run):
+        if entry is None or run is None or entry.get("run") != run.id:
             continue
         if variation.name in (campaign.reference, campaign.brier):
             continue

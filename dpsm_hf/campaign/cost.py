@@ -147,7 +147,7 @@ def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSi
     Raises:
         ValueError: the architecture cannot be built.
     """
-    given = campaign.with_architecture(run)
+    given = campaign.with_architecture(run).arguments
     if given.get("model_name_or_path") or given.get("config_name"):
         shape = campaign.planned.get("size", {}).get(size or "", {})
         source = given.get("config_name") or given["model_name_or_path"]

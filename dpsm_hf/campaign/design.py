@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Tasks, and the training script of each.
@@ -32,11 +32,11 @@ DISPLAY = frozenset(
     }
 )
 
-# What stands in an argument for the output folder of another run.
 # Arguments that say which model and which tokenizer a script builds.
 _ARCHITECTURE = (
     "model_name_or_path", "config_name", "model_type", "config_overrides", "tokenizer_name", "tokenizer_vocab_size",
 )  # fmt: skip
+# What stands in an argument for the output folder of another run.
 _RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
 
 
@@ -194,19 +194,23 @@ class Campaign:
         """
         return {v.name: v for v in self.variations}[name]
 
-    def with_architecture(self, run: Run) -> dict[str, Any]:
-        """Return a run's arguments, with the model and tokenizer of the run that it starts from where it does.
+    def with_architecture(self, run: Run) -> Run:
+        """Return a run, with the model and tokenizer of the run that it starts from where it does.
 
         Args:
             run: one of `runs`.
         """
-        arguments, source = dict(run.arguments), run
+        source = run
         while match := _RUN_FOLDER.fullmatch(str(source.arguments.get("model_name_or_path", ""))):
             source = self.runs[match[1]]
-        if source is not run:
-            shape = {name: source.arguments.get(name) for name in _ARCHITECTURE}
-            arguments = {name: value for name, value in {**arguments, **shape}.items() if value is not None}
-        return arguments
+        if source is run:
+            return run
+        arguments, contents = (
+            {name: value for name, value in own.items() if name not in _ARCHITECTURE}
+            | {name: value for name, value in theirs.items() if name in _ARCHITECTURE and value is not None}
+            for own, theirs in ((run.arguments, source.arguments), (run.contents, source.contents))
+        )
+        return replace(run, arguments=arguments, contents=contents)
 
     @property
     def order(self) -> list[str]:

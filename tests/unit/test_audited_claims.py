@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpsm_hf.campaign.audit import arguments_key, audited_runs
+from dpsm_hf.campaign.audit import audited_runs
 from dpsm_hf.campaign.audited_claims import audited_claims
 from dpsm_hf.campaign.design import Campaign, Variation
+from tests.campaign_files import load, with_files
 from tests.hand_made_campaigns import VARIATIONS, campaign
 
 SECONDS = (1.00, 1.02, 0.99, 1.01, 1.00)
@@ -24,7 +26,7 @@ def audit(of: Campaign, **entries: tuple[float | None, float | None]) -> dict[st
         ]  # fmt: skip
         known = name.replace("_", "-")
         variations[known] = {
-            "arguments": arguments_key(runs[known]), "samples": samples, "peak_memory_difference_mb": memory,
+            "run": runs[known].id, "samples": samples, "peak_memory_difference_mb": memory,
             "message": "" if samples else "out of memory",
         }  # fmt: skip
     return {
@@ -69,8 +71,33 @@ def test_an_audit_of_something_else_tells_nothing() -> None:
     assert len(audited_claims(made, whole)) == 4
     for change in ({"scale": "paper"}, {"reference": "focal"}):
         assert audited_claims(made, {**whole, **change}) == []
-    whole["variations"]["focal"]["arguments"] = "another"
+    whole["variations"]["focal"]["run"] = "another"
     assert {finding.variation for finding in audited_claims(made, whole)} == {"dpsm-linear"}
+
+
+def test_files_may_move_between_an_audit_and_its_reading_but_not_change(tmp_path: Path) -> None:
+    here = load(tmp_path / "here", with_files(tmp_path / "here"))
+    made = audit(here, ce=(1.0, 0.0), brier=(1.0, 0.0), dpsm=(0.9, 0.0))
+    there = load(tmp_path / "there", with_files(tmp_path / "there"))
+    assert audited_claims(there, made) == audited_claims(here, made) != []
+    assert audited_claims(load(tmp_path / "there", with_files(tmp_path / "there", "other\n")), made) == []
+
+
+def test_a_tokenizer_may_move_with_the_run_that_others_start_from(tmp_path: Path) -> None:
+    def started(folder: str, merges: str) -> Campaign:
+        (tmp_path / folder / "words").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "words" / "merges.txt").write_text(merges)
+        trained = "      tokenizer_name: train-bpe\n"
+        text = with_files(tmp_path / folder).replace(
+            trained, "      tokenizer_name: ./words\n    start_from: {seed: 7}\n"
+        )
+        return load(tmp_path / folder, text)
+
+    here = started("here", "t h\n")
+    assert audited_runs(here)["dpsm"].arguments["tokenizer_name"] == str(tmp_path / "here" / "words")
+    made = audit(here, ce=(1.0, 0.0), dpsm=(0.9, 0.0))
+    assert audited_claims(started("there", "t h\n"), made) == audited_claims(here, made) != []
+    assert audited_claims(started("there", "h e\n"), made) == []
 
 
 def test_holm_over_the_variations_of_a_role() -> None:

@@ -12,7 +12,7 @@ import pytest
 from dpsm_hf.campaign.design import Budget, Campaign
 from dpsm_hf.campaign.loading import SpecError, load_campaign
 from tests.campaign_contradictions import CONTRADICTIONS
-from tests.campaign_files import FILE, edit, load, run_at, wrong
+from tests.campaign_files import FILE, edit, load, run_at, with_files, wrong
 from tests.campaign_mistakes import MISTAKES
 
 # ---- what it expands to --------------------------------------------------------------------------------------------
@@ -170,14 +170,6 @@ def test_what_decides_no_number_leaves_the_ids_alone(tmp_path: Path, old: str, n
 )
 def test_what_decides_numbers_changes_every_id(tmp_path: Path, old: str, new: str) -> None:
     assert not set(ids(load(tmp_path, edit(old, new)))) & set(ids(load(tmp_path, FILE)))
-
-
-def with_files(folder: Path, content: str = "one\n") -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "a.txt").write_text(content)
-    (folder / "b.txt").write_text("two\n")
-    files = "{train_file: ./a.txt, validation_file: b.txt, test_file: '${DPSM_TRY:-.}/b.txt'}"
-    return edit("{lowercase: false}", files).replace("  dataset_name: python-docs\n", "")
 
 
 def test_local_files_are_found_from_the_file_and_known_by_their_content(tmp_path: Path) -> None:

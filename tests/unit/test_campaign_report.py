@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsm_hf.campaign.audit import arguments_key, audited_runs
+from dpsm_hf.campaign.audit import audited_runs
 from dpsm_hf.campaign.charts import pareto
 from dpsm_hf.campaign.design import Campaign, Point
 from dpsm_hf.campaign.document_tests import document_table
@@ -139,7 +139,7 @@ def test_an_audit_is_judged_and_shown(written: tuple[Campaign, Path, dict[str, R
     runs = audited_runs(made)
     variations = {
         name: {
-            "title": name, "status": "ok", "arguments": arguments_key(runs[name]),
+            "title": name, "status": "ok", "run": runs[name].id,
             "samples": [{"seconds": s, "reference_seconds": 1.0} for s in (0.9, 0.91)],
             "peak_memory_mb": 700.0, "peak_memory_difference_mb": -50.0,
         }
