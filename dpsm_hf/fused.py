@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from .extra_statistics import ExtraStatistics
+from .gradient_path import leaves, loss_after, output_of
 from .head import ScoredRows, TokenLabels, score_hidden
 from .head_options import Head, HeadOptions, LinearHead, ModuleHead
 from .losses import IGNORE_INDEX, TokenScores
@@ -112,6 +113,7 @@ class FusedHead:
         self._rows: ScoredRows | None = None
         self._result: tuple[TokenScores, Tensor] | None = None
         self._raw: Tensor | None = None
+        self._node: Any = None
         self._vocab_sizes: dict[tuple[Any, ...], int] = {}
         self._layer: nn.Module = self._find_layer()
         self._core_forward = self._layer_forward = _missing
@@ -135,7 +137,7 @@ class FusedHead:
                 with self._patched():
                     output = model(**batch)
             finally:
-                self._request = self._rows = self._result = self._raw = None
+                self._request = self._rows = self._result = self._raw = self._node = None
                 self._core_forward = self._layer_forward = _missing
             if not isinstance(output, ScoredOutput):
                 raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
@@ -209,14 +211,16 @@ class FusedHead:
         self._result = (scores, targets)
         rows = _some_rows(hidden_states)
         if self.checked:
-            return rows.new_zeros(*rows.shape[:-1], head.vocab_size)
+            return output_of(scores.loss, rows.new_zeros(*rows.shape[:-1], head.vocab_size))
         if isinstance(head, ModuleHead) and torch.is_grad_enabled():
             _refuse_strangers(self._layer_forward(rows), head, rows)
         with torch.no_grad():
             raw = self._layer_forward(rows)
         # in float32 what the model does with them is exact enough to tell a factor of 0.999 from rounding
         self._raw = raw if raw.dtype == torch.float64 else raw.float()
-        return self._raw.clone()  # the model may go on with it in place
+        output = output_of(scores.loss, self._raw)  # a copy: the model may go on with it in place
+        self._node = output.grad_fn
+        return output
 
     @torch.compiler.disable
     def _collect(self, output: Any) -> Any:
@@ -225,11 +229,13 @@ class FusedHead:
         if self._result is None:
             raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
         named = isinstance(output, Mapping)
+        logits = output.get("logits") if named else output[0]
         if self._raw is not None:
-            self._compare(output.get("logits") if named else output[0], self._raw)
+            self._compare(logits, self._raw)
         (scores, targets), self._result = self._result, None
         aux_loss = output.get("aux_loss") if named else None
-        return ScoredOutput(**vars(scores), targets=targets, aux_loss=aux_loss)
+        loss = loss_after(scores.loss, logits)
+        return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, aux_loss=aux_loss)
 
     def _head(self, hidden: Tensor) -> Head:
         layer = self._layer
@@ -256,7 +262,7 @@ class FusedHead:
         if not isinstance(logits, Tensor) or logits.shape != mine.shape:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise FusedHeadError(f"{name} turns the output of its head {tuple(mine.shape)} into {shape}")
-        if logits.requires_grad and not (bias is not None and bias.requires_grad):
+        if any(leaf is not bias for leaf in leaves(logits, self._node)):
             raise FusedHeadError(f"{name} has something trainable behind its output layer")
         if bool(torch.isnan(raw).any()):
             return  # broken weights are no answer to the question; the loss will say so
@@ -277,18 +283,9 @@ class FusedHead:
 def _refuse_strangers(output: Tensor, head: ModuleHead, rows: Tensor) -> None:
     """Find tensors that a head's output depends on beside its own parameters: their gradient would be lost."""
     known = {id(parameter) for parameter in head.parameters}
-    pending, seen = [output.grad_fn], set()
     # what leads to the hidden states is the model's own graph
-    stop = rows.grad_fn
-    while pending:
-        node = pending.pop()
-        if node is None or node is stop or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known and leaf is not rows:
-            raise FusedHeadError("the output layer depends on a tensor that is not among its parameters")
-        pending += [following for following, _ in node.next_functions]
+    if any(id(leaf) not in known and leaf is not rows for leaf in leaves(output, rows.grad_fn)):
+        raise FusedHeadError("the output layer depends on a tensor that is not among its parameters")
 
 
 def _biased(forward: Callable[[Tensor], Tensor], bias: Tensor) -> Callable[[Tensor], Tensor]:

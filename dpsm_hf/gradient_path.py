@@ -1,0 +1,80 @@
+"""The way back of a loss that leaves a module beside its output: the output's own way is gone first.
+
+A head that scores tokens returns its loss aside, and its module an output that nobody needs. Whoever waits for the
+gradient of that output (ZeRO-3, which gathers the weight there; FSDP2; a backward hook) would wait in vain, and the
+weight's gradient would meet a weight that is not there. So the output is made to depend on the loss, and the loss that
+goes on to depend on what the model made of the output; the gradient that goes that way is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def output_of(loss: Tensor | None, values: Tensor) -> Tensor:
+    """Return a copy of a module's output that depends on its loss.
+
+    Args:
+        loss: 0-d, made inside of the module; None or without a graph leaves the copy without one.
+        values: of the output, without a graph.
+    """
+    if loss is None or not loss.requires_grad:
+        return values.clone()
+    return _Output.apply(loss, values)
+
+
+def loss_after(loss: Tensor | None, output: Any) -> Tensor | None:
+    """Return a loss whose gradient is there only when that of an output is: equal to it in value and in gradient.
+
+    Args:
+        loss: 0-d.
+        output: made of `output_of`; anything that has no graph leaves the loss as it is.
+    """
+    if loss is None or not loss.requires_grad or not isinstance(output, Tensor) or not output.requires_grad:
+        return loss
+    return _After.apply(loss, output)
+
+
+def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
+    """Yield the tensors that an output's graph begins with.
+
+    Args:
+        output: a tensor.
+        stop: the node of the graph that is not gone beyond.
+    """
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node is stop or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        pending += [following for following, _ in node.next_functions]
+
+
+class _Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None  # the loss has a gradient of its own
+
+
+class _After(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output.new_empty(()).expand_as(output))  # its shape, dtype and device
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (like,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(like, memory_format=torch.contiguous_format)
