@@ -10,13 +10,15 @@ TORCH ?= torch==2.13.0
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dpsm_hf-installed
+DEEPSPEED_PY := $(VENV)-deepspeed/bin/python
+DEEPSPEED_STAMP := $(VENV)-deepspeed/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format clean
+.PHONY: help venv demo test deepspeed test-deepspeed bench lint format clean
 
 help: ## Show this list
 	@echo "make <target>   (PYTHON=$(PYTHON) VENV=$(VENV))"
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 
 venv: $(STAMP) ## Create .venv with the tested versions and this package (editable)
 
@@ -44,6 +46,20 @@ demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real te
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# DeepSpeed has an environment of its own, on top of the other: where it is installed Accelerate imports it in every run.
+$(DEEPSPEED_STAMP): $(STAMP)
+	@echo "installing DeepSpeed into $(VENV)-deepspeed"
+	@$(PY) -m venv --clear --without-pip $(VENV)-deepspeed
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(DEEPSPEED_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(PY) -m pip --python $(DEEPSPEED_PY) install -qq "deepspeed>=0.17" -c constraints.txt
+	@touch $@
+
+deepspeed: $(DEEPSPEED_STAMP) ## Create .venv-deepspeed, which test-deepspeed needs
+
+test-deepspeed: $(DEEPSPEED_STAMP) ## Run the tests over sharded weights with DeepSpeed too, on the CPU
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(DEEPSPEED_PY) -m pytest tests/distributed/test_sharded.py $(PYTEST_ARGS)
 
 bench: $(STAMP) ## Time the head, training steps and growth against others (half an hour, on a quiet machine); BENCH_ARGS
 	$(PY) -m benchmarks $(BENCH_ARGS)

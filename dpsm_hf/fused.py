@@ -266,7 +266,7 @@ class FusedHead:
             raise FusedHeadError(f"{name} has something trainable behind its output layer")
         if bool(torch.isnan(raw).any()):
             return  # broken weights are no answer to the question; the loss will say so
-        real = logits.to(raw.dtype)
+        real = logits.detach().to(raw.dtype)
         finite = torch.isfinite(mine)
         # from the same numbers, so they differ by the roundings of the post-ops alone
         largest = float(torch.where(torch.isfinite(raw), raw, 0.0).abs().max())

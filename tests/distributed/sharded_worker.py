@@ -1,0 +1,88 @@
+"""Run by torchrun in two processes: training with sharded weights through the trainers; rank 0 saves what was logged.
+
+torchrun --nproc-per-node 2 tests/distributed/sharded_worker.py fsdp2|zero2|zero3 RESULTS.pt
+
+Accelerate shards on accelerators alone. Here it is told that gloo on CPUs is one; all else is as it comes: FSDP2 and
+DeepSpeed themselves, their wrapping, hooks and collectives.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from tests import cases
+
+torch.set_num_threads(1)
+
+STEPS = 3
+# the blocks that FSDP2 shards one by one; the rest is the root's
+BLOCKS = {"gpt2": ["GPT2Block"], "llama": ["LlamaDecoderLayer"], "llama_lora": ["LlamaDecoderLayer"]}
+MODELS = {
+    "fsdp2": ("gpt2", "llama", "llama_lora"),
+    "zero2": ("llama",),
+    "zero3": ("gpt2", "llama", "llama_lora", "bart"),
+}
+# nothing may stay gathered because it is small, or nothing here would ever be sharded
+_ZERO3 = {
+    "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}  # fmt: skip
+
+
+def train(name: str, micro_batch: int, how: str | None = None, **arguments: Any) -> list[dict[str, float]]:
+    """Return what three steps on the same 16 examples each, and an evaluation after them, have logged."""
+    if how == "fsdp2":
+        arguments.update(
+            fsdp="full_shard auto_wrap", fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": BLOCKS[name]}
+        )
+    elif how is not None:
+        stage = int(how[-1])
+        arguments["deepspeed"] = {
+            "zero_optimization": {"stage": stage, **(_ZERO3 if stage == 3 else {})},
+            "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
+            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+            # the optimizer is Transformers' own
+            "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+        }  # fmt: skip
+    trainer = cases.build(
+        name, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.5, max_steps=STEPS,
+        per_device_train_batch_size=micro_batch, per_device_eval_batch_size=4, use_cpu=how is None, **arguments,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    return trainer.state.log_history
+
+
+def _shard_on_cpus() -> None:
+    def backend(self: PartialState, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    def device(self: PartialState) -> None:
+        self.device = torch.device("cpu")
+
+    PartialState._prepare_backend = backend
+    PartialState.set_device = device
+
+
+def main(how: str, path: str) -> None:
+    """Run every case."""
+    _shard_on_cpus()
+    results = {name: train(name, 8, how, fused_head="on") for name in MODELS[how]}
+    results["llama, accumulated"] = train("llama", 2, how, gradient_accumulation_steps=4, fused_head="on")
+    if how == "zero3":
+        results["llama, checkpointed"] = train("llama", 8, how, fused_head="on", **{cases.CHECKPOINTING: True})
+    assert dist.get_world_size() == 2
+    if dist.get_rank() == 0:
+        torch.save(results, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
