@@ -10,8 +10,9 @@ TORCH ?= torch==2.13.0
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dpsm_hf-installed
-DEEPSPEED_PY := $(VENV)-deepspeed/bin/python
-DEEPSPEED_STAMP := $(VENV)-deepspeed/.installed
+DEEPSPEED_VENV := $(VENV:%/=%)-deepspeed
+DEEPSPEED_PY := $(DEEPSPEED_VENV)/bin/python
+DEEPSPEED_STAMP := $(DEEPSPEED_VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test deepspeed test-deepspeed bench lint format clean
@@ -49,10 +50,13 @@ test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="
 
 # DeepSpeed has an environment of its own, on top of the other: where it is installed Accelerate imports it in every run.
 $(DEEPSPEED_STAMP): $(STAMP)
-	@echo "installing DeepSpeed into $(VENV)-deepspeed"
-	@$(PY) -m venv --clear --without-pip $(VENV)-deepspeed
+	@c++ --version >/dev/null || { \
+	  echo "error: DeepSpeed compiles its communication and needs a C++ compiler. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@echo "installing DeepSpeed into $(DEEPSPEED_VENV)"
+	@$(PY) -m venv --clear --without-pip $(DEEPSPEED_VENV)
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(DEEPSPEED_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(PY) -m pip install -qq "pip>=22.3"  # the first that knows --python
 	@$(PY) -m pip --python $(DEEPSPEED_PY) install -qq "deepspeed>=0.17" -c constraints.txt
 	@touch $@
 

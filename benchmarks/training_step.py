@@ -31,13 +31,16 @@ from dpsm_hf.measuring import peak_above
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
 VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm", FULL_LOGITS)
+# Ways to keep fewer activations. Without dropout attention keeps no probabilities of pairs of tokens, as on a GPU.
+NO_DROPOUT, CHECKPOINTING = "no dropout", "activation checkpointing"
 
 
-def make_model(name: str) -> nn.Module:
+def make_model(name: str, how: str = "") -> nn.Module:
     """Return a GPT-2 small or a BART base from its configuration, with random weights."""
     torch.manual_seed(0)
     if name == "gpt2":
-        return GPT2LMHeadModel(GPT2Config())
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if how == NO_DROPOUT else {}
+        return GPT2LMHeadModel(GPT2Config(**none))
     return BartForConditionalGeneration(
         BartConfig(vocab_size=50265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
                    decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072)
@@ -50,9 +53,7 @@ def make_batch(name: str, sequences: int, length: int) -> dict[str, torch.Tensor
     return {"input_ids": ids, "labels": ids if name == "gpt2" else ids[:, : length // 2].contiguous()}
 
 
-def make_step(
-    name: str, variant: str, dtype: str, sequences: int, length: int, checkpointing: bool
-) -> Callable[[], Any]:
+def make_step(name: str, variant: str, dtype: str, sequences: int, length: int, how: str) -> Callable[[], Any]:
     """Return a function that does one optimizer step of a variant."""
     seq2seq, stock = name != "gpt2", variant == REFERENCE
     trainer_class: Any
@@ -65,8 +66,8 @@ def make_step(
         config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
         extra = {"loss_type": variant.split(", ")[1], "alpha_warmup_steps": 100,
                  "fused_head": "off" if variant == FULL_LOGITS else "on"}  # fmt: skip
-    model = make_model(name)
-    if checkpointing:
+    model = make_model(name, how)
+    if how == CHECKPOINTING:
         model.gradient_checkpointing_enable()
     args = config(output_dir=tempfile.gettempdir(), bf16=dtype == "bf16", max_steps=1000, report_to="none",
                   use_cpu=not torch.cuda.is_available(), learning_rate=1e-4, **extra)  # fmt: skip
@@ -99,28 +100,28 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
     short = (arguments.sequences, arguments.length)
     for name in arguments.models:
         for dtype in arguments.dtypes:
-            measure_case(name, dtype, short, False, VARIANTS, arguments, table, device)
+            measure_case(name, dtype, short, "", VARIANTS, arguments, table, device)
             if name == "gpt2" and arguments.memory_length:
                 # the length it was trained at; without the activations of its blocks the head's share is seen
                 long = (arguments.sequences, arguments.memory_length)
-                for checkpointing in (False, True):
-                    measure_case(name, dtype, long, checkpointing, (REFERENCE, "ours, dpsm"), None, table, device)
+                for how in ("", NO_DROPOUT, CHECKPOINTING):
+                    measure_case(name, dtype, long, how, (REFERENCE, "ours, dpsm"), None, table, device)
 
 
 def measure_case(
-    name: str, dtype: str, shape: tuple[int, int], checkpointing: bool, variants: tuple[str, ...],
+    name: str, dtype: str, shape: tuple[int, int], how: str, variants: tuple[str, ...],
     arguments: argparse.Namespace | None, table: Table, device: torch.device,
 ) -> None:  # fmt: skip
     """Add a row for each variant; without arguments memory alone is measured."""
     found: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
     if arguments is not None:
-        steps = {variant: make_step(name, variant, dtype, *shape, checkpointing) for variant in variants}
+        steps = {variant: make_step(name, variant, dtype, *shape, how) for variant in variants}
         found = measure(steps, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
                         clean=lambda: None, peak=lambda variant: None)  # fmt: skip
         del steps
-    peaks = {variant: measure_memory([name, variant, dtype, *shape, checkpointing]) for variant in variants}
+    peaks = {variant: measure_memory([name, variant, dtype, *shape, how]) for variant in variants}
     base = peaks[REFERENCE]
-    label = f"step {name}" + (", activation checkpointing" if checkpointing else "")
+    label = ", ".join(filter(None, (f"step {name}", how)))
     sequences, length = shape
     tokens, vocabulary = (sequences * length, 50257) if name == "gpt2" else (sequences * (length // 2), 50265)
     for variant in variants:
@@ -150,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
         "--memory-length",
         type=int,
         default=1024,
-        help="tokens of a sequence of GPT-2 where memory alone is measured, without and with activation "
-        "checkpointing; 0 leaves that out",
+        help="tokens of a sequence of GPT-2 where memory alone is measured: as it is, without dropout, with "
+        "activation checkpointing; 0 leaves that out",
     )
     add_options(p, samples=20, rounds="rounds of one step of each variant", budget=75)
     return p

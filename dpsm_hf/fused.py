@@ -248,6 +248,9 @@ class FusedHead:
             if bias is not None:
                 own = bias if own is None else own + bias
             return LinearHead(cast(Tensor, weight), own)
+        if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+            # DeepSpeed lets go of the weights of its parts before the gradients of a chunk are asked for
+            raise FusedHeadError("the output layer is more than one linear layer, and sharded by ZeRO-3")
         forward = self._layer_forward if bias is None else _biased(self._layer_forward, bias)
         key = (id(layer), *(tuple(parameter.shape) for parameter in layer.parameters()))
         if key not in self._vocab_sizes:
@@ -262,7 +265,8 @@ class FusedHead:
         if not isinstance(logits, Tensor) or logits.shape != mine.shape:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise FusedHeadError(f"{name} turns the output of its head {tuple(mine.shape)} into {shape}")
-        if any(leaf is not bias for leaf in leaves(logits, self._node)):
+        known = set() if bias is None else {id(leaf) for leaf in leaves(bias, None)}
+        if any(id(leaf) not in known for leaf in leaves(logits, self._node)):
             raise FusedHeadError(f"{name} has something trainable behind its output layer")
         if bool(torch.isnan(raw).any()):
             return  # broken weights are no answer to the question; the loss will say so

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Name of the node that a region of torch.compile is in a graph.
+_COMPILED = "CompiledFunctionBackward"
+
 
 def output_of(loss: Tensor | None, values: Tensor) -> Tensor:
     """Return a copy of a module's output that depends on its loss.
@@ -42,6 +45,9 @@ def loss_after(loss: Tensor | None, output: Any) -> Tensor | None:
 def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
     """Yield the tensors that an output's graph begins with.
 
+    Of a region that torch.compile has made one node only those are known that go into it at once: every output of the
+    region seems to depend on all of its inputs, and so on everything before it.
+
     Args:
         output: a tensor.
         stop: the node of the graph that is not gone beyond.
@@ -55,7 +61,10 @@ def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
-        pending += [following for following, _ in node.next_functions]
+        following = [node for node, _ in node.next_functions]
+        if type(node).__name__ == _COMPILED:
+            following = [node for node in following if hasattr(node, "variable")]
+        pending += following
 
 
 class _Output(torch.autograd.Function):
@@ -71,10 +80,10 @@ class _Output(torch.autograd.Function):
 class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
-        ctx.save_for_backward(output.new_empty(()).expand_as(output))  # its shape, dtype and device
+        ctx.like = (output.shape, output.dtype, output.device)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (like,) = ctx.saved_tensors
-        return grads[0], torch.zeros_like(like, memory_format=torch.contiguous_format)
+        shape, dtype, device = ctx.like
+        return grads[0], torch.zeros(shape, dtype=dtype, device=device)

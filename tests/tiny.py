@@ -28,7 +28,10 @@ SEQ2SEQ = ("bart", "t5", "pegasus")
 
 
 def make_model(name: str, dropout: float = 0.0, seed: int = 1) -> nn.Module:
-    """Return gpt2, llama, llama_lora, bart, t5 or pegasus, always with the same weights for the same seed."""
+    """Return gpt2, llama, bart, t5, pegasus, or llama with LoRA, on its head too in llama_head_lora.
+
+    Always with the same weights for the same seed.
+    """
     set_seed(seed)
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     bart = dict(
@@ -41,7 +44,7 @@ def make_model(name: str, dropout: float = 0.0, seed: int = 1) -> nn.Module:
             GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=dropout,
                        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=2)
         )  # fmt: skip
-    if name in ("llama", "llama_lora"):
+    if name in ("llama", "llama_lora", "llama_head_lora"):
         llama = LlamaForCausalLM(
             LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=2, max_position_embeddings=32, attention_dropout=dropout, **special)
@@ -49,6 +52,14 @@ def make_model(name: str, dropout: float = 0.0, seed: int = 1) -> nn.Module:
         if name == "llama":
             return llama
         # both factors random, or the first gradient of one of them would be zero
+        if name == "llama_head_lora":
+            lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+            model = get_peft_model(llama, lora)
+            torch.manual_seed(7)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    nn.init.normal_(parameter, std=0.2)
+            return model
         lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         return get_peft_model(llama, lora)
     if name == "bart":

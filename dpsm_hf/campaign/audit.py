@@ -77,7 +77,8 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
     """Return the run of each variation whose step is audited: those that differ in the variation alone.
 
     Variations that read another's runs train nothing and are left out, as are those that the plan has no run of. A run
-    that starts from another's model gets that model with random weights, which cost the same.
+    that starts from another's model gets that model with random weights, which cost the same. Its step is audited in
+    one process, on however many it trains.
 
     Args:
         campaign: the campaign.
@@ -103,7 +104,7 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
         points = [p for p in own if p.variation == variation.name and p.size == first.size]
         if variation.of is None and points:
             run = campaign.runs[min(points, key=rank).run_id]
-            found[variation.name] = campaign.with_architecture(run)
+            found[variation.name] = dataclasses.replace(campaign.with_architecture(run), processes=1)
     return found
 
 

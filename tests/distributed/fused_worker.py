@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,22 +40,9 @@ PART_CASES = ("gpt2", "llama_lora", "bart")
 STEPS = 2  # the first is the one that is checked
 
 
-def make(name: str) -> Any:
-    """Return a model; `llama_head_lora` has an adapter on its head."""
-    if name != "llama_head_lora":
-        return make_model(name)
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model = get_peft_model(make_model("llama"), adapter)
-    torch.manual_seed(7)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 def gradients(name: str, units: str | None, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Return the summed losses and the gradients of some batches, each cut into `world` parts, averaged over them."""
-    model = make(name)
+    model = make_model(name)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if units is not None:
         mesh = init_device_mesh("cpu", (world,))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from tests import cases
 
@@ -56,7 +57,19 @@ def train(name: str, micro_batch: int, how: str | None = None, **arguments: Any)
     )  # fmt: skip
     trainer.train()
     trainer.evaluate()
+    if how is not None:
+        _check_sharded(trainer, how)
     return trainer.state.log_history
+
+
+def _check_sharded(trainer: Any, how: str) -> None:
+    parameters = list(trainer.model.parameters())
+    if how == "fsdp2":
+        assert any(isinstance(parameter, DTensor) for parameter in parameters)  # the root's stay whole for a while
+        return
+    assert trainer.model_wrapped.zero_optimization_stage() == int(how[-1])
+    if how == "zero3":  # each process has a half of each
+        assert all(2 * parameter.ds_tensor.numel() < parameter.ds_numel + 2 for parameter in parameters)
 
 
 def _shard_on_cpus() -> None:
@@ -77,6 +90,7 @@ def main(how: str, path: str) -> None:
     results["llama, accumulated"] = train("llama", 2, how, gradient_accumulation_steps=4, fused_head="on")
     if how == "zero3":
         results["llama, checkpointed"] = train("llama", 8, how, fused_head="on", **{cases.CHECKPOINTING: True})
+        results["llama_head_lora, falling back"] = train("llama_head_lora", 8, how, fused_head="auto")
     assert dist.get_world_size() == 2
     if dist.get_rank() == 0:
         torch.save(results, path)

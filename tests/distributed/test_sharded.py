@@ -17,7 +17,7 @@ from tests.distributed.sharded_worker import MODELS, STEPS, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [(how, name) for how, names in MODELS.items() for name in (*names, "llama, accumulated")]
-CASES.append(("zero3", "llama, checkpointed"))
+CASES += [("zero3", "llama, checkpointed"), ("zero3", "llama_head_lora, falling back")]
 pytestmark = pytest.mark.distributed
 
 whole = cache(train)
@@ -28,17 +28,28 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two processes log, by how the weights are sharded."""
 
     @cache
-    def run(how: str) -> dict[str, Any]:
-        if how != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
-        path = tmp_path_factory.mktemp("sharded") / "results.pt"
+    def finished(how: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        folder = tmp_path_factory.mktemp("sharded")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         worker = str(ROOT / "tests" / "distributed" / "sharded_worker.py")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            # DeepSpeed compiles its communication, by the ninja that came with it; a build that was killed would
+            # leave a lock behind for which all later ones wait
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        }  # fmt: skip
+        path = folder / "results.pt"
         done = subprocess.run(
             [*command, worker, how, str(path)],
             env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
+        return done, path
+
+    def run(how: str) -> dict[str, Any]:
+        if how != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
+        done, path = finished(how)
         assert done.returncode == 0, done.stderr[-4000:]
         return torch.load(path, weights_only=False)
 

@@ -10,7 +10,7 @@ import pytest
 from dpsm_hf.campaign.audit import audited_runs
 from dpsm_hf.campaign.audited_claims import audited_claims
 from dpsm_hf.campaign.design import Campaign, Variation
-from tests.campaign_files import load, with_files
+from tests.campaign_files import FILE, edit, load, with_files
 from tests.hand_made_campaigns import VARIATIONS, campaign
 
 SECONDS = (1.00, 1.02, 0.99, 1.01, 1.00)
@@ -98,6 +98,14 @@ def test_a_tokenizer_may_move_with_the_run_that_others_start_from(tmp_path: Path
     made = audit(here, ce=(1.0, 0.0), dpsm=(0.9, 0.0))
     assert audited_claims(started("there", "t h\n"), made) == audited_claims(here, made) != []
     assert audited_claims(started("there", "h e\n"), made) == []
+
+
+def test_the_processes_that_a_run_has_leave_its_audit(tmp_path: Path) -> None:
+    made = load(tmp_path, FILE)
+    known = audit(made, ce=(1.0, 0.0), dpsm=(0.9, 0.0))
+    two = load(tmp_path, edit("  tiny:\n", "  tiny:\n    processes: 2\n"))
+    assert audited_claims(two, known) == audited_claims(made, known) != []
+    assert audited_claims(load(tmp_path, edit("n_embd=32", "n_embd=64")), known) == []
 
 
 def test_holm_over_the_variations_of_a_role() -> None:

@@ -130,7 +130,7 @@ def test_growth(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [n for n, _, _ in asked[:2]] == [16, 32] and asked[2][2] == 4096 and asked[3][1] == 64
 
 
-def tiny_model(name: str) -> Any:
+def tiny_model(name: str, how: str) -> Any:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2, n_positions=32,
                                       bos_token_id=0, eos_token_id=0))  # fmt: skip
@@ -149,7 +149,7 @@ def test_training_steps(table: common.Table, monkeypatch: pytest.MonkeyPatch) ->
                "--memory-length", "16", "--device", "cpu"]  # fmt: skip
     training_step.run(training_step.parser().parse_args(options), table, CPU)
     rows = common.read(table.path)
-    memory = [("32", "step gpt2"), ("32", "step gpt2, activation checkpointing")]
+    memory = [("32", f"step gpt2{how}") for how in ("", ", no dropout", ", activation checkpointing")]
     assert [(row["tokens"], row["benchmark"]) for row in rows[4:]] == [case for case in memory for _ in range(2)]
     assert all(float(row["peak_mib"]) >= 0 and not row["median_ms"] for row in rows[4:])
     rows = rows[:4]
