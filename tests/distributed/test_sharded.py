@@ -42,7 +42,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
         path = folder / "results.pt"
         done = subprocess.run(
             [*command, worker, how, str(path)],
-            env=environment, capture_output=True, text=True, timeout=300, check=False,
+            env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         return done, path
 
