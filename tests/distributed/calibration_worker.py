@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests import cases
+from tests.distributed.processes import save_results
 
 torch.set_num_threads(1)
 
@@ -30,10 +31,7 @@ def main(path: str) -> None:
     """Run the cases."""
     with contextlib.redirect_stdout(io.StringIO()):
         results = {case: cases.evaluate_panel(*case[:3], streaming=case[3]) for case in CASES}
-    if dist.get_rank() == 0:
-        torch.save({"processes": dist.get_world_size(), **results}, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results({"processes": dist.get_world_size(), **results}, path)
 
 
 if __name__ == "__main__":

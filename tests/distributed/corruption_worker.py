@@ -22,6 +22,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from tests.corrupted_run import CASES, build, corruption, last_checkpoint, result, run
+from tests.distributed.processes import save_results
 from tests.integration.resume_worker import forked
 
 torch.set_num_threads(1)
@@ -70,10 +71,7 @@ def main(path: Path) -> None:
             for split in SPLITS:
                 results[case, split] = gathered(run(*case, *split))
     assert dist.get_world_size() == 2
-    if dist.get_rank() == 0:
-        torch.save(results, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":

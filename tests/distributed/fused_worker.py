@@ -21,6 +21,7 @@ from dpsm_hf.fused import FusedHead, ScoringRequest
 from dpsm_hf.models import inputs_without_labels
 from dpsm_hf.scoring_rules import Objective
 from tests import cases
+from tests.distributed.processes import save_results
 from tests.tiny import SEQ2SEQ, make_data, make_model
 
 torch.set_num_threads(1)
@@ -91,10 +92,7 @@ def main(path: str) -> None:
         for name, units in FSDP_CASES:
             results[f"fsdp/{name}/{units}"] = gradients(name, units, rank, world)
     assert world == 2
-    if rank == 0:
-        torch.save(results, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":

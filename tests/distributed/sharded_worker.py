@@ -1,6 +1,6 @@
 """Run by torchrun in two processes: training with sharded weights through the trainers; rank 0 saves what was logged.
 
-torchrun --nproc-per-node 2 tests/distributed/sharded_worker.py fsdp2|zero2|zero3 RESULTS.pt
+torchrun --nproc-per-node 2 tests/distributed/sharded_worker.py fsdp2|zero1|zero2|zero3 RESULTS.pt
 
 Accelerate shards on accelerators alone. Here it is told that gloo on CPUs is one; all else is as it comes: FSDP2 and
 DeepSpeed themselves, their wrapping, hooks and collectives.
@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from tests import cases
+from tests.distributed.processes import save_results
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,7 @@ STEPS = 3
 BLOCKS = {"gpt2": ["GPT2Block"], "llama": ["LlamaDecoderLayer"], "llama_lora": ["LlamaDecoderLayer"]}
 MODELS = {
     "fsdp2": ("gpt2", "llama", "llama_lora"),
+    "zero1": ("llama",),
     "zero2": ("llama",),
     "zero3": ("gpt2", "llama", "llama_lora", "bart"),
 }
@@ -92,10 +94,7 @@ def main(how: str, path: str) -> None:
         results["llama, checkpointed"] = train("llama", 8, how, fused_head="on", **{cases.CHECKPOINTING: True})
         results["llama_head_lora, falling back"] = train("llama_head_lora", 8, how, fused_head="auto")
     assert dist.get_world_size() == 2
-    if dist.get_rank() == 0:
-        torch.save(results, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +9,17 @@ import torch
 
 from tests import cases
 from tests.distributed.calibration_worker import CASES
+from tests.distributed.processes import results_of
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The results of every case in two and in four processes."""
-    path = tmp_path_factory.mktemp("calibration") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    worker = str(ROOT / "tests" / "distributed" / "calibration_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, worker, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    results: dict[Any, Any] = results_of(
+        "calibration_worker", tmp_path_factory.mktemp("calibration"), processes=request.param
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results: dict[Any, Any] = torch.load(path, weights_only=False)
     assert results["processes"] == request.param
     return results
 

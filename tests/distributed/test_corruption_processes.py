@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,10 @@ import torch
 from dpsm_hf.data.python_text import load_python_docstrings
 from tests.corrupted_run import CASES, run
 from tests.distributed.corruption_worker import SPLITS
+from tests.distributed.processes import ROOT, launch, results_of
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = str(ROOT / "tests" / "distributed" / "corruption_worker.py")
 pytestmark = pytest.mark.distributed
-
-
-def launch(*command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +27,7 @@ def whole() -> dict[Any, Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """Every case in two processes."""
-    path = tmp_path_factory.mktemp("corruption") / "results.pt"
-    launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, str(path))
-    return torch.load(path, weights_only=False)
+    return results_of("corruption_worker", tmp_path_factory.mktemp("corruption"))
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +9,15 @@ import torch
 
 from tests import cases
 from tests.distributed.fused_worker import DDP_CASES, FSDP_CASES, PART_CASES, gradients
+from tests.distributed.processes import results_of
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of every case in two processes."""
-    path = tmp_path_factory.mktemp("fused") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(ROOT / "tests" / "distributed" / "fused_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, worker, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(path, weights_only=False)
+    return results_of("fused_worker", tmp_path_factory.mktemp("fused"))
 
 
 @pytest.mark.parametrize(("name", "find_unused"), DDP_CASES)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.distributed.processes import results_of
 from tests.distributed.sharded_worker import MODELS, STEPS, train
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = [(how, name) for how, names in MODELS.items() for name in (*names, "llama, accumulated")]
 CASES += [("zero3", "llama, checkpointed"), ("zero3", "llama_head_lora, falling back")]
 pytestmark = pytest.mark.distributed
@@ -24,41 +22,23 @@ whole = cache(train)
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What two processes log, by how the weights are sharded."""
-
-    @cache
-    def finished(how: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-        folder = tmp_path_factory.mktemp("sharded")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        worker = str(ROOT / "tests" / "distributed" / "sharded_worker.py")
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            # DeepSpeed compiles its communication, by the ninja that came with it; a build that was killed would
-            # leave a lock behind for which all later ones wait
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-        }  # fmt: skip
-        path = folder / "results.pt"
-        done = subprocess.run(
-            [*command, worker, how, str(path)],
-            env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        return done, path
-
-    def run(how: str) -> dict[str, Any]:
-        if how != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
-        done, path = finished(how)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return torch.load(path, weights_only=False)
-
-    return run
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes log whose weights are sharded in one way."""
+    if request.param != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
+    folder = tmp_path_factory.mktemp("sharded")
+    return results_of(
+        "sharded_worker", folder, request.param, timeout=600, DS_ACCELERATOR="cpu",
+        # DeepSpeed compiles its communication, by the ninja that came with it; a build that was killed would leave a
+        # lock behind for which all later ones wait
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(("how", "case"), CASES)
-def test_sharded_weights_give_the_figures_of_one_process(how: str, case: str, sharded: Any) -> None:
-    *mine, last = [entry for entry in sharded(how)[case] if {"loss", "eval_loss"} & entry.keys()]
+@pytest.mark.parametrize(("sharded", "case"), CASES, indirect=["sharded"])
+def test_sharded_weights_give_the_figures_of_one_process(case: str, sharded: dict[str, Any]) -> None:
+    *mine, last = [entry for entry in sharded[case] if {"loss", "eval_loss"} & entry.keys()]
     *theirs, expected = [
         entry for entry in whole(case.split(",")[0], 16, fused_head="off") if {"loss", "eval_loss"} & entry.keys()
     ]

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import cases
+from tests.distributed.processes import results_of
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of every case in two processes."""
-    path = tmp_path_factory.mktemp("two") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, worker, str(path)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(path, weights_only=False)
+    return results_of("worker", tmp_path_factory.mktemp("two"), timeout=600)
 
 
 @pytest.fixture(scope="module")

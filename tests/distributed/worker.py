@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests import cases
+from tests.distributed.processes import save_results
 
 torch.set_num_threads(1)
 
@@ -39,10 +40,7 @@ def main(path: str) -> None:
                 results[f"uneven/{name}/{rows}/{batch}"] = cases.evaluate_uneven(name, rows, batch)
         results["generated"] = cases.generate_uneven(5, 2)
     assert dist.get_world_size() == 2
-    if dist.get_rank() == 0:
-        torch.save(results, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":
