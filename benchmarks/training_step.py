@@ -31,11 +31,11 @@ from dpsm_hf.measuring import peak_above
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
 VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm", FULL_LOGITS)
-# Ways to keep fewer activations. Without dropout attention keeps no probabilities of pairs of tokens, as on a GPU.
+# Ways to keep fewer activations. Without dropout attention keeps no probabilities of pairs of tokens.
 NO_DROPOUT, CHECKPOINTING = "no dropout", "activation checkpointing"
 
 
-def make_model(name: str, how: str = "") -> nn.Module:
+def make_model(name: str, how: str) -> nn.Module:
     """Return a GPT-2 small or a BART base from its configuration, with random weights."""
     torch.manual_seed(0)
     if name == "gpt2":

@@ -211,7 +211,7 @@ class FusedHead:
         self._result = (scores, targets)
         rows = _some_rows(hidden_states)
         if self.checked:
-            return output_of(scores.loss, rows.new_zeros(*rows.shape[:-1], head.vocab_size))
+            return output_of(scores.loss, rows.new_zeros(()).expand(*rows.shape[:-1], head.vocab_size))
         if isinstance(head, ModuleHead) and torch.is_grad_enabled():
             _refuse_strangers(self._layer_forward(rows), head, rows)
         with torch.no_grad():

@@ -121,7 +121,7 @@ def test_something_trainable_in_what_is_compiled_behind_the_head() -> None:
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_bias_behind_the_head_may_be_trained(trainable: bool) -> None:
-    gradients = []
+    parameters = []
     for how in ("on", "off"):
         trainer = cases.build(
             "bart", max_steps=2, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.5, fused_head=how,
@@ -135,8 +135,8 @@ def test_a_bias_behind_the_head_may_be_trained(trainable: bool) -> None:
         else:
             model.final_logits_bias.copy_(bias)
         trainer.train()
-        gradients.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    mine, theirs = gradients
+        parameters.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    mine, theirs = parameters
     assert ("final_logits_bias" in mine) is trainable
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
