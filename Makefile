@@ -42,7 +42,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real text and compare; PRESET=clm|summarization
-	$(PY) -m dpsm_hf.demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
+	$(PY) -m dpsm_hf demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
 
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"

@@ -32,22 +32,22 @@ from transformers import (
 )
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
-from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.clm import ClmCollator, choose_text_column, prepare_clm_datasets
 from dpsm_hf.data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, load_text_datasets
 from dpsm_hf.data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, column_texts, resolve_tokenizer
-from dpsm_hf.scripts.best_checkpoint import best_weights, early_stopping
-from dpsm_hf.scripts.clm_arguments import (
+from dpsm_hf.runtime.child_process import end_with_runner
+from dpsm_hf.tasks.best_checkpoint import best_weights, early_stopping
+from dpsm_hf.tasks.clm_arguments import (
     DataTrainingArguments,
     ModelArguments,
     check_contradictions,
     natural_boundary,
     resolve_block_size,
 )
-from dpsm_hf.scripts.outcome import Outcome, discard_outcome
-from dpsm_hf.scripts.outcome_arguments import OutcomeArguments, settle_best_checkpoint
-from dpsm_hf.scripts.samples import continuations
-from dpsm_hf.scripts.script_utils import (
+from dpsm_hf.tasks.outcome import Outcome, discard_outcome
+from dpsm_hf.tasks.outcome_arguments import OutcomeArguments, settle_best_checkpoint
+from dpsm_hf.tasks.samples import continuations
+from dpsm_hf.tasks.script_utils import (
     build_config_from_scratch,
     check_block_size,
     detect_checkpoint,
@@ -55,7 +55,7 @@ from dpsm_hf.scripts.script_utils import (
     setup_logging,
     train_and_save,
 )
-from dpsm_hf.scripts.stopping import stopping
+from dpsm_hf.tasks.stopping import stopping
 
 logger = logging.getLogger("run_clm_dpsm")
 

@@ -10,7 +10,8 @@ more are marked "dpsm_hf" in --help. All of them may also come from one JSON or 
     python run_summarization_dpsm.py settings.yaml
     accelerate launch run_summarization_dpsm.py settings.yaml
 
-ROUGE is that of the rouge-score package; `dpsm_hf.text_metrics` says how sentences are split and what each figure is.
+ROUGE is that of the rouge-score package.
+`dpsm_hf.evaluation.text_metrics` says how sentences are split and what each figure is.
 What a finished run found out is in `outcome.json`.
 """
 
@@ -30,33 +31,33 @@ from transformers import (
 )
 
 from dpsm_hf import DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer
-from dpsm_hf.child_process import end_with_runner
 from dpsm_hf.data.loading import load_text_datasets
 from dpsm_hf.data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from dpsm_hf.data.tokenizer import column_texts, resolve_tokenizer
-from dpsm_hf.scripts.best_checkpoint import best_weights, early_stopping
-from dpsm_hf.scripts.generation_metrics import decode_ids, summary_metrics, write_predictions
-from dpsm_hf.scripts.outcome import Outcome, discard_outcome
-from dpsm_hf.scripts.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
-from dpsm_hf.scripts.positions import fit_positions
-from dpsm_hf.scripts.samples import summaries
-from dpsm_hf.scripts.script_utils import (
+from dpsm_hf.evaluation.text_metrics import load_bert_scorer, sentence_splitter_name
+from dpsm_hf.runtime.child_process import end_with_runner
+from dpsm_hf.tasks.best_checkpoint import best_weights, early_stopping
+from dpsm_hf.tasks.generation_metrics import decode_ids, summary_metrics, write_predictions
+from dpsm_hf.tasks.outcome import Outcome, discard_outcome
+from dpsm_hf.tasks.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
+from dpsm_hf.tasks.positions import fit_positions
+from dpsm_hf.tasks.samples import summaries
+from dpsm_hf.tasks.script_utils import (
     build_config_from_scratch,
     detect_checkpoint,
     parse_script_arguments,
     setup_logging,
     train_and_save,
 )
-from dpsm_hf.scripts.seq2seq_setup import (
+from dpsm_hf.tasks.seq2seq_setup import (
     check_decoder_start,
     check_source_prefix,
     check_tokenizer,
     fit_vocabulary,
     set_languages,
 )
-from dpsm_hf.scripts.stopping import stopping
-from dpsm_hf.scripts.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
-from dpsm_hf.text_metrics import load_bert_scorer, sentence_splitter_name
+from dpsm_hf.tasks.stopping import stopping
+from dpsm_hf.tasks.summarization_arguments import DataTrainingArguments, ModelArguments, check_contradictions
 
 logger = logging.getLogger("run_summarization_dpsm")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dpsm_hf.measuring import commit, device_name, own_process_environment, peak_above, percentile
+from dpsm_hf.measuring.processes import commit, device_name, own_process_environment, peak_above, percentile
 
 HERE = Path(__file__).resolve().parent
 

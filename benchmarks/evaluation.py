@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMTrainer
-from dpsm_hf.measuring import peak_above
+from dpsm_hf.measuring.processes import peak_above
 
 REFERENCE = "Trainer, loss alone"
 VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")

@@ -3,7 +3,7 @@
 python -m benchmarks.gpu_check --output gpu_check.json                # on a GPU: some two minutes
 python -m benchmarks.gpu_check --device cpu --small                   # the same on a CPU, as far as it goes
 
-Errors are taken against float64 and compared with those of the unfused path in the same dtype, as tests/unit does on a
+Errors are taken against float64 and compared with those of the unfused path in the same dtype, as tests/head does on a
 CPU. Exits with 1 if a check fails.
 """
 
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpsm_hf import linear_scoring_loss
-from dpsm_hf.head import ScoredRows, TokenLabels, score_hidden
-from dpsm_hf.head_options import HeadOptions, LinearHead
-from dpsm_hf.kernels import why_not
-from dpsm_hf.losses import score_tokens
-from dpsm_hf.measuring import MIB, device_name, peak_above
-from dpsm_hf.scoring_rules import Objective
+from dpsm_hf.head.kernels import why_not
+from dpsm_hf.head.options import HeadOptions, LinearHead
+from dpsm_hf.head.scoring_loss import ScoredRows, TokenLabels, score_hidden
+from dpsm_hf.measuring.processes import MIB, device_name, peak_above
+from dpsm_hf.rules.losses import score_tokens
+from dpsm_hf.rules.scoring_rules import Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RULES: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import hidden_states
 from dpsm_hf import linear_scoring_loss
-from dpsm_hf.measuring import peak_above
-from dpsm_hf.products import by_onednn, product
+from dpsm_hf.head.matmul import by_onednn, product
+from dpsm_hf.measuring.processes import peak_above
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFERENCE = "transformers CE"

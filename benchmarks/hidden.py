@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpsm_hf.data.python_text import load_python_docs
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
-from dpsm_hf.head import linear_scoring_loss
+from dpsm_hf.head.scoring_loss import linear_scoring_loss
 
 LENGTH = 128
 

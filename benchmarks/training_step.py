@@ -26,7 +26,7 @@ from transformers import (
 from benchmarks.common import Row, Table, add_options, main, measure, peak_in_own_process
 from benchmarks.hidden import token_ids
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
-from dpsm_hf.measuring import peak_above
+from dpsm_hf.measuring.processes import peak_above
 
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"

@@ -7,19 +7,22 @@ rising from 0 to 1 on a schedule. The names below are the public interface.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .runtime import former_names
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
     from .calibration import CalibrationCurve, ClassCalibration, TokenCalibration, calibration_curve
-    from .callbacks import AlphaScheduleCallback, CalibrationCallback
-    from .head import linear_scoring_loss
-    from .losses import DPSMLoss, TokenScores, score_tokens
-    from .plots import ReliabilityDisplay
-    from .schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
-    from .scoring_rules import Objective
-    from .temperature import TemperatureScaler
-    from .trainer import DPSMMixin, DPSMSeq2SeqTrainer, DPSMTrainer
+    from .evaluation.temperature import TemperatureScaler
+    from .head.scoring_loss import linear_scoring_loss
+    from .plots.reliability import ReliabilityDisplay
+    from .rules.losses import DPSMLoss, TokenScores, score_tokens
+    from .rules.schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
+    from .rules.scoring_rules import Objective
+    from .training.arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
+    from .training.callbacks import AlphaScheduleCallback, CalibrationCallback
+    from .training.trainer import DPSMMixin, DPSMSeq2SeqTrainer, DPSMTrainer
+
+former_names.install()
 
 __all__ = [
     "AlphaSchedule",
@@ -50,16 +53,16 @@ __all__ = [
 
 # Loaded at the first use of a name: commands that only start or read runs then need no torch, which takes seconds.
 _MODULES = {
-    "arguments": ("DPSMArguments", "DPSMConfig", "DPSMSeq2SeqConfig"),
+    "training.arguments": ("DPSMArguments", "DPSMConfig", "DPSMSeq2SeqConfig"),
     "calibration": ("CalibrationCurve", "ClassCalibration", "TokenCalibration", "calibration_curve"),
-    "callbacks": ("AlphaScheduleCallback", "CalibrationCallback"),
-    "head": ("linear_scoring_loss",),
-    "losses": ("DPSMLoss", "TokenScores", "score_tokens"),
-    "plots": ("ReliabilityDisplay",),
-    "schedules": ("AlphaSchedule", "available_alpha_schedules", "get_alpha_schedule", "register_alpha_schedule"),
-    "scoring_rules": ("Objective",),
-    "temperature": ("TemperatureScaler",),
-    "trainer": ("DPSMMixin", "DPSMSeq2SeqTrainer", "DPSMTrainer"),
+    "training.callbacks": ("AlphaScheduleCallback", "CalibrationCallback"),
+    "head.scoring_loss": ("linear_scoring_loss",),
+    "rules.losses": ("DPSMLoss", "TokenScores", "score_tokens"),
+    "plots.reliability": ("ReliabilityDisplay",),
+    "rules.schedules": ("AlphaSchedule", "available_alpha_schedules", "get_alpha_schedule", "register_alpha_schedule"),
+    "rules.scoring_rules": ("Objective",),
+    "evaluation.temperature": ("TemperatureScaler",),
+    "training.trainer": ("DPSMMixin", "DPSMSeq2SeqTrainer", "DPSMTrainer"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -10,15 +10,15 @@ from .version import __version__
 
 _COMMANDS = {
     "calibrate": (
-        "dpsm_hf.calibrate",
+        "dpsm_hf.tasks.calibrate",
         "fit a temperature for a saved model, report calibration before and after",
     ),
     "campaign": (
         "dpsm_hf.campaign.cli",
         "plan, run and report on a programme of experiments from one YAML file",
     ),
-    "demo": ("dpsm_hf.demo", "train a small model three times on real text and compare"),
-    "report": ("dpsm_hf.report", "compare finished runs in one HTML page"),
+    "demo": ("dpsm_hf.campaign.comparison.demo", "train a small model three times on real text and compare"),
+    "report": ("dpsm_hf.campaign.comparison.report", "compare finished runs in one HTML page"),
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpsm_hf.campaign.design import Campaign, Run
-from dpsm_hf.campaign.loading import SpecError, load_campaign
+from dpsm_hf.campaign.spec.design import Campaign, Run
+from dpsm_hf.campaign.spec.loading import SpecError, load_campaign
 
 FILE = """\
 name: try

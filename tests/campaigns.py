@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-from dpsm_hf.campaign.design import Budget, Campaign, Point, Run, Variation
+from dpsm_hf.campaign.spec.design import Budget, Campaign, Point, Run, Variation
 
 LOSSES: Mapping[str, dict[str, Any]] = {
     "ce": {"loss_type": "ce"},

@@ -24,7 +24,7 @@ import pytest
 import torch
 import transformers
 
-from dpsm_hf import schedules
+from dpsm_hf.rules import schedules
 
 torch.set_num_threads(1)
 transformers.utils.logging.get_verbosity()  # sets its logger up, once and before any test

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import default_data_collator
 
 from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
-from dpsm_hf.corrupted_training import Corruption
 from dpsm_hf.data.corruption import SummarySwaps, TargetFlips, replacement_weights
+from dpsm_hf.training.corruption import Corruption
 from tests.cases import FOLDER
 from tests.tiny import SEQ2SEQ, VOCAB, make_data, make_model
 

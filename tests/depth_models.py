@@ -37,7 +37,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dpsm_hf.models import align_targets, core_model, inputs_without_labels, label_alignment
+from dpsm_hf.models.language_model import align_targets, core_model, inputs_without_labels, label_alignment
 from tests.tiny import VOCAB
 
 ROWS, LENGTH, LAYERS = 6, 11, 4

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpsm_hf.campaign.design import Campaign, Point, Run, Variation
-from dpsm_hf.campaign.records import Record
+from dpsm_hf.campaign.runner.records import Record
+from dpsm_hf.campaign.spec.design import Campaign, Point, Run, Variation
 
 VARIATIONS = (
     Variation("ce-baseline", "cross-entropy", arguments={"loss_type": "ce"}),

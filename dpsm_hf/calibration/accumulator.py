@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..devices import float64_device
+from ..runtime.devices import float64_device
 from .curve import CalibrationCurve
 from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..devices import float64_device
-from ..files import json_number
+from ..runtime.devices import float64_device
+from ..runtime.files import json_number
 from .accumulator import BLOCKS, check_seen
 from .intervals import Interval, block_weights, check_resampling, error_interval
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import write_json
-from .design import Campaign
-from .records import RETRIES
-from .spec import SCALES
-from .yaml_lines import SpecError
+from ..runtime.files import write_json
+from .runner.records import RETRIES
+from .spec.design import Campaign
+from .spec.spec import SCALES
+from .spec.yaml_lines import SpecError
 
 PLAN_NAME = "plan.json"
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(words)
-    from .loading import load_campaign  # needs torch and transformers, which take seconds
+    from .spec.loading import load_campaign  # needs torch and transformers, which take seconds
 
     try:
         changes = [*options.set, *([] if options.data is None else [f"data={options.data}"])]
@@ -175,7 +175,7 @@ def _plan(campaign: Campaign, directory: Path, options: argparse.Namespace, word
 
 def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
     from .plan import make_plan, render_plan
-    from .running import run_campaign
+    from .runner.running import run_campaign
 
     plan = make_plan(campaign, directory, jobs=max(1, options.jobs))
     print(render_plan(plan), file=sys.stderr)
@@ -199,14 +199,14 @@ def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words
 
 
 def _status(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
-    from .status import campaign_status
+    from .runner.status import campaign_status
 
     print(campaign_status(campaign, directory))
     return 0
 
 
 def _report(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
-    from .report import write_campaign_report
+    from .report.report import write_campaign_report
 
     for path in write_campaign_report(campaign, directory, options.only or ()):
         print(path)
@@ -214,7 +214,7 @@ def _report(campaign: Campaign, directory: Path, options: argparse.Namespace, wo
 
 
 def _audit(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
-    from .audit import AUDIT_NAME, run_audit
+    from .audit.audit import AUDIT_NAME, run_audit
 
     if options.step == "run" and not any(point.variation == campaign.reference for point in campaign.points):
         print("The audit is left out: it compares with the reference, which --only leaves out.", file=sys.stderr)

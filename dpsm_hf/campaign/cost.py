@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from ..data.tokenizer import DEFAULT_VOCAB_SIZE, TRAIN_BPE
-from ..scripts.scratch_config import build_config_from_scratch
-from .design import Campaign, Run
-from .script_arguments import quiet
+from ..tasks.scratch_config import build_config_from_scratch
+from .spec.design import Campaign, Run
+from .spec.script_arguments import quiet
 
 # Names of the cross-attention's matrices that read the encoder's output, in BART's family and in T5's.
 _CROSS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")

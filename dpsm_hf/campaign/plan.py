@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .cost import Cost, run_cost
-from .design import Campaign, Point
-from .records import read_records
+from .runner.records import read_records
+from .spec.design import Campaign, Point
 
 SCHEMA = 1
 

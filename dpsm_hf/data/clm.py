@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from dpsm_hf.data.loading import AnyDataset, AnyDatasetDict, check_columns, column_names
+from .loading import AnyDataset, AnyDatasetDict, check_columns, column_names
 
 logger = logging.getLogger(__name__)
 

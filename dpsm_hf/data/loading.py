@@ -15,8 +15,8 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from dpsm_hf.data.held_out import AnyDataset, hold_out
-from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
+from .held_out import AnyDataset, hold_out
+from .python_text import load_python_docs, load_python_docstrings
 
 logger = logging.getLogger(__name__)
 

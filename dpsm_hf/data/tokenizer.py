@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpsm_hf.data.loading import AnyDataset
+from .loading import AnyDataset
 
 logger = logging.getLogger(__name__)
 

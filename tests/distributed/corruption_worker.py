@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from tests.corrupted_run import CASES, build, corruption, last_checkpoint, result, run
 from tests.distributed.processes import save_results
-from tests.integration.resume_worker import forked
+from tests.training.resume_worker import forked
 
 torch.set_num_threads(1)
 

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dpsm_hf.fused import FusedHead, ScoringRequest
-from dpsm_hf.models import inputs_without_labels
-from dpsm_hf.scoring_rules import Objective
+from dpsm_hf.head.model_head import FusedHead, ScoringRequest
+from dpsm_hf.models.language_model import inputs_without_labels
+from dpsm_hf.rules.scoring_rules import Objective
 from tests import cases
 from tests.distributed.processes import save_results
 from tests.tiny import SEQ2SEQ, make_data, make_model

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dpsm_hf.campaign.collecting import reached_step
-from dpsm_hf.campaign.launching import SETTINGS_NAME, run_folder
-from dpsm_hf.campaign.lock import processes_of, ranks_of
-from dpsm_hf.campaign.records import read_records
+from dpsm_hf.campaign.runner.collecting import reached_step
+from dpsm_hf.campaign.runner.launching import SETTINGS_NAME, run_folder
+from dpsm_hf.campaign.runner.lock import processes_of, ranks_of
+from dpsm_hf.campaign.runner.records import read_records
 from tests.campaigns import make_campaign, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def test_ctrl_c_with_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "campaign.json"
     path.write_text(json.dumps({**content, "budget": {"limit": 100.0}, "rungs": [0.5]}), encoding="utf-8")
     folder = run_folder(tmp_path / "out", campaign.order[0])
-    runner = Path(__file__).parents[1] / "integration" / "campaign_runner.py"
+    runner = Path(__file__).parents[1] / "campaign" / "campaign_runner.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def start() -> subprocess.Popen[str]:

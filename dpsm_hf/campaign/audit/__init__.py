@@ -1,0 +1,1 @@
+"""What a training step of every variation costs in time, memory, operations and energy."""

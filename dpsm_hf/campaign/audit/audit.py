@@ -1,0 +1,336 @@
+"""The efficiency audit of a campaign: what a training step of every variation costs, on the same text and machine.
+
+Every variation takes real steps of its trainer on a fixed batch, each measure in a process that suits it: peak memory
+in one of its own, times in one that interleaves all variations. What has been measured is written at once; after a
+kill, the next audit of the same commit on the same machine measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import strict, write_json
+from ..spec.design import Campaign, Point, Run
+from .table import summarise, table
+
+__all__ = ["AUDIT_NAME", "AuditSettings", "audited_runs", "run_audit", "table"]
+
+SCHEMA = 1
+AUDIT_NAME = "audit.json"
+
+_TAIL_LINES = 5
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What an audit measures, a campaign's ``audit``.
+
+    Args:
+        tokens: of the fixed batch; for summarization sources and summaries together.
+        repeats: samples of the time of each variation.
+        steps: of the sustained measurement; 0 leaves it out.
+        sequences: rows of a step of the sustained measurement.
+        length: tokens of such a row.
+        size: the model's size to audit; None takes that of the reference's first run.
+    """
+
+    tokens: int = 2000
+    repeats: int = 5
+    steps: int = 0
+    sequences: int = 64
+    length: int = 1024
+    size: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("repeats", 1), ("steps", 0), ("sequences", 1), ("length", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"audit: {name}={value!r} must be a whole number from {least} on.")
+
+    @classmethod
+    def of(cls, campaign: Campaign) -> AuditSettings:
+        """Return the settings of a campaign; without any, 1,000 sustained steps at paper scale and none at small.
+
+        Raises:
+            ValueError: for an unknown key or a value out of range.
+        """
+        given = dict(campaign.audit or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in given if key not in known]
+        if unknown:
+            raise ValueError(f"audit: {', '.join(map(str, unknown))} is unknown; there are {', '.join(known)}.")
+        given.setdefault("steps", 1000 if campaign.scale == "paper" else 0)
+        return cls(**given)
+
+
+def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
+    """Return the run of each variation whose step is audited: those that differ in the variation alone.
+
+    Variations that read another's runs train nothing and are left out, as are those that the plan has no run of. A run
+    that starts from another's model gets that model with random weights, which cost the same. Its step is audited in
+    one process, on however many it trains.
+
+    Args:
+        campaign: the campaign.
+        size: of the model; None takes the reference's first.
+
+    Raises:
+        ValueError: if the reference has no run of that size.
+    """
+    own = [point for point in campaign.points if not point.scaled]
+    mine = [p for p in own if p.variation == campaign.reference and size in (None, p.size)]
+    if not mine:
+        sizes = ", ".join(sorted({point.size for point in own})) or "none"
+        raise ValueError(
+            f"audit: the reference {campaign.reference!r} has no run of size {size!r}; the plan has the sizes {sizes}."
+        )
+    first = mine[0]
+
+    def rank(point: Point) -> tuple[bool, ...]:
+        return (point.study != first.study, point.data != first.data, point.seed != first.seed)
+
+    found: dict[str, Run] = {}
+    for variation in campaign.variations:
+        points = [p for p in own if p.variation == variation.name and p.size == first.size]
+        if variation.of is None and points:
+            run = campaign.runs[min(points, key=rank).run_id]
+            found[variation.name] = dataclasses.replace(campaign.with_architecture(run), processes=1)
+    return found
+
+
+def run_audit(campaign: Campaign, directory: Path) -> dict[str, Any]:
+    """Measure what is missing of a campaign's audit and return all of it, which is in ``audit.json`` too.
+
+    Args:
+        campaign: the campaign; its ``audit`` holds the `AuditSettings`.
+        directory: folder of the campaign; ``audit.json`` is written there, texts and logs into ``audit/``.
+
+    Returns:
+        The content of ``audit.json``, see docs/audit.md. A variation that could not be measured has the status
+        ``failed`` and a message; the next audit tries it again.
+
+    Raises:
+        ValueError: for settings that do not fit.
+    """
+    return _Audit(campaign, Path(directory)).run()
+
+
+class _Audit:
+    """One audit of a campaign in a folder."""
+
+    def __init__(self, campaign: Campaign, directory: Path) -> None:
+        self.campaign, self.directory, self.folder = campaign, directory, directory / "audit"
+        self.settings = AuditSettings.of(campaign)
+        self.runs = audited_runs(campaign, self.settings.size)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.content = self._begin()
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of each variation."""
+        return self.content["variations"]
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is missing."""
+        for name in self.runs:
+            if "peak_memory_mb" not in self.entries[name]:
+                self._measure("memory", [name])
+        untimed = [name for name in self._sound() if self._rounds_missing(name)]
+        if untimed:
+            reference = self.campaign.reference
+            together = untimed if reference in untimed or reference not in self._sound() else [reference, *untimed]
+            rounds = max(self._rounds_missing(name) for name in untimed)
+            self._measure("time", together, rounds)
+        unsustained = [name for name in self._sound() if self.settings.steps and "sustained" not in self.entries[name]]
+        if unsustained:
+            self._measure("sustain", unsustained)
+        for name in self._sound():
+            self.entries[name]["status"] = "ok"
+        self._save()
+        return self.content
+
+    def _sound(self) -> list[str]:
+        return [name for name in self.runs if self.entries[name]["status"] != "failed"]
+
+    def _rounds_missing(self, name: str) -> int:
+        entry = self.entries[name]
+        missing = self.settings.repeats - len(entry["samples"])
+        # the profile comes after the rounds, in the same process
+        return max(missing, 0 if "profile" in entry and "gpu" in entry else 1)
+
+    # ---- what is kept and written ----------------------------------------------------------------------------------
+
+    def _begin(self) -> dict[str, Any]:
+        import torch  # not before the settings are known to be sound
+
+        use_cpu = any(run.arguments.get("use_cpu") for run in self.runs.values())
+        device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+        machine = describe_machine(device)
+        content: dict[str, Any] = {
+            "schema": SCHEMA, "campaign": self.campaign.name, "scale": self.campaign.scale,
+            "task": self.campaign.task, "reference": self.campaign.reference, "device": device.type,
+            "machine": machine, "settings": asdict(self.settings), "variations": {},
+        }  # fmt: skip
+        before, text = self._read_previous(content)
+        content["text"] = text
+        content["variations"] = {name: entry for name, entry in before.items() if name not in self.runs}
+        for name, run in self.runs.items():
+            kept = before.get(name)
+            if kept is None or kept.get("run") != run.id or kept.get("status") == "failed":
+                kept = {"samples": []}
+            title = self.campaign.variation(name).title
+            content["variations"][name] = {**kept, "title": title, "status": "running", "message": "",
+                                           "run": run.id}  # fmt: skip
+        for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
+            entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
+        return content
+
+    def _read_previous(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return variations and text of an audit of the same machine, commit and settings; else none."""
+        try:
+            previous = json.loads((self.directory / AUDIT_NAME).read_text(encoding="utf-8"))
+            same = all(previous[key] == content[key] for key in content if key not in ("variations", "settings"))
+            found = previous["variations"]
+            # more repeats go on from what there is; another batch or another size is another measurement
+            old, new = ({**s, "repeats": 0} for s in (previous["settings"], content["settings"]))
+            return (dict(found), previous["text"]) if same and old == new else ({}, None)
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, None
+
+    def _save(self) -> None:
+        summarise(self.content)
+        write_json(strict(self.content), self.directory / AUDIT_NAME)
+
+    @functools.cached_property
+    def _spec(self) -> Path:
+        """Write what the processes need: arguments, tokenizer and the text as ids; the same at every call."""
+        import numpy as np
+
+        from .step import make_tokenizer, parse_arguments
+
+        first = self.runs[self.campaign.reference]
+        parsed = parse_arguments(self.campaign.task, first.arguments, self.folder)
+        texts = _texts()
+        tokenizer = make_tokenizer(parsed, self.folder, lambda: texts)
+        tokenizer.save_pretrained(self.folder / "text-tokenizer")
+        large = self.settings.sequences * self.settings.length
+        # the large steps move on through the text; ten different ones are enough of a change
+        wanted = max(2 * self.settings.tokens, 10 * large if self.settings.steps else 0)
+        ids, used = _ids(tokenizer, texts, wanted)
+        np.save(self.folder / "ids.npy", np.asarray(ids, dtype=np.int32))
+        self.content["text"] = {
+            "name": "python-docs, train split, from its beginning", "tokens": len(ids),
+            "sha256": hashlib.sha256("\n".join(used).encode()).hexdigest(),
+        }  # fmt: skip
+        spec = {
+            "task": self.campaign.task, "reference": self.campaign.reference, "settings": asdict(self.settings),
+            "tokenizer": str(self.folder / "text-tokenizer"), "ids": str(self.folder / "ids.npy"),
+            "runs": {name: dict(run.arguments) for name, run in self.runs.items()},
+        }  # fmt: skip
+        path = self.folder / "spec.json"
+        write_json(spec, path)
+        return path
+
+    # ---- processes -------------------------------------------------------------------------------------------------
+
+    def _measure(self, kind: str, names: Sequence[str], rounds: int | None = None) -> None:
+        """Run one process and take in what it finds; a variation that it leaves unmeasured has failed."""
+        module = "dpsm_hf.campaign.audit.worker"
+        command = [sys.executable, "-m", module, kind, str(self._spec), *names]
+        if rounds is not None:
+            command += ["--rounds", str(rounds)]
+        log = self.folder / "log.txt"
+        with log.open("a", encoding="utf-8") as errors:
+            start = errors.tell()
+            print(f"== {kind} {' '.join(names)}", file=errors, flush=True)
+            for finding in _findings(command, errors, exact_memory=kind == "memory"):
+                if "progress" in finding:
+                    print(f"audit: {finding['progress']}", file=sys.stderr, flush=True)
+                else:
+                    self._take(finding)
+                    self._save()
+        wanted = {"memory": "peak_memory_mb", "time": "profile", "sustain": "sustained"}[kind]
+        for name in names:
+            entry = self.entries[name]
+            if wanted not in entry and entry["status"] != "failed":
+                text = log.read_text(encoding="utf-8", errors="replace")[start:]
+                tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
+                entry.update(status="failed", message=f"the process that measures {kind} ended early: {tail}")
+        self._save()
+
+    def _take(self, finding: Mapping[str, Any]) -> None:
+        if "round" in finding:
+            seconds = finding["round"]
+            base = seconds.get(self.campaign.reference)
+            for name, value in seconds.items():
+                samples = self.entries[name]["samples"]
+                if len(samples) < self.settings.repeats:
+                    samples.append({"seconds": value, "reference_seconds": base, "steps": finding["steps_per_sample"]})
+            return
+        found = dict(finding)
+        entry = self.entries[found.pop("variation")]
+        if "failed" in found:
+            entry.update(status="failed", message=found["failed"])
+        else:
+            entry.update(found)
+
+
+def _findings(command: Sequence[str], errors: Any, *, exact_memory: bool) -> Iterator[dict[str, Any]]:
+    """Yield what a process finds, line by line; whoever stops listening ends it."""
+    from ...measuring.processes import own_process_environment
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+        env={**own_process_environment(exact_memory), "TOKENIZERS_PARALLELISM": "false"},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None  # it was opened as a pipe
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _texts() -> list[str]:
+    from ...data.python_text import load_python_docs
+
+    return list(load_python_docs()["train"]["text"])
+
+
+def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], list[str]]:
+    """Return the ids of as many texts as it takes, and these texts; fewer ids where the texts end."""
+    ids: list[int] = []
+    used: list[str] = []
+    for text in texts:
+        if len(ids) >= wanted:
+            break
+        used.append(text)
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    while len(ids) < wanted:  # a small text is read again
+        ids += ids[: wanted - len(ids)]
+    return ids[:wanted], used
+
+
+def describe_machine(device: Any) -> dict[str, Any]:
+    """Return what a measurement belongs to: device, versions, and the state of this package's code."""
+    import torch
+    import transformers
+
+    from ...measuring.processes import commit, device_name, source_hash
+
+    return {
+        "device": device_name(device), "commit": commit(), "source": source_hash(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip

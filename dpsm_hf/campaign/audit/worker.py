@@ -1,0 +1,238 @@
+"""The process in which an audit measures: ``python -m dpsm_hf.campaign.audit.worker KIND SPEC NAME...``.
+
+``memory`` takes one variation, whose peak needs a process of its own, and counts its operations; ``time`` takes all,
+round by round, and profiles each; ``sustain`` takes each in turn for many large steps. Each finding is one line of
+JSON on standard output, as soon as there is one; everything else that is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...measuring.energy import GpuMeter
+from ...measuring.processes import peak_above, spread
+from ...measuring.profiling import count_flops, profile_by_range
+from .step import Shape, Steps, longest_row, make_batches
+
+# A sample of time is of as many steps as this many seconds hold: the clock, and what else happens, count for less.
+_SAMPLE_SECONDS = 0.2
+_MOST_STEPS = 50
+
+# Seconds of the fixed batch during which a GPU's energy is measured: its counter moves ten times a second.
+_GPU_SECONDS = 5.0
+
+_PROGRESS_SECONDS = 20.0
+_PR_SET_PDEATHSIG = 1
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+class Measurement:
+    """What one process measures.
+
+    Args:
+        spec: task, runs by variation, reference, settings, the tokenizer and the file with the text's ids.
+        names: the variations that it measures.
+        report: takes each finding.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], names: Sequence[str], report: Report) -> None:
+        self.settings, self.reference, self.report = spec["settings"], spec["reference"], report
+        self.steps = Steps(spec["task"], {name: spec["runs"][name] for name in names}, spec["tokenizer"])
+        self.names = list(names)
+        self.ids = torch.from_numpy(np.load(spec["ids"])).long()
+        first = self.steps.parsed[self.names[0]]
+        longest = longest_row(first, self.steps.tokenizer, self.steps.model.config)
+        self.shape = Shape.of(first, longest, self.settings["tokens"])
+
+    def fixed_batch(self) -> list[dict[str, Tensor]]:
+        """Return the batch that every variation is measured on."""
+        return make_batches(self.ids, self.shape, None, self.steps.device)
+
+    def memory(self) -> None:
+        """Report a variation's peak memory above model and optimizer state, and its operations."""
+        (name,) = self.names
+        batches = self.fixed_batch()
+
+        def step() -> None:
+            self.steps.step(name, batches)
+
+        for _ in range(2):  # the optimizer's state exists after the first
+            step()
+        peak = peak_above(step, self.steps.device)
+        flops = count_flops(step, compiled=self.steps.compiled)
+        labels = batches[0]["labels"]
+        self.report(
+            {
+                "variation": name,
+                "peak_memory_mb": peak,
+                "flops": asdict(flops),
+                "alpha": self.steps.alpha(name),
+                "parameters": sum(parameter.numel() for parameter in self.steps.model.parameters()),
+                "batch": {**asdict(self.shape), "labels": int((labels != -100).sum())},
+            }
+        )
+
+    def time(self, rounds: int) -> None:
+        """Report the time of a step of every variation, round by round, then where it goes and what it takes."""
+        batches = self.fixed_batch()
+        alive = [name for name in self.names if self._warm_up(name, batches)]
+        if not alive:
+            return
+        reference = self.reference if self.reference in alive else alive[0]
+        # all variations alike, by the reference
+        count = max(1, min(_MOST_STEPS, math.ceil(_SAMPLE_SECONDS / self._seconds(reference, batches, 1))))
+        for number in range(rounds):
+            turn = number % len(alive)
+            # whoever comes first after a pause is at a disadvantage, so everybody does once
+            seconds = {name: self._seconds(name, batches, count) for name in [*alive[turn:], *alive[:turn]]}
+            self.report({"round": seconds, "steps_per_sample": count})
+        for name in alive:
+            found = profile_by_range(functools.partial(self.steps.step, name, batches), self.steps.device)
+            self.report({"variation": name, "profile": {key: asdict(value) for key, value in found.items()}})
+            self.report({"variation": name, "gpu": self._gpu(name, batches)})
+
+    def _warm_up(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> bool:
+        try:
+            for _ in range(2):
+                self.steps.step(name, batches)
+        except Exception as error:  # of one variation: the others are measured all the same
+            self.report({"variation": name, "failed": describe(error)})
+            return False
+        return True
+
+    def _seconds(self, name: str, batches: Sequence[Mapping[str, Tensor]], count: int) -> float:
+        self.steps.wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            self.steps.step(name, batches)
+        self.steps.wait()
+        return (time.perf_counter() - started) / count
+
+    def _gpu(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Return utilisation and energy of some seconds of steps, or that they were not measured."""
+        steps = 0
+        with GpuMeter(self.steps.device) as meter:
+            if self.steps.device.type == "cuda":
+                started = time.perf_counter()
+                while time.perf_counter() - started < _GPU_SECONDS:
+                    self._seconds(name, batches, 1)
+                    steps += 1
+        return {**asdict(meter.reading), "steps": steps or None}
+
+    def sustain(self) -> None:
+        """Report many steps of the large shape for each variation, on text that moves on from step to step."""
+        for name in self.names:
+            try:
+                self._sustain(name)
+            except Exception as error:  # of one variation, the large shape not fitting for instance
+                self.report({"variation": name, "failed": describe(error)})
+
+    def _sustain(self, name: str) -> None:
+        settings = self.settings
+        parsed = self.steps.parsed[name]
+        longest = longest_row(parsed, self.steps.tokenizer, self.steps.model.config)
+        shape = Shape.rows(parsed, settings["sequences"], min(settings["length"], longest))
+        size = shape.sequences * shape.length
+        text = self.ids if len(self.ids) >= size else self.ids.repeat(-(-size // len(self.ids)))
+        places = max(1, len(text) // size)
+        seconds: list[float] = []
+        said = time.perf_counter()
+
+        def step(number: int) -> None:
+            start = (number % places) * size
+            rows = parsed.training.per_device_train_batch_size
+            self.steps.step(name, make_batches(text[start : start + size], shape, rows, self.steps.device))
+            self.steps.wait()
+
+        step(0)
+        with GpuMeter(self.steps.device) as meter:
+            for number in range(settings["steps"]):
+                started = time.perf_counter()
+                step(number)
+                seconds.append(time.perf_counter() - started)
+                if time.perf_counter() - said > _PROGRESS_SECONDS:
+                    said = time.perf_counter()
+                    self.report({"progress": f"{name}: step {number + 1} of {settings['steps']}"})
+        self.report(
+            {
+                "variation": name,
+                "sustained": {
+                    "steps": len(seconds), **asdict(shape), "seconds_per_step": spread(seconds),
+                    "tokens_per_second": shape.tokens * len(seconds) / sum(seconds), "gpu": asdict(meter.reading),
+                },
+            }
+        )  # fmt: skip
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind of an error and its first line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends: left alone it would disturb the next measurement."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _reporter(stream: TextIO) -> Report:
+    def report(finding: Mapping[str, Any]) -> None:
+        stream.write(json.dumps(finding) + "\n")
+        stream.flush()
+
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print what is found.
+
+    Args:
+        argv: the command line without the program's name; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dpsm_hf.campaign.audit.worker", description=__doc__)
+    parser.add_argument("kind", choices=["memory", "time", "sustain"])
+    parser.add_argument("spec", type=Path, help="JSON file that `dpsm campaign audit` wrote")
+    parser.add_argument("names", nargs="+", help="variations")
+    parser.add_argument("--rounds", type=int, default=5, help="of kind time: samples of each variation")
+    arguments = parser.parse_args(argv)
+    _die_with_parent()
+    report = _reporter(sys.stdout)
+    spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            measurement = Measurement(spec, arguments.names, report)
+            if arguments.kind == "time":
+                measurement.time(arguments.rounds)
+            else:
+                getattr(measurement, arguments.kind)()
+        except Exception as error:
+            for name in arguments.names:
+                report({"variation": name, "failed": describe(error)})
+            raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

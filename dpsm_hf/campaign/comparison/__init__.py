@@ -1,0 +1,1 @@
+"""A few finished runs compared in one page; the demo."""

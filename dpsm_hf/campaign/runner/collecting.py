@@ -1,0 +1,184 @@
+"""What a training script has left in a run's folder, put into the run's record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import strict
+from ...training.clock import seconds_trained
+from ..comparison.records import read_json
+from .records import Record
+
+OUTCOME_NAME = "outcome.json"
+RESULTS_NAME = "all_results.json"
+STATE_NAME = "trainer_state.json"
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
+_SPLITS = {"eval": "validation", "test": "test", "predict": "test"}
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written.
+
+    Args:
+        folder: of the run.
+    """
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for step in sorted(found, reverse=True):
+        if "global_step" in _state(found[step]):
+            yield step, found[step]
+
+
+def newest_state(folder: Path) -> Mapping[str, Any]:
+    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one.
+
+    Args:
+        folder: of the run.
+    """
+    own = _state(folder)
+    newest = next((path for _, path in checkpoints(folder)), None)
+    newer = _state(newest) if newest is not None else {}
+    return own if own.get("global_step", -1) >= newer.get("global_step", -1) else newer
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def reached_step(folder: Path) -> int:
+    """Return the step that a run would go on from; 0 where it would begin.
+
+    Args:
+        folder: of the run.
+    """
+    return next((step for step, _ in checkpoints(folder)), 0)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the script has come to its end: it writes the outcome last, in one step.
+
+    Args:
+        folder: of the run.
+    """
+    return (folder / OUTCOME_NAME).exists()
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether a script that ended well has come to its end, rather than stopped to go on later.
+
+    Args:
+        folder: of the run.
+    """
+    return is_finished(folder) or (folder / RESULTS_NAME).exists()
+
+
+def forget_results(folder: Path) -> None:
+    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's.
+
+    Args:
+        folder: of the run.
+    """
+    for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def clean_folder(folder: Path, *, keep_checkpoints: bool, keep_model: bool) -> None:
+    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them.
+
+    Args:
+        folder: of the run.
+        keep_checkpoints: leave them.
+        keep_model: leave the final weights.
+    """
+    if not keep_checkpoints:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    if not keep_model:
+        for pattern in _WEIGHTS:
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def collect(record: Record, folder: Path) -> Record:
+    """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
+
+    Args:
+        record: of the run; what is measured by the runner is kept.
+        folder: of the run.
+
+    Raises:
+        ValueError: a file is no JSON.
+    """
+    history = newest_state(folder).get("log_history", [])
+    outcome = read_json(folder / OUTCOME_NAME) if is_finished(folder) else _outcome_of_files(folder, history)
+    efficiency = {"train_seconds": seconds_trained(history), **_numbers(outcome.get("efficiency"))}
+    return replace(
+        record,
+        metrics=outcome.get("metrics") or {},
+        best_step=outcome.get("best_step"),
+        history=strict(history),
+        efficiency={**record.efficiency, **efficiency},
+        calibration=outcome.get("calibration") or {},
+        samples=outcome.get("samples") or (),
+        documents=outcome.get("documents") or {},
+        corruption=outcome.get("corruption") or {},
+    )
+
+
+def _numbers(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (values or {}).items() if value is not None}
+
+
+def _outcome_of_files(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what an outcome would hold, as far as the files of the Trainer and of the callbacks tell."""
+    if not (folder / RESULTS_NAME).exists() or not (folder / STATE_NAME).exists():
+        return {}
+    metrics: dict[str, dict[str, Any]] = {}
+    for key, value in _readable(folder / RESULTS_NAME).items():
+        prefix, _, name = key.partition("_")
+        if prefix in _SPLITS and isinstance(value, (int, float)):
+            metrics.setdefault(_SPLITS[prefix], {})[name] = value
+    calibration: dict[str, Any] = {}
+    for path in sorted((folder / "calibration").glob("*.json")):  # by split, then by step
+        content = _readable(path)
+        if isinstance(content, dict) and content.get("split") in _SPLITS:
+            calibration[_SPLITS[content["split"]]] = content
+    speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
+    speed = statistics.median(speeds) if speeds else None
+    steps = newest_state(folder).get("global_step")
+    return {
+        "metrics": {"last": strict(metrics)} if metrics else {},
+        "efficiency": {"tokens_per_second": speed, "steps": steps},
+        "calibration": calibration,
+    }
+
+
+def _readable(path: Path) -> Any:
+    """Parse a JSON file that somebody else writes, in place: what a kill has left of it is as good as nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def diverged(record: Record) -> str | None:
+    """Return what of a finished run's figures is not finite, None where all are.
+
+    Args:
+        record: with the figures of its folder.
+    """
+    for split, figures in record.metrics.get("last", {}).items():
+        for name in ("nll", "loss"):
+            if name in figures and figures[name] is None:
+                return f"its {name} on the {split} split is not finite at the end"
+    losses = [entry["loss"] for entry in record.history if "loss" in entry]
+    return "its training loss is not finite at the end" if losses and losses[-1] is None else None

@@ -1,0 +1,218 @@
+"""What is handed to the training script of a run: its arguments, its command line, its environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.child_process import RUNNER_VARIABLE
+from ...runtime.environment import find_script
+from ..spec.design import SCRIPTS, Campaign, Run
+from .lock import LAUNCHER, RunnerError
+
+SETTINGS_NAME = "settings.json"
+LOG_NAME = "log.txt"
+TRACKERS = ("wandb", "tensorboard", "trackio")
+
+_PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
+
+
+def run_folder(directory: Path, run_id: str) -> Path:
+    """Return the folder of a run.
+
+    Args:
+        directory: of the campaign.
+        run_id: `design.Run.id`.
+    """
+    return directory / "runs" / run_id
+
+
+def fill_in(arguments: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Replace ``{run:ID}`` by the output folder of that run and ``{campaign}`` by the campaign's folder.
+
+    Args:
+        arguments: of a run.
+        directory: of the campaign.
+    """
+
+    def path(match: re.Match[str]) -> str:
+        return str(run_folder(directory, match[2])) if match[2] else str(directory)
+
+    filled = _each_text(dict(arguments), lambda text: _PLACEHOLDER.sub(path, text))
+    assert isinstance(filled, dict)
+    return filled
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def script_settings(
+    campaign: Campaign,
+    run: Run,
+    name: str,
+    directory: Path,
+    *,
+    tokenizer: Path | None = None,
+    stop_at_step: float | None = None,
+) -> dict[str, Any]:
+    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it.
+
+    Args:
+        campaign: the campaign.
+        run: the run.
+        name: of the run, for people.
+        directory: of the campaign.
+        tokenizer: the shared one that takes the place of ``train-bpe``.
+        stop_at_step: where to stop for the time being.
+    """
+    own = fill_in(run.arguments, directory)
+    # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
+    keeping = {"save_strategy": "steps", "save_total_limit": 2}
+    by_steps = own.get("eval_strategy") == "steps"
+    keeping["save_steps"] = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
+    if own.get("save_strategy", "steps") != "steps" or "save_steps" in own:
+        keeping = {"save_total_limit": 2}
+    settings: dict[str, Any] = {**keeping, "disable_tqdm": True, "log_level": "warning", **own}
+    if tokenizer is not None:
+        settings["tokenizer_name"] = str(tokenizer)
+        settings.pop("tokenizer_vocab_size", None)
+    if stop_at_step is not None:
+        settings["stop_at_step"] = stop_at_step
+    settings["output_dir"] = str(run_folder(directory, run.id))
+    settings["report_to"] = list(campaign.track) or "none"
+    settings["run_name"] = name
+    if "trackio" in campaign.track:
+        settings.setdefault("project", _group(campaign))
+    return settings
+
+
+def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
+    """Return the command line of a run; everything that a person's own accelerate configuration may decide is given.
+
+    Args:
+        run: the run.
+        settings: its settings file.
+        threads: of each process.
+    """
+    several = ["--multi_gpu"] if run.processes > 1 else []
+    options = {
+        "num_processes": run.processes,
+        "num_machines": 1,
+        "num_cpu_threads_per_process": threads,
+        "mixed_precision": "no",  # the Trainer's own arguments decide
+        "dynamo_backend": "no",
+        "main_process_port": 0,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", LAUNCHER, *several, *words, str(find_script(SCRIPTS[run.task])), str(settings)]
+
+
+def shown_command(command: Sequence[str], directory: Path) -> list[str]:
+    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder.
+
+    Args:
+        command: of `launch_command`.
+        directory: of the campaign.
+    """
+    words = []
+    for word in command:
+        path = Path(word)
+        if word == sys.executable:
+            words.append("python")
+        elif path.is_absolute():
+            words.append(str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name)
+        else:
+            words.append(word)
+    return words
+
+
+def launch_environment(
+    campaign: Campaign, run: Run, name: str, directory: Path, *, devices: Sequence[str] = (), threads: int = 1
+) -> dict[str, str]:
+    """Return the environment variables of a run beyond those of the runner.
+
+    Args:
+        campaign: the campaign.
+        run: the run.
+        name: of the run, for people.
+        directory: of the campaign.
+        devices: the GPUs it may use; none leaves the variable alone.
+        threads: of each process.
+    """
+    added = {RUNNER_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
+    if devices:
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    defaults = {
+        "TOKENIZERS_PARALLELISM": "false",
+        # Threads that wait spin, which starves another run on the same cores.
+        "GOMP_SPINCOUNT": "30000",
+    }
+    if "wandb" in campaign.track:
+        added |= {"WANDB_RUN_GROUP": _group(campaign), "WANDB_RUN_ID": f"{_group(campaign)}-{run.id}"}
+        # What goes on after an interrupt is the same run there.
+        defaults |= {"WANDB_PROJECT": campaign.name, "WANDB_RESUME": "allow", "WANDB_DIR": str(directory)}
+    if "tensorboard" in campaign.track:
+        added["TENSORBOARD_LOGGING_DIR"] = str(directory / "tensorboard" / name)
+    if "trackio" in campaign.track:
+        defaults["TRACKIO_DIR"] = str(directory / "trackio")
+    return added | {key: os.environ.get(key, value) for key, value in defaults.items()}
+
+
+def _group(campaign: Campaign) -> str:
+    return f"{campaign.name}-{campaign.scale}"
+
+
+def check_campaign(campaign: Campaign, directory: Path) -> None:
+    """Look for what would make every run, or one that is far behind, fail.
+
+    Args:
+        campaign: the campaign.
+        directory: of the campaign.
+
+    Raises:
+        RunnerError: an unknown tracker, a run that needs itself or one that is not there, halving without evaluations.
+        FileNotFoundError: the scripts are not there.
+    """
+    for tracker in campaign.track:
+        if tracker not in TRACKERS:
+            raise RunnerError(f"track: {tracker!r} is unknown; choose of {', '.join(TRACKERS)}.")
+    if any(character in str(directory) for character in "{}"):
+        raise RunnerError(f"{directory} has braces in its name, which mark placeholders in arguments: rename it.")
+    for run_id, run in campaign.runs.items():
+        find_script(SCRIPTS[run.task])
+        for needed in run.needs:
+            if needed not in campaign.runs:
+                raise RunnerError(f"Run {run_id} starts from {{run:{needed}}}, which this campaign does not have.")
+    run_order(campaign)
+
+
+def run_order(campaign: Campaign) -> list[str]:
+    """Return the ids of the runs in the order in which they start: the campaign's, with what each needs before it.
+
+    Args:
+        campaign: the campaign.
+
+    Raises:
+        RunnerError: runs need each other in a circle.
+    """
+    order: dict[str, None] = {}
+
+    def add(run_id: str, path: tuple[str, ...]) -> None:
+        if run_id in path:
+            raise RunnerError(f"Runs start from each other in a circle: {' -> '.join((*path, run_id))}.")
+        for needed in campaign.runs[run_id].needs:
+            add(needed, (*path, run_id))
+        order[run_id] = None
+
+    for run_id in campaign.order:
+        add(run_id, ())
+    return list(order)

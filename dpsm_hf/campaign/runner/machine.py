@@ -1,0 +1,81 @@
+"""What a run was made on: device, versions, the state of the code. Found without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...runtime.environment import ROOT, versions
+
+
+def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, Any]:
+    """Return ``device``, ``versions``, ``cores``, and ``commit`` and ``dirty`` where the code is a git checkout.
+
+    Args:
+        devices: the GPUs of the run as CUDA_VISIBLE_DEVICES names them; none means the CPU.
+        root: folder of the code.
+    """
+    names = gpu_names()
+    device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else cpu_name()
+    return {"device": device, "cores": cores(), "versions": versions(), **code_state(root)}
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def gpu_names() -> dict[str, str]:
+    """Return the names of the NVIDIA GPUs by index; empty where there is none."""
+    listed = _output(["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"])
+    pairs = (line.split(",", 1) for line in (listed or "").splitlines() if "," in line)
+    return {index.strip(): name.strip() for index, name in pairs}
+
+
+def visible_devices() -> tuple[str, ...]:
+    """Return the GPUs that runs may use: those of CUDA_VISIBLE_DEVICES, or all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(part.strip() for part in named.split(",") if part.strip() and part.strip() != "-1")
+    return tuple(gpu_names())
+
+
+def code_state(root: Path) -> dict[str, Any]:
+    """Return ``commit`` and ``dirty`` of a git checkout; nothing where the folder is none.
+
+    Args:
+        root: folder of the code.
+    """
+    top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
+    # An installation below somebody else's checkout is not theirs.
+    if not top or Path(top).resolve() != root.resolve():
+        return {}
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit, "dirty": bool(changed)} if commit and changed is not None else {}
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,369 @@
+"""Running a campaign: what is missing, one process for each run, whatever happens to any of them.
+
+The state is in the records alone: `run_campaign` may be killed at any moment, and the next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from ...runtime.child_process import Child
+from ...runtime.environment import find_script
+from ...runtime.files import write_json
+from ..spec.design import SCRIPTS, Campaign
+from .attempts import Attempt, Workplace, recover
+from .collecting import clean_folder
+from .endings import Ending
+from .halving import check_halving
+from .launching import check_campaign, launch_environment, run_folder, run_order
+from .lock import RunnerError, campaign_lock, kill_run
+from .machine import cores, visible_devices
+from .progress import Progress, run_names
+from .pruning import Pruning
+from .records import RETRIES, SETTLED, Record, read_records, write_record
+from .tokenizer import shared_tokenizer, tokenizer_command, tokenizer_settings
+
+#: So many failed attempts, over all calls, and a run is left alone until it is asked for with ``retry``.
+MAX_FAILURES = 3
+#: What is left of finished runs: ``all``; ``model``, without checkpoints; ``records``, without weights nobody needs.
+KEEP = ("all", "model", "records")
+
+_POLL_SECONDS = 0.1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run_campaign(
+    campaign: Campaign,
+    directory: str | Path,
+    *,
+    jobs: int = 1,
+    devices: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    retry: Collection[str] = (),
+    keep: str = "model",
+    stream: TextIO | None = None,
+) -> int:
+    """Do the runs of a campaign that are not done, and write a record of each.
+
+    Args:
+        campaign: the campaign.
+        directory: its folder.
+        jobs: runs at a time.
+        devices: GPUs to share out, as CUDA_VISIBLE_DEVICES names them; None takes all that are visible.
+        only: names of runs with wildcards, or run ids; what they start from is done too. None does all.
+        retry: statuses to take up again, of `RETRIES`; for ``failed`` beyond the `MAX_FAILURES` attempts.
+        keep: what is left of finished runs, of `KEEP`.
+        stream: where lines about the progress go; standard error by default.
+
+    Returns:
+        An exit code: 0 if all runs are ok or were left out by the budget, 1 if some are not, 2 if nothing could be
+        started, 3 if the disk is full, 130 after an interrupt.
+    """
+    directory = Path(directory).resolve()
+    try:
+        if jobs < 1:
+            raise RunnerError(f"jobs={jobs}: at least one run at a time.")
+        if keep not in KEEP:
+            raise RunnerError(f"keep={keep!r} is unknown; choose one of {', '.join(KEEP)}.")
+        if unknown := sorted(set(retry) - set(RETRIES)):
+            raise RunnerError(f"retry={unknown[0]!r} is unknown; choose of {', '.join(RETRIES)}.")
+        check_campaign(campaign, directory)
+        check_halving(campaign)
+        directory.mkdir(parents=True, exist_ok=True)
+        with campaign_lock(directory):
+            if campaign.source:
+                (directory / "campaign.yaml").write_text(campaign.source, encoding="utf-8")
+            return _Runner(campaign, directory, jobs, devices, only, retry, keep, stream).run()
+    except (RunnerError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=stream or sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"error: {_full(directory, str(error))}", file=stream or sys.stderr)
+        return 3
+
+
+def _full(directory: Path, what: str) -> str:
+    return (
+        f"{what}. Every other run would meet the same, so the campaign stops here. Make room on the disk of "
+        f"{directory} and give the same command again: what is done is kept."
+    )
+
+
+class _Runner:
+    def __init__(
+        self,
+        campaign: Campaign,
+        directory: Path,
+        jobs: int,
+        devices: Sequence[str] | None,
+        only: Sequence[str] | None,
+        retry: Collection[str],
+        keep: str,
+        stream: TextIO | None,
+    ) -> None:
+        self.campaign, self.directory, self.jobs, self.keep = campaign, directory, jobs, keep
+        names = run_names(campaign)
+        order = run_order(campaign)
+        self.order = _chosen(campaign, order, names, only) if only is not None else order
+        self.names = names
+        self.records = read_records(directory, order)
+        self.progress = Progress(campaign, order, names, stream)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+        self.place = Workplace(campaign, directory, names, threads)
+        self.devices = self._pool(devices)
+        self.free = list(self.devices)
+        self.budget = Pruning(campaign, directory, names, self.records, self.progress.say)
+        self.active: dict[str, Attempt] = {}
+        self.tokenizers: dict[Path, Child] = {}
+        self.broken: set[Path] = set()
+        self.tried: set[str] = set()
+        self.again = {i for i, r in self.records.items() if r.status in retry}
+        self.needed = {needed for run in campaign.runs.values() for needed in run.needs}
+        self.signals = 0
+        self.stopping = False
+        self.fatal: str | None = None
+
+    def _pool(self, devices: Sequence[str] | None) -> tuple[str, ...]:
+        wanted = [self.campaign.runs[i] for i in self.order if not self.campaign.runs[i].arguments.get("use_cpu")]
+        pool = tuple(visible_devices() if devices is None else devices) if wanted else ()
+        most = max((run.processes for run in wanted), default=0)
+        if pool and most > len(pool):
+            raise RunnerError(f"A run wants {most} devices, but there are {len(pool)}: {', '.join(pool)}.")
+        return pool
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        try:
+            with self._listen():
+                for run_id, record in list(self.records.items()):
+                    if record.status == "running":
+                        self.records[run_id] = recover(record, self.directory)
+                    self._clean(run_id)
+                while True:
+                    self._collect()
+                    self._write_down(self.budget.decide(self.active, self._may_come))
+                    if self.signals or self.fatal:
+                        self._stop()
+                    else:
+                        self._start()
+                    if not self.active and not self.tokenizers:
+                        break
+                    self._tick()
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            # Nothing is left here but after an error of the runner's own.
+            for attempt in self.active.values():
+                attempt.kill()
+            for child in self.tokenizers.values():
+                child.kill()
+        return self._sum_up()
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread alone.
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.signals += 1
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = [signal.signal(number, handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _stop(self) -> None:
+        at_once, first = self.signals > 1, not self.stopping
+        self.stopping = True
+        for attempt in self.active.values():
+            if at_once:
+                attempt.kill()
+            elif not attempt.asked:
+                attempt.interrupt()
+        saving = sum(attempt.saving for attempt in self.active.values())
+        if first and saving and not at_once:
+            how_many = f"{saving} runs save checkpoints" if saving > 1 else "saving a checkpoint"
+            self.progress.say(f"Interrupted: {how_many}. Press Ctrl-C again to stop at once.")
+        for child in self.tokenizers.values():
+            child.kill()
+
+    def _collect(self) -> None:
+        for run_id, attempt in list(self.active.items()):
+            ended = attempt.poll()
+            if ended is not None:
+                del self.active[run_id]
+                self.free = [d for d in self.devices if d in self.free or d in attempt.devices]
+                self._take(run_id, *ended)
+        for folder, child in list(self.tokenizers.items()):
+            result = child.poll()
+            if result is not None:
+                del self.tokenizers[folder]
+                if result.exit_code != 0 and not self.signals:
+                    self.broken.add(folder)
+                    last = result.tail[-1] if result.tail else f"exit code {result.exit_code}"
+                    self.progress.say(f"The tokenizer could not be trained: {last} (all of it: {child.log})")
+
+    def _take(self, run_id: str, record: Record, ending: Ending) -> None:
+        self.records[run_id] = record
+        self.again.discard(run_id)
+        if ending.status not in ("ok", "paused"):
+            self.tried.add(run_id)
+        if ending.disk_full:
+            self.fatal = ending.message
+        self._clean(run_id)
+        seconds = record.attempts[-1].get("seconds") or 0.0
+        message = ending.message
+        if ending.status in ("failed", "oom", "diverged"):
+            message += f" (log: {run_folder(self.directory, run_id) / 'log.txt'})"
+        self.progress.ended(run_id, ending.status, seconds, message, self._left())
+
+    def _clean(self, run_id: str) -> None:
+        status = self.records[run_id].status if run_id in self.records else ""
+        # One that ran out of memory may be taken up again where it was.
+        if status in SETTLED and status != "oom" and run_id not in self.again:
+            clean_folder(
+                run_folder(self.directory, run_id),
+                keep_checkpoints=self.keep == "all",
+                keep_model=self.keep != "records" or run_id in self.needed,
+            )
+
+    def _left(self) -> float | None:
+        waiting = [run_id for run_id in self.order if run_id in self.active or self._may_start(run_id)]
+        estimate = self.progress.left(self.records, waiting, self.jobs)
+        return 0.0 if not waiting else estimate if estimate is None else max(1.0, estimate)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
+
+    # ---- what may start --------------------------------------------------------------------------------------------
+
+    def _may_start(self, run_id: str) -> bool:
+        """Return whether a run is still to come in this call, now or later."""
+        record = self.records.get(run_id)
+        if run_id in self.tried or run_id in self.active or run_id not in self.order:
+            return False
+        if record is not None and run_id not in self.again:
+            failures = sum(attempt.get("status") == "failed" for attempt in record.attempts)
+            if record.status in SETTLED or failures >= MAX_FAILURES:
+                return False
+        if shared_tokenizer(self.campaign.runs[run_id], self.directory) in self.broken:
+            return False
+        return all(
+            self._is_ok(needed) or needed in self.active or self._may_start(needed)
+            for needed in self.campaign.runs[run_id].needs
+        )
+
+    def _may_come(self, run_id: str) -> bool:
+        """Return whether a run is still to come in this call, or in the next, for it was stopped from outside.
+
+        What is compared at a rung must not hang on who was killed.
+        """
+        stopped = run_id in self.tried and self.records[run_id].status == "interrupted"
+        return stopped or self._may_start(run_id)
+
+    def _is_ok(self, run_id: str) -> bool:
+        return run_id in self.records and self.records[run_id].status == "ok"
+
+    def _start(self) -> None:
+        for run_id in self.order:
+            if len(self.active) + len(self.tokenizers) >= self.jobs:
+                return
+            run = self.campaign.runs[run_id]
+            if not self._may_start(run_id) or not all(map(self._is_ok, run.needs)):
+                continue
+            rung = self.budget.next_rung(run_id)
+            if self.budget.waits(run_id, rung, self.active, self._may_start):
+                continue
+            left_out = self.budget.left_out(run_id, self.active)
+            if left_out is not None:
+                self._write_down({run_id: left_out})
+                continue
+            tokenizer = shared_tokenizer(run, self.directory)
+            if tokenizer is not None and not tokenizer.exists():
+                if tokenizer not in self.tokenizers:
+                    self._train_tokenizer(run_id, tokenizer)
+                continue
+            devices = self._devices_for(run_id)
+            if devices is not None:
+                self.free = [device for device in self.free if device not in devices]
+                attempt = Attempt(
+                    self.place, run_id, self.records.get(run_id), devices=devices, tokenizer=tokenizer, rung=rung
+                )
+                self.active[run_id] = attempt
+                self.records[run_id] = attempt.record
+
+    def _write_down(self, decided: Mapping[str, Record]) -> None:
+        for run_id, record in decided.items():
+            folder = run_folder(self.directory, run_id)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(record, folder)
+            self.records[run_id] = record
+            if record.status == "pruned":
+                self._clean(run_id)
+                self.progress.ended(run_id, "pruned", 0.0, record.message, None)
+
+    def _devices_for(self, run_id: str) -> list[str] | None:
+        """Return the devices for a run; none on a CPU, None as long as too few are free."""
+        run = self.campaign.runs[run_id]
+        if not self.devices or run.arguments.get("use_cpu"):
+            return []
+        return self.free[: run.processes] if len(self.free) >= run.processes else None
+
+    def _train_tokenizer(self, run_id: str, folder: Path) -> None:
+        run = self.campaign.runs[run_id]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        settings = folder.with_suffix(".json")
+        write_json(tokenizer_settings(run, self.directory), settings)
+        command = tokenizer_command(find_script(SCRIPTS[run.task]), settings, folder)
+        kill_run(settings)  # that of a killed runner would write into the same folder
+        environment = launch_environment(self.campaign, run, "tokenizer", self.directory, threads=self.place.threads)
+        self.tokenizers[folder] = Child(command, folder.with_suffix(".log"), environment)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _sum_up(self) -> int:
+        counts: dict[str, int] = {}
+        for run_id in self.order:
+            status = self.records[run_id].status if run_id in self.records else "missing"
+            counts[status] = counts.get(status, 0) + 1
+        self.progress.say(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + ".")
+        if self.fatal is not None:
+            self.progress.say(f"error: {_full(self.directory, self.fatal)}")
+            return 3
+        if self.signals:
+            left = "the same command goes on from there" if set(counts) - {"ok", "pruned"} else "all runs are done"
+            self.progress.say(f"Interrupted. What is done is kept; {left}.")
+            return 130
+        return 0 if set(counts) <= {"ok", "pruned"} else 1
+
+
+def _chosen(campaign: Campaign, order: list[str], names: dict[str, str], only: Sequence[str]) -> list[str]:
+    wanted: set[str] = set()
+    for pattern in only:
+        found = {i for i in order if i == pattern or fnmatch.fnmatchcase(names[i], pattern)}
+        if not found:
+            raise RunnerError(
+                f"only={pattern!r} is no run of this campaign; its runs are {', '.join(names.values())}."
+            )
+        wanted |= found
+    while more := {needed for i in wanted for needed in campaign.runs[i].needs} - wanted:
+        wanted |= more
+    return [run_id for run_id in order if run_id in wanted]

@@ -1,0 +1,146 @@
+"""The tokenizer that the runs of a campaign share where their arguments say ``train-bpe``: trained once, before them.
+
+    python -m dpsm_hf.campaign.runner.tokenizer SCRIPT SETTINGS FOLDER
+
+trains one in a process of its own, with the training script's own functions: it is the one that a run would train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import write_json
+from ..comparison.records import read_json
+from ..spec.design import Run
+from .launching import fill_in
+
+TRAIN_BPE = "train-bpe"  # as in data.tokenizer, which needs torch to be imported
+# What decides the texts it is trained on, its size and its limit.
+_DECIDING = (
+    "dataset_name",
+    "dataset_config_name",
+    "train_file",
+    "validation_file",
+    "test_file",
+    "calibration_file",
+    "max_train_samples",
+    "text_column_name",
+    "text_column",
+    "summary_column",
+    "keep_linebreaks",
+    "streaming",
+    "max_steps",
+    "validation_split_percentage",
+    "calibration_split_percentage",
+    "fit_temperature",
+    "min_source_words",
+    "tokenizer_vocab_size",
+    "model_type",
+    "block_size",
+    "cache_dir",
+    "trust_remote_code",
+)
+
+
+def shared_tokenizer(run: Run, directory: Path) -> Path | None:
+    """Return the folder of the tokenizer that a run shares with others; None where it has one of its own.
+
+    Args:
+        run: the run.
+        directory: of the campaign.
+    """
+    arguments = run.arguments
+    # A given configuration has its own token ids, which only the script can bring into line with a new tokenizer.
+    if arguments.get("tokenizer_name") != TRAIN_BPE or arguments.get("config_name") is not None:
+        return None
+    # files by what they hold, where that is known: the same name may come to hold another text
+    contents = {key: value for key, value in run.contents.items() if key in _DECIDING}
+    text = json.dumps({"task": run.task, **tokenizer_settings(run, directory), **contents}, sort_keys=True)
+    return directory / "tokenizer" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def tokenizer_settings(run: Run, directory: Path) -> dict[str, Any]:
+    """Return the arguments of a run's script that decide its tokenizer; what corrupts or cuts the data does not.
+
+    Args:
+        run: the run.
+        directory: of the campaign.
+    """
+    own = fill_in(run.arguments, directory)
+    if not own.get("streaming"):
+        own.pop("max_steps", None)  # which only a stream needs
+    return {"tokenizer_name": TRAIN_BPE, **{key: own[key] for key in _DECIDING if key in own}}
+
+
+def tokenizer_command(script: Path, settings: Path, folder: Path) -> list[str]:
+    """Return the command line that trains a tokenizer.
+
+    Args:
+        script: training script of the runs.
+        settings: file with `tokenizer_settings`.
+        folder: where it goes.
+    """
+    return [sys.executable, "-m", "dpsm_hf.campaign.runner.tokenizer", str(script), str(settings), str(folder)]
+
+
+def train_tokenizer(script: Path, settings: Path, folder: Path) -> None:
+    """Train a tokenizer with the functions of a training script; its folder appears whole or not at all.
+
+    Args:
+        script: the training script.
+        settings: file with `tokenizer_settings`.
+        folder: where it goes.
+    """
+    from ...tasks.script_utils import parse_script_arguments  # needs torch
+
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None  # it is a file with the suffix .py
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    draft = folder.with_name(f"{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    whole = {**read_json(settings), "output_dir": str(draft), "do_train": True, "report_to": "none"}
+    write_json(whole, draft / "settings.json")
+    words = [str(draft / "settings.json")]
+    if hasattr(module, "DPSMConfig"):
+        kinds = (module.ModelArguments, module.DataTrainingArguments, module.DPSMConfig)
+        model_args, data_args, training_args = parse_script_arguments(kinds, words)
+        splits = ["train", "calibration"] if training_args.fit_temperature else ["train"]
+        texts = module.load_texts(model_args, data_args, training_args, splits)
+        tokenizer = module.load_tokenizer(model_args, data_args, training_args, texts, resuming=False)
+    else:
+        kinds = (module.ModelArguments, module.DataTrainingArguments, module.DPSMSeq2SeqConfig)
+        model_args, data_args, training_args = parse_script_arguments(kinds, words)
+        pairs, columns = module.load_pairs(model_args, data_args, training_args)
+        tokenizer = module.load_tokenizer(model_args, data_args, training_args, pairs, columns, resuming=False)
+    # A run takes the limit from the files; a saved tokenizer has that of its training.
+    tokenizer.save_pretrained(draft / "tokenizer")
+    (draft / "tokenizer").replace(folder)
+    shutil.rmtree(draft)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a tokenizer as the command line says.
+
+    Args:
+        arguments: script, settings and folder; ``sys.argv[1:]`` when None.
+    """
+    from ...runtime.child_process import end_with_runner
+
+    end_with_runner()
+    script, settings, folder = map(Path, sys.argv[1:] if arguments is None else arguments)
+    train_tokenizer(script, settings, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

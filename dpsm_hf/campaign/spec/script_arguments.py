@@ -1,0 +1,253 @@
+"""The arguments of the training scripts as a campaign's file gives them: known names, right types, accepted values."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import io
+import logging
+import typing
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from types import UnionType
+from typing import Any, Literal
+
+import torch
+
+from ...tasks import clm_arguments, summarization_arguments
+from ...tasks.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
+from ...tasks.scratch_config import build_config_from_scratch
+from ...tasks.script_utils import REMOVED_ARGUMENTS
+from ...training.arguments import DPSMConfig, DPSMSeq2SeqConfig
+from .design import SCRIPTS
+from .yaml_lines import Located, suggestion
+
+#: What the campaign itself gives to every run, and why a file cannot.
+RESERVED = {
+    "output_dir": "every run has a folder of its own",
+    "seed": "list seeds under seeds",
+    "run_name": "the campaign names its runs",
+    "report_to": "name trackers under track",
+    "resume_from_checkpoint": "an interrupted run is resumed by itself",
+    "push_to_hub": "the runs of a campaign stay where they are",
+    "stop_at_step": "the budget says where runs are compared",
+    "load_best_model_at_end": "evaluate_best reports the best checkpoint beside the last one",
+}
+
+
+class _LanguageModelling(DPSMConfig):
+    """`DPSMConfig` that can be checked without looking for a device."""
+
+    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
+
+
+class _Summarization(DPSMSeq2SeqConfig):
+    """`DPSMSeq2SeqConfig` that can be checked without looking for a device."""
+
+    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
+
+
+@functools.cache
+def argument_classes(task: str) -> tuple[type, ...]:
+    """Return the dataclasses of a task's script, those of training last.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+    """
+    given: Any = summarization_arguments
+    if task == "summarization":
+        return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _Summarization)
+    given = clm_arguments
+    return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _LanguageModelling)
+
+
+@functools.cache
+def argument_fields(task: str) -> Mapping[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Return the type and the field of every argument of a task's script, by name.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+    """
+    found = {}
+    for kind in argument_classes(task):
+        hints = typing.get_type_hints(kind)
+        found.update({field.name: (hints[field.name], field) for field in dataclasses.fields(kind) if field.init})
+    return found
+
+
+def check_name(task: str, name: str) -> str | None:
+    """Say what is wrong with the name of an argument, None where nothing is.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        name: of the argument.
+    """
+    if name in RESERVED:
+        return f"the campaign sets this argument itself; leave it out: {RESERVED[name]}"
+    if name in REMOVED_ARGUMENTS:
+        return f"this argument is gone from transformers 5; {REMOVED_ARGUMENTS[name]}"
+    if name not in argument_fields(task):
+        known = suggestion(name, argument_fields(task)).replace("look it up", f"{SCRIPTS[task]} --help lists them")
+        return f"{name!r} is not an argument of the script; {known}"
+    return None
+
+
+def typed_value(task: str, name: str, given: Located) -> Any:
+    """Return the value of an argument in the type that the script wants, so that equal values are written equally.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        name: of the argument, a known one.
+        given: the value.
+
+    Raises:
+        ValueError: if it has another type, or is none of the allowed ones.
+    """
+    hint, field = argument_fields(task)[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    value = _as_option(given.plain(), options)
+    if value is _WRONG:
+        raise ValueError(f"{given.kind} ({given.plain()!r}) where the script takes {_describe(options)}")
+    choices = field.metadata.get("choices") or [word for o in options for word in _words(o)]
+    if choices and isinstance(value, str) and value not in choices:
+        raise ValueError(f"{value!r} is not allowed; {suggestion(value, [str(choice) for choice in choices])}")
+    return value
+
+
+_WRONG = object()
+
+
+def _as_option(value: Any, options: Sequence[Any]) -> Any:
+    if isinstance(value, bool):
+        return value if bool in options else _WRONG
+    if isinstance(value, (int, float)):
+        if float in options:
+            return float(value)
+        return int(value) if int in options and float(value).is_integer() else _WRONG
+    if isinstance(value, str):
+        if str in options or any(_words(option) for option in options):
+            return value
+        # a list of one
+        return [value] if any(_item(option) is str for option in options) else _WRONG
+    if isinstance(value, list):
+        items = [_item(option) for option in options if _item(option) is not None]
+        converted = [_as_option(element, items) for element in value]
+        return _WRONG if not items or any(element is _WRONG for element in converted) else converted
+    accepts = any(option is dict or typing.get_origin(option) is dict for option in options)
+    return value if isinstance(value, dict) and accepts else _WRONG
+
+
+def _item(option: Any) -> Any:
+    """Return the type of the items of a list, None for what is no list."""
+    if option is list:
+        return str
+    return typing.get_args(option)[0] if typing.get_origin(option) is list else None
+
+
+def _words(option: Any) -> list[str]:
+    """Return the words that an enumeration allows."""
+    if typing.get_origin(option) is Literal:
+        return [word for word in typing.get_args(option) if isinstance(word, str)]
+    members: list[enum.Enum] = list(option) if isinstance(option, enum.EnumMeta) else []
+    return [str(member.value) for member in members]
+
+
+def _describe(options: Sequence[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys with values"}
+    found = []
+    for option in options:
+        if option is type(None):
+            continue
+        if _item(option) is not None:
+            found.append("a list")
+        elif words := _words(option):
+            found.append(" or ".join(words))
+        else:
+            found.append(names.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option))))
+    return " or ".join(dict.fromkeys(found))
+
+
+def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
+    """Say what the script would refuse about a run's arguments; no device, file or hub is looked at.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        arguments: of the script, known and typed.
+
+    Returns:
+        Messages; none where the script would start.
+    """
+    classes, built, found = argument_classes(task), [], []
+    # a run for another machine is checked on this one: precision and sharding are that machine's business
+    elsewhere = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
+    given = {k: v for k, v in arguments.items() if k not in ("tf32", "fsdp", "fsdp_config", "deepspeed")}
+    with quiet():
+        for kind in classes:
+            names = {field.name for field in dataclasses.fields(kind) if field.init}
+            values = {**given, **elsewhere} if issubclass(kind, DPSMConfig | DPSMSeq2SeqConfig) else given
+            try:
+                built.append(kind(**{name: value for name, value in values.items() if name in names}))
+            except (ValueError, TypeError) as error:
+                found.append(str(error))
+        if not found:
+            try:
+                _check_together(task, built)
+            except ValueError as error:
+                found.append(str(error))
+    return [" ".join(message.split()) for message in found]
+
+
+def _check_together(task: str, built: Sequence[Any]) -> None:
+    module = summarization_arguments if task == "summarization" else clm_arguments
+    model, data, outcome, training = built
+    module.check_contradictions(model, data, training)
+    settle_best_checkpoint(outcome, training)
+    if task == "summarization":
+        check_samples(outcome, training)
+    if model.model_type is not None and model.model_name_or_path is None:
+        build_config_from_scratch(
+            model.model_type, model.config_overrides, None, block_size=getattr(data, "block_size", None)
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep configurations and dataclasses from logging and warning: a plan builds thousands of them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def defaults_among(task: str, arguments: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of arguments that have the script's own default, which leaving them out would give too.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        arguments: of the script, known and typed.
+    """
+    fields = argument_fields(task)
+    return frozenset(name for name, value in arguments.items() if value == _default(fields[name][1]))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def effective(task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without those that have no effect: alpha's, where the loss mixes nothing.
+
+    Args:
+        task: a key of `design.SCRIPTS`.
+        arguments: of the script.
+    """
+    if arguments.get("loss_type", "dpsm") == "dpsm":
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if not name.startswith("alpha_")}

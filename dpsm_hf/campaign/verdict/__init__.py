@@ -1,0 +1,1 @@
+"""What the records say of every claim: holds, fails, or cannot tell."""

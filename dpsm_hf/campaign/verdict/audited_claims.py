@@ -1,0 +1,91 @@
+"""What the efficiency audit says of the claims of efficiency: all variations in turns, on one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...statistics import Decision, claim_test
+from ..audit.audit import audited_runs
+from ..spec.design import Campaign
+from .claims import Claim
+from .finding import ALPHA, Finding, Judged, corrected, finite
+
+THROUGHPUT = Claim(
+    "audited-throughput", "efficiency",
+    "trains at least 98 % of the tokens a second of cross-entropy on the same batch",
+    "tokens_per_second", scale="ratio", at_least=0.98,
+)  # fmt: skip
+MEMORY = Claim(
+    "audited-memory", "efficiency", "needs at most 500 MB more memory than cross-entropy for a step of the same batch",
+    "peak_memory_mb", at_most=500.0, unit="MB",
+)  # fmt: skip
+
+
+def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding]:
+    """Judge throughput and memory by an audit, for every variation that it has measured.
+
+    Throughput is tested on the rounds of the audit, each of which times all variations after another. Memory is
+    counted, not sampled: its difference has no interval.
+
+    Args:
+        campaign: its design.
+        audit: content of ``audit.json``. What was audited with another reference, at another scale or with other
+            arguments is left out.
+    """
+    if (audit["reference"], audit["scale"]) != (campaign.reference, campaign.scale):
+        return []
+    try:
+        runs = audited_runs(campaign, audit["settings"].get("size"))
+    except ValueError:  # the reference is not among the chosen points
+        return []
+    setting = f"audit, {audit['settings']['tokens']:,} tokens a step, {audit['machine']['device']}"
+    speed: dict[str, list[Judged]] = {}
+    memory = []
+    for variation in campaign.variations:
+        entry, run = audit["variations"].get(variation.name), runs.get(variation.name)
+        if entry is None or run is None or entry.get("run") != run.id:
+            continue
+        if variation.name in (campaign.reference, campaign.brier):
+            continue
+        speed.setdefault(variation.role, []).append(
+            _speed(entry, _empty(THROUGHPUT, variation.name, setting, variation.role))
+        )
+        memory.append(_memory(entry, _empty(MEMORY, variation.name, setting, variation.role)))
+    return [finding for family in speed.values() for finding in corrected(family)] + memory
+
+
+def _empty(claim: Claim, variation: str, setting: str, role: str) -> Finding:
+    return Finding(
+        claim.key, claim.family, claim.words, variation, setting, role, Decision.CANNOT_TELL.value, None, None, None,
+        claim.at_least, claim.at_most, claim.scale, claim.unit, 0, note="not measured",
+    )  # fmt: skip
+
+
+def _speed(entry: Mapping[str, Any], finding: Finding) -> Judged:
+    rounds = [sample for sample in entry["samples"] if sample["reference_seconds"]]
+    if not rounds:
+        return Judged(replace(finding, note=entry.get("message") or finding.note), math.nan, math.nan)
+    ours, theirs = (1 / np.array([sample[key] for sample in rounds]) for key in ("seconds", "reference_seconds"))
+    test = claim_test(ours, theirs, at_least=finding.at_least, scale="ratio", alpha=ALPHA)
+    opposite = claim_test(ours, theirs, at_most=finding.at_least, scale="ratio", alpha=ALPHA)
+    finding = replace(
+        finding, estimate=test.estimate, low=finite(test.interval.low), high=finite(test.interval.high),
+        pairs=len(rounds), p_value=finite(test.p_value), note="pairs are rounds of the audit, not seeds",
+    )  # fmt: skip
+    return Judged(finding, test.p_value, opposite.p_value)
+
+
+def _memory(entry: Mapping[str, Any], finding: Finding) -> Finding:
+    difference = entry.get("peak_memory_difference_mb")
+    if difference is None:
+        return replace(finding, note=entry.get("message") or finding.note)
+    assert finding.at_most is not None
+    decision = Decision.HOLDS if difference <= finding.at_most else Decision.FAILS
+    return replace(
+        finding, decision=decision.value, estimate=difference, pairs=1, note="counted in one process, without spread"
+    )

@@ -1,0 +1,111 @@
+"""What is found out about a claim, and the correction for having asked several times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...statistics import Decision, holm
+
+#: Chance of saying "holds" of a claim that is wrong, over a family of claims.
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say about a claim, for one variation in one setting.
+
+    Args:
+        key, family, words: of the claim.
+        variation: that it is about.
+        setting: in words.
+        role: of the variation: the claims of ``main`` variations are one Holm family, those of ablations another.
+        decision: ``holds``, ``fails`` or ``cannot tell``, after Holm's correction over the family.
+        estimate: difference or ratio; None where there is no pair.
+        low, high: its interval, of level 0.90 (each limit is wrong with a chance of 5 %); None where it has none.
+        at_least, at_most: the limits of the claim.
+        scale, unit: of the estimate.
+        pairs: seeds compared.
+        p_value: one-sided, small where the claim holds.
+        p_adjusted: the same after Holm's correction.
+        p_fails: one-sided, small where the claim fails.
+        p_fails_adjusted: the same after Holm's correction.
+        note: what the figures cannot show, in words.
+    """
+
+    key: str
+    family: str
+    words: str
+    variation: str
+    setting: str
+    role: str
+    decision: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    at_least: float | None
+    at_most: float | None
+    scale: str
+    unit: str
+    pairs: int
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    p_fails: float | None = None
+    p_fails_adjusted: float | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A finding before the correction, with the p-values of both its ends; NaN where nothing was tested.
+
+    Args:
+        finding: as it is before.
+        p_holds: one-sided, against "the claim is wrong".
+        p_fails: one-sided, against "the claim is right".
+    """
+
+    finding: Finding
+    p_holds: float
+    p_fails: float
+
+
+def corrected(tests: Sequence[Judged]) -> list[Finding]:
+    """Return the findings of one family with their decisions, by p-values after Holm's correction.
+
+    Args:
+        tests: of one claim and role.
+    """
+
+    holds, fails = (holm([None if math.isnan(p) else p for p in ps]) for ps in
+                    ([t.p_holds for t in tests], [t.p_fails for t in tests]))  # fmt: skip
+    found = []
+    for test, p_holds, p_fails in zip(tests, holds, fails, strict=True):
+        decision = Decision.CANNOT_TELL
+        if p_holds <= ALPHA:  # False for NaN
+            decision = Decision.HOLDS
+        elif p_fails <= ALPHA:
+            decision = Decision.FAILS
+        found.append(
+            replace(
+                test.finding, decision=decision.value, p_adjusted=finite(float(p_holds)),
+                p_fails=finite(test.p_fails), p_fails_adjusted=finite(float(p_fails)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def join(*notes: str) -> str:
+    """Return notes as one, without those that are empty."""
+    return "; ".join(note for note in notes if note)
+
+
+def finite(value: float) -> float | None:
+    """Return a number, None where it is infinite or NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,232 @@
+"""From the scores of evaluation batches to everything that is reported of a set: metrics, intervals, curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import METRICS, ClassCalibration, TokenCalibration
+from ..rules.extra_statistics import ExtraStatistics
+from ..rules.losses import TokenScores
+from ..runtime.distributed import process_index, process_number, real_rows
+from ..runtime.files import json_number
+from .depth import DepthTally
+from .generation import GENERATED_METRICS, GeneratedCalibration
+
+#: What a row of the head's statistics tells of a token, beside confidence and correct.
+ROW_SCORES = ("nll", "brier", "spherical", "entropy")
+
+#: Metrics whose confidence interval is reported among the metrics too, as ``<name>_low`` and ``<name>_high``.
+WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
+
+#: Metrics of the tokens whose label ends a text, reported as ``eos_<name>``.
+OF_EOS = ("tokens", "nll", "brier", "label_probability", "token_accuracy", "confidence", "signed_gap", "ece_15")
+
+#: Not reported a second time after temperature scaling, which leaves them as they are.
+_UNSCALED = ("tokens", "token_accuracy", "uncertainty", "label_bytes")
+
+
+class EvaluationPanel:
+    """Collect what one evaluation sees, in fixed memory: all scored tokens, and apart from them some views of them.
+
+    Args:
+        eos_tokens: ids of the tokens that end a text; those labels are counted among all and once more alone.
+        byte_lengths: int64 ``[V]``, bytes of text of each token (`token_bytes`), for bits per byte.
+        temperature: also score every token from its logits divided by this.
+        classes: ids of the tokens whose class-wise calibration is wanted.
+        layers: of the decoder, where the depth of its tokens is to be counted.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos_tokens: Sequence[int] = (),
+        byte_lengths: Tensor | None = None,
+        temperature: float | None = None,
+        classes: Tensor | None = None,
+        layers: int | None = None,
+    ) -> None:
+        self.tokens = TokenCalibration()
+        self.eos = TokenCalibration() if eos_tokens else None
+        self.scaled = None if temperature is None else TokenCalibration()
+        self.classwise = None if classes is None else ClassCalibration(classes)
+        self.depth = None if layers is None else DepthTally(layers)
+        #: What was generated, over all processes; set when the evaluation ends.
+        self.generated: GeneratedCalibration | None = None
+        self.temperature = temperature
+        self._eos_tokens = torch.tensor(list(eos_tokens), dtype=torch.int64)
+        self._byte_lengths = byte_lengths
+        wanted = temperature is not None or classes is not None
+        #: What the head is to compute of each token beside the usual statistics.
+        self.extra = ExtraStatistics(temperature=temperature, classes=classes) if wanted else None
+        self._samples = 0
+        self._intervals: Mapping[str, tuple[float, float]] | None = None
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples seen, with and without a scored token, those that fill up a batch too."""
+        return self._samples
+
+    @property
+    def counts_depths(self) -> bool:
+        """Return whether `add` wants the depth of each token."""
+        return self.depth is not None
+
+    def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
+        """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
+
+        A sample is a document. Its number is its place in the data set, on any number of processes.
+
+        Args:
+            scores: of the batch, flattened to ``[batch_size * length]``.
+            targets: the labels they were scored against, with as many elements.
+            batch_size: rows of this process's batch.
+            depths: of the scored tokens, in their order, where they are counted.
+
+        Raises:
+            FloatingPointError: if the logits of a scored token are NaN or infinite, with its place in the batch.
+        """
+        check_finite(scores, batch_size)
+        self._intervals = None
+        device = scores.scored.device
+        first = self._samples + process_index() * batch_size
+        self._samples += process_number() * batch_size
+        numbers = torch.arange(first, first + batch_size, device=device)
+        document = numbers.repeat_interleave(scores.scored.numel() // max(1, batch_size))
+        mask = real_tokens(scores, batch_size)
+        targets = targets.reshape(-1).to(device)
+        rows: dict[str, Any] = {name: getattr(scores, name) for name in ("confidence", "correct", *ROW_SCORES)}
+        rows = {name: column for name, column in rows.items() if column is not None}
+        if self._byte_lengths is not None:
+            rows["label_bytes"] = self._bytes_of(targets)
+        self.tokens.update(**rows, mask=mask, document=document)
+        if self.eos is not None:
+            ends = mask & torch.isin(targets, self._eos_tokens.to(device))
+            self.eos.update(**rows, mask=ends, document=document)
+        if self.extra is not None and scores.extra is not None:
+            scaled, _, classes = self.extra.split(scores.extra)
+            if self.scaled is not None:
+                if "label_bytes" in rows:
+                    scaled["label_bytes"] = rows["label_bytes"]
+                self.scaled.update(**scaled, mask=mask, document=document)
+            if self.classwise is not None and classes is not None:
+                self.classwise.update(classes[mask], targets[mask], document[mask])
+        if self.depth is not None and depths is not None:
+            real = mask[scores.scored]
+            self.depth.update(depths.to(device)[real], document[scores.scored][real])
+
+    def _bytes_of(self, targets: Tensor) -> Tensor:
+        assert self._byte_lengths is not None
+        lengths = self._byte_lengths = self._byte_lengths.to(targets.device)
+        known = (targets >= 0) & (targets < len(lengths))  # a model may have more rows than its tokenizer has tokens
+        return torch.where(known, lengths[targets.clamp(0, len(lengths) - 1)], 0)
+
+    def reduce(self, function: Callable[[Tensor], Tensor], device: torch.device) -> EvaluationPanel:
+        """Join the panels of all processes: replace every tensor by ``function`` of it, on that device."""
+        self._intervals = None
+        for name in ("tokens", "eos", "scaled", "classwise", "depth"):
+            part = getattr(self, name)
+            if part is not None:
+                setattr(self, name, part.to(device).reduce(function))
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        """Return what an evaluation reports, without prefix; empty if no token was scored."""
+        if not self.tokens.tokens:
+            return {}
+        found = self.tokens.compute()
+        intervals = self.intervals
+        for name in WITH_INTERVAL:
+            low, high = intervals.get(name, (math.nan, math.nan))
+            if math.isfinite(low) and math.isfinite(high):
+                found |= {f"{name}_low": low, f"{name}_high": high}
+        if self.eos is not None and self.eos.tokens:
+            of_eos = self.eos.compute()
+            found |= {f"eos_{name}": of_eos[name] for name in OF_EOS if name in of_eos}
+        if self.temperature is not None and self.scaled is not None:
+            found["temperature"] = self.temperature
+            scaled = self.scaled.compute()
+            found |= {f"{name}_scaled": value for name, value in scaled.items() if name not in _UNSCALED}
+        if self.classwise is not None:
+            found["classwise_ece"] = self.classwise.ece
+        if self.depth is not None:
+            low, high = self.depth.interval()
+            found |= {"expected_depth": self.depth.mean, "expected_depth_low": low, "expected_depth_high": high}
+        if self.generated is not None:
+            found |= self.generated.metrics()
+        # where nothing can be ranked there is no AUROC: better no entry than a NaN in every log
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    @property
+    def intervals(self) -> Mapping[str, tuple[float, float]]:
+        """Return the confidence intervals of the metrics of all tokens."""
+        if self._intervals is None:  # a second or so: it is asked for by the log and by the record
+            self._intervals = self.tokens.intervals()
+        return self._intervals
+
+    def record(self, bins: int) -> dict[str, Any]:
+        """Return what a calibration file holds: metrics, intervals and curves of every view, as JSON can hold them."""
+        found: dict[str, Any] = {"tokens": self.tokens.tokens, **_view(self.tokens, bins, self.intervals)}
+        if self.eos is not None and self.eos.tokens:
+            found["eos"] = _view(self.eos, bins)
+        if self.scaled is not None and self.temperature is not None:
+            found["temperature"] = self.temperature
+            found["scaled"] = _view(self.scaled, bins)
+        if self.classwise is not None:
+            found["classwise"] = self.classwise.as_dict()
+        if self.depth is not None:
+            found["expected_depth"] = self.depth.as_dict()
+        if self.generated is not None:
+            found["generated"] = self.generated.record(bins)
+        return found
+
+
+def _view(
+    calibration: TokenCalibration, bins: int, intervals: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, Any]:
+    intervals = calibration.intervals() if intervals is None else intervals
+    return {
+        # a perplexity may be infinite
+        "metrics": {name: json_number(value) for name, value in calibration.compute().items()},
+        "intervals": {name: [json_number(bound) for bound in interval] for name, interval in intervals.items()},
+        "curve": calibration.curve(bins).as_dict(),
+    }
+
+
+def reported_names() -> tuple[str, ...]:
+    """Return every name that `EvaluationPanel.metrics` may report."""
+    return (
+        *METRICS,
+        *(f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")),
+        *(f"eos_{name}" for name in OF_EOS),
+        *(f"{name}_scaled" for name in METRICS),
+        "temperature",
+        "classwise_ece",
+        *(f"expected_depth{end}" for end in ("", "_low", "_high")),
+        *GENERATED_METRICS,
+    )
+
+
+def real_tokens(scores: TokenScores, batch_size: int) -> Tensor:
+    """Return which tokens are scored and not of a row that only fills up the last batch, bool ``[N]``."""
+    length = scores.scored.numel() // max(1, batch_size)
+    return scores.scored & real_rows(batch_size, scores.scored.device).repeat_interleave(length)
+
+
+def check_finite(scores: TokenScores, batch_size: int) -> None:
+    """Raise unless every scored token has finite logits.
+
+    Raises:
+        FloatingPointError: with the place of the first in the batch.
+    """
+    broken = (scores.scored & torch.isnan(scores.confidence)).nonzero()
+    if len(broken):
+        sample, position = divmod(int(broken[0]), scores.scored.numel() // batch_size)
+        raise FloatingPointError(
+            f"the logits of {len(broken)} scored tokens are NaN or infinite, first in sample {sample} of the "
+            f"evaluation batch at position {position}. The model's weights are broken or it overflows in this dtype."
+        )

@@ -1,0 +1,283 @@
+"""Temperature scaling, the post-hoc baseline: one scalar, fitted by NLL on data neither trained nor tested on.
+
+Source: Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks" (2017), section 4.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..models.language_model import core_model
+from ..models.output_layer import added_bias, output_layer, post_ops
+from ..rules.extra_statistics import ExtraStatistics
+from ..rules.losses import IGNORE_INDEX
+from ..runtime.files import write_json
+
+logger = logging.get_logger(__name__)
+
+#: Where temperatures are looked for. At either end the fit stops with an error: no scalar repairs such a model.
+LEAST, MOST = 0.01, 100.0
+
+FILE_NAME = "temperature.json"
+
+_TOLERANCE = 1e-6  # of log T
+_MOST_PASSES = 60
+
+
+class UnfittableError(ValueError):
+    """No temperature is best: nothing to fit on, logits that are NaN, or an NLL without a minimum."""
+
+
+class Moments(NamedTuple):
+    """Sums over tokens at one temperature: NLL in nats, its first and second derivative by log T, and the tokens."""
+
+    nll: float
+    gradient: float
+    curvature: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TemperatureScaler:
+    """Divide logits by a temperature.
+
+    ``p = softmax(logits / temperature)``. What is most likely stays so; above 1 the probabilities become more equal.
+
+    Args:
+        temperature: positive; 1 changes nothing.
+        nll_before: mean NLL of the tokens it was fitted on, in nats, at temperature 1; None if it was not fitted.
+        nll_after: the same at this temperature.
+        tokens: tokens it was fitted on.
+        passes: passes over the data that the fit took.
+        split: name of the data it was fitted on, for the reader of the file.
+
+    Raises:
+        ValueError: if the temperature is not positive and finite.
+
+    Example::
+
+        scaler = TemperatureScaler.fit(logits, labels)
+        probabilities = scaler(test_logits).softmax(-1)
+        scaler.save("out")
+    """
+
+    temperature: float = 1.0
+    nll_before: float | None = None
+    nll_after: float | None = None
+    tokens: int = 0
+    passes: int = 0
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature!r} must be a positive number; 1 changes nothing.")
+
+    @classmethod
+    def fit(cls, logits: Tensor, labels: Tensor, *, split: str = "") -> TemperatureScaler:
+        """Fit on logits that are at hand.
+
+        Args:
+            logits: ``[..., V]``, any float dtype; scored in float32, or in float64 if they are.
+            labels: ``[...]`` int64 in ``[0, V)``, or -100 for what does not count.
+            split: name of the data.
+
+        Raises:
+            ValueError: if shapes disagree, a label lies outside the vocabulary, nothing is scored, a logit is NaN, or
+                the NLL has no minimum between 0.01 and 100.
+        """
+        return cls.fit_batches(lambda: [(logits, labels)], split=split)
+
+    @classmethod
+    def fit_batches(
+        cls, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], *, split: str = ""
+    ) -> TemperatureScaler:
+        """Fit on batches that are made anew for each of the few passes.
+
+        Args:
+            batches: called once a pass, gives ``(logits, labels)`` as `fit` takes them.
+            split: name of the data.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+
+        def moments(temperature: float) -> Moments:
+            extra = ExtraStatistics(moments_at=temperature)
+            sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+            for logits, labels in batches():
+                scored = _scored(logits, labels)
+                columns = extra(logits.reshape(-1, logits.shape[-1])[scored], labels.reshape(-1)[scored])
+                sums += columns.double().sum(0).cpu()
+                tokens += int(scored.sum())
+            nll, gradient, curvature = sums.tolist()
+            return Moments(nll, gradient, curvature, tokens)
+
+        return cls.fit_moments(moments, split=split)
+
+    @classmethod
+    def fit_moments(cls, moments: Callable[[float], Moments], *, split: str = "") -> TemperatureScaler:
+        """Fit by Newton's method on log T, from sums over the tokens at one temperature after the other.
+
+        The NLL is convex in 1/T, so it has one minimum; a bracket around it, and a half step where the curvature by
+        log T is not positive, make the method safe.
+
+        Args:
+            moments: called with T, gives the sums there; one pass over the data each, about five in all.
+            split: name of the data.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+        x, low, high = 0.0, math.log(LEAST), math.log(MOST)
+        before = math.nan
+        for passes in range(1, _MOST_PASSES + 1):
+            at = moments(math.exp(x))
+            if not at.tokens:
+                raise UnfittableError(
+                    "no scored token to fit a temperature on: every label is ignored, or the data is empty."
+                )
+            if not all(math.isfinite(value) for value in at[:3]):
+                raise UnfittableError(
+                    f"the NLL at temperature {math.exp(x):.4g} is {at.nll}: a logit is NaN, or a label is impossible "
+                    "(its logit is masked). Fit on tokens that the model can predict."
+                )
+            if at.nll == 0:  # to the last bit, so that nothing points anywhere
+                x = math.log(LEAST)
+                break
+            nll, gradient, curvature = (value / at.tokens for value in at[:3])
+            before = nll if passes == 1 else before
+            low, high = (low, min(high, x)) if gradient > 0 else (max(low, x), high)
+            step = -gradient / curvature if curvature > 0 else -math.copysign(0.5, gradient)
+            following = x + max(-1.0, min(1.0, step))
+            if not low <= following <= high:
+                following = (low + high) / 2
+            if abs(following - x) < _TOLERANCE:
+                if min(x - math.log(LEAST), math.log(MOST) - x) < 1e-3:
+                    break
+                # the value at the last step, to second order
+                after = nll + gradient * (following - x) / 2
+                return cls(math.exp(following), before, after, at.tokens, passes, split)
+            x = following
+        end = "every token is predicted rightly" if x < 0 else "its predictions tell nothing of the labels"
+        raise UnfittableError(
+            f"the NLL has no minimum between temperatures {LEAST} and {MOST}: it still falls at {math.exp(x):.4g}. "
+            f"No temperature is best for this model and these {at.tokens} tokens ({end}); use more data."
+        )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return ``logits / temperature``."""
+        return logits / self.temperature
+
+    # ---- keeping it ------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``temperature.json`` into a folder, the model's for instance, and return its path."""
+        path = Path(directory) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json({"schema": 1, **asdict(self)}, path)
+        return path
+
+    @classmethod
+    def load(cls, source: str | Path) -> TemperatureScaler:
+        """Read what `save` wrote.
+
+        Args:
+            source: the file, or the folder it is in.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not such a file.
+        """
+        path = Path(source) / FILE_NAME if Path(source).is_dir() else Path(source)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("schema")
+            return cls(temperature=content.pop("temperature"), **content)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no {path}; TemperatureScaler.save writes it.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a file of TemperatureScaler.save: {error}") from error
+
+    def apply_to_generation_config(self, model: Any) -> None:
+        """Let ``model.generate`` sample at this temperature: sets ``temperature`` and ``do_sample`` of its config.
+
+        Greedy and beam search take what is most likely, which no temperature changes; so sampling is switched on.
+
+        Raises:
+            ValueError: if the model has no generation config.
+        """
+        config = getattr(core_model(model), "generation_config", None)
+        if config is None:
+            raise ValueError(f"{type(model).__name__} has no generation_config: it does not generate.")
+        config.temperature, config.do_sample = float(self.temperature), True
+
+    def fold_into(self, model: nn.Module) -> None:
+        """Divide weight and bias of the output layer, so that the model's own logits are scaled; in place.
+
+        The result is exact up to the rounding of the weights' dtype (a warning says so in 16 bits).
+
+        Raises:
+            ValueError: where it would change more than the temperature, or less: weights tied to the embeddings, a
+                softcap behind the layer, a layer that is not linear (LoRA on it, quantised weights).
+        """
+        core = core_model(model)
+        layer, name = output_layer(core), type(core).__name__
+        reason = ""
+        if layer is None or type(layer) is not nn.Linear:
+            kind = type(layer)
+            reason = f"its output layer is {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
+        elif shared := _shared_with(core, layer):
+            reason = f"its output weights are those of {shared} too (tie_word_embeddings)"
+        elif post_ops(core).softcap is not None:
+            reason = "it caps its logits behind the layer"
+        elif not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
+            reason = f"its weights are {layer.weight.dtype}"
+        if reason:
+            raise ValueError(
+                f"the temperature cannot be folded into {name}: {reason}. Use apply_to_generation_config, or keep "
+                f"{FILE_NAME} beside the model and divide its logits."
+            )
+        assert isinstance(layer, nn.Linear)
+        if layer.weight.element_size() == 2:
+            logger.warning(f"the weights of {name} are {layer.weight.dtype}: folded, they are rounded once more.")
+        with torch.no_grad():
+            for values in (layer.weight, layer.bias, added_bias(core)):
+                if values is not None:
+                    values.div_(self.temperature)
+
+
+def _shared_with(model: nn.Module, layer: nn.Module) -> str:
+    """Return the name of another parameter that lies where one of the layer's does; empty if there is none."""
+    own = {id(module) for module in layer.modules()}
+    places = {values.data_ptr() for values in layer.parameters()}
+    for name, module in model.named_modules():
+        for part, values in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(module) not in own and values.data_ptr() in places:
+                return f"{name}.{part}".lstrip(".")
+    return ""
+
+
+def _scored(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which labels count, flattened, after looking at shapes and range."""
+    if logits.dim() < 1 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected [..., V] and [...]."
+        )
+    flat = labels.reshape(-1)
+    scored = flat != IGNORE_INDEX
+    wrong = scored & ((flat < 0) | (flat >= logits.shape[-1]))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"label {int(flat[wrong][0])} lies outside [0, {logits.shape[-1]}), the vocabulary of the logits; tokens "
+            f"that do not count carry {IGNORE_INDEX}."
+        )
+    return scored

@@ -1,0 +1,1 @@
+"""From hidden states to loss and gradients, chunk by chunk, without a tensor of logits."""

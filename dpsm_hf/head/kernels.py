@@ -1,0 +1,103 @@
+"""The row pass on CUDA: where the Triton kernel runs, and how it is launched."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules.post_ops import PostOps
+from ..rules.scoring_rules import Objective
+from .row_pass import STATISTICS, device_scalar, row_pass
+
+_LOSS_CODES = {"ce": 1, "brier": 2, "dpsm": 3, "spherical": 4, "focal": 5}
+
+# 4,096 entries over 8 warps are 16 a thread: three or four sums of them stay in registers, and eight programs of 256
+# threads fill an SM. Smaller vocabularies take the power of two that holds them.
+_MOST_BLOCK = 4096
+
+
+def available(device: torch.device) -> bool:
+    """Return whether the kernel runs on a device: CUDA with Triton installed, or any with Triton's interpreter."""
+    return not why_not(device)
+
+
+def why_not(device: torch.device) -> str:
+    """Return why the kernel does not run on a device, with the remedy; "" if it does."""
+    if not _installed():
+        return "impl='triton' needs Triton, which is not installed: pip install triton, or use impl='torch'."
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"impl='triton' runs on CUDA, but the hidden states are on {device}: move them, or use impl='torch' "
+            "(with TRITON_INTERPRET=1 set before Triton is imported, its slow interpreter runs the kernel)."
+        )
+    return ""
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def launch_options(vocab_size: int) -> dict[str, int]:
+    """Return the block size and the number of warps for a vocabulary."""
+    block = min(_MOST_BLOCK, max(32, 1 << (vocab_size - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def constants(
+    objective: Objective | None, post: PostOps, *, row_weight: bool, entropy: bool, gradient: bool
+) -> dict[str, Any]:
+    """Return what the kernel is compiled for; alpha, the weight and all other numbers are no part of it."""
+    smoothing = 0
+    if objective is not None:
+        smoothing = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
+    return {
+        "LOSS": 0 if objective is None else _LOSS_CODES[objective.loss_type],
+        "SMOOTHING": smoothing,
+        "HAS_Z_LOSS": objective is not None and objective.z_loss > 0,
+        "HAS_SOFTCAP": post.softcap is not None,
+        "HAS_ROW_WEIGHT": row_weight,
+        "HAS_ENTROPY": entropy,
+        "HAS_GRADIENT": gradient and objective is not None,
+    }
+
+
+def triton_row_pass(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective | None,
+    post: PostOps,
+    *,
+    weight: Tensor | float = 1.0,
+    entropy: bool = False,
+    gradient: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Do what `row_pass` does in one kernel launch, without waiting for the device.
+
+    float64 has no kernel and takes the torch operations.
+    """
+    if logits.dtype == torch.float64:
+        return row_pass(logits, labels, objective, post, weight=weight, entropy=entropy, gradient=gradient)
+    from .triton_kernel import row_kernel
+
+    rows, vocab_size = logits.shape
+    device = logits.device
+    statistics = torch.empty(rows, len(STATISTICS) - (not entropy), dtype=torch.float32, device=device)
+    values = torch.empty(rows, dtype=torch.float32, device=device)
+    options = objective or Objective("ce")
+    row_weight = isinstance(weight, Tensor) and weight.dim() > 0
+    factor = device_scalar(weight, device).contiguous()
+    if rows:
+        row_kernel[(rows,)](
+            logits, labels, values, statistics, device_scalar(options.alpha, device),
+            factor, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
+            options.label_smoothing or options.score_smoothing, options.focal_gamma, options.z_loss,
+            **constants(objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient),
+            **launch_options(vocab_size),
+        )  # fmt: skip
+    return None if objective is None else values, statistics

@@ -1,0 +1,308 @@
+"""The fused head in a model: for the length of one call, its output layer scores tokens instead of returning logits.
+
+The forward of the language model and of its output layer are replaced on the *instance* while a batch is scored, and
+put back right after, so that nothing else (saving, generating, a user's own call) ever meets the replacement. The call
+itself goes through the wrapped model, so the hooks of DDP, FSDP and PEFT fire as always.
+
+The first batch is the check: there the output layer returns real logits for a few rows, the model goes on with them to
+whatever it does after its head, and what comes out is compared with what the fused head takes the logits to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import ModelOutput
+
+from ..models.language_model import Alignment, align_targets, core_model
+from ..models.output_layer import added_bias, output_layer, post_ops
+from ..rules.extra_statistics import ExtraStatistics
+from ..rules.losses import IGNORE_INDEX, TokenScores
+from ..rules.scoring_rules import Objective
+from .gradient_path import leaves, loss_after, output_of
+from .options import Head, HeadOptions, LinearHead, ModuleHead
+from .scoring_loss import ScoredRows, TokenLabels, score_hidden
+
+# Rows whose real logits are compared at the first batch; later ones return as many rows of zeros, so that whatever the
+# model does with its logits it can do to them.
+_CHECKED_ROWS = 4
+
+# Two threads that score with one model take turns: each puts back what it found.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class FusedHeadError(RuntimeError):
+    """The tokens of this model cannot be scored inside its head; the message says why."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a model returns while its head scores; declared, because wrappers only look into outputs they know."""
+
+    loss: Tensor | None = None
+    scored: Tensor | None = None
+    nll: Tensor | None = None
+    brier: Tensor | None = None
+    spherical: Tensor | None = None
+    confidence: Tensor | None = None
+    correct: Tensor | None = None
+    entropy: Tensor | None = None
+    extra: Tensor | None = None
+    targets: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    def scores(self) -> TokenScores:
+        """Return the token scores, with the loss of the batch."""
+        names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy", "extra")
+        return TokenScores(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """What one call of the model is to score.
+
+    Args:
+        labels: ``[B, T]``.
+        alignment: which label a row of the hidden states predicts; None if ``labels`` are aligned already
+            (``shift_labels``).
+        objective: the rule.
+        denominator: the loss is the sum over tokens divided by this.
+        entropy: also compute each token's entropy.
+        chunk_tokens: rows of a chunk; None chooses for the device.
+        extra: further columns for each token, in evaluation.
+    """
+
+    labels: Tensor
+    alignment: Alignment | None
+    objective: Objective
+    denominator: Tensor | int
+    entropy: bool = False
+    chunk_tokens: int | None = None
+    extra: ExtraStatistics | None = None
+
+    def targets(self, length: int) -> Tensor:
+        """Return the label of each of ``length`` positions."""
+        return self.labels if self.alignment is None else align_targets(self.labels, length, self.alignment)
+
+
+class FusedHead:
+    """Score batches inside the output layer of one model.
+
+    Args:
+        model: possibly wrapped; its core's output layer must be found by ``get_output_embeddings`` or ``lm_head``.
+
+    Raises:
+        FusedHeadError: if the model has no output layer of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.core = core_model(model)
+        self._checked: set[tuple[Any, ...]] = set()
+        self._thread = 0
+        self._grad_enabled = True
+        self._compared = False
+        self._request: ScoringRequest | None = None
+        self._rows: ScoredRows | None = None
+        self._result: tuple[TokenScores, Tensor] | None = None
+        self._raw: Tensor | None = None
+        self._node: Any = None
+        self._vocab_sizes: dict[tuple[Any, ...], int] = {}
+        self._layer: nn.Module = self._find_layer()
+        self._core_forward = self._layer_forward = _missing
+        # the same objects at every call, so that torch.compile does not take them for new ones
+        self._replacements = (self._score_model, self._score_layer)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], request: ScoringRequest) -> ScoredOutput:
+        """Call the wrapped model on a batch without labels and return the scores.
+
+        Raises:
+            FusedHeadError: if the model does not use its output layer as expected, or (at the first call) does
+                something with its logits that is not known here.
+        """
+        with _LOCKS.setdefault(self.core, threading.RLock()):
+            self._request, self._thread, self._grad_enabled = request, threading.get_ident(), torch.is_grad_enabled()
+            # its labels are known long before the device has the hidden states: ask for their rows now
+            self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
+            key = self._state()
+            self._compared = False
+            try:
+                with self._patched():
+                    output = model(**batch)
+            finally:
+                self._request = self._rows = self._result = self._raw = self._node = None
+                self._core_forward = self._layer_forward = _missing
+            if not isinstance(output, ScoredOutput):
+                raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
+            if self._compared:
+                self._checked.add(key)
+            return output
+
+    @property
+    def checked(self) -> bool:
+        """Return whether the model was checked as it is now: in this mode, with this layer and these hooks."""
+        return self._state() in self._checked
+
+    def _state(self) -> tuple[Any, ...]:
+        layer = self._find_layer()
+        return (self.core.training, id(layer), tuple(layer._forward_hooks), tuple(self.core._forward_hooks))
+
+    def _find_layer(self) -> nn.Module:
+        layer = output_layer(self.core)
+        if layer is None:
+            raise FusedHeadError(f"{type(self.core).__name__} has no output layer that get_output_embeddings() names")
+        return layer
+
+    @contextlib.contextmanager
+    def _patched(self) -> Iterator[None]:
+        layer = self._layer = self._find_layer()  # PEFT may have changed it since
+        modules = (self.core, layer)
+        before = [vars(module).get("forward") for module in modules]
+        self._core_forward, self._layer_forward = self.core.forward, layer.forward
+        for module, replacement in zip(modules, self._replacements, strict=True):
+            module.forward = replacement  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own  # type: ignore[method-assign]
+
+    # ---- in place of the forwards ----------------------------------------------------------------------------------
+
+    def _score_model(self, *args: Any, **kwargs: Any) -> ScoredOutput:
+        return self._collect(self._core_forward(*args, **kwargs))
+
+    # the scoring is no graph that a compiler could improve, and it changes from step to step
+    @torch.compiler.disable
+    def _score_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if threading.get_ident() != self._thread:
+            return self._layer_forward(hidden_states, *args, **kwargs)
+        if self._result is not None:
+            raise FusedHeadError(f"{type(self.core).__name__} uses its output layer more than once in a forward")
+        if args or kwargs or not isinstance(hidden_states, Tensor):
+            raise FusedHeadError("the output layer is called with more than hidden states")
+        if self._grad_enabled and not torch.is_grad_enabled():
+            raise FusedHeadError("the output layer is called without gradients (in a reentrant checkpoint, say)")
+        request = self._request
+        assert request is not None and self._rows is not None  # set by the call that we are in
+        head = self._head(hidden_states)
+        options = HeadOptions(
+            request.objective, post_ops(self.core), request.entropy, request.chunk_tokens, extra=request.extra
+        )
+        targets = request.targets(hidden_states.shape[-2]).to(hidden_states.device)
+        if targets.shape != hidden_states.shape[:-1]:
+            raise FusedHeadError(
+                f"the output layer is given hidden states of shape {tuple(hidden_states.shape)} for labels of shape "
+                f"{tuple(targets.shape)}"
+            )
+        rows = self._rows.indices() if targets.shape == request.labels.shape else None
+        tokens = TokenLabels.of(targets, head.vocab_size, IGNORE_INDEX, rows)
+        scores = score_hidden(head, hidden_states, tokens, options, denominator=request.denominator)
+        self._result = (scores, targets)
+        rows = _some_rows(hidden_states)
+        if self.checked:
+            return output_of(scores.loss, rows.new_zeros(()).expand(*rows.shape[:-1], head.vocab_size))
+        if isinstance(head, ModuleHead) and torch.is_grad_enabled():
+            _refuse_strangers(self._layer_forward(rows), head, rows)
+        with torch.no_grad():
+            raw = self._layer_forward(rows)
+        # in float32 what the model does with them is exact enough to tell a factor of 0.999 from rounding
+        self._raw = raw if raw.dtype == torch.float64 else raw.float()
+        output = output_of(scores.loss, self._raw)  # a copy: the model may go on with it in place
+        self._node = output.grad_fn
+        return output
+
+    @torch.compiler.disable
+    def _collect(self, output: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return output
+        if self._result is None:
+            raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
+        named = isinstance(output, Mapping)
+        logits = output.get("logits") if named else output[0]
+        if self._raw is not None:
+            self._compare(logits, self._raw)
+        (scores, targets), self._result = self._result, None
+        aux_loss = output.get("aux_loss") if named else None
+        loss = loss_after(scores.loss, logits)
+        return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, aux_loss=aux_loss)
+
+    def _head(self, hidden: Tensor) -> Head:
+        layer = self._layer
+        if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+            raise FusedHeadError("the output layer is sharded while it is called (tensor parallelism)")
+        bias = added_bias(self.core)
+        bias = None if bias is None else bias.to(hidden.device)
+        if getattr(self._layer_forward, "__func__", None) is nn.Linear.forward:
+            weight, own = layer.weight, cast("Tensor | None", layer.bias)
+            if bias is not None:
+                own = bias if own is None else own + bias
+            return LinearHead(cast(Tensor, weight), own)
+        if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+            # DeepSpeed lets go of the weights of its parts before the gradients of a chunk are asked for
+            raise FusedHeadError("the output layer is more than one linear layer, and sharded by ZeRO-3")
+        forward = self._layer_forward if bias is None else _biased(self._layer_forward, bias)
+        key = (id(layer), *(tuple(parameter.shape) for parameter in layer.parameters()))
+        if key not in self._vocab_sizes:
+            with torch.no_grad():
+                self._vocab_sizes = {key: forward(hidden.reshape(-1, hidden.shape[-1])[:1]).shape[-1]}
+        return ModuleHead(forward, tuple(p for p in layer.parameters() if p.requires_grad), self._vocab_sizes[key])
+
+    def _compare(self, logits: Any, raw: Tensor) -> None:
+        bias = added_bias(self.core)
+        mine = post_ops(self.core)(raw if bias is None else raw + bias.detach().to(raw.device))
+        name = type(self.core).__name__
+        if not isinstance(logits, Tensor) or logits.shape != mine.shape:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise FusedHeadError(f"{name} turns the output of its head {tuple(mine.shape)} into {shape}")
+        known = set() if bias is None else {id(leaf) for leaf in leaves(bias, None)}
+        if any(id(leaf) not in known for leaf in leaves(logits, self._node)):
+            raise FusedHeadError(f"{name} has something trainable behind its output layer")
+        if bool(torch.isnan(raw).any()):
+            return  # broken weights are no answer to the question; the loss will say so
+        real = logits.detach().to(raw.dtype)
+        finite = torch.isfinite(mine)
+        # from the same numbers, so they differ by the roundings of the post-ops alone
+        largest = float(torch.where(torch.isfinite(raw), raw, 0.0).abs().max())
+        tolerance = (16 if logits.dtype == raw.dtype else 2) * torch.finfo(logits.dtype).eps * largest
+        difference = torch.where(finite & torch.isfinite(real), (real - mine).abs(), 0.0)
+        if not torch.equal(finite, torch.isfinite(real)) or float(difference.max()) > tolerance:
+            raise FusedHeadError(
+                f"{name} does something to its logits that is not known here: they differ by up to "
+                f"{float(difference.max()):.3g}"
+            )
+        self._compared = True
+
+
+def _refuse_strangers(output: Tensor, head: ModuleHead, rows: Tensor) -> None:
+    """Find tensors that a head's output depends on beside its own parameters: their gradient would be lost."""
+    known = {id(parameter) for parameter in head.parameters}
+    # what leads to the hidden states is the model's own graph
+    if any(id(leaf) not in known and leaf is not rows for leaf in leaves(output, rows.grad_fn)):
+        raise FusedHeadError("the output layer depends on a tensor that is not among its parameters")
+
+
+def _biased(forward: Callable[[Tensor], Tensor], bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: forward(hidden) + bias
+
+
+def _some_rows(hidden: Tensor) -> Tensor:
+    """Return a few rows of the first sample, spread over its length, ``[1, n, D]`` (``[n, D]`` for packed states)."""
+    sample = hidden[:1] if hidden.dim() > 2 else hidden
+    length = sample.shape[-2]
+    places = torch.linspace(0, length - 1, min(_CHECKED_ROWS, length)).long().to(hidden.device)
+    return sample.index_select(-2, places)
+
+
+def _missing(*args: Any, **kwargs: Any) -> Any:
+    raise FusedHeadError("the fused head is called outside of a scoring call")

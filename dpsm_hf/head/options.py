@@ -1,0 +1,84 @@
+"""What is scored, an output layer of one kind or another, and how: the rule, the post-ops, the size of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ..rules.extra_statistics import ExtraStatistics
+from ..rules.post_ops import PostOps
+from ..rules.scoring_rules import Objective
+
+Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
+IMPLEMENTATIONS = get_args(Implementation)
+
+#: Values of the argument ``fused_head``.
+FUSED_MODES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a head is scored: the rule, what the model does after its head, and how the work is cut.
+
+    Args:
+        objective: the rule to differentiate; None computes the statistics alone.
+        post: what the model does to the output of its head.
+        entropy: also compute each token's entropy.
+        chunk_tokens: rows of a chunk; None chooses for the device.
+        impl: which row pass.
+        extra: further columns to compute from the logits of each chunk, where no gradient is computed.
+    """
+
+    objective: Objective | None
+    post: PostOps = field(default_factory=PostOps)
+    entropy: bool = False
+    chunk_tokens: int | None = None
+    impl: Implementation = "auto"
+    extra: ExtraStatistics | None = None
+
+    def __post_init__(self) -> None:
+        if self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
+        if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} must be a whole number from 1 on; None chooses for the device."
+            )
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An output layer that is ``F.linear(hidden, weight, bias)``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Return V."""
+        return self.weight.shape[0]
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that may need a gradient."""
+        return (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class ModuleHead:
+    """Any other output layer, run chunk by chunk under autograd: LoRA on the head, quantised weights.
+
+    Args:
+        forward: from hidden states ``[n, D]`` to the head's output ``[n, V]``.
+        parameters: every tensor that ``forward`` depends on and that may need a gradient.
+        vocab_size: V.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor | None, ...]
+    vocab_size: int
+
+
+Head = LinearHead | ModuleHead

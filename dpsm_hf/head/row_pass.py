@@ -1,0 +1,163 @@
+"""The row pass: turn a chunk of logits into its gradient, in place, and return what each row scored.
+
+This is the middle of the fused head, written with plain torch operations for any device. The chunk is walked through
+in blocks of rows that stay in the processor's cache, each copied to float32 once: the logits are read once and written
+once whatever their dtype, and the arithmetic in between costs little beside the matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rules.post_ops import PostOps
+from ..rules.scoring_rules import Objective, RowScore, RowStatistics, score_rows, tail_statistics, tail_threshold
+
+#: Columns of the statistics that a row pass returns; entropy is the last, and there only when it is asked for.
+STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
+
+# A block of this many float32 entries and a second one of its size lie in a CPU's cache; other devices want few, large
+# operations instead.
+_CPU_BLOCK_ENTRIES = 2**20
+_DEVICE_BLOCK_ENTRIES = 2**26
+
+
+def statistics_columns(row: RowStatistics, entropy: bool) -> Tensor:
+    """Return the columns named in `STATISTICS`, ``[n, 5]`` or, with entropy, ``[n, 6]``."""
+    columns = [row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype)]
+    return torch.stack([*columns, row.entropy] if entropy else columns, dim=-1)
+
+
+def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a number on the device; a fill does not wait for it, as a copy from the host would."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def row_pass(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective | None,
+    post: PostOps,
+    *,
+    weight: Tensor | float = 1.0,
+    entropy: bool = False,
+    gradient: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * score)`` by it.
+
+    Equivalent plain torch: ``score_tokens(post(logits.float()), labels, objective)`` and its backward.
+
+    Args:
+        logits: ``[n, V]`` output of the head, before the post-ops, any strides with contiguous rows; overwritten if
+            ``gradient``.
+        labels: ``[n]`` int64, every one in ``[0, V)``: ignored rows are dropped before.
+        objective: the rule; None computes the statistics alone.
+        post: the model's post-ops.
+        weight: factor of the gradient, of each row ``[n]`` or of all.
+        entropy: also compute the entropy of each row, which costs a further read.
+        gradient: write the gradient.
+
+    Returns:
+        The value of each row ``[n]`` in float32 (None without objective), and the statistics, see `STATISTICS`.
+    """
+    rows, vocab_size = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
+    size = max(1, min(rows, entries // vocab_size))
+    work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
+    values, columns = [], []
+    for start in range(0, rows, size):
+        block, target = logits[start : start + size], labels[start : start + size].unsqueeze(-1)
+        row, p, spare = _reduce(block, target, post, objective, entropy, work)
+        columns.append(statistics_columns(row, entropy))
+        if objective is None:
+            continue
+        threshold = tail_threshold(objective, vocab_size)
+        tail = None if threshold is None else tail_statistics(post(block.to(dtype)), row, threshold)
+        score = score_rows(row, objective, vocab_size, tail)
+        values.append(score.value)
+        if gradient:
+            block_weight = weight[start : start + size] if isinstance(weight, Tensor) and weight.dim() else weight
+            scaled = score.scaled(block_weight * post.scale)
+            capped = None if post.softcap is None else work[2, : len(block)]
+            _write_gradient(block, target, p, spare, scaled, threshold, capped)
+    return torch.cat(values) if values else None, torch.cat(columns)
+
+
+def _reduce(
+    block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, work: Tensor
+) -> tuple[RowStatistics, Tensor, Tensor]:
+    """Return the statistics of a block, its probabilities with the target's entry at zero, and a free buffer."""
+    n = len(block)
+    p, spare = work[0, :n], work[1, :n]
+    z = block
+    if post.softcap is not None:
+        capped = work[2, :n].copy_(block).mul_(post.scale / post.softcap).tanh_()
+        z = torch.mul(capped, post.softcap, out=spare)
+    elif post.scale != 1.0:
+        z = torch.mul(spare.copy_(block), post.scale, out=spare)
+    z_max = z.amax(-1, keepdim=True)
+    z_target = z.gather(-1, target)
+    smoothed = objective is not None and objective.label_smoothing > 0
+    mean = z.mean(-1, dtype=p.dtype) if smoothed else z_max.squeeze(-1).to(p.dtype)
+    torch.softmax(z, -1, dtype=p.dtype, out=p)
+    confidence = p.amax(-1)
+    p_target = p.gather(-1, target).squeeze(-1)
+    shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
+    entropy_sum = torch.zeros_like(confidence)
+    if entropy:
+        # a masked logit is -inf and its p is 0, whose product would be NaN
+        below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
+        entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
+    p.scatter_(-1, target, 0.0)
+    miss = p.sum(-1)
+    correct = shifted >= 0
+    # log S: where y is the largest, log1p keeps the digits that p_y has lost
+    log_normalizer = torch.where(correct, torch.log1p(miss / confidence), -confidence.log())
+    return (
+        RowStatistics(
+            row_max=z_max.squeeze(-1).to(p.dtype),
+            normalizer=1.0 / confidence,
+            p_target=p_target,
+            miss=miss,
+            off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
+            nll=log_normalizer - shifted,
+            correct=correct,
+            mean_logit=mean,
+            entropy=log_normalizer - entropy_sum,
+        ),
+        p,
+        spare,
+    )
+
+
+def _write_gradient(
+    block: Tensor,
+    target: Tensor,
+    p: Tensor,
+    spare: Tensor,
+    score: RowScore,
+    threshold: float | None,
+    capped: Tensor | None,
+) -> None:
+    """Overwrite a block of logits with ``a * p + b * p**2 + d + e * [p < threshold]`` and the target's own entry."""
+    tail = None if threshold is None else (p < threshold).to(p.dtype) * _column(score.e)
+    if isinstance(score.b, Tensor) or score.b != 0:
+        p.mul_(torch.mul(p, _column(score.b), out=spare).add_(_column(score.a)))
+    else:
+        p.mul_(_column(score.a))
+    if isinstance(score.d, Tensor) or score.d != 0:
+        p.add_(_column(score.d))
+    if tail is not None:
+        p.add_(tail)
+    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
+    p.scatter_(-1, target, score.target.unsqueeze(-1))
+    if capped is not None:
+        p.mul_(capped.square_().neg_().add_(1.0))
+    block.copy_(p)
+
+
+def _column(value: Tensor | float) -> Tensor | float:
+    return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value

@@ -1,0 +1,245 @@
+"""Scoring inside the output layer: from hidden states to the loss and its gradients, without a tensor of logits.
+
+`linear_scoring_loss` is the public function, `score_hidden` what it and the trainers' patched heads share. The work is
+done chunk by chunk in `dpsm_hf.head.chunked`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
+from ..rules.post_ops import PostOps
+from ..rules.scoring_rules import Objective
+from ..runtime.ranges import HEAD, ranged
+from .chunked import ChunkedObjective
+from .options import Head, HeadOptions, Implementation, LinearHead
+from .row_pass import STATISTICS
+
+
+def linear_scoring_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    loss_type: str = "dpsm",
+    alpha: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    score_smoothing: float = 0.0,
+    focal_gamma: float = 2.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    entropy: bool = False,
+    chunk_tokens: int | None = None,
+    impl: Implementation = "auto",
+) -> TokenScores:
+    """Score every token from its hidden state and the output layer's weight, never holding all the logits.
+
+    Equivalent plain torch::
+
+        z = F.linear(hidden_states, lm_head_weight, bias).float() * logit_scale
+        z = logit_softcap * torch.tanh(z / logit_softcap)                       # where a softcap is given
+        p = z.softmax(-1)
+        loss = (1 - alpha) * F.cross_entropy(z, labels, reduction="none") \\
+             + alpha * (p - F.one_hot(labels, V)).square().sum(-1)              # loss_type="dpsm"
+        loss = loss[labels != ignore_index].sum() / num_items_in_batch
+
+    Args:
+        hidden_states: ``[..., D]``, float32, bfloat16, float16 or float64; leading dimensions are flattened to N.
+        lm_head_weight: ``[V, D]``. It and the hidden states may each require a gradient or not.
+        labels: the leading shape, int64 in ``[0, V)`` or ``ignore_index``, aligned with the hidden states: for a
+            causal model pass ``hidden[:, :-1]`` and ``input_ids[:, 1:]``.
+        bias: ``[V]``, added to the head's output.
+        loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`; ``alpha`` may be a
+            0-d tensor, which is never waited for.
+        logit_scale, logit_softcap: the model's post-ops, as in `PostOps`.
+        reduction: "mean" divides the sum over the scored tokens by ``num_items_in_batch``; "none" gives one value a
+            token, in the shape of the labels, and computes the logits a second time in the backward pass.
+        num_items_in_batch: tokens of the whole optimizer step; None counts the scored tokens of this call.
+        ignore_index: label of tokens that are not scored. Their rows are dropped before any product.
+        entropy: also compute each token's entropy.
+        chunk_tokens: rows of a chunk; None takes 256 on a CPU, fewer (at least 128) where these would take more than
+            32 MiB, and 2,048 elsewhere, fewer where these would take more than 512 MiB.
+        impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "compile" (the
+            row pass through torch.compile), "reference" (all logits at once), or "auto": triton on CUDA where it is
+            installed, else torch.
+
+    Returns:
+        `TokenScores` with ``loss`` reduced as asked, and detached statistics ``[N]``; ``entropy`` is None unless asked
+        for.
+
+    Raises:
+        ValueError: for shapes or options that do not fit, or (on a CPU, at once) a label outside ``[0, V)``. On an
+            accelerator such a token makes the loss NaN instead, since looking would stall the device.
+    """
+    _check_shapes(hidden_states, lm_head_weight, labels, bias)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
+    if reduction != "mean" and num_items_in_batch is not None:
+        raise ValueError(
+            f"num_items_in_batch is the denominator of a mean, which reduction={reduction!r} has not; leave one out."
+        )
+    objective = Objective(loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss)
+    options = HeadOptions(objective, PostOps(logit_scale, logit_softcap), entropy, chunk_tokens, impl)
+    tokens = TokenLabels.of(labels, lm_head_weight.shape[0], ignore_index)
+    if reduction == "none":
+        scores = score_hidden(LinearHead(lm_head_weight, bias), hidden_states, tokens, options, denominator=None)
+        return replace(scores, loss=cast(Tensor, scores.loss).view_as(labels))
+    denominator: Tensor | int = 1
+    if reduction == "mean":
+        count = tokens.scored.sum() if num_items_in_batch is None else num_items_in_batch
+        if count.numel() != 1 if isinstance(count, Tensor) else not (isinstance(count, int) and count >= 0):
+            raise ValueError(f"num_items_in_batch={count} must be one whole number, the tokens of the optimizer step.")
+        # a step without any scored token has a loss of 0, not 0 / 0
+        denominator = count.reshape(()).clamp_min(1) if isinstance(count, Tensor) else max(1, count)
+    return score_hidden(LinearHead(lm_head_weight, bias), hidden_states, tokens, options, denominator=denominator)
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or not len(weight) or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"lm_head_weight must be [V, D] with D={hidden.shape[-1]} of the hidden states {tuple(hidden.shape)}, "
+            f"but is {tuple(weight.shape)}."
+        )
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"hidden_states of shape {tuple(hidden.shape)} need labels of shape {tuple(hidden.shape[:-1])}, "
+            f"but they have {tuple(labels.shape)}."
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64, but are {labels.dtype}; convert them with labels.long().")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), but has {tuple(bias.shape)}.")
+
+
+class ScoredRows:
+    """Which tokens of a batch are scored, asked of the device ahead of need so that nobody waits for it.
+
+    How many there are decides the shapes of the matrix products, so the host has to know. Asked before the model's
+    forward and answered by the time its head is reached, the device has that whole forward queued meanwhile.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+        self._scored = labels.reshape(-1) != ignore_index
+        if labels.device.type == "cuda":
+            # scored tokens first, in their order: a prefix of known length is what is left to find
+            self._order = (~self._scored).to(torch.int8).argsort(stable=True)
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count.copy_(self._scored.sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def indices(self) -> Tensor:
+        """Return the indices of the scored tokens, in order."""
+        if self._scored.device.type == "cuda":
+            self._event.synchronize()
+            return self._order[: int(self._count)]
+        return self._scored.nonzero().squeeze(-1)
+
+
+@dataclass(frozen=True)
+class TokenLabels:
+    """The labels of a batch, flattened to N, and which of them are scored.
+
+    Args:
+        labels: ``[N]`` int64, valid everywhere: 0 where the token is not scored or its label is invalid.
+        scored: bool ``[N]``.
+        rows: indices of the scored tokens in order; None where all are.
+        invalid: bool ``[N]``, tokens with a label outside the vocabulary; None if it is known that there are none.
+    """
+
+    labels: Tensor
+    scored: Tensor
+    rows: Tensor | None
+    invalid: Tensor | None
+
+    @classmethod
+    def of(
+        cls, labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX, rows: Tensor | None = None
+    ) -> TokenLabels:
+        """Return the labels of a batch; ``rows`` where the caller already has them, without waiting for the device.
+
+        Raises:
+            ValueError: on a CPU, for a label outside ``[0, vocab_size)``.
+        """
+        flat = labels.reshape(-1)
+        scored = flat != ignore_index
+        invalid: Tensor | None = scored & ((flat < 0) | (flat >= vocab_size))
+        if labels.device.type == "cpu":
+            if bool(cast(Tensor, invalid).any()):
+                raise ValueError(describe_invalid_labels(labels, vocab_size, ignore_index))
+            invalid = None
+        safe = torch.where(scored if invalid is None else scored & ~invalid, flat, 0)
+        if rows is None:
+            rows = ScoredRows(labels, ignore_index).indices()
+        return cls(safe, scored, None if len(rows) == len(flat) else rows, invalid)
+
+    @property
+    def kept(self) -> Tensor:
+        """Return the labels of the scored tokens alone."""
+        return self.labels if self.rows is None else self.labels[self.rows]
+
+
+@ranged(HEAD)
+def score_hidden(
+    head: Head, hidden_states: Tensor, tokens: TokenLabels, options: HeadOptions, *, denominator: Tensor | int | None
+) -> TokenScores:
+    """Score a batch inside its head.
+
+    Args:
+        head: the output layer.
+        hidden_states: ``[..., D]``, flattened to N.
+        tokens: of the same N.
+        options: the rule, the post-ops, how to cut the work.
+        denominator: the loss is the sum over tokens divided by this; None gives ``[N]`` values, undivided.
+    """
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if options.impl == "reference":
+        return _score_all_logits(head, hidden, tokens, options, denominator)
+    parameters = head.parameters
+    if not torch.is_grad_enabled():
+        # an autograd function is told that its inputs need gradients whether or not they are recorded
+        hidden, parameters = hidden.detach(), tuple(None if p is None else p.detach() for p in parameters)
+    loss, values, statistics = ChunkedObjective.apply(
+        hidden, head, tokens.kept, tokens.rows, options, denominator, *parameters
+    )
+    result: Tensor | None = None
+    if options.objective is not None:
+        result = values if denominator is None else loss
+    if tokens.rows is not None:
+        size = len(tokens.scored)
+        statistics = statistics.new_zeros(size, statistics.shape[-1]).index_copy_(0, tokens.rows, statistics)
+        if denominator is None and result is not None:
+            result = result.new_zeros(size).index_copy(0, tokens.rows, result)
+    if result is not None and tokens.invalid is not None:
+        poison = tokens.invalid if denominator is None else tokens.invalid.any()
+        result = torch.where(poison, torch.nan, result)
+    known = STATISTICS if options.entropy else STATISTICS[:-1]
+    columns = dict(zip(known, statistics[:, : len(known)].unbind(-1), strict=True))
+    extra = None if options.extra is None else statistics[:, len(known) :]
+    return TokenScores(loss=result, scored=tokens.scored, extra=extra, **{"entropy": None, **columns})
+
+
+def _score_all_logits(
+    head: Head, hidden: Tensor, tokens: TokenLabels, options: HeadOptions, denominator: Tensor | int | None
+) -> TokenScores:
+    z = F.linear(hidden, head.weight, head.bias) if isinstance(head, LinearHead) else head.forward(hidden)
+    z = options.post(z if z.dtype == torch.float64 else z.float())
+    labels = torch.where(tokens.scored, tokens.labels, IGNORE_INDEX)
+    scores = score_tokens(z, labels, options.objective, extra=options.extra)
+    loss = scores.loss
+    if loss is not None and tokens.invalid is not None:
+        loss = torch.where(tokens.invalid, torch.nan, loss)
+    if loss is not None and denominator is not None:
+        loss = loss.sum() / denominator
+    return replace(scores, loss=loss, entropy=scores.entropy if options.entropy else None)

@@ -1,0 +1,210 @@
+"""The row pass as one Triton kernel: two reads of a row of logits and one write of its gradient.
+
+The formulas are those of `rules.scoring_rules`, written a second time because a kernel can only hold its own. One
+program scores one row. The first read keeps a running maximum, and rescales ``u`` and ``Q`` when it moves (``Q`` by
+the square: no second exponential); the second read rebuilds ``p`` and stores the gradient where the logit stood. Score
+smoothing must know the normalizer before it can tell its tail, and reads once more in between.
+
+Imported by `dpsm_hf.head.kernels` where Triton is installed.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _log1p(x):
+    # Kahan's: exact to rounding where 1 + x has lost the digits of x
+    w = 1.0 + x
+    return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))
+
+
+@triton.jit
+def _tanh(x):
+    # (1 - e) / (1 + e) cancels near 0, where the series is exact to rounding
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x
+    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.1, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _post(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    z = raw.to(tl.float32) * scale
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def row_kernel(
+    logits, labels, values, statistics, alpha, weight,
+    stride, vocab_size, scale, softcap, epsilon, gamma, z_loss,
+    LOSS: tl.constexpr,  # 0 none, 1 ce, 2 brier, 3 dpsm, 4 spherical, 5 focal
+    SMOOTHING: tl.constexpr,  # 0 none, 1 of the label, 2 of the score
+    HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Score row ``program_id(0)``: statistics always, its value if there is a rule, its gradient if asked for."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    lanes = tl.arange(0, BLOCK)
+    z_label = _post(tl.load(logits + label), scale, softcap, HAS_SOFTCAP)
+
+    # one sum a lane; only the maximum is reduced in every round
+    m = tl.maximum(z_label, -3.4028234e38)
+    u_lanes = tl.zeros([BLOCK], tl.float32)
+    q_lanes = tl.zeros([BLOCK], tl.float32)
+    z_lanes = tl.zeros([BLOCK], tl.float32)
+    entropy_lanes = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + lanes
+        inside = columns < vocab_size
+        z = _post(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
+        others = inside & (columns != label)
+        z = tl.where(others, z, float("-inf"))
+        new_m = tl.maximum(m, tl.max(z, 0))
+        moved = tl.exp(m - new_m)
+        shifted = z - new_m
+        e = tl.exp(shifted)
+        if HAS_ENTROPY:
+            # a masked logit is -inf and its e is 0, whose product would be NaN
+            entropy_lanes = moved * (entropy_lanes + (m - new_m) * u_lanes) + tl.where(e > 0, e * shifted, e)
+        u_lanes = moved * u_lanes + e
+        q_lanes = moved * moved * q_lanes + e * e
+        if SMOOTHING == 1:
+            z_lanes += tl.where(others, z, 0.0)
+        m = new_m
+
+    e_label = tl.exp(z_label - m)
+    u = tl.sum(u_lanes, 0)
+    total = u + e_label
+    p = e_label / total
+    q = u / total
+    r = tl.sum(q_lanes, 0) / (total * total)
+    correct = z_label >= m
+    log_total = tl.where(correct, _log1p(u), tl.log(total))
+    nll = log_total - (z_label - m)
+    norm = tl.sqrt(p * p + r)
+
+    COLUMNS: tl.constexpr = 6 if HAS_ENTROPY else 5
+    statistics += row * COLUMNS
+    tl.store(statistics, nll)
+    tl.store(statistics + 1, q * q + r)
+    tl.store(statistics + 2, r / (norm * (norm + p)))
+    tl.store(statistics + 3, 1.0 / total)
+    tl.store(statistics + 4, correct.to(tl.float32))
+    if HAS_ENTROPY:
+        own = tl.where(e_label > 0, e_label * (z_label - m), 0.0)
+        tl.store(statistics + 5, log_total - (tl.sum(entropy_lanes, 0) + own) / total)
+
+    if LOSS > 0:
+        size = vocab_size.to(tl.float32)
+        log_sum = m + log_total
+        share = epsilon / size
+        value, a, b, d, e_tail, target = _rule(
+            p, q, r, nll, log_sum, norm, (tl.sum(z_lanes, 0) + z_label) / size, size, epsilon, share, gamma,
+            tl.load(alpha), LOSS, SMOOTHING,
+        )  # fmt: skip
+        if SMOOTHING == 2:
+            count_lanes = tl.zeros([BLOCK], tl.float32)
+            log_lanes = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, vocab_size, BLOCK):
+                columns = start + lanes
+                inside = columns < vocab_size
+                z = _post(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
+                log_p = z - log_sum
+                tail = inside & (tl.exp(log_p) < share)
+                count_lanes += tail.to(tl.float32)
+                log_lanes += tl.where(tail, log_p, 0.0)
+            part = tl.load(alpha) if LOSS == 3 else 1.0
+            count = tl.sum(count_lanes, 0)
+            value -= part * share * tl.sum(log_lanes, 0)
+            a += part * share * count
+            e_tail -= part * share
+            target += part * share * (count * p - (tl.exp(-nll) < share).to(tl.float32))
+        if HAS_Z_LOSS:
+            slope = 2.0 * z_loss * log_sum
+            value += z_loss * log_sum * log_sum
+            a += slope
+            target += slope * p
+        tl.store(values + row, value)
+
+        if HAS_GRADIENT:
+            factor = tl.load(weight + row) if HAS_ROW_WEIGHT else tl.load(weight)
+            factor *= scale
+            for start in range(0, vocab_size, BLOCK):
+                columns = start + lanes
+                inside = columns < vocab_size
+                z = _post(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
+                p_row = tl.exp(z - m) / total
+                gradient = p_row * (a + b * p_row) + d
+                if SMOOTHING == 2:
+                    gradient += tl.where(tl.exp(z - log_sum) < share, e_tail, 0.0)
+                # selected before the one store: adding to a stored low-precision number would lose its digits
+                gradient = tl.where(columns == label, target, gradient) * factor
+                if HAS_SOFTCAP:
+                    t = z / softcap
+                    gradient *= 1.0 - t * t
+                tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rule(
+    p, q, r, nll, log_sum, norm, mean, size, epsilon, share, gamma, alpha, LOSS: tl.constexpr, SMOOTHING: tl.constexpr
+):
+    """Return value, a, b, d, e and the target's gradient of a rule; `scoring_rules` derives them."""
+    zero = p * 0.0
+    value, a, b, d, target = zero, zero, zero, zero, zero
+    if LOSS == 1 or LOSS == 3:
+        part = 1.0 - alpha if LOSS == 3 else 1.0
+        log_value = nll
+        if SMOOTHING == 1:
+            log_value = (1.0 - epsilon) * nll + epsilon * (log_sum - mean)
+            d -= part * share
+            target += part * (epsilon * (size - 1.0) / size)
+        value += part * log_value
+        a += part
+        target -= part * q
+    if LOSS == 2 or LOSS == 3:
+        part = alpha if LOSS == 3 else 1.0
+        gap = q
+        brier = q * q + r
+        if SMOOTHING > 0:
+            gap = q - epsilon
+            brier = (gap + share) * (gap + share) + r - 2.0 * share * q + (size - 1.0) * share * share
+        value += part * brier
+        a += part * 2.0 * (p * gap - r)
+        b += part * 2.0
+        target -= part * 2.0 * p * (gap * q + r)
+    if LOSS == 4:
+        cube = norm * norm * norm
+        value += r / (norm * (norm + p))
+        expected = p
+        own = r
+        if SMOOTHING > 0:
+            value += (epsilon * p - share) / norm
+            expected = (1.0 - epsilon) * p + share
+            own = (1.0 - epsilon) * r - share * (p * q - r)
+            a -= share / norm
+        b += expected / cube
+        target -= p / cube * own
+    if LOSS == 5:
+        part = 1.0 - epsilon if SMOOTHING == 1 else 1.0
+        positive = q > 0
+        safe = tl.where(positive, q, 1.0)
+        modulation = tl.where(positive, tl.exp(gamma * tl.log(safe)), tl.where(gamma == 0.0, 1.0, 0.0))
+        slope = modulation * (1.0 + gamma * p * tl.where(positive, nll / safe, 1.0))
+        value += part * modulation * nll
+        a += part * slope
+        target -= part * slope * q
+        if SMOOTHING == 1:
+            value += epsilon * (log_sum - mean)
+            a += epsilon
+            d -= share
+            target += epsilon * (p - 1.0 / size)
+    return value, a, b, d, zero, target

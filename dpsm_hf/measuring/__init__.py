@@ -1,0 +1,1 @@
+"""Time, memory, operations and energy of a step."""

@@ -1,0 +1,204 @@
+"""Where a step's time goes by named range, and how many operations its matrix products are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
+
+from ..runtime.ranges import RANGES
+
+#: The range around all others: one whole optimizer step.
+STEP = "step"
+
+
+@dataclass
+class RangeTime:
+    """The time of a named range, added up over its calls.
+
+    Args:
+        calls: how often it was entered.
+        cpu_ms: wall-clock time of the thread that was in it.
+        own_cpu_ms: the same without the named ranges inside it.
+        device_ms: time of the kernels that were launched in it; None where there is no accelerator.
+        own_device_ms: the same without those launched in the named ranges inside it.
+    """
+
+    calls: int = 0
+    cpu_ms: float = 0.0
+    own_cpu_ms: float = 0.0
+    device_ms: float | None = None
+    own_device_ms: float | None = None
+
+
+@dataclass
+class _Interval:
+    name: str
+    start: float
+    end: float
+    parent: _Interval | None = None
+    inside: float = 0.0
+    kernels: float = 0.0
+    names: frozenset[str] = field(default_factory=frozenset)
+
+
+def profile_by_range(step: Callable[[], object], device: torch.device) -> dict[str, RangeTime]:
+    """Return the time of one step by named range, with `STEP` for the whole.
+
+    Args:
+        step: does one optimizer step; the first step under a profiler is slow, so one is thrown away.
+        device: that it computes on.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(2):
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            with torch.autograd.profiler.record_function(STEP):
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+    return times_by_range(profiler.events() or [], device.type == "cuda")
+
+
+def times_by_range(events: Iterable[Any], kernels: bool) -> dict[str, RangeTime]:
+    """Return the time of each named range of a profile.
+
+    A range lies in another if its time does: the backward pass of an accelerator runs in a thread of its own while
+    the range ``backward`` waits for it. A kernel belongs to the innermost range in which it was launched.
+
+    Args:
+        events: of `torch.profiler.profile.events`.
+        kernels: whether there are kernels to add up.
+    """
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    names = {STEP, *RANGES}
+    found = [_Interval(e.name, e.time_range.start, e.time_range.end) for e in on_host if e.name in names]
+    found.sort(key=lambda interval: (interval.start, -interval.end))
+    stack: list[_Interval] = []
+    for interval in found:
+        while stack and stack[-1].end < interval.end:
+            stack.pop()
+        interval.parent = stack[-1] if stack else None
+        # a range in one of its own name (scoring a row in a head in a head) is counted once
+        outer = stack[-1].names if stack else frozenset()
+        interval.names = outer | {interval.name}
+        if interval.parent is not None:
+            interval.parent.inside += interval.end - interval.start
+        stack.append(interval)
+    if kernels:
+        _add_kernels(on_host, found)
+    result: dict[str, RangeTime] = {}
+    for interval in found:
+        time = result.setdefault(interval.name, RangeTime(device_ms=0.0 if kernels else None))
+        time.own_device_ms = (time.own_device_ms or 0.0) if kernels else None
+        length = (interval.end - interval.start) / 1000
+        nested = interval.parent is not None and interval.name in interval.parent.names
+        time.own_cpu_ms += length - interval.inside / 1000
+        if not nested:
+            time.calls += 1
+            time.cpu_ms += length
+        if kernels:
+            assert time.own_device_ms is not None
+            time.own_device_ms += interval.kernels / 1000
+            around: _Interval | None = interval
+            seen: set[str] = set()
+            while around is not None:
+                if around.name not in seen:
+                    seen.add(around.name)
+                    outer_time = result[around.name]
+                    outer_time.device_ms = (outer_time.device_ms or 0.0) + interval.kernels / 1000
+                around = around.parent
+    return result
+
+
+def _add_kernels(events: Iterable[Any], intervals: list[_Interval]) -> None:
+    for event in events:
+        launched = sum(kernel.duration for kernel in event.kernels)
+        if not launched:
+            continue
+        start = event.time_range.start
+        around = [interval for interval in intervals if interval.start <= start <= interval.end]
+        if around:
+            max(around, key=lambda interval: (interval.start, -interval.end)).kernels += launched
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the matrix products of a call; a multiplication with its addition is two.
+
+    Args:
+        total: all of them.
+        by_operator: the same by operator of PyTorch.
+        not_counted: what the number leaves out.
+    """
+
+    total: int
+    by_operator: dict[str, int]
+    not_counted: str
+
+
+#: What is never counted: nothing but matrix products and attention is.
+ELEMENTWISE = "element-wise work (softmax, row pass, layer norms, the optimizer)"
+
+
+def count_flops(run: Callable[[], object], *, compiled: bool = False) -> Flops:
+    """Count the operations of a call with `torch.utils.flop_counter`.
+
+    The products of the fused head are counted where they run, in the forward pass, though they are most of what the
+    head's backward pass is in an ordinary model. Beyond torch's own list this knows oneDNN's linear layer, attention
+    on a CPU, and products into a wider number type.
+
+    Args:
+        run: the call.
+        compiled: that the model is compiled, whose products are out of the counter's sight.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    with counter:
+        run()
+    counts = {str(operator): int(number) for operator, number in counter.get_flop_counts().get("Global", {}).items()}
+    missing = f"{ELEMENTWISE}; the compiled part of the model" if compiled else ELEMENTWISE
+    return Flops(sum(counts.values()), dict(sorted(counts.items())), missing)
+
+
+def _formulas() -> dict[Any, Any]:
+    aten = torch.ops.aten
+    found: dict[Any, Any] = {
+        # torch's own formulas trip over the dtype of the result, which the fused head asks for on CUDA
+        aten.mm: lambda a, b, *_, **__: mm_flop(a, b),
+        aten.addmm: lambda bias, a, b, *_, **__: mm_flop(a, b),
+    }
+    for name, formula in (
+        ("_scaled_dot_product_flash_attention_for_cpu", _attention),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
+    ):
+        if hasattr(aten, name):
+            found[getattr(aten, name)] = formula
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if linear is not None:
+        found[linear] = lambda x, weight, *_, **__: mm_flop((_rows(x), x[-1]), (weight[1], weight[0]))
+    return found
+
+
+def _rows(shape: Any) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    batch, heads, length, width = query
+    products = ((length, width), (width, key[2])), ((length, key[2]), (key[2], value[3]))
+    return sum(bmm_flop((batch * heads, *a), (batch * heads, *b)) for a, b in products)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    # the scores again, and two products for each of the two of the forward pass
+    batch, heads, length, width = query
+    scores = bmm_flop((batch * heads, length, width), (batch * heads, width, key[2]))
+    return scores + 2 * _attention(query, key, value)

@@ -1,0 +1,1 @@
+"""Pictures: reliability diagrams and training curves. They draw and decide nothing."""

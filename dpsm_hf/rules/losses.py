@@ -1,0 +1,282 @@
+"""Scoring of tokens from logits: the functional seam that trainers use, and `DPSMLoss` for hand-written loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.ranges import ROW_PASS, ranged
+from .extra_statistics import ExtraStatistics
+from .schedules import AlphaSchedule, get_alpha_schedule
+from .scoring_rules import Objective, RowScore, RowStatistics, logits_gradient, row_statistics, score_rows
+from .scoring_rules import tail_statistics as _tail_statistics
+from .scoring_rules import tail_threshold as _tail_threshold
+
+IGNORE_INDEX = -100
+
+# Rows are scored in chunks whose float32 copy has at most this many entries (64 MiB): the copies of a whole batch
+# would cost several times the logits themselves.
+_CHUNK_ENTRIES = 2**24
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a batch of N tokens scored, each tensor of shape ``[N]`` and 0 (False) where the label is ignored.
+
+    Args:
+        loss: the objective of each token, differentiable by the logits (from `linear_scoring_loss`: reduced as asked,
+            differentiable by its inputs); None when none was asked for.
+        scored: bool, False where the label is ``ignore_index``.
+        nll: ``-log p_y`` in nats, detached, as are all that follow.
+        brier: ``sum_j (p_j - [j = y])**2``, in [0, 2].
+        spherical: ``1 - p_y / ||p||``, in [0, 1].
+        confidence: ``max_j p_j``.
+        correct: 1.0 where the label has the largest logit.
+        entropy: ``-sum_j p_j log p_j`` in nats; None where it was not asked for.
+        extra: ``[N, width]``, the columns of `ExtraStatistics`; None where none were asked for.
+    """
+
+    loss: Tensor | None
+    scored: Tensor
+    nll: Tensor
+    brier: Tensor
+    spherical: Tensor
+    confidence: Tensor
+    correct: Tensor
+    entropy: Tensor | None
+    extra: Tensor | None = None
+
+
+@ranged(ROW_PASS)
+def score_tokens(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    extra: ExtraStatistics | None = None,
+) -> TokenScores:
+    """Score every token of a batch from its logits, in float32 whatever their dtype.
+
+    Equivalent plain torch for ``Objective("dpsm", alpha=a)``::
+
+        p = logits.float().softmax(-1)
+        loss = (1 - a) * F.cross_entropy(logits.float(), labels, reduction="none") \\
+             + a * (p - F.one_hot(labels, V)).square().sum(-1)
+
+    Args:
+        logits: ``[..., V]``; the leading dimensions are flattened to N.
+        labels: same leading shape, int64 in ``[0, V)`` or ``ignore_index``.
+        objective: the rule to differentiate; None computes the detached statistics alone.
+        ignore_index: label of tokens that are not scored.
+        extra: further columns to compute for each token.
+
+    Raises:
+        ValueError: if the shapes disagree, or (on a CPU, at once) if a label lies outside ``[0, V)``. On an
+            accelerator such a token's loss is NaN instead, since looking would stall the device.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, "
+                         f"but they have {tuple(labels.shape)}.")  # fmt: skip
+    flat_logits, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    vocab_size = flat_logits.shape[-1]
+    scored = flat_labels != ignore_index
+    invalid = scored & ((flat_labels < 0) | (flat_labels >= vocab_size))
+    if labels.device.type == "cpu" and bool(invalid.any()):
+        raise ValueError(describe_invalid_labels(labels, vocab_size, ignore_index))
+    safe_labels = torch.where(scored & ~invalid, flat_labels, 0)
+
+    loss: Tensor | None = None
+    if objective is None:
+        stats = torch.cat([_statistics_columns(row_statistics(flat_logits[rows].detach(), safe_labels[rows]))
+                           for rows in _chunks(flat_logits)])  # fmt: skip
+    else:
+        loss, stats = _TokenObjective.apply(flat_logits, safe_labels, scored, objective)
+        loss = torch.where(scored, loss, 0.0)
+        loss = torch.where(invalid, torch.nan, loss)
+    stats = torch.where(scored.unsqueeze(-1), stats, 0.0)
+    more = None
+    if extra is not None:
+        more = torch.where(scored.unsqueeze(-1), extra(flat_logits.detach(), safe_labels), 0.0)
+    nll, brier, spherical, confidence, correct, entropy = stats.unbind(-1)
+    return TokenScores(loss, scored, nll, brier, spherical, confidence, correct, entropy, more)
+
+
+def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> str:
+    """Return the sentence that names the first label outside ``[0, V)``, or "" when there is none."""
+    invalid = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if not bool(invalid.any()):
+        return ""
+    place = tuple(int(i) for i in invalid.nonzero()[0])
+    return (
+        f"label {int(labels[place])} at position {place} lies outside [0, {vocab_size}), the model's vocabulary. "
+        f"Tokens that are not to be scored carry {ignore_index}; if the tokenizer has more entries than the model, "
+        "call model.resize_token_embeddings(len(tokenizer)); if -1 marks padding, replace it by -100."
+    )
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    size = max(1, _CHUNK_ENTRIES // max(1, logits.shape[-1]))
+    # one (empty) chunk for an empty batch, so that what is concatenated has its columns
+    return (slice(start, start + size) for start in range(0, max(1, logits.shape[0]), size))
+
+
+def _statistics_columns(row: RowStatistics) -> Tensor:
+    columns = (row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype), row.entropy)
+    return torch.stack(columns, dim=-1)
+
+
+class _TokenObjective(torch.autograd.Function):
+    """Per-token value of an objective; the backward rebuilds each chunk's probabilities from its row maxima."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, scored: Tensor, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        vocab_size = logits.shape[-1]
+        threshold = _tail_threshold(objective, vocab_size)
+        values, columns, rows_kept, scores_kept = [], [], [], []
+        for rows in _chunks(logits):
+            row = row_statistics(logits[rows], labels[rows])
+            tail = None if threshold is None else _tail_statistics(logits[rows], row, threshold)
+            score = score_rows(row, objective, vocab_size, tail)
+            values.append(score.value)
+            columns.append(_statistics_columns(row))
+            if ctx.needs_input_grad[0]:
+                rows_kept.append(torch.stack([row.row_max, row.normalizer]))
+                parts = [torch.as_tensor(part, dtype=row.nll.dtype, device=logits.device) for part in score[1:]]
+                scores_kept.append(torch.stack([part.expand_as(row.nll) for part in parts]))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, labels, scored, torch.cat(rows_kept, -1), torch.cat(scores_kept, -1))
+            ctx.threshold = threshold
+        stats = torch.cat(columns)
+        ctx.mark_non_differentiable(stats)
+        return torch.cat(values), stats
+
+    @staticmethod
+    @ranged(ROW_PASS)
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
+            raise RuntimeError(
+                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
+                "the gradient or a Hessian needs the plain torch form in score_tokens' documentation)."
+            )
+        logits, labels, scored, row_scalars, coefficients = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            row_max, normalizer = row_scalars[:, rows]
+            # scaling the coefficients scales the whole row, for [N] instead of [N, V] multiplications
+            a, b, d, e, target = coefficients[:, rows] * grad_loss[rows]
+            score = RowScore(grad_loss[rows], a, b, d, e, target)
+            part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold)
+            # stored, not multiplied by 0: the logits of a padding position may be NaN
+            gradient[rows] = part.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
+        return gradient, None, None, None
+
+
+class DPSMLoss(nn.Module):
+    """Train with ``(1 - alpha) * CE + alpha * Brier``, alpha rising over the first steps, in a loop of your own.
+
+    Args:
+        vocab_size: V; logits of any other width are refused.
+        warmup_steps: training calls over which alpha rises from ``alpha_start`` to ``alpha_end`` (a number below 1
+            is a share of ``total_steps``).
+        schedule: a name that `get_alpha_schedule` knows, or an `AlphaSchedule`. "feedback" needs held-out metrics
+            and therefore a trainer.
+        reduction: "mean" over the scored tokens (0 when there is none), "sum", or "none" for one value a token in the
+            shape of the targets, 0 where ignored.
+        ignore_index: target of tokens that are not scored.
+        total_steps: length of training, needed by schedules that are defined by shares of it.
+        alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
+        loss_type, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
+
+    The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
+    goes on at the same alpha. In evaluation mode the loss is taken at the current alpha and nothing advances.
+
+    Example::
+
+        criterion = DPSMLoss(vocab_size=50257, warmup_steps=1000)
+        loss = criterion(model(input_ids).logits[:, :-1], input_ids[:, 1:])
+    """
+
+    global_step: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        warmup_steps: float = 10000,
+        schedule: str | AlphaSchedule = "linear",
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        ignore_index: int = IGNORE_INDEX,
+        total_steps: int = 0,
+        alpha_start: float | None = None,
+        alpha_end: float = 1.0,
+        hold: float | None = None,
+        loss_type: str = "dpsm",
+        label_smoothing: float = 0.0,
+        score_smoothing: float = 0.0,
+        focal_gamma: float = 2.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if vocab_size < 2:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 2.")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
+        if getattr(schedule, "name", schedule) == "feedback":
+            raise ValueError(
+                "schedule='feedback' reads held-out metrics, which a loss does not have; use DPSMTrainer."
+            )
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.total_steps = total_steps
+        self.schedule = (
+            schedule
+            if isinstance(schedule, AlphaSchedule)
+            else get_alpha_schedule(schedule, warmup_steps=warmup_steps, start=alpha_start, end=alpha_end, hold=hold)
+        )
+        self.schedule.check(total_steps)
+        self.options: dict[str, Any] = {
+            "loss_type": loss_type,
+            "label_smoothing": label_smoothing,
+            "score_smoothing": score_smoothing,
+            "focal_gamma": focal_gamma,
+            "z_loss": z_loss,
+        }
+        Objective(**self.options)
+        self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def alpha(self) -> float:
+        """Return the Brier weight that the next call uses."""
+        return self.schedule(int(self.global_step), self.total_steps)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of ``logits`` ``[B, T, V]`` or ``[N, V]`` against ``targets`` ``[B, T]`` or ``[N]``.
+
+        Targets are taken as aligned with the logits: for a causal model pass ``logits[:, :-1]`` and ``ids[:, 1:]``.
+        """
+        if logits.shape[-1] != self.vocab_size:
+            raise ValueError(
+                f"the logits have {logits.shape[-1]} entries a token, but DPSMLoss was made for "
+                f"vocab_size={self.vocab_size}."
+            )
+        objective = Objective(alpha=self.alpha, **self.options)
+        scores = score_tokens(logits, targets, objective, ignore_index=self.ignore_index)
+        assert scores.loss is not None  # an objective was given
+        if self.training:
+            self.global_step += 1
+        if self.reduction == "none":
+            return scores.loss.view_as(targets)
+        total = scores.loss.sum()
+        return total if self.reduction == "sum" else total / scores.scored.sum().clamp_min(1)
+
+    def extra_repr(self) -> str:
+        """Describe the loss in a printed module."""
+        return f"vocab_size={self.vocab_size}, schedule={self.schedule}, reduction={self.reduction!r}"

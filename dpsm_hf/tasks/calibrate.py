@@ -1,0 +1,338 @@
+"""Fit a temperature for a saved model and report every calibration metric before and after.
+
+    dpsm calibrate MODEL --dataset python-docs
+    dpsm calibrate MODEL --calibration_file held-out.txt --test_file test.txt --apply weights
+
+The temperature is fitted on the calibration split by NLL and judged on the test split, which it has not seen. Causal
+language models and encoder-decoders alike; ``accelerate launch -m dpsm_hf calibrate ...`` shares the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+)
+
+from ..data.clm import ClmCollator, ClmPreprocessing, prepare_clm_datasets
+from ..data.loading import EMBEDDED_DATASETS, load_text_datasets
+from ..data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from ..evaluation.temperature import FILE_NAME, TemperatureScaler
+from ..training.arguments import DPSMConfig, DPSMSeq2SeqConfig
+from ..training.trainer import DPSMSeq2SeqTrainer, DPSMTrainer
+from .positions import position_limit
+from .scaled_model import PLACES, check_target, save_scaled
+from .scratch_config import check_block_size
+
+APPLICATIONS = ("none", *PLACES)
+
+_LOCAL_REMEDY = (
+    "Use local files with --calibration_file and --test_file (csv, json, jsonl, txt or parquet), a folder with such "
+    "files as --dataset, or the real text that every Python carries with --dataset python-docs (language models) or "
+    "python-docstrings (encoder-decoders)."
+)
+_DESCRIPTION = (__doc__ or "").replace("``", "")
+
+# Tokens of an encoder-decoder's rows where nobody says.
+_MOST_TOKENS = {"max_source_length": 1024, "max_target_length": 128}
+
+# What the table shows: name, heading.
+_ROWS = (
+    ("nll", "NLL (nats)"), ("perplexity", "perplexity"), ("brier", "Brier score"),
+    ("ece_10", "ECE-10"), ("ece_15", "ECE-15"), ("ece_100", "ECE-100"),
+    ("debiased_ece", "debiased ECE-15"), ("adaptive_ece", "adaptive ECE"),
+    ("smooth_ece", "smooth ECE"), ("mce", "MCE-15"), ("signed_gap", "confidence - accuracy"),
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    command = argparse.ArgumentParser(
+        prog="dpsm calibrate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("model", help="folder of a saved model, or its name on the hub")
+    data = command.add_argument_group("data")
+    data.add_argument("--dataset", help="python-docs, python-docstrings, a folder, or a name on the hub")
+    data.add_argument("--dataset_config_name", help="configuration of the data set")
+    data.add_argument("--calibration_split", default="validation", help="split to fit on (default: %(default)s)")
+    data.add_argument("--test_split", default="test", help="split to report on (default: %(default)s)")
+    data.add_argument("--calibration_file", help="instead of a data set: txt, csv, json, jsonl or parquet to fit on")
+    data.add_argument("--test_file", help="instead of a data set: file of the same kind to report on")
+    data.add_argument("--text_column", help="column with the text (encoder-decoders: the full texts)")
+    data.add_argument("--summary_column", help="encoder-decoders: column with the summaries")
+    data.add_argument("--max_samples", type=int, help="use at most this many rows of each split")
+    data.add_argument("--block_size", type=int, help="tokens of a row (default: the model's positions, 1024 at most)")
+    for name, most in _MOST_TOKENS.items():
+        data.add_argument(
+            f"--{name}", type=int, help=f"encoder-decoders (default: the model's positions, {most} at most)"
+        )
+    data.add_argument("--source_prefix", default="", help="encoder-decoders: text before every source")
+    run = command.add_argument_group("evaluation and output")
+    run.add_argument("--output_dir", default="calibrate-output", help="where to write (default: %(default)s)")
+    run.add_argument("--per_device_eval_batch_size", type=int, default=8, help="(default: %(default)s)")
+    run.add_argument("--bf16", action="store_true", help="evaluate in bf16")
+    run.add_argument("--use_cpu", action="store_true", help="do not use a GPU that is there")
+    run.add_argument("--bins", type=int, default=15, help="bins of the reliability diagram (default: %(default)s)")
+    run.add_argument(
+        "--apply",
+        choices=APPLICATIONS,
+        default="none",
+        help="also save the model in OUTPUT_DIR/model with the temperature in its generation config (sampling), or "
+        "folded into its output weights where that is exact",
+    )
+    run.add_argument("--trust_remote_code", action="store_true", help="allow a model that brings code of its own")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; ``sys.argv[1:]`` when None.
+
+    Returns:
+        0, or 2 after a wrong argument or data that cannot be used, which is said in one line.
+    """
+    options = parser().parse_args(argv)
+    try:
+        calibrate(options)
+    except (ValueError, OSError) as error:
+        print(f"dpsm calibrate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> dict[str, float]:
+    """Fit, report, write, and apply where that was asked for.
+
+    Args:
+        options: of `parser`.
+
+    Returns:
+        The metrics of the test split, ``test_...`` and ``test_..._scaled``.
+
+    Raises:
+        ValueError: for options that contradict each other, missing splits, or a temperature that cannot be fitted or
+            applied.
+    """
+    _check(options)
+    _check_model(options.model)
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    seq2seq = bool(config.is_encoder_decoder)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model = auto.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
+    _check_kind(options, type(model).__name__, seq2seq)
+    raw = _splits(options)
+    rows, collator = (_pairs if seq2seq else _texts)(options, raw, tokenizer, model)
+    # only what is exact may be asked for: find out before the long part
+    if options.apply == "weights":
+        TemperatureScaler().fold_into(model)
+    args = (DPSMSeq2SeqConfig if seq2seq else DPSMConfig)(
+        output_dir=options.output_dir,
+        loss_type="ce",
+        fit_temperature=True,
+        calibration_bins=options.bins,
+        per_device_eval_batch_size=options.per_device_eval_batch_size,
+        bf16=options.bf16,
+        use_cpu=options.use_cpu,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
+        model=model,
+        args=args,
+        calibration_dataset=rows["calibration"],
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    scaler = trainer.fit_temperature()  # an evaluation would report without one that cannot be fitted
+    metrics = trainer.evaluate(rows["test"], metric_key_prefix="test")
+    assert trainer.panel is not None and trainer.panel.scaled is not None
+    trainer.save_metrics("test", metrics, combined=False)
+    if trainer.is_world_process_zero():
+        print(_table(scaler, trainer.panel.tokens.intervals(), trainer.panel.scaled.intervals(), metrics))
+        folder = Path(options.output_dir)
+        print(f"\ntemperature: {folder / FILE_NAME}")
+        print(f"diagram: {folder / 'calibration' / 'test-step-000000.png'}")
+        if options.apply != "none":
+            target = _target(options)
+            save_scaled(model, tokenizer, scaler, target, place=options.apply, source=options.model)
+            print(f"model with the temperature in its {options.apply.replace('_', ' ')}: {target}")
+    return metrics
+
+
+def _check(options: argparse.Namespace) -> None:
+    files = [name for name in ("calibration_file", "test_file") if getattr(options, name) is not None]
+    if options.dataset is not None and files:
+        raise ValueError(f"--dataset and --{files[0]} contradict each other: give one or the other.")
+    if options.dataset is None and len(files) < 2:
+        raise ValueError(
+            "give --dataset, or both --calibration_file and --test_file: a temperature is judged on other data than "
+            "it is fitted on."
+        )
+    if options.dataset is not None and options.calibration_split == options.test_split:
+        raise ValueError(
+            f"--calibration_split and --test_split are both {options.test_split!r}: a temperature is judged on other "
+            "data than it is fitted on."
+        )
+    if options.dataset is None:
+        defaults = parser()
+        for name in ("dataset_config_name", "calibration_split", "test_split"):
+            if getattr(options, name) != defaults.get_default(name):
+                raise ValueError(f"--{name} {getattr(options, name)!r} has no effect without --dataset: leave it out.")
+    if options.dataset is None and Path(options.calibration_file).resolve() == Path(options.test_file).resolve():
+        raise ValueError(
+            f"--calibration_file and --test_file are both {options.test_file!r}: a temperature is judged on other "
+            "data than it is fitted on."
+        )
+    if options.apply != "none":
+        try:
+            check_target(_target(options), options.model)
+        except ValueError as error:
+            raise ValueError(f"--output_dir {options.output_dir!r}: {error}") from None
+    for name in ("max_samples", "per_device_eval_batch_size", "block_size", "bins"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+
+
+def _check_model(model: str) -> None:
+    """Refuse a path that is none; transformers would take it for a name on the hub."""
+    path = Path(model).expanduser()
+    if (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1) and not path.is_dir():
+        what = "is a file" if path.is_file() else "does not exist"
+        raise ValueError(
+            f"the model {model!r} {what}: give the folder that save_pretrained or a script's --output_dir wrote, the "
+            "one with config.json, or a name on the hub."
+        )
+
+
+def _target(options: argparse.Namespace) -> Path:
+    return Path(options.output_dir) / "model"
+
+
+def _check_kind(options: argparse.Namespace, model: str, seq2seq: bool) -> None:
+    """Refuse what has no effect on a model of this kind."""
+    if seq2seq:
+        others = {"block_size": "its rows have --max_source_length and --max_target_length tokens; leave it out"}
+    else:
+        others = dict.fromkeys(
+            ("summary_column", "source_prefix", *_MOST_TOKENS), "a language model has one text a row; leave it out"
+        )
+    for name, remedy in others.items():
+        if getattr(options, name) not in (None, ""):
+            raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {model}: {remedy}.")
+
+
+def _splits(options: argparse.Namespace) -> dict[str, Any]:
+    if options.dataset is None:
+        raw: Mapping[str, Any] = load_text_datasets(
+            calibration_file=options.calibration_file,
+            test_file=options.test_file,
+            required_splits=["calibration", "test"],
+        )
+        return dict(raw)
+    names = {"calibration": options.calibration_split, "test": options.test_split}
+    raw = load_text_datasets(
+        options.dataset,
+        options.dataset_config_name,
+        required_splits=[],
+        validation_split_percentage=None,
+        remedy=_LOCAL_REMEDY,
+    )
+    for name, split in names.items():
+        if split not in raw:
+            raise ValueError(
+                f"{options.dataset} has no {split!r} split; it has {', '.join(map(repr, raw))}. Choose one with "
+                f"--{name}_split."
+            )
+    return {name: raw[split] for name, split in names.items()}
+
+
+def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    check_block_size(model.config, options.block_size)
+    block_size = options.block_size or min(1024, positions, tokenizer.model_max_length)
+    rows: Any = prepare_clm_datasets(
+        raw,
+        tokenizer,
+        ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
+        text_column=options.text_column,
+        text_column_option="--text_column",
+    )
+    if options.max_samples is not None:
+        rows = {split: part.take(min(options.max_samples, len(part))) for split, part in rows.items()}
+    return rows, ClmCollator(block_size, tokenizer.pad_token_id or 0)
+
+
+def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    lengths: dict[str, Any] = {
+        name: _length(options, name, most, position_limit(model)) for name, most in _MOST_TOKENS.items()
+    }
+    rows = {}
+    for split, pairs in raw.items():
+        columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)
+        settings = TokenizationSettings(
+            *columns,
+            max_source_length=lengths["max_source_length"],
+            max_target_length=lengths["max_target_length"],
+            source_prefix=options.source_prefix,
+        )
+        kept, _ = filter_pairs(pairs, *columns, split=split)
+        chosen = kept if options.max_samples is None else kept.take(min(options.max_samples, len(kept)))
+        rows[split] = tokenize_split(chosen, tokenizer, settings, split=split)
+    return rows, DataCollatorForSeq2Seq(tokenizer, model=model)
+
+
+def _length(options: argparse.Namespace, name: str, most: int, positions: int | None) -> int:
+    """Return how many tokens a row may have: what was asked for, or as many as the model has positions for."""
+    wanted: int | None = getattr(options, name)
+    if wanted is None:
+        return most if positions is None else min(most, positions)
+    if positions is not None and wanted > positions:
+        raise ValueError(
+            f"--{name} {wanted} is more than the model's {positions} positions: give {positions} or less."
+        )
+    return wanted
+
+
+def _table(
+    scaler: TemperatureScaler,
+    before: Mapping[str, tuple[float, float]],
+    after: Mapping[str, tuple[float, float]],
+    metrics: Mapping[str, float],
+) -> str:
+    """Return the figures of the test split before and after, with their intervals."""
+    lines = [
+        f"temperature {scaler.temperature:.4f}, fitted on {scaler.tokens:,} tokens (NLL {scaler.nll_before:.4f} -> "
+        f"{scaler.nll_after:.4f}); figures of {metrics['test_tokens']:,} test tokens, 95 % intervals over documents:",
+        "",
+        f"{'':<22}{'before':>12}  {'':<22}{'after':>12}",
+    ]
+    for name, heading in _ROWS:
+        cells = []
+        for suffix, intervals in (("", before), ("_scaled", after)):
+            value = metrics.get(f"test_{name}{suffix}")
+            low, high = intervals.get(name, (math.nan, math.nan))
+            interval = f"[{low:.4f}, {high:.4f}]" if math.isfinite(low) and math.isfinite(high) else ""
+            cells.append(f"{'' if value is None else f'{value:.4f}':>12}  {interval:<22}")
+        lines.append(f"{heading:<22}{''.join(cells)}".rstrip())
+    lines.append(f"{'ECE-15 if calibrated':<22}{metrics['test_ece_15_null']:>12.4f}  {'':<22}"
+                 f"{metrics['test_ece_15_null_scaled']:>12.4f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainers: loss, log, evaluation and checkpoints of a Hugging Face Trainer."""

@@ -1,0 +1,229 @@
+"""Arguments: `DPSMConfig` and `DPSMSeq2SeqConfig`, TrainingArguments with the fields of DPSM."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ..calibration import GRID_BINS, lower_is_better
+from ..head.options import FUSED_MODES
+from ..rules.schedules import AlphaSchedule, get_alpha_schedule
+from ..rules.scoring_rules import LOSS_TYPES, Objective
+
+
+@dataclass
+class DPSMArguments:
+    """What to train with; the trainers use these defaults when they are given plain TrainingArguments.
+
+    Raises:
+        ValueError: for a value out of its range, an unknown schedule, or options that contradict each other.
+    """
+
+    loss_type: str = field(
+        default="dpsm",
+        metadata={
+            "help": "dpsm_hf: the training loss. dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the "
+            "others are fixed. Whatever is chosen, eval_loss is cross-entropy and NLL, Brier and ECE are reported.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    alpha_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "dpsm_hf: how alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a "
+            "name registered with register_alpha_schedule."
+        },
+    )
+    alpha_start: float | None = field(
+        default=None, metadata={"help": "dpsm_hf: alpha before the ramp, in [0, 1]; 0 if left out."}
+    )
+    alpha_end: float = field(
+        default=1.0,
+        metadata={"help": "dpsm_hf: alpha after the ramp, in [0, 1]; of constant, the fixed one."},
+    )
+    alpha_warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "dpsm_hf: length of the ramp; 1 or more counts steps, below 1 is a share of all."},
+    )
+    alpha_hold: float | None = field(
+        default=None,
+        metadata={
+            "help": "dpsm_hf: length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
+            "(late_linear and step: 0.5, else 0)."
+        },
+    )
+    alpha_feedback_gain: float = field(
+        default=2.0,
+        metadata={"help": "dpsm_hf: feedback: alpha moves by gain * (confidence - accuracy) at evaluations."},
+    )
+    alpha_feedback_limit: float = field(
+        default=0.1, metadata={"help": "dpsm_hf: feedback: the most that alpha moves after one evaluation."}
+    )
+    alpha_feedback_metric: str = field(
+        default="eval_signed_gap", metadata={"help": "dpsm_hf: feedback: the logged held-out gap that moves alpha."}
+    )
+    score_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off."},
+    )
+    focal_gamma: float = field(default=2.0, metadata={"help": "dpsm_hf: exponent of loss_type=focal."})
+    z_loss: float = field(
+        default=0.0, metadata={"help": "dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off."}
+    )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
+            "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
+            "loss_type=ce then Trainer bit for bit).",
+            "choices": list(FUSED_MODES),
+        },
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 128 to "
+            "256 on a CPU, up to 2048 on a GPU, by the size of the vocabulary."
+        },
+    )
+    calibration_bins: int = field(
+        default=15,
+        metadata={"help": f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}."},
+    )
+    classwise_tokens: int = field(
+        default=0,
+        metadata={"help": "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off."},
+    )
+    fit_temperature: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: fit a temperature on the calibration split before an evaluation that is not part of "
+            "training, and report every metric after scaling too, as eval_..._scaled."
+        },
+    )
+
+    generated_calibration: bool = field(
+        default=True,
+        metadata={
+            "help": "dpsm_hf: with predict_with_generate, score the generated tokens once more and report how far "
+            "their probabilities can be believed, as eval_generated_... and eval_summary_...; one forward a batch."
+        },
+    )
+    log_component_grad_norms: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: log the gradient norms that cross-entropy and the Brier score would have alone, as "
+            "grad_norm_ce and grad_norm_brier; two more passes of one micro-batch at every logged step, whose time "
+            "does not count as training."
+        },
+    )
+    expected_depth: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: report after how many layers a token's most likely successor no longer changes; one "
+            "more forward a batch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        parent: Any = super()
+        own: Any = self
+        metric = getattr(own, "metric_for_best_model", None)
+        if metric is not None and getattr(own, "greater_is_better", None) is None and lower_is_better(metric):
+            # where nothing is said, TrainingArguments takes more to be better of all but a loss
+            own.greater_is_better = False
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        self.objective()
+        self.schedule()
+        if self.focal_gamma != 2.0 and self.loss_type != "focal":
+            raise ValueError(
+                f"focal_gamma={self.focal_gamma} has no effect on loss_type={self.loss_type!r}; "
+                "leave it out or choose loss_type='focal'."
+            )
+        if self.fused_head not in FUSED_MODES:
+            raise ValueError(f"fused_head={self.fused_head!r} is unknown; choose one of {', '.join(FUSED_MODES)}.")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1; leave it out for the default.")
+        if self.calibration_bins < 1 or GRID_BINS % self.calibration_bins:
+            raise ValueError(
+                f"calibration_bins={self.calibration_bins} does not divide {GRID_BINS}; use 10, 15, 20, 50 or 100."
+            )
+        if self.classwise_tokens < 0:
+            raise ValueError(f"classwise_tokens={self.classwise_tokens} must be 0 (off) or a number of tokens.")
+        if self.log_component_grad_norms and getattr(self, "logging_strategy", None) != IntervalStrategy.STEPS:
+            raise ValueError(
+                f"log_component_grad_norms measures at the steps that are logged; logging_strategy="
+                f"{getattr(self, 'logging_strategy', None)!s} does not say which: set logging_strategy='steps'."
+            )
+        if self.loss_type == "dpsm" and self.alpha_schedule == "feedback":
+            if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
+                raise ValueError(
+                    "alpha_schedule='feedback' moves alpha after evaluations, but eval_strategy='no' makes none; "
+                    "set eval_strategy='steps' and eval_steps."
+                )
+
+    def objective(self, alpha: float | None = None) -> Objective:
+        """Return the training objective, at a given alpha or at ``alpha_end``."""
+        return Objective(
+            loss_type=self.loss_type,
+            alpha=self.alpha_end if alpha is None else alpha,
+            label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
+            score_smoothing=self.score_smoothing,
+            focal_gamma=self.focal_gamma,
+            z_loss=self.z_loss,
+        )
+
+    def schedule(self) -> AlphaSchedule:
+        """Return the alpha schedule these arguments describe."""
+        return get_alpha_schedule(
+            self.alpha_schedule,
+            warmup_steps=self.alpha_warmup_steps,
+            start=self.alpha_start,
+            end=self.alpha_end,
+            hold=self.alpha_hold,
+            gain=self.alpha_feedback_gain,
+            limit=self.alpha_feedback_limit,
+            metric=self.alpha_feedback_metric,
+        )
+
+
+@dataclass
+class DPSMConfig(DPSMArguments, TrainingArguments):
+    """TrainingArguments with the fields of `DPSMArguments`; no default of TrainingArguments is changed.
+
+    Of ``metric_for_best_model`` less is better, too, for the metrics that are reported here (``eval_nll``,
+    ``eval_ece_15``, ...), unless ``greater_is_better`` says otherwise.
+
+    With this config `DPSMTrainer` installs `AlphaScheduleCallback` and `CalibrationCallback`.
+    """
+
+
+@dataclass
+class DPSMSeq2SeqConfig(DPSMArguments, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the fields of `DPSMArguments`; see `DPSMConfig`."""
+
+
+def dpsm_arguments(args: TrainingArguments) -> DPSMArguments:
+    """Return the DPSM fields of training arguments: their own, or the defaults for plain TrainingArguments.
+
+    Raises:
+        ValueError: if the defaults contradict what the plain arguments ask for.
+    """
+    if isinstance(args, DPSMArguments):
+        return args
+    return _PlainDefaults(label_smoothing_factor=args.label_smoothing_factor)
+
+
+@dataclass
+class _PlainDefaults(DPSMArguments):
+    label_smoothing_factor: float = 0.0
+
+
+def dpsm_field_names() -> list[str]:
+    """Return the names of the fields that DPSM adds to TrainingArguments."""
+    return [f.name for f in dataclasses.fields(DPSMArguments)]

@@ -1,0 +1,224 @@
+"""Callbacks: what the alpha schedule resolves to, and calibration files and pictures at each evaluation."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..evaluation.panel import EvaluationPanel
+from ..models.language_model import align_targets, label_alignment
+from ..plots.training_curves import ReliabilityDisplay
+from ..rules.losses import TokenScores, score_tokens
+from ..runtime.distributed import sum_over_processes
+from ..runtime.files import write_json
+from .arguments import dpsm_arguments
+
+logger = logging.get_logger(__name__)
+
+# of a file, in characters, leaving room for the step and the ending in the 255 bytes that file systems allow
+_LONGEST_NAME = 50
+
+
+class AlphaScheduleCallback(TrainerCallback):
+    """Print and log what the alpha schedule resolves to, and warn where it will not do what was meant.
+
+    It warns when alpha never reaches ``alpha_end`` in this many steps, and when a resumed run resolves to another
+    schedule than the one its checkpoint was trained with. The resolved schedule is an entry of ``state.log_history``.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Describe the schedule of this run."""
+        dpsm = dpsm_arguments(args)
+        if dpsm.loss_type != "dpsm":
+            description = f"loss_type {dpsm.loss_type}: a fixed rule, the alpha schedule is not used"
+        else:
+            schedule = dpsm.schedule()
+            description = schedule.describe(state.max_steps)
+            if not schedule.reaches_end(state.max_steps):
+                logger.warning(
+                    f"alpha never reaches alpha_end={dpsm.alpha_end:g} in {state.max_steps} steps ({description}). "
+                    "Shorten alpha_warmup_steps or alpha_hold, or train longer."
+                )
+        earlier = next((e["alpha_schedule"] for e in reversed(state.log_history) if "alpha_schedule" in e), None)
+        if earlier is not None and earlier != description:
+            logger.warning(
+                f"the checkpoint was trained with another alpha schedule: it was '{earlier}' and goes on as "
+                f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
+            )
+        if earlier != description:
+            entry: dict[str, Any] = {"alpha_schedule": description, "step": state.global_step}
+            state.log_history.append(entry)
+        if state.is_world_process_zero:
+            tqdm.write(f"DPSM | {description}")  # print would land behind the progress bar
+
+
+def _file_name(prefix: str) -> str:
+    """Return a name for files from that of an evaluation set, say a hub data set's; no two sets share one."""
+    name = re.sub(r"[^\w.-]+", "_", prefix)[:_LONGEST_NAME]
+    return name if name == prefix else f"{name}-{zlib.crc32(prefix.encode()):08x}"
+
+
+def calibration_record(panel: EvaluationPanel, prefix: str, step: int, bins: int) -> dict[str, Any]:
+    """Return what a file of `CalibrationCallback` holds.
+
+    Args:
+        panel: what the evaluation saw, over all processes.
+        prefix: of its metrics.
+        step: optimizer steps that the weights were trained.
+        bins: of the diagram.
+    """
+    return {"schema": 2, "step": step, "split": prefix, **panel.record(bins)}
+
+
+class CalibrationCallback(TrainerCallback):
+    """Write metrics, the reliability diagram and its data to ``output_dir/calibration/`` at each evaluation.
+
+    In a `DPSMTrainer` it is handed what the evaluation saw. In any other Trainer it listens to the model: a forward
+    hook scores the logits of each evaluation batch against its labels and the metrics are added to what ``evaluate``
+    returns. The picture goes to Weights & Biases and TensorBoard when the Trainer reports to them.
+
+    Args:
+        bins: equal-width bins of the diagram; the default is ``calibration_bins`` of the arguments, or 15.
+    """
+
+    def __init__(self, bins: int | None = None) -> None:
+        self.bins = bins
+        self._panel: EvaluationPanel | None = None
+        self._batch: tuple[TokenScores, Tensor, int] | None = None
+        self._loader: Any = None
+        self._prefix = "eval"
+        self._listens = True
+        self._hook: Any = None
+        self._tensorboard: Any = None
+        #: What the last file holds; on the main process.
+        self.record: dict[str, Any] | None = None
+
+    # ---- where the statistics come from ----------------------------------------------------------------------------
+
+    def receive(self, panel: EvaluationPanel, prefix: str, tensorboard: Any = None) -> None:
+        """Take the statistics of the evaluation that is about to be reported, complete over all processes."""
+        self.stop_listening()  # one added after the trainer was made still does
+        self._panel, self._prefix = panel, prefix
+        self._tensorboard = tensorboard or self._tensorboard
+
+    def stop_listening(self) -> None:
+        """Leave scoring to the trainer."""
+        self._listens = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _listen(self, model: nn.Module | None) -> None:
+        if self._listens and self._hook is None and model is not None:
+            self._hook = model.register_forward_hook(self._score, with_kwargs=True)
+
+    def _score(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        labels = kwargs.get("labels")
+        if model.training or labels is None or not isinstance(output, Mapping):
+            return
+        alignment, logits = label_alignment(model), output.get("logits")
+        if alignment is None or logits is None:
+            return
+        targets = align_targets(labels, logits.shape[-2], alignment)
+        self._batch = score_tokens(logits.detach(), targets), targets, labels.shape[0]
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the batch that the model was just called with; one that no evaluation called it with never is."""
+        loader = kwargs.get("eval_dataloader")
+        if self._loader is not loader:  # the evaluation before this one may have been interrupted
+            self._panel, self._loader = None, loader
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        try:
+            self._panel = self._panel or EvaluationPanel()
+            self._panel.add(*batch)
+        except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on
+            logger.warning_once(f"CalibrationCallback leaves this batch out: {error}")
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to listen to the model of this trainer."""
+        self.stop_listening()
+        self._listens = True
+        self._listen(kwargs.get("model"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen to the model that is trained, which model_init may just have made."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._listen(kwargs.get("model"))
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Forget what `Trainer.predict` scored: it belongs to no evaluation."""
+        self._panel = self._loader = None
+
+    # ---- what is written -------------------------------------------------------------------------------------------
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the files of this evaluation."""
+        metrics = kwargs.get("metrics")
+        panel, self._panel = self._panel or EvaluationPanel(), None
+        self._loader = None
+        if self._listens:
+            panel.reduce(sum_over_processes, args.device)
+            if not panel.tokens.tokens:
+                logger.warning(
+                    "CalibrationCallback saw no scored token in this evaluation: the model was called without labels "
+                    "(label smoothing and compute_loss_func do that), every label is ignored, or it is not known "
+                    "which label a row of its logits predicts. DPSMTrainer needs none of this."
+                )
+            if metrics is not None and panel.tokens.tokens:
+                # the shortest: compute_metrics may have returned a loss of its own, eval_<name>_loss
+                losses = [key for key in metrics if key.endswith("_loss")]
+                self._prefix = min(losses, key=len, default="eval_loss").removesuffix("_loss")
+                found = {f"{self._prefix}_{name}": value for name, value in panel.metrics().items()}
+                metrics.update({key: value for key, value in found.items() if key not in metrics})
+        if not state.is_world_process_zero or not panel.tokens.tokens:
+            return
+        bins = self.bins or int(getattr(args, "calibration_bins", 15))
+        record = self.record = calibration_record(panel, self._prefix, state.global_step, bins)
+        folder = Path(str(args.output_dir)) / "calibration"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{_file_name(self._prefix)}-step-{state.global_step:06d}"
+        write_json(record, folder / f"{name}.json")
+        trained = state.global_step > 0 or state.max_steps > 0
+        display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}" if trained else "")
+        picture = display.save(folder / f"{name}.png")
+        self._send(args, state, display, picture)
+
+    def _send(self, args: TrainingArguments, state: TrainerState, display: ReliabilityDisplay, picture: Path) -> None:
+        report_to = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+        tag = f"{self._prefix}/reliability_diagram"
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({tag: wandb.Image(str(picture)), "train/global_step": state.global_step})
+        if "tensorboard" in report_to:
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(log_dir=str(Path(str(args.output_dir)) / "runs" / "calibration"))
+            self._tensorboard.add_figure(tag, display.figure_, state.global_step)
+            self._tensorboard.flush()

@@ -1,0 +1,131 @@
+"""Errors found before training starts, and the words for a loss that is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..calibration import METRICS
+from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels
+from .arguments import DPSMArguments
+
+# Reading is a pass over memory-mapped integers, about a second for this many; what lies beyond is checked batch by
+# batch while training.
+_MOST_TOKENS = 200_000_000
+
+
+def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> None:
+    """Look at the ``labels`` column of a `datasets.Dataset` for labels that the model has no logit for.
+
+    Other kinds of data sets, and those with selected rows or a transform, are checked batch by batch instead.
+
+    Raises:
+        ValueError: naming the label, its row and the vocabulary size.
+    """
+    if not isinstance(dataset, Dataset) or vocab_size is None or "labels" not in dataset.column_names:
+        return
+    if dataset._indices is not None or dataset.format["type"] == "custom":
+        return
+    rows_before, seen = 0, 0
+    for chunk in dataset.data.column("labels").chunks:
+        if not isinstance(chunk, (pa.ListArray, pa.LargeListArray)) or not pa.types.is_integer(chunk.type.value_type):
+            return
+        entries = chunk.flatten()
+        if entries.null_count:  # an unsigned type has no IGNORE_INDEX to put there
+            entries = entries.cast(pa.int64()).fill_null(IGNORE_INDEX)
+        values = entries.to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero((values >= vocab_size) | ((values < 0) & (values != IGNORE_INDEX)))
+        if len(wrong):
+            lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+            row = rows_before + int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+            raise ValueError(
+                f"{name} row {row} has label {values[wrong[0]]}, outside [0, {vocab_size}), the model's vocabulary. "
+                f"Tokens that are not to be scored carry {IGNORE_INDEX}; if the tokenizer has more entries than the "
+                "model, call model.resize_token_embeddings(len(tokenizer))."
+            )
+        rows_before += len(chunk)
+        seen += len(values)
+        if seen > _MOST_TOKENS:
+            return
+
+
+def check_calibration_dataset(dataset: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Look whether a temperature would be fitted on the very data that the model learns from or is judged by.
+
+    Raises:
+        ValueError: if it is one of the other sets, the same object or row by row, or empty.
+    """
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError("calibration_dataset is empty: there is nothing to fit a temperature on.")
+    others = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+    for name, other in (("train_dataset", train_dataset), *others):
+        if other is dataset or _same_rows(other, dataset):
+            raise ValueError(
+                f"calibration_dataset is {name} itself: a temperature fitted there tells nothing of new text. Set "
+                "aside samples that are neither trained nor tested on."
+            )
+
+
+def _same_rows(one: Any, other: Any) -> bool:
+    """Return whether two sets of `datasets` hold the same rows in the same order; False for any other kind."""
+    if not isinstance(one, Dataset) or not isinstance(other, Dataset) or len(one) != len(other):
+        return False
+    if one.column_names != other.column_names or one.format["type"] == "custom" or other.format["type"] == "custom":
+        return False
+    one, other = one.with_format("arrow"), other.with_format("arrow")
+    # most differ in the first rows, which spares a pass over both
+    return all(one[i : i + 1000].equals(other[i : i + 1000]) for i in range(0, len(one), 1000))
+
+
+def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
+    """Look whether any evaluation reports the metric that a feedback schedule reads.
+
+    Args:
+        arguments: the DPSM fields in force.
+        eval_dataset: of the trainer; a dict evaluates each entry under ``eval_<name>``.
+
+    Raises:
+        ValueError: naming the metric and those that are reported.
+    """
+    if arguments.loss_type != "dpsm" or arguments.alpha_schedule != "feedback":
+        return
+    prefixes = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    if arguments.alpha_feedback_metric not in {f"{prefix}_{name}" for prefix in prefixes for name in METRICS}:
+        raise ValueError(
+            f"alpha_feedback_metric={arguments.alpha_feedback_metric!r} is reported by no evaluation, so alpha would "
+            f"never move; use {' or '.join(f'{prefix}_signed_gap' for prefix in prefixes)}."
+        )
+
+
+def describe_non_finite(
+    loss: float, place: str, scores: TokenScores | None, targets: Tensor | None, vocab_size: int | None
+) -> str:
+    """Return what is to be said about a training loss that is NaN or infinite.
+
+    Args:
+        loss: the loss.
+        place: step and micro-batch, in words.
+        scores: of the micro-batch, flattened to N tokens, if it was scored.
+        targets: its labels as they were scored, ``[..., T]``.
+        vocab_size: of the model, if it tells.
+    """
+    cause = ""
+    if scores is not None and targets is not None:
+        bad = (scores.scored & ~torch.isfinite(scores.nll)).nonzero()
+        if invalid := describe_invalid_labels(targets, vocab_size or 2**62):
+            cause = f" {invalid}"
+        elif len(bad):
+            sample, token = divmod(int(bad[0]), targets.shape[-1])
+            cause = (
+                f" The logits of {len(bad)} scored tokens are NaN or infinite, first in sample {sample} of the "
+                f"micro-batch at position {token}."
+            )
+    return (
+        f"the training loss is {loss} at {place}.{cause} Nothing was updated with it: the last checkpoint is sound. "
+        "Usual remedies: a lower learning rate, max_grad_norm, bf16 instead of fp16, a look at that sample."
+    )

@@ -1,0 +1,380 @@
+"""The two callbacks, driven through real (tiny) trainings and evaluations, in DPSMTrainer and in a plain Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging as hf_logging
+
+from dpsm_hf import (
+    AlphaScheduleCallback,
+    CalibrationCallback,
+    DPSMConfig,
+    DPSMTrainer,
+    ReliabilityDisplay,
+    calibration_curve,
+)
+from dpsm_hf.calibration import METRICS as ALL_METRICS
+from dpsm_hf.evaluation.panel import EvaluationPanel
+from dpsm_hf.runtime.files import write_json
+from tests.tiny import VOCAB, make_data, make_model
+
+# without a tokenizer the bytes of a token are not known
+METRICS = tuple(name for name in ALL_METRICS if name not in ("label_bytes", "bits_per_byte"))
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Transformers' root logger does not propagate by default, so that pytest would see nothing."""
+    monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def arguments(cls: type, folder: Path, **options: Any) -> Any:
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=3,
+        per_device_train_batch_size=4, per_device_eval_batch_size=3, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return cls(**{**defaults, **options})
+
+
+def dpsm_trainer(folder: Path, callbacks: list[Any] | None = None, name: str = "gpt2", **options: Any) -> DPSMTrainer:
+    data = make_data(name, 8)
+    return DPSMTrainer(make_model(name), arguments(DPSMConfig, folder, **options), train_dataset=data,
+                       eval_dataset=data, callbacks=callbacks)  # fmt: skip
+
+
+def plain_trainer(folder: Path, callback: Any = None, name: str = "gpt2", **options: Any) -> Trainer:
+    extra = {key: options.pop(key) for key in ("compute_metrics", "model_init") if key in options}
+    data = make_data(name, 8)
+    model, args = None if "model_init" in extra else make_model(name), arguments(TrainingArguments, folder, **options)
+    callbacks = [callback] if callback else None
+    return Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=callbacks, **extra)
+
+
+def record(folder: Path, name: str) -> dict[str, Any]:
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads((folder / "calibration" / name).read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+# ---- AlphaScheduleCallback -----------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_printed_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = dpsm_trainer(tmp_path, alpha_schedule="cosine", alpha_warmup_steps=2)
+    trainer.train()
+    sentence = "cosine: alpha 0 -> 1 over 2 steps (of 3)"
+    assert f"DPSM | {sentence}\n" in capsys.readouterr().out
+    entries = [e for e in trainer.state.log_history if "alpha_schedule" in e]
+    assert entries == [{"alpha_schedule": sentence, "step": 0}]
+    assert [e["alpha"] for e in trainer.state.log_history if "loss" in e] == pytest.approx([0, 0.5, 1])
+
+
+def test_a_fixed_rule_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], warned: Any) -> None:
+    dpsm_trainer(tmp_path, loss_type="brier", alpha_warmup_steps=1000).train()
+    assert "DPSM | loss_type brier: a fixed rule, the alpha schedule is not used" in capsys.readouterr().out
+    assert "never reaches" not in warned.text
+
+
+def test_it_warns_when_alpha_never_arrives(tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+    dpsm_trainer(tmp_path, alpha_warmup_steps=1000).train()
+    assert "alpha never reaches alpha_end=1 in 3 steps (linear: alpha 0 -> 1 over 1000 steps (of 3))" in warned.text
+    warned.clear()
+    dpsm_trainer(tmp_path, alpha_warmup_steps=2).train()
+    assert "never reaches" not in warned.text
+
+
+def test_it_warns_when_a_resumed_run_has_another_schedule(tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    dpsm_trainer(tmp_path, alpha_warmup_steps=2, **saving).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    assert "another alpha schedule" not in warned.text
+
+    same = dpsm_trainer(tmp_path / "same", alpha_warmup_steps=2)
+    same.train(resume_from_checkpoint=checkpoint)
+    assert "another alpha schedule" not in warned.text
+    assert sum("alpha_schedule" in e for e in same.state.log_history) == 1, "the entry is repeated at each resume"
+
+    other = dpsm_trainer(tmp_path / "other", alpha_warmup_steps=1)
+    other.train(resume_from_checkpoint=checkpoint)
+    assert (
+        "it was 'linear: alpha 0 -> 1 over 2 steps (of 3)' and goes on as 'linear: alpha 0 -> 1 over 1 steps (of 3)'"
+        in warned.text
+    )
+    entries = [e for e in other.state.log_history if "alpha_schedule" in e]
+    assert [e["step"] for e in entries] == [0, 2]
+
+    warned.clear()
+    longer = dpsm_trainer(tmp_path / "longer", alpha_warmup_steps=2, max_steps=4)
+    longer.train(resume_from_checkpoint=checkpoint)
+    assert "(of 3)' and goes on as 'linear: alpha 0 -> 1 over 2 steps (of 4)'" in warned.text
+
+
+# ---- CalibrationCallback in a DPSMTrainer --------------------------------------------------------------------------
+
+
+def test_files_of_every_evaluation(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path, eval_strategy="steps", eval_steps=1, calibration_bins=20)
+    trainer.train()
+    names = sorted(p.name for p in (tmp_path / "calibration").iterdir())
+    assert names == [f"eval-step-{i:06d}.{kind}" for i in (1, 2, 3) for kind in ("json", "png")]
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    for i, logged in enumerate(evaluations, start=1):
+        saved = record(tmp_path, f"eval-step-{i:06d}.json")
+        assert saved["schema"] == 2 and saved["step"] == i == logged["step"] and saved["split"] == "eval"
+        assert set(saved["metrics"]) == set(METRICS)
+        # no token was right, so nothing can be ranked: null in the file, and no NaN in the log
+        assert saved["metrics"]["confidence_auroc"] is None and "eval_confidence_auroc" not in logged
+        known = [name for name in METRICS if name != "confidence_auroc"]
+        assert {name: saved["metrics"][name] for name in known} == {name: logged[f"eval_{name}"] for name in known}
+        assert saved["intervals"]["nll"] == [logged["eval_nll_low"], logged["eval_nll_high"]]
+        curve = saved["curve"]
+        assert curve["bins"] == 20 and len(curve["edges"]) == 21 and len(curve["count"]) == 20
+        assert sum(curve["count"]) == saved["tokens"] == saved["metrics"]["tokens"]
+        assert all((c is None) == (n == 0) for c, n in zip(curve["confidence"], curve["count"], strict=True))
+    path = tmp_path / "calibration" / "eval-step-000003.json"
+    assert ReliabilityDisplay.from_json(path).split == "eval"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask(), "others may not read it"
+    with Image.open(path.with_suffix(".png")) as image:
+        image.verify()
+        assert image.format == "PNG" and min(image.size) > 300
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_numbers_are_those_of_the_model(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path)
+    trainer.evaluate()
+    saved = record(tmp_path, "eval-step-000000.json")
+    data = make_data("gpt2", 8)
+    with torch.no_grad():
+        logits = trainer.model(torch.tensor(data["input_ids"])).logits[:, :-1].double()
+    labels = torch.tensor(data["labels"])[:, 1:]
+    keep = labels != -100
+    p, y = logits.softmax(-1)[keep], labels[keep]
+    p_y = p.gather(1, y[:, None])[:, 0]
+    brier = (p - torch.nn.functional.one_hot(y, VOCAB)).square().sum(-1)
+    curve = calibration_curve(p.amax(-1), p.argmax(-1) == y)
+    expected = {
+        "tokens": len(y),
+        "nll": -p_y.log().mean().item(),
+        "perplexity": math.exp(-p_y.log().mean().item()),
+        "brier": brier.mean().item(),
+        "spherical": (1 - p_y / p.square().sum(-1).sqrt()).mean().item(),
+        "entropy": torch.special.entr(p).sum(-1).mean().item(),
+        "token_accuracy": (p.argmax(-1) == y).double().mean().item(),
+        "confidence": p.amax(-1).mean().item(),
+        "ece_15": curve.ece,
+        "mce": curve.mce,
+    }
+    assert {name: saved["metrics"][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(saved["curve"]["count"], curve.count)
+
+
+def test_a_callback_given_by_hand_is_not_doubled(tmp_path: Path) -> None:
+    mine, schedule = CalibrationCallback(bins=10), AlphaScheduleCallback()
+    trainer = dpsm_trainer(tmp_path, callbacks=[mine, schedule])
+    found = trainer.callback_handler.callbacks
+    assert [c for c in found if isinstance(c, CalibrationCallback)] == [mine]
+    assert [c for c in found if isinstance(c, AlphaScheduleCallback)] == [schedule]
+    trainer.evaluate()
+    assert record(tmp_path, "eval-step-000000.json")["curve"]["bins"] == 10
+    by_class = dpsm_trainer(tmp_path, callbacks=[CalibrationCallback, AlphaScheduleCallback])
+    kinds = [type(c) for c in by_class.callback_handler.callbacks]
+    assert kinds.count(CalibrationCallback) == kinds.count(AlphaScheduleCallback) == 1
+
+
+def test_plain_arguments_install_nothing_but_take_it_by_hand(tmp_path: Path) -> None:
+    data = make_data("gpt2", 8)
+    args = arguments(TrainingArguments, tmp_path)
+    bare = DPSMTrainer(make_model("gpt2"), args, train_dataset=data, eval_dataset=data)
+    kinds = {type(c) for c in bare.callback_handler.callbacks}
+    assert not kinds & {CalibrationCallback, AlphaScheduleCallback}
+    metrics = bare.evaluate()
+    assert {f"eval_{name}" for name in METRICS} - {"eval_confidence_auroc"} <= set(metrics)
+    assert not (tmp_path / "calibration").exists()
+
+    late = CalibrationCallback()
+    bare.add_callback(late)  # after the trainer was made
+    bare.train()
+    again = bare.evaluate()
+    saved = record(tmp_path, "eval-step-000003.json")
+    assert again["eval_tokens"] == metrics["eval_tokens"] == saved["tokens"]
+    assert saved["metrics"]["nll"] == again["eval_nll"]
+    bare.evaluate()
+    assert late._hook is None, "it listens to the model although the trainer tells it everything"
+
+
+def test_other_prefixes_and_prediction(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path)
+    data = make_data("gpt2", 8)
+    trainer.predict(data)
+    assert not (tmp_path / "calibration").exists(), "predict() is no evaluation"
+    trainer.evaluate(eval_dataset={"dev": data, "held_out": data.select(range(3))})
+    dev, held = record(tmp_path, "eval_dev-step-000000.json"), record(tmp_path, "eval_held_out-step-000000.json")
+    assert dev["split"] == "eval_dev" and held["tokens"] < dev["tokens"]
+    trainer.evaluate(metric_key_prefix="test")
+    assert record(tmp_path, "test-step-000000.json")["tokens"] == dev["tokens"]
+
+
+def test_every_set_has_a_file_of_its_own(tmp_path: Path) -> None:
+    data = make_data("gpt2", 8)
+    names = ["a/b", "a_b", "a b", "x" * 260]
+    dpsm_trainer(tmp_path).evaluate(eval_dataset={name: data.select(range(i + 1)) for i, name in enumerate(names)})
+    files = {
+        r["split"]: r["tokens"] for p in (tmp_path / "calibration").glob("*.json") if (r := json.loads(p.read_text()))
+    }
+    assert len(set(files.values())) == len(names) and set(files) == {f"eval_{name}" for name in names}
+
+
+# ---- CalibrationCallback in a plain Trainer ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
+def test_in_a_plain_trainer_as_in_ours(name: str, tmp_path: Path) -> None:
+    ours = dpsm_trainer(tmp_path / "ours", name=name).evaluate()
+    plain = plain_trainer(tmp_path / "plain", CalibrationCallback(), name)
+    found = plain.evaluate()
+    keys = [f"eval_{key}" for key in METRICS if key != "confidence_auroc"]
+    assert {key: found[key] for key in keys} == pytest.approx({key: ours[key] for key in keys}, rel=1e-6, abs=1e-9)
+    left = record(tmp_path / "ours", "eval-step-000000.json")
+    right = record(tmp_path / "plain", "eval-step-000000.json")
+    assert right["curve"]["count"] == left["curve"]["count"] and right["tokens"] == left["tokens"]
+    with Image.open(tmp_path / "plain" / "calibration" / "eval-step-000000.png") as image:
+        image.verify()
+
+
+def test_in_a_plain_trainer_while_training(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, CalibrationCallback(bins=10), eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    found = [record(tmp_path, f"eval-step-{i:06d}.json") for i in (1, 2, 3)]
+    assert len({r["tokens"] for r in found}) == 1, "one evaluation leaks into the next, or training is counted"
+    assert found[0]["metrics"]["nll"] > found[2]["metrics"]["nll"]
+    assert found[0]["curve"]["bins"] == 10
+
+
+def test_prediction_does_not_leak_into_the_next_evaluation(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, CalibrationCallback())
+    expected = trainer.evaluate()["eval_tokens"]
+    trainer.predict(make_data("gpt2", 5))
+    assert trainer.evaluate()["eval_tokens"] == expected
+
+
+def test_an_interrupted_evaluation_and_own_calls_do_not_leak(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, CalibrationCallback())
+    expected = trainer.evaluate()["eval_tokens"]
+    step = trainer.prediction_step
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    trainer.prediction_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.prediction_step = step
+    batch = trainer.data_collator([make_data("gpt2", 2)[i] for i in range(2)])
+    with torch.no_grad():
+        trainer.model(**batch)
+    assert trainer.evaluate()["eval_tokens"] == expected
+
+
+def test_metrics_of_the_user_keep_their_names(tmp_path: Path) -> None:
+    trainer = plain_trainer(
+        tmp_path, CalibrationCallback(), compute_metrics=lambda prediction: {"nll": -1.0, "a_loss": -2.0}
+    )
+    found = trainer.evaluate()
+    assert found["eval_nll"] == -1.0 and found["eval_a_loss"] == -2.0 and "eval_ece_15" in found
+    assert record(tmp_path, "eval-step-000000.json")["split"] == "eval"
+
+
+def test_the_model_of_model_init_is_heard(tmp_path: Path) -> None:
+    trainer = plain_trainer(
+        tmp_path, CalibrationCallback(), model_init=lambda: make_model("gpt2"), eval_strategy="steps", eval_steps=3
+    )
+    trainer.train()
+    assert record(tmp_path, "eval-step-000003.json")["tokens"] > 0
+
+
+def test_it_says_when_it_sees_nothing(tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+    trainer = plain_trainer(tmp_path, CalibrationCallback(), label_smoothing_factor=0.1)
+    metrics = trainer.evaluate()
+    assert "eval_ece_15" not in metrics and not (tmp_path / "calibration").exists()
+    assert "saw no scored token in this evaluation: the model was called without labels" in warned.text
+
+
+# ---- where the picture goes, and how files are written -------------------------------------------------------------
+
+
+def events(folder: Path) -> list[tuple[int, str]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = []
+    for path in folder.rglob("events.out.*"):
+        reader = accumulator.EventAccumulator(str(path))
+        reader.Reload()
+        found += [(e.step, tag) for tag in reader.Tags()["images"] for e in reader.Images(tag)]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_picture_goes_to_tensorboard(ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    options: dict[str, Any] = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 2}
+    trainer: Trainer = (
+        dpsm_trainer(tmp_path, **options) if ours else plain_trainer(tmp_path, CalibrationCallback(), **options)
+    )
+    trainer.train()
+    assert events(tmp_path) == [(2, "eval/reliability_diagram"), (3, "eval/reliability_diagram")]
+
+
+def test_no_picture_is_sent_unasked(tmp_path: Path) -> None:
+    dpsm_trainer(tmp_path, eval_strategy="steps", eval_steps=3).train()
+    assert not list(tmp_path.rglob("events.out.*"))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_json({"a": 1}, path)
+    with pytest.raises(ValueError):
+        write_json({"a": math.nan}, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json({"a": 2}, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}, "the old file is gone before the new is whole"
+
+
+def test_an_infinite_perplexity_is_null(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CalibrationCallback))
+    panel = EvaluationPanel()
+    panel.tokens.update(confidence=[0.5], correct=[0], nll=[1e4])
+    callback.receive(panel, "eval")
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics={})
+    saved = record(tmp_path, "eval-step-000000.json")
+    assert saved["metrics"]["perplexity"] is None and saved["metrics"]["nll"] == 1e4

@@ -1,0 +1,92 @@
+"""``log_component_grad_norms``: both gradients beside the mix's own, and a training that does not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpsm_hf.data.corruption import TargetFlips, replacement_weights
+from dpsm_hf.training.corruption import Corruption
+from tests.evaluation_trainers import make_trainer
+from tests.tiny import VOCAB
+
+
+def trained(folder: Path, name: str, **options: Any) -> Any:
+    defaults = {"loss_type": "dpsm", "logging_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    trainer = make_trainer(folder, name, **{**defaults, **options})
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
+def test_the_parts_are_what_they_are_alone(name: str, fused_head: str, tmp_path: Path) -> None:
+    for alpha, key in ((0.0, "grad_norm_ce"), (1.0, "grad_norm_brier")):
+        options = {"alpha_schedule": "constant", "alpha_end": alpha, "fused_head": fused_head}
+        found = logged(trained(tmp_path, name, log_component_grad_norms=True, **options))
+        assert len(found) == 2
+        for entry in found:
+            assert entry[key] == pytest.approx(entry["grad_norm"], rel=1e-5)
+            assert entry["grad_norm_ce"] > 2 * entry["grad_norm_brier"] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+def test_training_does_not_notice(options: dict[str, Any], tmp_path: Path) -> None:
+    runs = [
+        trained(tmp_path, "gpt2", dropout=0.1, log_component_grad_norms=measured, logging_first_step=True, **options)
+        for measured in (True, False)
+    ]
+    for mine, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(mine, theirs)
+    with_norms, without = map(logged, runs)
+    assert [entry["step"] for entry in with_norms] == [1, 2, 4]
+    for mine, theirs in zip(with_norms, without, strict=True):
+        assert {"grad_norm_ce", "grad_norm_brier"} <= set(mine) and "grad_norm_ce" not in theirs
+        assert all(mine[key] == theirs[key] for key in ("loss", "nll", "brier", "grad_norm"))
+
+
+def test_flips_are_counted_once(tmp_path: Path) -> None:
+    counts = []
+    for measured in (True, False):
+        trainer = make_trainer(
+            tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=measured,
+            corruption=Corruption(flips=TargetFlips(0.3, replacement_weights(VOCAB, (0, 1, 2)), seed=1)),
+        )  # fmt: skip
+        trainer.train()
+        counts.append(dict(trainer._counts.gather(torch.device("cpu"))))
+        assert [e["grad_norm"] for e in logged(trainer)] != [0.0] * 4
+    assert counts[0] == counts[1] and counts[0]["flipped_tokens"] > 0
+
+
+def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=True)
+    stopped = []
+    measure = trainer._measure_components
+    monkeypatch.setattr(
+        trainer, "_measure_components", lambda inputs: (stopped.append(trainer._evaluating_since), measure(inputs))
+    )
+    trainer.train()
+    assert len(stopped) == 4 and None not in stopped
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logging_strategy": "epoch"}, "logging_strategy=IntervalStrategy.EPOCH does not say which"),
+        ({"logging_strategy": "no"}, "set logging_strategy='steps'"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "does not work with re-entrant activation checkpointing",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, "gpt2", log_component_grad_norms=True, **options)
