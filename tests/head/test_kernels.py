@@ -27,7 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the kernel made of every case, from a process that runs Triton's interpreter."""
     path = tmp_path_factory.mktemp("kernel") / "results.pt"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "tests" / "unit" / "kernel_worker.py"), str(path)]
+    command = [sys.executable, str(ROOT / "tests" / "head" / "kernel_worker.py"), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(path, weights_only=False)

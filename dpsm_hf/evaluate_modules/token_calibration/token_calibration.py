@@ -9,9 +9,9 @@ import datasets
 import evaluate
 import numpy as np
 
-from ... import calibration as dpsm_calibration
-from ...calibration.metrics import equal_width_ece
-from ...runtime.files import json_number
+from dpsm_hf import calibration as dpsm_calibration
+from dpsm_hf.calibration.metrics import equal_width_ece
+from dpsm_hf.runtime.files import json_number
 
 _DESCRIPTION = """
 How well the confidence of a model in its predicted (top) label tells the share of places where that label is right:
