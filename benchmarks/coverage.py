@@ -140,7 +140,7 @@ def both_intervals(
 
     with mock.patch.object(intervals, "error_interval", both):
         reported = calibration.intervals(samples=samples)
-    errors = [name for name in reported if name in intervals._ERRORS]
+    errors = [name for name in reported if name in intervals.NOISE_RAISES]
     return reported, {**reported, **dict(zip(errors, basic, strict=True))}
 
 

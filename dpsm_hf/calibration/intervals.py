@@ -16,7 +16,7 @@ _RANGES = {
 }  # fmt: skip
 
 # Noise in the bins can only add to these.
-_ERRORS = frozenset(
+NOISE_RAISES = frozenset(
     {"ece_10", "ece_15", "ece_100", "debiased_ece", "adaptive_ece", "smooth_ece", "mce", "reliability"}
 )
 
@@ -71,7 +71,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
         if name in ("tokens", "perplexity"):
             continue
         drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no byte of text in any resample, say
-        kind = error_interval if name in _ERRORS else basic_interval
+        kind = error_interval if name in NOISE_RAISES else basic_interval
         intervals[name] = kind(value, drawn_values, level, _RANGES.get(name, (0.0, 1.0)))
     if "nll" in intervals:
         intervals["perplexity"] = Interval(*(float(perplexity(bound)) for bound in intervals["nll"]))

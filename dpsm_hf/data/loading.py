@@ -1,9 +1,10 @@
-"""One way into the data for every script: hub data sets, local files, and the text that Python itself carries."""
+"""Load the splits of a run: hub data sets, local files, or the text that Python itself carries."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import functools
 import glob
 import gzip
 import logging
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from .held_out import AnyDataset, hold_out
 from .python_text import load_python_docs, load_python_docstrings
 
 logger = logging.getLogger(__name__)
 
+AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED_DATASETS = {"python-docs": load_python_docs, "python-docstrings": load_python_docstrings}
@@ -113,6 +114,62 @@ def load_text_datasets(
             )
         check_not_empty(splits[split], split, described)
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def hold_out(
+    splits: dict[str, AnyDataset], name: str, percentage: int, *, at_end: bool = False, required: bool = True
+) -> dict[str, AnyDataset]:
+    """Cut a split from the first rows of train, or from its last (of every 100 rows, in a stream).
+
+    Args:
+        splits: With ``train``.
+        name: Of the new split.
+        percentage: Share of train's rows, in percent.
+        at_end: Take the last rows.
+        required: Whether a train split too small for it is an error; else it is left whole.
+
+    Returns:
+        The splits with ``train`` shortened and the new one.
+
+    Raises:
+        ValueError: A percentage out of range, or too few rows.
+    """
+    check_percentage(name, percentage)
+    train = splits["train"]
+    if isinstance(train, IterableDataset):
+        lowest, beyond = (100 - percentage, 100) if at_end else (0, percentage)
+        held_out = train.filter(functools.partial(_in_share, lowest=lowest, beyond=beyond), with_indices=True)
+        kept = train.filter(functools.partial(_not_in_share, lowest=lowest, beyond=beyond), with_indices=True)
+        return {**splits, "train": kept, name: held_out}
+    rows = len(train)
+    number = max(1, round(rows * percentage / 100))
+    if number >= rows:
+        if not required:
+            return splits
+        raise ValueError(
+            f"The train split has {rows} row(s), too few to hold out {percentage} % for {name}: give a --{name}_file."
+        )
+    cut = rows - number if at_end else number
+    first, last = train.select(range(cut)), train.select(range(cut, rows))
+    return {**splits, "train": first if at_end else last, name: last if at_end else first}
+
+
+def check_percentage(name: str, percentage: int) -> None:
+    """Refuse a share of the train split that leaves nothing on one side.
+
+    Raises:
+        ValueError: Naming the option and the percentage.
+    """
+    if not 0 < percentage < 100:
+        raise ValueError(f"--{name}_split_percentage {percentage} must lie between 1 and 99.")
+
+
+def _in_share(row: dict[str, Any], index: int, lowest: int, beyond: int) -> bool:
+    return lowest <= index % 100 < beyond
+
+
+def _not_in_share(row: dict[str, Any], index: int, lowest: int, beyond: int) -> bool:
+    return not _in_share(row, index, lowest, beyond)
 
 
 def check_sources(dataset_name: str | None, files: Mapping[str, str]) -> None:

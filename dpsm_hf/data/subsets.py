@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from .corruption import exact_share
 from .hashing import text_hash
-from .held_out import AnyDataset
+from .loading import AnyDataset
 
 # Independent hashes, so that a fold is neither richer nor poorer in the examples of a small subset.
 _SUBSET, _FOLD = "dpsm-hf-subset", "dpsm-hf-fold"

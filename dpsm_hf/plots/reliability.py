@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .curve_series import FEW_TOKENS, CurveLike, CurveSeries, curve_series, read_record, record_series, write_series
-from .curve_text import after, ece_with_interval, short_ece, title_lines, wrapped, wrapped_label
 from .figures import OKABE_ITO, empty_figure, figure_of, run_style, run_styles, save_figure
 
 __all__ = ["FEW_TOKENS", "CurveLike", "ReliabilityDisplay"]
@@ -24,6 +24,8 @@ _INK = "0.1"
 _HOLLOW = f"hollow: < {FEW_TOKENS} tokens"
 # Labels of the legend up to this stand in two columns.
 _COLUMN_CHARACTERS = 27
+# What fits on a line of the figure in the fonts used there.
+_HEADING_CHARACTERS, _LABEL_CHARACTERS = 54, 50
 _WIDTH, _DIAGRAM, _HISTOGRAM, _LINE = 4.4, 3.7, 1.3, 0.19  # inches
 
 
@@ -160,7 +162,7 @@ class ReliabilityDisplay:
 
     def title(self) -> str:
         """Say in one line what the diagram shows."""
-        return " · ".join(part for line in title_lines(self._series, self.split) for part in line)
+        return " · ".join(part for line in _title_lines(self._series, self.split) for part in line)
 
     def plot(self, ax: Axes | None = None, histogram: bool = True) -> ReliabilityDisplay:
         """Draw the diagram.
@@ -186,7 +188,7 @@ class ReliabilityDisplay:
         if len(self._series) == 1:
             self._draw_bars(ax, self._series[0])
         else:
-            self._draw_lines(ax, ece_with_interval if own else short_ece)
+            self._draw_lines(ax, _ece_with_interval if own else _short_ece)
         # a little more than [0, 1], or markers at the ends are cut
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="accuracy (top label)")
         ax.grid(alpha=0.3, linewidth=0.6)
@@ -227,9 +229,9 @@ class ReliabilityDisplay:
 
     def _write_around(self, ax: Axes, own: bool) -> None:
         name = self._series[0].name if len(self._series) == 1 else ""
-        said = (" · ".join(line) for line in title_lines(self._series, self.split))
+        said = (" · ".join(line) for line in _title_lines(self._series, self.split))
         lines = [
-            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in wrapped(line)
+            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in _wrapped(line)
         ]
         style: dict[str, Any] = {"fontsize": 9.5, "linespacing": 1.25}
         if not own:
@@ -270,7 +272,7 @@ class ReliabilityDisplay:
             ax.vlines(middle, series.low[filled], series.high[filled], **style, zorder=3)
         if series.scaled is not None:
             scaled = series.scaled
-            label = f"{after(scaled)} ({short_ece(scaled)})"
+            label = f"{_after(scaled)} ({_short_ece(scaled)})"
             style = {"color": _INK, "marker": "D", "linestyle": "-", "linewidth": 1.3, "markersize": 4.5, "zorder": 5}
             if many:
                 style |= {"linewidth": 0.9, "markersize": 1.8}
@@ -284,7 +286,7 @@ class ReliabilityDisplay:
             style |= {"linewidth": 1.6, "markersize": 5.5, "zorder": 4}
             _draw_points(ax, series, f"{series.name} ({written(series)})", style)
             if series.scaled is not None:
-                label = f"{series.name} {after(series.scaled)} ({written(series.scaled)})"
+                label = f"{series.name} {_after(series.scaled)} ({written(series.scaled)})"
                 style |= {"linewidth": 0.8, "markersize": 3, "zorder": 3}
                 _draw_points(ax, series.scaled, label, style, interval=False)
         if any(series.low is not None for series in self._series):
@@ -337,7 +339,7 @@ def _draw_points(
     """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with intervals if it has them."""
     filled = series.filled
     x, y, few = series.confidence[filled], series.accuracy[filled], series.few[filled]
-    ax.plot(x, y, label=wrapped_label(label), **style)
+    ax.plot(x, y, label=_wrapped_label(label), **style)
     ax.plot(x[few], y[few], **{**style, "linestyle": "none", "markerfacecolor": "white"})
     if interval and series.low is not None and series.high is not None:
         quiet = {"color": style["color"], "linewidth": 1.2, "alpha": 0.7, "zorder": style["zorder"]}
@@ -358,3 +360,77 @@ def _single_color(name: str) -> str:
     """Choose the colour of one model's bars: a loss's own, else one that is dark enough on white."""
     color = str(run_style(name, 0)["color"])
     return OKABE_ITO[0] if color == OKABE_ITO[5] else color
+
+
+# ---- what a diagram says in words -----------------------------------------------------------------------------------
+
+
+def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
+    """Say what a diagram of these curves shows, as lines of parts.
+
+    Args:
+        series: one, whose ECE is named, or several.
+        split: name of the evaluated split, or empty.
+    """
+    tokens, bins = _span([one.tokens for one in series], "{:,}".format), sorted({len(one.count) for one in series})
+    numbers = "/".join(str(number) for number in bins)
+    first = [split] if split else []
+    first += [f"{tokens} tokens", f"{numbers} bin" if numbers == "1" else f"{numbers} bins"]
+    errors = [_ece_with_interval(series[0])] if len(series) == 1 else []
+    nulls = [one.ece_null for one in series if one.ece_null is not None]
+    if nulls:
+        errors.append(f"{'null' if errors else 'null ECE'} {_span(nulls, _number)}")
+    scaled = series[0].scaled if len(series) == 1 else None
+    last = [] if scaled is None else [f"{_after(scaled)}: {_ece_with_interval(scaled)}"]
+    return [line for line in (first, errors, last) if line]
+
+
+def _wrapped(line: str) -> list[str]:
+    """Break a heading where it is too long, between its parts if that helps."""
+    hard = "\N{NO-BREAK SPACE}"
+    kept = " · ".join(part.replace(" ", hard) for part in line.split(" · "))
+    lines = textwrap.wrap(kept, _HEADING_CHARACTERS)
+    return [_plain(part.replace(hard, " ").removesuffix(" ·")) for part in lines]
+
+
+def _wrapped_label(text: str) -> str:
+    """Break a label of the legend where it is too long, before its bracket if it has one."""
+    text = _plain(text)
+    if len(text) <= _LABEL_CHARACTERS:
+        return text
+    name, bracket, rest = text.rpartition(" (")
+    lines = textwrap.wrap(name if bracket else text, _LABEL_CHARACTERS)
+    return "\n".join([*lines, f"({rest}"] if bracket else lines)
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading names as formulas, or as labels to leave out of the legend."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _after(scaled: CurveSeries) -> str:
+    """Name a curve after temperature scaling by its temperature."""
+    return "scaled" if scaled.temperature is None else f"at T = {scaled.temperature:.3g}"
+
+
+def _short_ece(series: CurveSeries) -> str:
+    """Name the ECE of a curve."""
+    return f"ECE {_number(series.ece)}"
+
+
+def _ece_with_interval(series: CurveSeries) -> str:
+    """Name the ECE of a curve and its confidence interval, if that is known."""
+    if series.ece_interval is None:
+        return _short_ece(series)
+    low, high = (_number(bound) for bound in series.ece_interval)
+    return f"{_short_ece(series)}, 95 %: {low}–{high}"
+
+
+def _span(values: Sequence[Any], written: Callable[[Any], str]) -> str:
+    low, high = written(min(values)), written(max(values))
+    return low if low == high else f"{low}–{high}"
+
+
+def _number(value: float) -> str:
+    return "not a number" if math.isnan(value) else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"

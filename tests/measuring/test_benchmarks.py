@@ -325,7 +325,7 @@ def test_both_kinds_of_interval() -> None:
     for name in coverage.METRICS:
         assert (basic[name] == reported[name]) == (name not in coverage.ERRORS), name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpsm_hf.calibration.intervals._ERRORS", frozenset())
+        patch.setattr("dpsm_hf.calibration.intervals.NOISE_RAISES", frozenset())
         assert basic == calibration.intervals(samples=40)
 
 
