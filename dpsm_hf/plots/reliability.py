@@ -1,4 +1,4 @@
-"""Reliability diagrams: accuracy against confidence, from the data that calibration collects."""
+"""Reliability diagrams: accuracy against confidence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["FEW_TOKENS", "CurveLike", "ReliabilityDisplay"]
 
 _INK = "0.1"
 _HOLLOW = f"hollow: < {FEW_TOKENS} tokens"
-# Labels of the legend up to this stand in two columns.
+# The legend has two columns if no label is longer.
 _COLUMN_CHARACTERS = 27
-# What fits on a line of the figure in the fonts used there.
+# Characters that fit on a line of title and legend.
 _HEADING_CHARACTERS, _LABEL_CHARACTERS = 54, 50
 _WIDTH, _DIAGRAM, _HISTOGRAM, _LINE = 4.4, 3.7, 1.3, 0.19  # inches
 
@@ -32,13 +32,13 @@ _WIDTH, _DIAGRAM, _HISTOGRAM, _LINE = 4.4, 3.7, 1.3, 0.19  # inches
 class ReliabilityDisplay:
     """Reliability diagram of one or several models: accuracy against confidence above, histogram of confidence below.
 
-    One model is drawn as bars with its gap to the diagonal hatched, several as points joined by lines; upright lines
-    are the 95 % confidence intervals of the accuracy, where the curve has them. After temperature scaling a single
-    model is one more line over the bars, several are thin lines without intervals. The histogram is the share of the
-    tokens in each hundredth of confidence, on a logarithmic axis. The title says what is shown: token-level and
-    top-label, the number of tokens and bins, the ECE with its confidence interval (with several models it stands in
-    the legend), and the null level, the ECE that a perfectly calibrated model would show at this number of tokens. ECE
-    is ``sum_b n_b / N * |accuracy_b - confidence_b|`` (Naeini et al., 2015).
+    One model is drawn as bars with the gap to the diagonal hatched, several models as points joined by lines. Vertical
+    lines are the 95 % confidence intervals of the accuracy, where the curve has them. The curve after temperature
+    scaling is a line over the bars, or with several models a thin line without intervals. The histogram is the share
+    of the tokens per 0.01 of confidence on a logarithmic axis. The title gives the number of tokens and bins, the ECE
+    with its confidence interval (with several models in the legend), and the null level, the expected ECE of a
+    perfectly calibrated model with this number of tokens. ECE is ``sum_b n_b / N * |accuracy_b - confidence_b|``
+    (Naeini et al., 2015).
 
     Args:
         series: the curves; use `from_curve`, `from_json` or `overlay` to make a display.
@@ -77,15 +77,15 @@ class ReliabilityDisplay:
 
         Args:
             curve: object or mapping with ``edges`` (bins + 1), ``confidence``, ``accuracy`` and ``count`` (bins each),
-                and perhaps ``low`` and ``high`` (bins each) and ``histogram``, as `CalibrationCurve` has them; empty
-                bins hold NaN or ``None``.
+                and optionally ``low`` and ``high`` (bins each) and ``histogram``, as in `CalibrationCurve`; empty bins
+                hold NaN or ``None``.
             name: name of the model, for the legend; ``ce``, ``brier`` and ``dpsm`` choose fixed colours.
             split: name of the evaluated split.
             scaled: the curve of the same model after temperature scaling.
-            temperature: that ``scaled`` was computed with.
+            temperature: the temperature of ``scaled``.
 
         Raises:
-            ValueError: if an array is missing, holds what it cannot, or does not fit the others.
+            ValueError: if an array is missing, holds impossible values, or does not fit the others.
         """
         series = curve_series(curve, name)
         if scaled is not None:
@@ -101,7 +101,7 @@ class ReliabilityDisplay:
         Args:
             source: path of ``calibration/eval-step-*.json``, or the mapping in it.
             name: name of the model.
-            scaled: whether to draw the curve after temperature scaling too, if the file holds one.
+            scaled: whether to draw the curve after temperature scaling too, if there is one.
 
         Raises:
             ValueError: if the content holds no calibration curve, or one that does not fit together.
@@ -121,13 +121,13 @@ class ReliabilityDisplay:
         """Put the curves of several displays into one diagram.
 
         Args:
-            displays: the displays, or paths of files that `CalibrationCallback` wrote; their splits must agree and
-                their models' names differ. A model without a name is called by its place, ``model 2``; one of a file
-                by the folder of its run, with the file's name where that tells them apart.
-            scaled: whether to draw the curves after temperature scaling too, of those that have one.
+            displays: displays, or paths of files that `CalibrationCallback` wrote, of one split and of models with
+                different names. A model without a name is called ``model 2`` by its position; the model of a file is
+                called by the folder of its run, followed by the file's name if several files are of one run.
+            scaled: whether to draw curves after temperature scaling too, where there are any.
 
         Raises:
-            ValueError: if there is none, if they show different splits, or if two models have one name.
+            ValueError: without displays, for different splits, or if two models have the same name.
         """
         given = _file_names([d for d in displays if not isinstance(d, ReliabilityDisplay)])
         shown = [d if isinstance(d, ReliabilityDisplay) else cls.from_json(d, given[str(d)]) for d in displays]
@@ -157,11 +157,11 @@ class ReliabilityDisplay:
 
     @property
     def ece_scaled(self) -> dict[str, float]:
-        """The same after temperature scaling, of the models that have such a curve."""
+        """Expected calibration error after temperature scaling, of the models that have such a curve."""
         return {series.name: series.scaled.ece for series in self._series if series.scaled is not None}
 
     def title(self) -> str:
-        """Say in one line what the diagram shows."""
+        """Return the title in one line."""
         return " · ".join(part for line in _title_lines(self._series, self.split) for part in line)
 
     def plot(self, ax: Axes | None = None, histogram: bool = True) -> ReliabilityDisplay:
@@ -189,7 +189,7 @@ class ReliabilityDisplay:
             self._draw_bars(ax, self._series[0])
         else:
             self._draw_lines(ax, _ece_with_interval if own else _short_ece)
-        # a little more than [0, 1], or markers at the ends are cut
+        # a little more than [0, 1], so that markers at the ends are not cut off
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="accuracy (top label)")
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.set_axisbelow(True)
@@ -201,7 +201,7 @@ class ReliabilityDisplay:
         return self
 
     def figure(self) -> Figure:
-        """Draw the diagram with its histogram on a new figure and return that."""
+        """Draw the diagram with its histogram on a new figure and return the figure."""
         return self.plot().figure_
 
     def save(self, path: str | Path, dpi: int = 150) -> Path:
@@ -218,8 +218,8 @@ class ReliabilityDisplay:
 
         Args:
             path: where to; ``.csv`` gives a line for each bin with the columns ``model``, ``temperature``, ``left``,
-                ``right``, ``count``, ``confidence``, ``accuracy``, ``low`` and ``high``, empty where nothing is known;
-                ``.json`` gives that by curve, with histogram, ECE, its interval and its null level. A curve before
+                ``right``, ``count``, ``confidence``, ``accuracy``, ``low`` and ``high``, empty where unknown;
+                ``.json`` has the same by curve, with histogram, ECE, its interval and its null level. A curve before
                 temperature scaling has temperature 1.
 
         Raises:
@@ -239,7 +239,7 @@ class ReliabilityDisplay:
             ax.legend(loc="best", fontsize=8, framealpha=0.9, labelspacing=0.3)
             return
         self.figure_.suptitle("\n".join(lines), **style)
-        # below, where it can hide no data; the figure grows with what is written around the diagram
+        # the legend is below the axes, where it hides no data; the figure grows by the lines of title and legend
         handles, labels = ax.get_legend_handles_labels()
         columns = 2 if max(map(len, labels)) <= _COLUMN_CHARACTERS else 1
         rows = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
@@ -267,7 +267,7 @@ class ReliabilityDisplay:
             ax.bar(left[filled], gap, width[filled], bottom=base, align="edge", **style)
         if series.low is not None and series.high is not None and filled.any():
             middle = (left + width / 2)[filled]
-            shade = tuple(0.55 * part for part in to_rgb(color))  # apart from the scaled curve's
+            shade = tuple(0.55 * part for part in to_rgb(color))  # darker than the bars, lighter than the scaled curve
             style = {"color": shade, "linewidth": 1.0 if many else 3.0, "label": "95 % interval of accuracy"}
             ax.vlines(middle, series.low[filled], series.high[filled], **style, zorder=3)
         if series.scaled is not None:
@@ -311,7 +311,7 @@ class ReliabilityDisplay:
         drawn = [curve for series in self._series for curve in series.with_scaled()]
         shares = np.concatenate([curve.density()[1] for curve in drawn])
         if shares.any():
-            # whole decades, or the ticks have no numbers; and room above for the mean
+            # whole decades, so that ticks have numbers, and room above for the label of the mean
             least, most = shares[shares > 0].min() / 1.2, shares.max()
             ax.set_yscale("log")
             ax.set_ylim(10.0 ** math.floor(math.log10(least)), max(10.0 ** math.ceil(math.log10(most)), 2 * most))
@@ -326,7 +326,7 @@ class ReliabilityDisplay:
 
 
 def _file_names(paths: Sequence[str | Path]) -> dict[str, str]:
-    """Name models by the folders of their runs, and files of one run by their own names too."""
+    """Name each model by the folder of its run, followed by the file's name if several files are of one run."""
     folders = {str(path): Path(path).resolve().parent for path in paths}
     runs = {path: (folder.parent if folder.name == "calibration" else folder).name for path, folder in folders.items()}
     taken = list(runs.values())
@@ -336,7 +336,7 @@ def _file_names(paths: Sequence[str | Path]) -> dict[str, str]:
 def _draw_points(
     ax: Axes, series: CurveSeries, label: str, style: Mapping[str, Any], *, interval: bool = True
 ) -> None:
-    """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with intervals if it has them."""
+    """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with its intervals."""
     filled = series.filled
     x, y, few = series.confidence[filled], series.accuracy[filled], series.few[filled]
     ax.plot(x, y, label=_wrapped_label(label), **style)
@@ -347,7 +347,7 @@ def _draw_points(
 
 
 def _mark_mean(ax: Axes, mean: float) -> None:
-    """Draw and name the mean confidence of one model in its histogram."""
+    """Mark the mean confidence of one model in its histogram."""
     ax.axvline(mean, color=_INK, linewidth=1.1, linestyle="--")
     right = mean < 0.6
     style: dict[str, Any] = {"ha": "left" if right else "right", "va": "top", "fontsize": 8.5, "zorder": 6}
@@ -357,19 +357,19 @@ def _mark_mean(ax: Axes, mean: float) -> None:
 
 
 def _single_color(name: str) -> str:
-    """Choose the colour of one model's bars: a loss's own, else one that is dark enough on white."""
+    """Return the colour of one model's bars, replacing the light blue, which is too pale for bars."""
     color = str(run_style(name, 0)["color"])
     return OKABE_ITO[0] if color == OKABE_ITO[5] else color
 
 
-# ---- what a diagram says in words -----------------------------------------------------------------------------------
+# ---- title and labels of the curves ---------------------------------------------------------------------------------
 
 
 def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
-    """Say what a diagram of these curves shows, as lines of parts.
+    """Return the title of a diagram as lines, each a list of parts.
 
     Args:
-        series: one, whose ECE is named, or several.
+        series: the curves; with a single one the title has its ECE.
         split: name of the evaluated split, or empty.
     """
     tokens, bins = _span([one.tokens for one in series], "{:,}".format), sorted({len(one.count) for one in series})
@@ -386,7 +386,7 @@ def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
 
 
 def _wrapped(line: str) -> list[str]:
-    """Break a heading where it is too long, between its parts if that helps."""
+    """Break a line of the title that is too long, between its parts if possible."""
     hard = "\N{NO-BREAK SPACE}"
     kept = " · ".join(part.replace(" ", hard) for part in line.split(" · "))
     lines = textwrap.wrap(kept, _HEADING_CHARACTERS)
@@ -394,7 +394,7 @@ def _wrapped(line: str) -> list[str]:
 
 
 def _wrapped_label(text: str) -> str:
-    """Break a label of the legend where it is too long, before its bracket if it has one."""
+    """Break a label of the legend that is too long, before its bracket if it has one."""
     text = _plain(text)
     if len(text) <= _LABEL_CHARACTERS:
         return text
@@ -404,23 +404,23 @@ def _wrapped_label(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading names as formulas, or as labels to leave out of the legend."""
+    """Escape what matplotlib reads as a formula ($) or as a label to omit from the legend (leading _)."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def _after(scaled: CurveSeries) -> str:
-    """Name a curve after temperature scaling by its temperature."""
+    """Return the label of a curve after temperature scaling."""
     return "scaled" if scaled.temperature is None else f"at T = {scaled.temperature:.3g}"
 
 
 def _short_ece(series: CurveSeries) -> str:
-    """Name the ECE of a curve."""
+    """Return the ECE of a curve as text."""
     return f"ECE {_number(series.ece)}"
 
 
 def _ece_with_interval(series: CurveSeries) -> str:
-    """Name the ECE of a curve and its confidence interval, if that is known."""
+    """Return the ECE of a curve as text, with its confidence interval if known."""
     if series.ece_interval is None:
         return _short_ece(series)
     low, high = (_number(bound) for bound in series.ece_interval)
