@@ -176,7 +176,7 @@ class SummarySwaps:
         number = self._number(len(pairs), pairs, step)
         chosen = order[:0]
         while number > 1:
-            chosen = _at_most(number // 2, order, summaries)[:number]
+            chosen = _limit_repeats(number // 2, order, summaries)[:number]
             if len(chosen) == number:
                 break
             number = len(chosen)  # more than half of the pairs share a summary, so fewer can be swapped
@@ -225,7 +225,7 @@ def _one_key(high: Tensor, low: Tensor) -> Tensor:
     return high << 31 | low >> 1
 
 
-def _at_most(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+def _limit_repeats(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray:
     """Return the pairs in order, at most ``limit`` with the same summary."""
     seen: Counter[int] = Counter()
     kept = []

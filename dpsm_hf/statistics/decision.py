@@ -61,7 +61,7 @@ def all_of(decisions: Iterable[Decision]) -> Decision:
     Source: Kleene's strong three-valued "and"; Berger, "Multiparameter hypothesis testing and acceptance sampling"
     (Technometrics 1982).
     """
-    given = _some(decisions)
+    given = _not_empty(decisions)
     if Decision.FAILS in given:
         return Decision.FAILS
     return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.HOLDS
@@ -78,7 +78,7 @@ def any_of(decisions: Iterable[Decision]) -> Decision:
 
     Source: Kleene's strong three-valued "or"; Bonferroni's inequality.
     """
-    given = _some(decisions)
+    given = _not_empty(decisions)
     if Decision.HOLDS in given:
         return Decision.HOLDS
     return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.FAILS
@@ -99,7 +99,7 @@ def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, 
     return low, high
 
 
-def _some(decisions: Iterable[Decision]) -> list[Decision]:
+def _not_empty(decisions: Iterable[Decision]) -> list[Decision]:
     given = [Decision(decision) for decision in decisions]
     if not given:
         raise ValueError("There is no claim to join.")

@@ -34,7 +34,7 @@ class DocumentMeans:
     @property
     def features(self) -> np.ndarray:
         """Return total and count of each document, ``[seeds, documents, 2]``."""
-        return np.stack([_rows(self.total, 1), _rows(self.count, 1)], axis=-1)
+        return np.stack([_runs_first(self.total, 1), _runs_first(self.count, 1)], axis=-1)
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
         """Return the figure from summed features ``[..., 2]``; NaN where nothing was counted."""
@@ -70,9 +70,9 @@ class DocumentBins:
     @property
     def features(self) -> np.ndarray:
         """Return count, then correct - confidence by bin, of each document: ``[seeds, documents, 1 + bins]``."""
-        count = _rows(self.count, 2)
+        count = _runs_first(self.count, 2)
         return np.concatenate(
-            [count.sum(-1, keepdims=True), _rows(self.correct, 2) - _rows(self.confidence, 2)], axis=-1
+            [count.sum(-1, keepdims=True), _runs_first(self.correct, 2) - _runs_first(self.confidence, 2)], axis=-1
         )
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
@@ -121,11 +121,11 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
 def _counts(documents: Documents) -> np.ndarray:
     """Return the number of tokens, ``[seeds, documents]``."""
     if isinstance(documents, DocumentMeans):
-        return _rows(documents.count, 1)
-    return _rows(documents.count, 2).sum(-1)
+        return _runs_first(documents.count, 1)
+    return _runs_first(documents.count, 2).sum(-1)
 
 
-def _rows(values: np.ndarray, dimensions: int) -> np.ndarray:
+def _runs_first(values: np.ndarray, dimensions: int) -> np.ndarray:
     """Return float64 with a leading axis of runs."""
     x = np.asarray(values, dtype=np.float64)
     return x[None] if x.ndim == dimensions else x
@@ -147,7 +147,7 @@ def _check(arrays: dict[str, np.ndarray], dimensions: tuple[int, int]) -> None:
             raise ValueError(f"{name} is not 0 where nothing was counted: count and {name} are not of the same run.")
     if (x["count"] < 0).any():
         raise ValueError(f"count has {x['count'].min():g}: counts cannot be negative.")
-    runs = _rows(x["count"], dimensions[0])
+    runs = _runs_first(x["count"], dimensions[0])
     for run, count in enumerate(runs):
         if count.sum() == 0:
             raise ValueError(f"Nothing was counted in any document of run {run}: there is no figure to compare.")

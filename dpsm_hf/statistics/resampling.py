@@ -126,13 +126,13 @@ def paired_bootstrap(
                 interval = of_errors(float(point[0]), drawn[0], float(point[1]), drawn[1], level)
         elif math.isfinite(error):
             low, high = np.quantile(contrasts, [(1 - level) / 2, (1 + level) / 2])
-            interval = Interval(*(_back(2 * estimate - float(q), scale) for q in (high, low)))
+            interval = Interval(*(_on_original_scale(2 * estimate - float(q), scale) for q in (high, low)))
     return DocumentBootstrap(
         scale=scale,
         documents=number,
         values=float(point[0]),
         baseline=float(point[1]),
-        estimate=_back(estimate, scale),
+        estimate=_on_original_scale(estimate, scale),
         interval=interval,
         level=level,
         standard_error=error,
@@ -219,7 +219,7 @@ def _contrast(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarra
         return np.log(values) - np.log(baseline) if scale == "ratio" else values - baseline
 
 
-def _back(contrast: float, scale: str) -> float:
+def _on_original_scale(contrast: float, scale: str) -> float:
     return math.exp(contrast) if scale == "ratio" else contrast
 
 
