@@ -12,7 +12,7 @@ import torch
 from benchmarks import evaluation, growth, head, plot, training_step
 from benchmarks.common import add_target, open_table
 
-# what a tall or a wide head is compared with on a CPU, where each sample takes seconds
+# variants for large heads on a CPU, where each sample takes seconds
 _FEW = ["compiled", "three products", "ours", "linear CE, auto"]
 
 

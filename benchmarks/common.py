@@ -1,4 +1,4 @@
-"""What the benchmarks share: one CSV, interleaved samples, peak memory, and real hidden states."""
+"""What the benchmarks share: the CSV, the command line, interleaved timing and peak memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Row:
-    """One measured variant; ratios are paired, sample by sample, with the reference variant of the same round."""
+    """One measured variant; ratios are paired with the reference variant of the same round."""
 
     benchmark: str
     variant: str
@@ -60,7 +60,7 @@ def slug(device: torch.device) -> str:
 
 
 class Table:
-    """A CSV that rows are added to as they are measured, so that an interrupt loses nothing."""
+    """A CSV to which each row is written when it is measured, so that an interrupt loses nothing."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         import transformers
@@ -72,7 +72,7 @@ class Table:
         }  # fmt: skip
 
     def add(self, row: Row) -> None:
-        """Append a row, replacing what an earlier run measured of the same case."""
+        """Add a row, replacing the row of an earlier run of the same case."""
         for name, value in self.stamp.items():
             setattr(row, name, value)
         names = [f.name for f in fields(Row)]
@@ -80,7 +80,7 @@ class Table:
         before = read(self.path)
         kept = [old for old in before if [old[name] for name in names[:6]] != key]
         new = {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in asdict(row).items()}
-        if not row.samples and len(kept) < len(before):  # memory was measured again, and time was not
+        if not row.samples and len(kept) < len(before):  # only memory was measured again
             timed = next(old for old in before if [old[name] for name in names[:6]] == key)
             new = {**timed, "peak_mib": new["peak_mib"], "peak_ratio": new["peak_ratio"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class Table:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV, none if there is no such file."""
+    """Return the rows of a CSV; an empty list if there is no such file."""
     if not path.exists():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -153,7 +153,7 @@ def main(
 
 
 def peak_in_own_process(module: str, case: list[Any]) -> float | None:
-    """Return the peak that ``python -m module --memory-of CASE`` prints, whose heap nothing has fragmented before."""
+    """Return the peak in MiB that ``python -m module --memory-of CASE`` prints, measured in a fresh heap."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--memory-of", json.dumps(case)],
         env=own_process_environment(exact_memory=True), capture_output=True, text=True, check=False, cwd=HERE.parent,
@@ -175,12 +175,12 @@ def measure(
     clean: Callable[[], None],
     peak: Callable[[str], float | None] | None = None,
 ) -> dict[str, dict[str, float | int | str | None]]:
-    """Time every variant once a round, the order rotated, until there are enough rounds or the time is up.
+    """Time every variant once per round, in rotating order, until there are enough rounds or the time is up.
 
     Args:
         variants: calls by name.
         reference: the variant that the others are paired with.
-        samples: rounds; none measures memory alone.
+        samples: number of rounds; 0 measures memory alone.
         budget: seconds after which no further round begins.
         device: to synchronise.
         clean: called before each call, outside its time.
@@ -191,7 +191,7 @@ def measure(
     """
     times: dict[str, list[float]] = {}
     found: dict[str, dict[str, float | int | str | None]] = {}
-    for name, call in variants.items():  # warm-up: compiles, allocates, and tells who cannot run
+    for name, call in variants.items():  # warm-up: compiles, allocates, and finds variants that fail
         clean()
         try:
             call()

@@ -1,10 +1,9 @@
-"""How often the 95 % intervals of the calibration metrics hold the truth, where the truth is a number and no estimate.
+"""How often the 95 % intervals of the calibration metrics hold the truth, on data with a known truth.
 
 python -m benchmarks.coverage --repetitions 100
 
-The labels are drawn from known distributions, again and again: this tests the estimators of
-`dpsm_hf.calibration.intervals` and says nothing of any trained model. Beside the intervals that are reported stand
-those of the basic bootstrap, from the same resamples.
+Labels are drawn repeatedly from known distributions. This tests the estimators of `dpsm_hf.calibration.intervals` and
+says nothing about trained models. The intervals of the basic bootstrap, from the same resamples, are reported too.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from dpsm_hf.calibration import intervals
 
 VOCABULARY = 8
 
-#: Noise can only make these larger; of a calibrated model they are 0.
+#: Metrics that noise can only make larger; they are 0 for a calibrated model.
 ERRORS = ("ece_15", "ece_100", "smooth_ece", "adaptive_ece", "debiased_ece", "mce")
 METRICS = (*ERRORS, "nll", "brier", "token_accuracy")
 
 
 class World(NamedTuple):
-    """Documents with labels from ``softmax(z / temperature)``, scored by a model that says ``softmax(z)``."""
+    """Documents with labels from ``softmax(z / temperature)``, and a model that predicts ``softmax(z)``."""
 
     temperature: float
-    correlation: float  # of the normal scores that the labels of a document are drawn by
+    correlation: float  # of the normal scores from which labels are drawn, within a document
 
     def draw(self, seed: int, documents: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the model's probabilities and the true ones ``[n, V]``, the likeliest first, and the labels."""
+        """Return predicted and true probabilities ``[n, V]``, the most probable first, and labels ``[n]``."""
         rng = np.random.default_rng(seed)
         difficulty = np.exp(rng.normal(0.3, 0.6, (documents, 1, 1)))
         z = -np.sort(-rng.normal(size=(documents, length, VOCABULARY)) * difficulty, axis=-1).reshape(-1, VOCABULARY)
         shared = np.repeat(rng.normal(size=documents), length)
         own = rng.normal(size=documents * length)
-        # uniform for every token, alike within a document: p is as right as before, but tokens are not independent
+        # uniform for every token, correlated within a document: p stays calibrated, but tokens are not independent
         score = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own
         u = torch.special.ndtr(torch.from_numpy(score)).numpy()
         truth = softmax(z / self.temperature)
         return softmax(z), truth, (truth.cumsum(-1)[:, :-1] < u[:, None]).sum(-1)
 
     def truth(self) -> dict[str, float]:
-        """Return what the metrics are for ever more tokens, from the true probabilities instead of labels."""
+        """Return the limits of the metrics for many tokens, from the true probabilities instead of labels."""
         p, q, _ = self.draw(10**6, 25_000, 12)
         confidence, right = p[:, 0], q[:, 0]
         gap = right - confidence
@@ -114,7 +113,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def smooth(cells: np.ndarray) -> float:
-    """Return the smooth ECE by a matrix of kernels and their images, and by bisection."""
+    """Return the smooth ECE by a kernel matrix with reflected images, and bisection for the width."""
     t = (np.arange(len(cells)) + 0.5) / len(cells)
 
     def error(width: float) -> float:
@@ -131,7 +130,7 @@ def smooth(cells: np.ndarray) -> float:
 def both_intervals(
     calibration: TokenCalibration, samples: int
 ) -> tuple[dict[str, intervals.Interval], dict[str, intervals.Interval]]:
-    """Return the interval of every metric as it is reported, and by the basic bootstrap from the same resamples."""
+    """Return the interval of every metric as reported, and by the basic bootstrap from the same resamples."""
     reported_kind, basic = intervals.error_interval, []
 
     def both(*arguments: Any) -> intervals.Interval:
@@ -140,7 +139,7 @@ def both_intervals(
 
     with mock.patch.object(intervals, "error_interval", both):
         reported = calibration.intervals(samples=samples)
-    errors = [name for name in reported if name in intervals._ERRORS]
+    errors = [name for name in reported if name in intervals.NOISE_RAISES]
     return reported, {**reported, **dict(zip(errors, basic, strict=True))}
 
 
@@ -187,7 +186,7 @@ def run(cases: Iterable[Case], repetitions: int, samples: int, output: Path) -> 
     output.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         rows += [{**row, **stamp} for row in measure(case, repetitions, samples)]
-        with open(output, "w", encoding="utf-8", newline="") as file:  # as far as it goes: an interrupt keeps it
+        with open(output, "w", encoding="utf-8", newline="") as file:  # written after every case
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
@@ -195,7 +194,7 @@ def run(cases: Iterable[Case], repetitions: int, samples: int, output: Path) -> 
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the coverage as Markdown, the basic bootstrap's in brackets where it is another interval."""
+    """Return the coverage as Markdown, that of the basic bootstrap in brackets where it differs."""
     lines = [
         f"| model | true ECE-15 | {' | '.join(f'`{name}`' for name in METRICS)} |",
         "|---" * (len(METRICS) + 2) + "|",
@@ -211,7 +210,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def share(value: float) -> str:
-    """Return a share with two digits and without the zero in front."""
+    """Return a share with two digits, without the leading zero."""
     return f"{value:.2f}".removeprefix("0")
 
 

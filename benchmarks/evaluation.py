@@ -24,12 +24,12 @@ VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
 LENGTH = 256
 VOCABULARY = 50257
 
-#: The memory of a set is measured at these numbers of tokens, with a model small enough for a million of them.
+#: Numbers of tokens at which memory is measured, with a model small enough to evaluate a million.
 SIZES = (100_000, 1_000_000)
 
 
 def make_rows(tokens: int) -> Dataset:
-    """Return sequences of real text, repeated where the text is shorter than that.
+    """Return sequences of real text with so many tokens in all, repeating the text where it is shorter.
 
     Raises:
         ValueError: for less than one sequence.
@@ -59,7 +59,7 @@ def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) 
         args = TrainingArguments(**common) if not classes else DPSMConfig(classwise_tokens=classes, **common)
         ours = trainer = DPSMTrainer(model=model, args=args)
         if classes:
-            ours.callback_handler.callbacks = []  # a picture is no part of the comparison
+            ours.callback_handler.callbacks = []  # no pictures: they are not part of the comparison
             ours.use_temperature(1.1)
     trainer.args.prediction_loss_only = True
     trainer.log = lambda *arguments, **keywords: None  # type: ignore[method-assign]
@@ -67,7 +67,7 @@ def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) 
 
 
 def measure_memory(case: list[Any]) -> float | None:
-    """Return the peak of an evaluation above its model, from a process of its own."""
+    """Return the peak in MiB of an evaluation above its model, measured in a process of its own."""
     return peak_in_own_process("benchmarks.evaluation", case)
 
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
 
 def own_peak(device: torch.device, variant: str, dtype: str, tokens: int, small: bool) -> float | None:
     """Return the peak of an evaluation in this process."""
-    make_evaluation(variant, dtype, 8 * LENGTH, small)()  # what only the first evaluation allocates
+    make_evaluation(variant, dtype, 8 * LENGTH, small)()  # warm-up: allocations of the first evaluation only
     return peak_above(make_evaluation(variant, dtype, tokens, small), device)
 
 

@@ -1,7 +1,7 @@
-"""Check the fused head on a device, which continuous integration cannot: numbers, waiting, memory, and a training run.
+"""Check the fused head on a GPU, which CI does not have: accuracy, synchronisation, memory, and a training run.
 
 python -m benchmarks.gpu_check --output gpu_check.json                # on a GPU: some two minutes
-python -m benchmarks.gpu_check --device cpu --small                   # the same on a CPU, as far as it goes
+python -m benchmarks.gpu_check --device cpu --small                   # on a CPU, without the CUDA-only checks
 
 Errors are taken against float64 and compared with those of the unfused path in the same dtype, as tests/head does on a
 CPU. Exits with 1 if a check fails.
@@ -42,13 +42,13 @@ RULES: dict[str, dict[str, Any]] = {
     "focal": {"loss_type": "focal"},
 }
 POST_OPS: dict[str, dict[str, Any]] = {"": {}, "scaled, capped": {"logit_scale": 0.5, "logit_softcap": 4.0}}
-# units in the last place of float32 that any sum may be off by, whatever its terms
+# rounding error that any float32 sum may have, whatever its terms
 SLACK = 16 * torch.finfo(torch.float32).eps
 
 
 @dataclass
 class Check:
-    """What came of one check."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -57,7 +57,7 @@ class Check:
 
 
 class Case(NamedTuple):
-    """A head and what it is to score, in the dtype that is checked."""
+    """Inputs of the head: hidden states ``[N, D]``, weight ``[V, D]``, bias ``[V]``, labels ``[N]``."""
 
     hidden: Tensor
     weight: Tensor
@@ -65,12 +65,12 @@ class Case(NamedTuple):
     labels: Tensor
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Return copies of hidden states, weight and bias that want a gradient."""
+        """Return copies of hidden states, weight and bias that require gradients."""
         return [t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in self[:3]]
 
 
 def make_case(n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Return logits of about unit size, every tenth token certain of its label and every seventh ignored."""
+    """Return a case with logits near unit size, every tenth token nearly certain, every seventh ignored."""
     g = torch.Generator().manual_seed(n)
     weight, bias = torch.randn(vocab, width, generator=g) / width**0.5, torch.randn(vocab, generator=g)
     hidden, labels = torch.randn(n, width, generator=g), torch.randint(vocab, (n,), generator=g)
@@ -96,7 +96,7 @@ def plain_loss(
     z: Tensor, labels: Tensor, *, loss_type: str, alpha: float = 0.0, label_smoothing: float = 0.0,
     score_smoothing: float = 0.0, z_loss: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Return the score of each token as a textbook writes it, for autograd."""
+    """Return the score of each token by the textbook formula, for autograd."""
     vocab = z.shape[-1]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
@@ -117,10 +117,10 @@ def plain_loss(
 
 
 def compare(truth: list[Tensor], plain: list[Tensor], mine: list[Tensor], unit: float) -> tuple[bool, str]:
-    """Return whether the errors are at most twice the unfused ones, and the worst quotient of the two.
+    """Return whether the errors are at most twice those of the unfused path, and the worst ratio of the two.
 
-    The largest error may be half a unit in the last place of the stored dtype beyond that: an unfused error that is
-    small by luck has no second chance.
+    The largest error may exceed that by half a unit in the last place of the stored dtype, since the largest unfused
+    error can be small by chance.
     """
     worst, report, passed = 0.0, [], True
     for name, t, p, m in zip(("loss", "hidden", "weight", "bias"), truth, plain, mine, strict=True):
@@ -186,7 +186,7 @@ def check_statistics(device: torch.device, impls: list[str], small: bool) -> tup
 
 
 def check_no_waiting(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Run forward and backward where any wait for the device is an error, with and without ignored tokens."""
+    """Run forward and backward while synchronisation is an error, with and without ignored tokens."""
     if device.type != "cuda":
         return True, "left out: only CUDA says when it is waited for"
     done = []
@@ -226,7 +226,7 @@ def check_no_waiting(device: torch.device, impls: list[str], small: bool) -> tup
 
 
 def check_memory(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Compare the peak of a call above its inputs with the bytes of all logits, which it must stay below."""
+    """Check that the peak of a call above its inputs is below the bytes of all logits."""
     n, vocab, width = (2048, 20011, 32) if small else (16384, 50257, 256)
     found, passed = [], True
     for impl in impls:
@@ -247,7 +247,7 @@ def check_memory(device: torch.device, impls: list[str], small: bool) -> tuple[b
 
 
 def check_training(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Train a tiny GPT-2 on real text in bfloat16, fused and not: the loss falls, and alike."""
+    """Train a tiny GPT-2 on real text in bfloat16, fused and unfused: both losses fall, and nearly agree."""
     from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, set_seed
 
     from benchmarks.hidden import token_ids
@@ -281,7 +281,7 @@ def check_training(device: torch.device, impls: list[str], small: bool) -> tuple
 
 
 def run(device: torch.device, impls: list[str], small: bool) -> list[Check]:
-    """Run every check, printing each that is not about accuracy, and each that fails."""
+    """Run every check; print failures, and all checks but those of accuracy."""
     whole: dict[str, Callable[[torch.device, list[str], bool], tuple[bool, str]]] = {
         "statistics": check_statistics,
         "no waiting for the device": check_no_waiting,
@@ -295,7 +295,7 @@ def run(device: torch.device, impls: list[str], small: bool) -> list[Check]:
         started = time.perf_counter()
         try:
             passed, detail = check()
-        except Exception as error:  # a check that breaks is one that failed; the others still tell something
+        except Exception as error:  # an exception fails this check; the others go on
             passed, detail = False, f"{type(error).__name__}: {error}"
             if not isinstance(error, AssertionError):
                 traceback.print_exc()
@@ -314,7 +314,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, help="write the results as JSON")
     arguments = p.parse_args()
     device = torch.device(arguments.device)
-    # both paths are to multiply float32 in float32
+    # float32 matmuls in full float32 on both paths
     torch.backends.cuda.matmul.allow_tf32 = False
     impls = list(arguments.impls)
     if "triton" in impls and (reason := why_not(device)):

@@ -50,7 +50,7 @@ def tidy_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def torch_linear_ce(rows: int | None) -> Variant:
-    """PyTorch's own chunked linear cross-entropy, at most ``rows`` rows a chunk; None leaves all to its own choice."""
+    """PyTorch's chunked linear cross-entropy, at most ``rows`` rows per chunk; None leaves the choice to PyTorch."""
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions()
@@ -62,7 +62,7 @@ def torch_linear_ce(rows: int | None) -> Variant:
 
 
 def ours(loss_type: str, impl: str = "auto", chunk: int | None = None) -> Variant:
-    """The fused head; alpha is a tensor, as nothing may wait for it."""
+    """The fused head, with alpha as a tensor on the device so that nothing synchronises."""
     alpha: dict[torch.device, Tensor] = {}
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def ours(loss_type: str, impl: str = "auto", chunk: int | None = None) -> Varian
 
 
 def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """The three matrix products that no form of the loss can do without."""
+    """The three matmuls that every implementation needs: logits, gradient of the hidden states, weight gradient."""
     with torch.no_grad():
         logits = F.linear(hidden, weight)
         torch.mm(logits, weight)
@@ -82,7 +82,7 @@ def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def bare_products_onednn(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """The same by the library that the fused head takes for float32 on this processor."""
+    """The three matmuls by the library that the fused head uses for float32 on this processor (oneDNN)."""
     with torch.no_grad():
         logits = product(hidden, weight)
         product(logits, weight.t())
@@ -90,7 +90,7 @@ def bare_products_onednn(hidden: Tensor, weight: Tensor, labels: Tensor) -> None
 
 
 def liger() -> Variant:
-    """Liger's fused linear cross-entropy, whose chunks are its own rule."""
+    """Liger's fused linear cross-entropy, with its own choice of chunks."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return lambda hidden, weight, labels: liger_fused_linear_cross_entropy(hidden, weight, labels)
@@ -151,7 +151,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 def clean(hidden: Tensor = hidden, weight: Tensor = weight) -> None:
                     hidden.grad = weight.grad = None
 
-                # a wide head is seconds a call on a CPU: fewer samples, and the table says how many
+                # on a CPU a call of a wide head takes seconds: fewer samples (the table has their number)
                 samples = arguments.samples if width <= 1024 or device.type == "cuda" else min(5, arguments.samples)
                 peak = peak_of(dtype, tokens, width, vocabulary) if device.type == "cpu" else None
                 found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean,
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
 
 
 def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-    """Return forward and backward of a variant as a call without arguments."""
+    """Return a function without arguments that runs forward and backward of a variant."""
 
     def call() -> None:
         loss = variant(*inputs)
@@ -179,21 +179,21 @@ def peak_of(dtype: str, tokens: int, width: int, vocabulary: int) -> Callable[[s
 
 
 def own_peak(name: str, dtype: str, tokens: int, width: int, vocabulary: int) -> float | None:
-    """Return a variant's peak in this process; what is in the tensors does not change it."""
+    """Return a variant's peak in MiB in this process, on random tensors (values do not change it)."""
     hidden = torch.randn(tokens, width).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocabulary, width) * 0.02).to(DTYPES[dtype]).requires_grad_()
     cpu = torch.device("cpu")
     variant = all_variants(cpu, DTYPES[dtype])[name]
     assert not isinstance(variant, str)
     call = bound(variant, (hidden, weight, torch.randint(vocabulary, (tokens,))))
-    for _ in range(2):  # compiles, and lets the libraries allocate what they keep
+    for _ in range(2):  # warm-up: compilation, and buffers that libraries keep
         call()
         hidden.grad = weight.grad = None
     return peak_above(call, cpu)
 
 
 def default_tokens(width: int, vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens are scored: few where a CPU would take seconds a call."""
+    """Return how many tokens are scored: few where a call on a CPU takes seconds."""
     if device.type == "cuda":
         return 8192
     return 256 if width > 1024 or vocabulary > 100_000 else 1024
@@ -213,5 +213,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # in a process of its own on a CPU alone: a GPU counts by itself
+    # only for a CPU: on a GPU the allocator's own statistics are used
     main(parser(), run, lambda _, *case: own_peak(*case))

@@ -1,4 +1,4 @@
-"""Real hidden states: of a small GPT-2-shaped model, trained for some steps on the text that Python carries."""
+"""Real hidden states: of a one-layer GPT-2-shaped model trained for some steps on the text that comes with Python."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states ``[tokens, width]``, the weight ``[vocabulary, width]`` and the labels of real text.
 
-    One layer of that width, with an output layer of ``vocabulary`` rows, of which the text uses the first 4,096: the
-    size of a row is what is measured, and its logits are spread as in a model that has learned which tokens exist.
+    The model has one layer of that width and ``vocabulary`` output rows, of which the text uses the first 4,096. So
+    rows of logits have full size, and are distributed as in a model that has learned which tokens exist.
     """
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=max(1, width // 64), n_positions=LENGTH,
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
     model = GPT2LMHeadModel(config).to(device)
     ids = token_ids().to(device)
-    # a wide one takes minutes a step on a CPU
+    # a step of a wide model takes minutes on a CPU
     steps, lines = (40, 4) if width <= 1024 else (4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     for step in range(steps):

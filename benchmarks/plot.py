@@ -12,11 +12,11 @@ from typing import Any
 
 from benchmarks.common import read
 
-# Okabe and Ito's palette, told apart in colour blindness too; the second shade is bfloat16
+# Okabe and Ito's palette, safe for colour blindness; the second shade is bfloat16
 OURS, THEIRS, FLOOR = ("#0072B2", "#56B4E9"), ("#555555", "#AAAAAA"), ("#D55E00", "#E69F00")
 REFERENCE = "transformers CE"
 
-# Of a bar, in units of the reference.
+# Longest bar, in units of the reference; longer ones are cut off.
 _LONGEST = 2.5
 DTYPES = ("fp32", "bf16")
 
@@ -28,8 +28,8 @@ def _colours(variant: str) -> tuple[str, str]:
 def draw(path: Path) -> Path:
     """Write the picture beside the CSV and return its path.
 
-    One column with large letters, so that it can be read at 400 pixels: the head at the size of GPT-2 (or the first
-    size that was measured), and how its memory grows.
+    One column in large letters, readable at 400 pixels: the head at the size of GPT-2 (or the first size that was
+    measured), and the growth of its memory.
     """
     import matplotlib
 
@@ -76,7 +76,7 @@ def draw(path: Path) -> Path:
 
 
 def _names(rows: list[dict[str, str]]) -> list[str]:
-    """Return what is drawn, best last: variants of one program at several chunks are one."""
+    """Return the names to draw, ours and the bare matmuls last; variants that differ in the chunk alone are one."""
     names = dict.fromkeys(_program(row["variant"]) for row in rows if row["variant"] != REFERENCE)
     order = {"three products": 2, "ours, ce": 1, "ours, dpsm": 1}
     return sorted(names, key=lambda name: order.get(name, 0))
@@ -94,7 +94,7 @@ def _bars(axis: Any, rows: list[dict[str, str]], names: list[str], column: str) 
     for k, dtype in enumerate(dtypes):
         for i, name in enumerate(names):
             mine = [row for row in rows if row["dtype"] == dtype and _program(row["variant"]) == name]
-            # the default, or else the fastest chunk: also of memory the same one is shown
+            # the default chunk, or else the fastest one, for memory too
             mine = [row for row in mine if row["variant"] == name] or mine
             best = min(mine, key=lambda row: float(row["ratio"]), default=None)
             if best is None or not best[column]:
@@ -103,7 +103,7 @@ def _bars(axis: Any, rows: list[dict[str, str]], names: list[str], column: str) 
             shade = DTYPES.index(dtype)
             axis.barh(place, value, height, color=_colours(name)[shade], edgecolor="white")
             low, high = (best["ratio_p10"], best["ratio_p90"]) if column == "ratio" else ("", "")
-            if value > _LONGEST:  # one that is many times slower would leave no room for the others
+            if value > _LONGEST:  # cut off, so that the others remain readable
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 label = f"{value:.2f} {dtype} \N{RIGHTWARDS ARROW}"
                 axis.text(1.25 * _LONGEST, place, label, va="center", ha="right", fontsize=15, bbox=white)

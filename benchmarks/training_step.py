@@ -31,7 +31,7 @@ from dpsm_hf.measuring.processes import peak_above
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
 VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm", FULL_LOGITS)
-# Ways to keep fewer activations. Without dropout attention keeps no probabilities of pairs of tokens.
+# Ways to keep fewer activations. Without dropout, attention does not keep its probabilities.
 NO_DROPOUT, CHECKPOINTING = "no dropout", "activation checkpointing"
 
 
@@ -48,7 +48,7 @@ def make_model(name: str, how: str) -> nn.Module:
 
 
 def make_batch(name: str, sequences: int, length: int) -> dict[str, torch.Tensor]:
-    """Return sequences of real text; for BART the text is its own summary, half as long."""
+    """Return a batch of real text; for BART the first half of each text is its summary."""
     ids = token_ids()[: sequences * length].view(sequences, length)
     return {"input_ids": ids, "labels": ids if name == "gpt2" else ids[:, : length // 2].contiguous()}
 
@@ -91,7 +91,7 @@ def make_step(name: str, variant: str, dtype: str, sequences: int, length: int, 
 
 
 def measure_memory(case: list[Any]) -> float | None:
-    """Return the peak of a step above model and optimizer state, from a process of its own."""
+    """Return the peak in MiB of a step above model and optimizer state, measured in a process of its own."""
     return peak_in_own_process("benchmarks.training_step", case)
 
 
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
         for dtype in arguments.dtypes:
             measure_case(name, dtype, short, "", VARIANTS, arguments, table, device)
             if name == "gpt2" and arguments.memory_length:
-                # the length it was trained at; without the activations of its blocks the head's share is seen
+                # the length GPT-2 was trained with; fewer activations of the blocks show the head's share
                 long = (arguments.sequences, arguments.memory_length)
                 for how in ("", NO_DROPOUT, CHECKPOINTING):
                     measure_case(name, dtype, long, how, (REFERENCE, "ours, dpsm"), None, table, device)
@@ -112,7 +112,7 @@ def measure_case(
     name: str, dtype: str, shape: tuple[int, int], how: str, variants: tuple[str, ...],
     arguments: argparse.Namespace | None, table: Table, device: torch.device,
 ) -> None:  # fmt: skip
-    """Add a row for each variant; without arguments memory alone is measured."""
+    """Add a row for each variant; ``arguments=None`` measures memory alone."""
     found: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
     if arguments is not None:
         steps = {variant: make_step(name, variant, dtype, *shape, how) for variant in variants}
@@ -135,7 +135,7 @@ def measure_case(
 def own_peak(device: torch.device, *case: Any) -> float | None:
     """Return the peak of a step of `make_step` in this process."""
     step = make_step(*case)
-    for _ in range(2):  # the optimizer's state exists after the first
+    for _ in range(2):  # warm-up: the first step creates the optimizer state
         step()
     return peak_above(step, device)
 

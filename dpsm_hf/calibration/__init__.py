@@ -1,7 +1,8 @@
-"""Token-level, top-label calibration from sufficient statistics: fixed memory, exact counts, no stored logits.
+"""Token-level, top-label calibration from counts on a grid of confidence: fixed memory, exact, no stored logits.
 
-`grid` says where confidence is cut, `accumulator` counts tokens there, `metrics` turns the counts into figures,
-`intervals` says how sure they are, `curve` is the data of a reliability diagram.
+`grid` defines the cells of confidence, `accumulator` counts tokens in them, `metrics` computes figures from counts,
+`intervals` bootstraps their confidence intervals, `classwise` is calibration of single tokens of the vocabulary, and
+`curve` holds the data of a reliability diagram.
 """
 
 from .accumulator import TokenCalibration

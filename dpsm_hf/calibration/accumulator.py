@@ -1,4 +1,4 @@
-"""The streaming accumulator: tokens on a grid of confidence, by block of documents."""
+"""The streaming accumulator: counts of tokens in cells of confidence, by block of documents."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson
 from .metrics import RANGES, SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
 
-#: Blocks that documents are dealt out to; what the bootstrap resamples.
+#: Documents are assigned to this many blocks by their number; the bootstrap resamples blocks.
 BLOCKS = 128
 
 _STATE = ("count", "correct", "confidence", "sums", "counts")
 
-# What a score may lie outside its range by, in the arithmetic of the head.
+# Rounding in the head may put a score this far outside its range.
 _ROUNDING = 1e-3
 
-# Fewer blocks than this with tokens tell too little of each other to resample.
+# With tokens in fewer blocks than this, the variance over blocks cannot be estimated.
 _FEW_BLOCKS = 10
 
 
 class TokenCalibration:
     """Accumulate the calibration of tokens in fixed memory: int64 counts and float64 sums on a grid of confidence.
 
-    Every figure is over scored tokens, of the predicted (top) label. Counts are exact at any number of tokens. Ten
-    megabytes hold all of it, for a thousand tokens and for a billion.
+    Every figure is over scored tokens and about the predicted (top) label. Counts are exact at any number of tokens;
+    the accumulator takes ten megabytes, whether for a thousand tokens or a billion.
 
     Example::
 
@@ -47,7 +47,7 @@ class TokenCalibration:
         self.correct = torch.zeros(BLOCKS, CELLS, dtype=torch.int64)
         self.confidence = torch.zeros(BLOCKS, CELLS, dtype=torch.float64)
         self.sums = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.float64)
-        # tokens for which each score was given: a mean is over these alone
+        # tokens for which each score was given: the denominator of its mean
         self.counts = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.int64)
         self._undocumented = 0
         self._edges: Tensor | None = None
@@ -65,10 +65,10 @@ class TokenCalibration:
             correct: same shape, 1 or True where the predicted token is the label.
             mask: same shape, False for tokens that do not count (padding).
             document: same shape, the number (int, from 0 on) of the document that each token belongs to; tokens of a
-                document are resampled together. None takes every token for a document of its own.
+                document are resampled together. None makes every token a document of its own.
             scores: any of ``nll`` (nats), ``brier``, ``spherical``, ``entropy`` (nats), ``label_probability``,
-                ``label_bytes`` (length of the label's text, where ``nll`` is given too), same shape. Without
-                ``label_probability`` it follows from ``nll``.
+                ``label_bytes`` (length of the label's text, needs ``nll``), same shape. A missing
+                ``label_probability`` is computed from ``nll``.
 
         Raises:
             ValueError: if shapes disagree, a confidence lies outside [0, 1] or is NaN, ``correct`` is neither 0 nor
@@ -94,7 +94,7 @@ class TokenCalibration:
         if keep is not None:
             kept = keep.to(device).reshape(-1).nonzero().squeeze(-1)
             values = {name: value.index_select(0, kept) for name, value in values.items()}
-        # from MPS, which has none, the (few) numbers per token travel to the host
+        # MPS has no float64: its numbers are moved to the host
         home = float64_device(device)
         values = {name: value.to(home) for name, value in values.items()}
         conf = values["confidence"].to(torch.float64).contiguous()  # bucketize would copy a column with a warning
@@ -128,23 +128,23 @@ class TokenCalibration:
         return torch.arange(first, first + conf.numel(), device=conf.device) % BLOCKS
 
     def merge(self, other: TokenCalibration) -> TokenCalibration:
-        """Add the tokens of another accumulator to this one and return it."""
+        """Add the tokens of another accumulator to this one, and return this one."""
         for name, mine in self.state_dict().items():
             mine += other.state_dict()[name].to(mine.device)
         return self
 
     def reduce(self, function: Callable[[Tensor], Tensor]) -> TokenCalibration:
-        """Return a new accumulator whose tensors are ``function`` of these: a sum over processes, say."""
+        """Return a new accumulator with ``function`` applied to each tensor, such as a sum over processes."""
         result = TokenCalibration()
         result.load_state_dict({name: function(tensor) for name, tensor in self.state_dict().items()})
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors that hold everything this accumulator knows."""
+        """Return all tensors of the accumulator by name."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` of another accumulator returned.
+        """Replace the content by what `state_dict` of another accumulator returned.
 
         Raises:
             ValueError: if a tensor is missing, or has the shape of another grid.
@@ -163,7 +163,7 @@ class TokenCalibration:
             self.load_state_dict({name: tensor.to(home) for name, tensor in self.state_dict().items()})
         return self
 
-    # ---- what follows from it --------------------------------------------------------------------------------------
+    # ---- results -------------------------------------------------------------------------------------------------
 
     def totals(self) -> Totals:
         """Return the sums over all blocks, as arrays."""
@@ -174,12 +174,12 @@ class TokenCalibration:
         return Totals(*(tensor.cpu().numpy() for tensor in self.state_dict().values()))
 
     def compute(self) -> dict[str, float]:
-        """Return every metric, without prefix; scores that were never given are left out.
+        """Return every metric by name, without prefix; scores that were never given are left out.
 
         docs/calibration.md has the formula, the bins and the known bias of each. ``nll``, ``brier``, ``spherical``,
         ``entropy`` are token means, ``perplexity`` is ``exp(nll)``, ``signed_gap`` is mean confidence minus accuracy
         (positive: over-confident), ``ece_N`` the expected calibration error over N equal-width bins, ``ece_N_null``
-        what a perfectly calibrated model with these confidences would show.
+        the ECE expected of a perfectly calibrated model with the same confidences.
 
         Raises:
             ValueError: if no token was seen.
@@ -191,7 +191,7 @@ class TokenCalibration:
     def intervals(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> dict[str, Interval]:
         """Return a confidence interval of each metric, by resampling blocks of documents; see `intervals.bootstrap`.
 
-        Documents are dealt out to 128 blocks by their number. With fewer than ten of them an interval is too narrow.
+        Documents are assigned to 128 blocks by their number. With fewer than ten documents an interval is too narrow.
 
         Raises:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
@@ -214,7 +214,7 @@ class TokenCalibration:
         return self._curve(UNIFORM_BIN // (GRID_BINS // bins), np.arange(bins + 1) / bins)
 
     def adaptive_curve(self, bins: int = 15) -> CalibrationCurve:
-        """Return the diagram with bins of equal mass, as far as the cells of the grid can be divided.
+        """Return the reliability diagram with bins of equal mass, made of whole cells of the grid.
 
         Raises:
             ValueError: for less than one bin.
@@ -229,13 +229,13 @@ class TokenCalibration:
         member = np.zeros((CELLS, bins))
         member[np.arange(CELLS), index] = 1
         blocks = self.block_totals()
-        # products of float64: exact for counts, of which none reaches 2**53
+        # a float64 matmul is exact for counts below 2**53
         count, correct, confidence = (part @ member for part in (blocks.count, blocks.correct, blocks.confidence))
         total, right = count.sum(0), correct.sum(0)
         occupied = np.where(total > 0, total, np.nan)
         low, high = wilson(right, total)
         if int((count.sum(1) > 0).sum()) >= _FEW_BLOCKS:
-            # tokens of a document are alike: the interval is widened by the design effect, never narrowed
+            # tokens of a document are correlated: the design effect widens the interval, and never narrows it
             effect = np.sqrt(np.maximum(1.0, _design_effect(count, correct)))
             share = right / occupied
             low, high = np.clip(share - (share - low) * effect, 0, 1), np.clip(share + (high - share) * effect, 0, 1)
@@ -251,19 +251,19 @@ class TokenCalibration:
 
 
 def check_seen(tokens: int) -> None:
-    """Raise unless there are tokens to say something about.
+    """Raise if no token was counted.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if ``tokens`` is 0.
     """
     if not tokens:
         raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
 
 
 def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Return the variance of each bin's accuracy over blocks ``[blocks, bins]``, in units of independent tokens.
+    """Return the variance of each bin's accuracy over blocks, relative to independent tokens: ``[bins]``.
 
-    The ratio estimator of survey sampling: ``B / (B - 1) * sum_k (r_k - a n_k)**2`` against ``n a (1 - a)``.
+    The ratio estimator of survey sampling: ``B / (B - 1) * sum_k (r_k - a n_k)**2`` divided by ``n a (1 - a)``.
     """
     blocks = int((count.sum(1) > 0).sum())
     total = count.sum(0)
@@ -274,7 +274,7 @@ def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 
 def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[str, Any]) -> None:
-    """Raise for what no token can have; one question to the device where nothing is wrong."""
+    """Raise for impossible values; waits for the device once where all are possible."""
     sound = ((conf >= 0) & (conf <= 1)).all()  # False for NaN too
     sound = sound & (values["correct"] == right).all() & ((right == 0) | (right == 1)).all()
     for name in scores:
@@ -301,5 +301,5 @@ def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[
 
 
 def _as_tensor(value: Any) -> Tensor:
-    # numpy keeps a list's numbers in float64; torch would round 0.1 to float32, over the edge of its bin
+    # numpy keeps a list in float64; torch would round 0.1 to float32 and move it over the edge of its bin
     return value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))

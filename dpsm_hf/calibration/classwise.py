@@ -1,4 +1,4 @@
-"""Class-wise calibration: how far the probability of a token is from the share of places where it is the label."""
+"""Class-wise calibration: the probability of a token against the share of places where it is the label."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CLASS_BINS = 15
 
 
 class ClassCalibration:
-    """Accumulate the calibration of some tokens of the vocabulary, one against the rest, in fixed memory.
+    """Accumulate the calibration of some tokens of the vocabulary, each one against the rest, in fixed memory.
 
     For token k over all N scored places: ``ece_k = sum_b |sum_i in b (1[y_i = k] - p_ik)| / N`` over 15 bins of equal
-    width, closed on the right. The class-wise ECE is their mean (Kull et al. 2019), here over the most frequent
-    tokens: over all of a vocabulary it would be a mean over tokens that never occur.
+    width, closed on the right. The class-wise ECE is the mean over the classes (Kull et al. 2019). It is meant for the
+    most frequent tokens: most of a vocabulary never occurs in an evaluation set.
 
     Args:
         classes: ``[K]``, ids of the tokens.
 
     Raises:
-        ValueError: if there is none, or one twice.
+        ValueError: if ``classes`` is empty or holds an id twice.
     """
 
     def __init__(self, classes: Sequence[int] | Tensor) -> None:
@@ -47,11 +47,11 @@ class ClassCalibration:
         return int(self.tokens_of_block.sum())
 
     def update(self, probability: Tensor, labels: Tensor, document: Tensor) -> None:
-        """Add places.
+        """Add scored places.
 
         Args:
             probability: ``[n, K]``, of each of the classes at each place, in [0, 1].
-            labels: ``[n]``, the token that is there.
+            labels: ``[n]``, the label at each place.
             document: ``[n]``, see `TokenCalibration.update`.
 
         Raises:
@@ -72,7 +72,7 @@ class ClassCalibration:
             raise ValueError("document must hold numbers from 0 on, one for each place.")
         self.to(home)
         labels, block = labels.to(home), document.to(home, torch.int64) % BLOCKS
-        # p * 15 would round what is just above an edge down to it
+        # bins by p * 15 would round values just above an edge down to it
         edges = torch.arange(1, CLASS_BINS, dtype=torch.float64, device=home) / CLASS_BINS
         bins = torch.bucketize(p.contiguous(), edges)
         cell = (block[:, None] * kinds + torch.arange(kinds, device=home)) * CLASS_BINS + bins
@@ -82,7 +82,7 @@ class ClassCalibration:
         self.tokens_of_block.index_add_(0, block, torch.ones_like(block))
 
     def reduce(self, function: Callable[[Tensor], Tensor]) -> ClassCalibration:
-        """Return a new accumulator whose tensors are ``function`` of these: a sum over processes, say."""
+        """Return a new accumulator with ``function`` applied to each tensor, such as a sum over processes."""
         result = ClassCalibration(self.classes)
         result.positive = function(self.positive)
         result.probability = function(self.probability)
@@ -124,7 +124,7 @@ class ClassCalibration:
         return error_interval(ece, self._errors(weights).mean(1), level, (0.0, 1.0))
 
     def _errors(self, weights: np.ndarray) -> np.ndarray:
-        """Return ``[samples, K]`` for so many copies of each block."""
+        """Return the error of each class, ``[samples, K]``, where block b counts ``weights[sample, b]`` times."""
         check_seen(self.tokens)
         gaps = (self.positive.double() - self.probability).cpu().numpy()
         tokens = weights @ self.tokens_of_block.cpu().numpy()
@@ -132,7 +132,7 @@ class ClassCalibration:
         return np.abs(drawn).sum(-1) / tokens[:, None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a record holds: the mean, its interval, and the error of each class."""
+        """Return the mean, its interval and the error of each class, as a calibration file holds them."""
         return {
             "ece": self.ece,
             "interval": [json_number(bound) for bound in self.interval()],

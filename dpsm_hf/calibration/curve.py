@@ -1,4 +1,4 @@
-"""The data of a reliability diagram, apart from its picture."""
+"""The data of a reliability diagram."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class CalibrationCurve:
     Args:
         edges: ``[bins + 1]`` from 0 to 1.
         confidence: ``[bins]`` mean confidence of the tokens in each bin, NaN where there is none.
-        accuracy: ``[bins]`` share of them that is right, NaN where there is none.
-        count: ``[bins]`` int64.
+        accuracy: ``[bins]`` share of right tokens in each bin, NaN where there is none.
+        count: ``[bins]`` int64, tokens in each bin.
         low, high: ``[bins]`` 95 % confidence interval of the accuracy, NaN where there are no tokens.
-        histogram: ``[100]`` int64, tokens in hundredths of confidence, however few the bins.
+        histogram: ``[100]`` int64, tokens in each hundredth of confidence, whatever the bins.
     """
 
     edges: np.ndarray
@@ -48,7 +48,7 @@ class CalibrationCurve:
         return float(np.nanmax(gaps)) if np.isfinite(gaps).any() else math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain lists, with None for the mean of an empty bin: what JSON can hold."""
+        """Return the curve as plain lists for JSON, with None for the means of an empty bin."""
 
         def plain(values: np.ndarray) -> list[float | None]:
             return [None if math.isnan(v) else float(v) for v in values]
@@ -62,7 +62,7 @@ class CalibrationCurve:
         }
 
     def as_csv(self) -> str:
-        """Return a table with a line for each bin, its cells empty where the bin is."""
+        """Return the curve as CSV, a line for each bin; confidence and accuracy of an empty bin are left blank."""
         names = ("confidence", "accuracy", "low", "high")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

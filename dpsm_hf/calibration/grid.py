@@ -1,14 +1,14 @@
-"""Where the axis of confidence is cut: finely enough that every usual number of bins is a union of cells."""
+"""The grid of confidence: cells so fine that the bins of every usual binning are unions of them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Divisible by 10, 15, 20, 25, 30, 50, 100, ...: any of these numbers of equal bins follows exactly from the grid.
+# Divisible by 10, 15, 20, 25, 30, 50, 100, ...: these numbers of equal bins are exact unions of cells.
 GRID_BINS = 3000
 
-# A trained model is surer than 2999/3000 of many tokens. The first and the last cell are cut further, in steps of a
-# sixteenth of a decade over four decades, so that equal-mass bins and ranks (AUROC) can tell those tokens apart.
+# A trained model gives many tokens a confidence above 2999/3000. The first and the last cell are divided further, in
+# steps of a sixteenth of a decade over four decades, so that equal-mass bins and AUROC can tell those tokens apart.
 _FINE_CELLS = 64
 _FINE_DECADES = 4
 
@@ -28,7 +28,7 @@ UNIFORM_BIN = np.minimum(np.searchsorted(np.arange(1, GRID_BINS) / GRID_BINS, ED
 
 
 def check_bins(bins: int) -> None:
-    """Raise unless the grid can be cut into that many equal bins.
+    """Raise unless the grid can be divided into that many equal bins.
 
     Raises:
         ValueError: naming the number and what to use instead.
@@ -39,6 +39,6 @@ def check_bins(bins: int) -> None:
 
 
 def first_cells(bins: int) -> np.ndarray:
-    """Return the first cell of each of so many equal bins, ``[bins]``."""
+    """Return the index of the first cell of each of ``bins`` equal bins, ``[bins]``."""
     check_bins(bins)
     return np.searchsorted(UNIFORM_BIN // (GRID_BINS // bins), np.arange(bins))

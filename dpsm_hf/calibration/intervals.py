@@ -1,4 +1,4 @@
-"""How sure the figures are: resampling blocks of documents, the unit that is independent, not tokens."""
+"""Bootstrap intervals of calibration metrics. Blocks of documents are resampled: tokens are not independent."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _RANGES = {
     "bits_per_byte": (0.0, math.inf),
 }  # fmt: skip
 
-# Noise in the bins can only add to these.
-_ERRORS = frozenset(
+#: Metrics that noise in the bins can only make larger; they get `error_interval`.
+NOISE_RAISES = frozenset(
     {"ece_10", "ece_15", "ece_100", "debiased_ece", "adaptive_ece", "smooth_ece", "mce", "reliability"}
 )
 
-# Resamples that are computed at a time: 40 MB each of counts, right tokens and confidences.
+# Resamples computed at a time: 40 MB each for counts, right tokens and confidences.
 _AT_A_TIME = 50
 
 
 class Interval(NamedTuple):
-    """A confidence interval; NaN where it cannot be told."""
+    """A confidence interval; NaN where it cannot be computed."""
 
     low: float
     high: float
@@ -34,11 +34,11 @@ class Interval(NamedTuple):
 def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> dict[str, Interval]:
     """Return a confidence interval of each metric by resampling blocks of documents with replacement.
 
-    Means (scores, accuracy, gaps) get the basic bootstrap, `basic_interval`; errors that noise can only make larger
-    (ECE and its kin) get `error_interval`. Both are cut to the metric's range.
+    Means (scores, accuracy, gaps) get the basic bootstrap, `basic_interval`; ECE and the other metrics of
+    `NOISE_RAISES` get `error_interval`. Both are clipped to the metric's range.
 
     Args:
-        blocks: with one leading axis, the blocks; those without tokens are left out.
+        blocks: sums with the blocks as first axis; blocks without tokens are left out.
         level: of confidence, in (0, 1).
         samples: resamples.
         seed: of the resampling, so that the same tokens give the same interval.
@@ -58,11 +58,11 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
         return {name: Interval(math.nan, math.nan) for name in point if name != "tokens"}
     weights = resampling_weights(number, samples, seed)
     found: dict[str, list[np.ndarray]] = {}
-    # products of float64, exact for counts below 2**53
+    # a float64 matmul is exact for counts below 2**53
     as_float = [values.astype(np.float64) for values in vars(parts).values()]
     for start in range(0, samples, _AT_A_TIME):
         some = weights[start : start + _AT_A_TIME].astype(np.float64)
-        with np.errstate(invalid="ignore"):  # an infinite score of a block that is not drawn
+        with np.errstate(invalid="ignore"):  # 0 * inf: an infinite score in a block that is not drawn
             drawn = Totals(*(some @ values for values in as_float))
         for name, values in all_metrics(drawn, smooth_near=point["smooth_ece"]).items():
             found.setdefault(name, []).append(values)
@@ -71,7 +71,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
         if name in ("tokens", "perplexity"):
             continue
         drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no byte of text in any resample, say
-        kind = error_interval if name in _ERRORS else basic_interval
+        kind = error_interval if name in NOISE_RAISES else basic_interval
         intervals[name] = kind(value, drawn_values, level, _RANGES.get(name, (0.0, 1.0)))
     if "nll" in intervals:
         intervals["perplexity"] = Interval(*(float(perplexity(bound)) for bound in intervals["nll"]))
@@ -79,20 +79,24 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
 
 
 def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:
-    """Return how often each of so many things is drawn, int64 ``[samples, number]``: that many, with replacement."""
+    """Return how often each of ``number`` things is drawn in as many draws with replacement.
+
+    Returns:
+        int64 ``[samples, number]``.
+    """
     return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
 
 
 def block_weights(tokens: np.ndarray, samples: int, seed: int) -> np.ndarray | None:
-    """Return how often each block is drawn, ``[samples, blocks]``: those with tokens alone, as `bootstrap` draws them.
+    """Return how often each block is drawn, ``[samples, blocks]``; as in `bootstrap`, only blocks with tokens are.
 
     Args:
-        tokens: ``[blocks]``, the tokens of each.
+        tokens: ``[blocks]``, number of tokens in each.
         samples: resamples.
         seed: of the resampling.
 
     Returns:
-        Weights in float64; None where fewer than two blocks have tokens, which tells nothing of how they differ.
+        Weights in float64; None where fewer than two blocks have tokens, so that nothing can be resampled.
     """
     kept = np.flatnonzero(tokens)
     if len(kept) < 2:
@@ -103,7 +107,14 @@ def block_weights(tokens: np.ndarray, samples: int, seed: int) -> np.ndarray | N
 
 
 def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[float, float]) -> Interval:
-    """Return ``[2 value - q_high, 2 value - q_low]`` of resampled values, cut to a range; NaN where none is finite."""
+    """Return the basic bootstrap interval ``[2 value - q_high, 2 value - q_low]``, clipped; NaN without finite values.
+
+    Args:
+        value: the figure of the sample.
+        drawn: ``[samples]``, the figure of each resample; NaN and infinity are left out.
+        level: of confidence, in (0, 1).
+        within: smallest and largest possible value.
+    """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not math.isfinite(value):
         return Interval(math.nan, math.nan)
@@ -112,12 +123,12 @@ def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[float, float]) -> Interval:
-    """Return an interval of a calibration error, which noise makes larger: in the sample, and in resamples once more.
+    """Return the interval of a calibration error, which noise makes too large in the sample and larger in resamples.
 
-    ``[sqrt(max(0, 2 value**2 - q_high**2)), q_high - (mean - value)]``: below, the basic bootstrap of the squared
-    error, to which noise adds; above, the percentile less the bias that the resamples show. The sample's own value
-    lies within. For a calibrated model the basic bootstrap rarely reaches down to the truth, 0; this one does, and is
-    wider there (docs/calibration.md has the coverage of both).
+    ``[sqrt(max(0, 2 value**2 - q_high**2)), q_high - (mean - value)]``. The lower end is the basic bootstrap of the
+    squared error, because noise adds to squares; the upper end is the percentile less the bias of the resamples. The
+    interval always holds ``value``. For a calibrated model the basic bootstrap rarely reaches the true value 0; this
+    interval does, and is wider there (docs/calibration.md has the coverage of both). Arguments as `basic_interval`.
     """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not math.isfinite(value):
@@ -129,7 +140,7 @@ def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def check_resampling(level: float, samples: int) -> None:
-    """Raise unless an interval of that level can be had from so many resamples.
+    """Raise unless level and number of resamples are usable.
 
     Raises:
         ValueError: naming what is out of range.

@@ -1,7 +1,7 @@
-"""Figures of calibration from counts and sums on the grid; for many resamples at once.
+"""Calibration metrics from counts and sums on the grid of confidence.
 
 Every function takes arrays whose last axis is the cells of `dpsm_hf.calibration.grid` and whose leading axes, if any,
-are resamples of the same tokens, and returns one number for each of these.
+are resamples of the same tokens, and returns one number for each resample.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .grid import CELLS, GRID_BINS, first_cells
 
 Array = np.ndarray
 
-#: Scores that a caller may give for each token; the last is the length in bytes of the text that its label stands for.
+#: Scores that a caller may give for each token; ``label_bytes`` is the length in bytes of the label's text.
 SCORES = ("nll", "brier", "spherical", "entropy", "label_probability", "label_bytes")
 
-#: The least and the greatest value of each.
+#: Smallest and largest value of each score.
 RANGES = {
     "nll": (0.0, math.inf), "brier": (0.0, 2.0), "spherical": (0.0, 1.0), "entropy": (0.0, math.inf),
     "label_probability": (0.0, 1.0), "label_bytes": (0.0, math.inf),
 }  # fmt: skip
 
-#: What is summed over tokens: those, and the Brier score of the confidence as a forecast of being right.
+#: Everything that is summed over tokens; the last is ``(confidence - right)**2``.
 SUMMED = (*SCORES, "top_label_brier")
 
 #: Every metric that `TokenCalibration.compute` returns.
@@ -40,19 +40,19 @@ _LOWER_IS_BETTER = (
     "debiased_ece", "adaptive_ece", "smooth_ece", "classwise_ece", "mce", "reliability",
 )  # fmt: skip
 
-_LARGEST_EXPONENT = 700.0  # of a float64
+_LARGEST_EXPONENT = 700.0  # exp of 710 overflows a float64
 
-_COARSE_CELLS = 1000  # of confidence, where the smooth ECE of many resamples is computed
+_COARSE_CELLS = 1000  # cells for the smooth ECE of resamples, in place of 3000
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What is known of some tokens.
+    """Counts and sums of a set of tokens.
 
     Args:
         count: ``[..., CELLS]`` tokens.
-        correct: ``[..., CELLS]`` those whose predicted token is the label.
-        confidence: ``[..., CELLS]`` sum of their confidences.
+        correct: ``[..., CELLS]`` tokens whose prediction is the label.
+        confidence: ``[..., CELLS]`` sum of confidences.
         sums: ``[..., len(SUMMED)]`` sums of the scores.
         counts: ``[..., len(SUMMED)]`` tokens for which each score was given.
     """
@@ -70,7 +70,7 @@ class Totals:
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether a metric is one of these errors and scores, whatever stands before it.
+    """Return whether smaller values of a metric are better.
 
     Args:
         name: with or without prefixes (``eval_``, ``eval_<set>_``) and with or without ``_scaled`` behind.
@@ -80,11 +80,11 @@ def lower_is_better(name: str) -> bool:
 
 
 def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str, Array]:
-    """Return every metric of `METRICS` that the tokens allow; see docs/calibration.md for formulas and sources.
+    """Return every metric of `METRICS` whose scores were given; formulas and sources are in docs/calibration.md.
 
     Args:
         totals: at least one token in each resample.
-        smooth_near: a smooth ECE that the resamples' are near to; they are then searched for around it, coarser.
+        smooth_near: for resamples, the smooth ECE of the sample: theirs is searched around it, on a coarser grid.
     """
     found: dict[str, Array] = {}
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -109,7 +109,7 @@ def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str
     found["mce"] = maximum_error(totals)
     found["reliability"] = reliability(totals)
     found["uncertainty"] = accuracy * (1 - accuracy)
-    # generalised (Stephenson et al. 2008): what varies within a bin is counted here, so that the identity
+    # generalised resolution (Stephenson et al. 2008), which includes the variation within bins, so that
     # top_label_brier = reliability - resolution + uncertainty is exact
     found["resolution"] = found["reliability"] + found["uncertainty"] - found["top_label_brier"]
     found["confidence_auroc"] = confidence_auroc(totals)
@@ -118,9 +118,9 @@ def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str
 
 
 def _bits_per_byte(totals: Totals) -> dict[str, Array]:
-    """Return the bits for a byte of the text, ``sum nll / (ln 2 * sum bytes)``, NaN where not all bytes are known.
+    """Return bits per byte of text, ``sum nll / (ln 2 * sum bytes)``, NaN where some tokens have no byte length.
 
-    Bytes are only taken with an NLL (`TokenCalibration.update`), so equal counts are of the same tokens.
+    `TokenCalibration.update` takes bytes only together with NLL, so equal counts mean the same tokens.
     """
     nll, length = SUMMED.index("nll"), SUMMED.index("label_bytes")
     size = totals.sums[..., length]
@@ -131,13 +131,13 @@ def _bits_per_byte(totals: Totals) -> dict[str, Array]:
 
 
 def perplexity(nll: Array | float) -> Array:
-    """Return ``exp(nll)``, infinite where a float64 cannot hold it."""
+    """Return ``exp(nll)``, infinity where that overflows a float64."""
     nll = np.asarray(nll)
     return np.where(nll > _LARGEST_EXPONENT, np.inf, np.exp(np.minimum(nll, _LARGEST_EXPONENT)))
 
 
 def in_bins(values: Array, bins: int) -> Array:
-    """Return sums over each of so many equal-width bins, ``[..., bins]``."""
+    """Sum the cells ``[..., CELLS]`` over equal-width bins, ``[..., bins]``."""
     return np.add.reduceat(values, first_cells(bins), axis=-1)
 
 
@@ -164,8 +164,8 @@ def reliability(totals: Totals, bins: int = 15) -> Array:
 def null_ece(totals: Totals, bins: int) -> Array:
     """Return the expected ECE of a perfectly calibrated model with these confidences.
 
-    ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)``, ``v_b`` the mean of ``c * (1 - c)`` in the bin: the mean of the
-    absolute value of a normal gap. Tokens are taken to be independent; where they are not it is a little more.
+    ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)``, ``v_b`` the mean of ``c * (1 - c)`` in the bin: the expected absolute
+    value of a normal gap. Assumes independent tokens; correlated ones raise it a little.
     """
     mean = totals.confidence / np.maximum(totals.count, 1)
     variance = in_bins(totals.count * np.clip(mean * (1 - mean), 0, None), bins)
@@ -173,11 +173,11 @@ def null_ece(totals: Totals, bins: int) -> Array:
 
 
 def debiased_ece(totals: Totals, bins: int = 15) -> Array:
-    """Return the ECE less the part that noise in the bins is expected to have added, at least 0.
+    """Return the ECE minus the expected contribution of noise in the bins, at least 0.
 
     ``ece - sum_b n_b / n * (E|g_b + e_b| - |g_b|)`` with the observed gap ``g_b`` and ``e_b`` normal with variance
-    ``accuracy_b (1 - accuracy_b) / n_b``: the debiased estimator of Kumar, Liang & Ma (2019), its expectation in
-    closed form instead of by simulation.
+    ``accuracy_b (1 - accuracy_b) / n_b``: the debiased estimator of Kumar, Liang & Ma (2019), with the expectation in
+    closed form instead of simulated.
     """
     count = in_bins(totals.count, bins)
     occupied = np.maximum(count, 1)
@@ -187,7 +187,7 @@ def debiased_ece(totals: Totals, bins: int = 15) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(deviation > 0, gap / deviation, np.inf)
         folded = deviation * np.sqrt(2 / np.pi) * np.exp(-(ratio**2) / 2) + gap * _erf(ratio / np.sqrt(2))
-    # without noise there is nothing to take off
+    # without variance there is nothing to subtract
     expected = np.where(deviation > 0, folded, gap)
     return np.maximum(0.0, (count * (2 * gap - expected)).sum(-1) / totals.tokens)
 
@@ -195,7 +195,7 @@ def debiased_ece(totals: Totals, bins: int = 15) -> Array:
 def adaptive_bins(count: Array, bins: int = 15) -> Array:
     """Return the bin of each cell, ``[..., CELLS]``, so that bins hold equal numbers of tokens.
 
-    A cell is never cut: it goes where the middle of its tokens lies.
+    Cells are not divided: each goes to the bin that the middle of its tokens falls into.
     """
     middle = np.cumsum(count, axis=-1) - count / 2
     total = np.maximum(count.sum(-1, keepdims=True), 1)
@@ -216,8 +216,12 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
     """Return the smooth calibration error (Błasiok & Nakkiran 2024).
 
     ``smECE_s = integral |sum_i K_s(t, c_i) (y_i - c_i) / n| dt`` with a Gaussian kernel reflected at 0 and 1, at the
-    width ``s`` where ``smECE_s = s``. Tokens stand in the middle of their 1/3000 of confidence; on even extensions a
-    reflected Gaussian is a product of the cosine series.
+    width ``s`` where ``smECE_s = s``. Tokens are taken to lie in the middle of their cell of width 1/3000. Smoothing
+    with the reflected Gaussian is a product with the cosine series, that is with the FFT of the even extension.
+
+    Args:
+        totals: at least one token in each resample.
+        near: see ``smooth_near`` of `all_metrics`.
     """
     lead = totals.count.shape[:-1]
     cells = GRID_BINS if near is None else _COARSE_CELLS
@@ -230,7 +234,7 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
         smoothed = np.fft.irfft(series * np.exp(-0.5 * (np.pi * frequency * width[:, None]) ** 2), axis=-1)
         return np.abs(smoothed[:, :cells]).sum(-1)
 
-    # smECE_s falls as s grows, so the two cross once, where s is at most the unsmoothed error
+    # bisection: smECE_s falls as s grows, so smECE_s = s has one solution
     low, high = np.zeros(len(residual)), np.ones(len(residual))
     steps = 30
     if near is not None:
@@ -246,9 +250,9 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
 
 
 def confidence_auroc(totals: Totals) -> Array:
-    """Return the chance that a right token has a higher confidence than a wrong one; ties, a cell wide, count half.
+    """Return the probability that a right token has a higher confidence than a wrong one; ties (one cell) count half.
 
-    NaN where every token is right, or none is.
+    NaN where all tokens are right, or none.
     """
     right = totals.correct.astype(np.float64)
     wrong = totals.count - totals.correct

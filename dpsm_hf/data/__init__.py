@@ -1,1 +1,1 @@
-"""Where text comes from and how it becomes rows of tokens."""
+"""Loading text, training a tokenizer, and turning text into rows of tokens."""

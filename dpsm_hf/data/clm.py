@@ -1,4 +1,4 @@
-"""From texts to rows of tokens for causal language modelling: normalise, separate documents, pack, collate."""
+"""Causal language modelling data: normalise texts, tokenize, put end tokens between documents, pack, collate."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class ClmPreprocessing:
     """How the texts of a split become rows of ``block_size`` tokens.
 
     With ``packing="batch"`` and everything else off, the rows are those of the upstream ``run_clm.py``: texts are
-    joined 1,000 at a time and what is left of each thousand is dropped. ``packing="split"`` joins the whole split,
-    so only its end can be shorter than a row; that end is kept unless it has fewer than ``min_remainder`` tokens.
-    (Of a stream made of several shards, each shard is packed like a split.)
+    joined 1,000 at a time, and the incomplete row at the end of each thousand is dropped. ``packing="split"`` joins
+    the whole split (in a stream, each shard), so only the last row can be shorter; it is kept if it has at least
+    ``min_remainder`` tokens.
 
     Args:
         block_size: Tokens of a row.
         packing: ``split`` or ``batch``.
         min_remainder: Fewest tokens of a last, shorter row (``split`` only).
-        drop_empty_lines: Leave out rows of blank text.
-        unicode_nfkc: Bring texts to Unicode's NFKC form, so that look-alike characters become one.
-        lowercase: Turn letters into small ones.
-        add_eos_between_documents: Put the end-of-sequence token behind every document.
+        drop_empty_lines: Drop rows of blank text.
+        unicode_nfkc: Normalise texts to Unicode's NFKC form.
+        lowercase: Lower-case texts.
+        add_eos_between_documents: Put the end-of-sequence token after every document.
         document_boundary: What ends a document: ``row``, each row of the data set; ``blank_line``, a row of blank
-            text (for sets whose rows are the lines of a text), which the end token then replaces.
+            text, which the end token replaces (for sets whose rows are the lines of a text).
 
     Raises:
         ValueError: A value out of range or an unknown name.
@@ -120,7 +120,7 @@ def prepare_clm_datasets(
         text_column: Column to use; ``text``, or else the first, when None.
         text_column_option: The command-line option that names it, for messages.
         num_proc: Processes for tokenizing map-style splits.
-        overwrite_cache: Compute anew what ``datasets`` has cached.
+        overwrite_cache: Recompute instead of reading the cache of ``datasets``.
 
     Returns:
         The same splits, each row at most ``block_size`` tokens long.
@@ -190,13 +190,13 @@ def encode_texts(
         options: See :class:`ClmPreprocessing`.
 
     Returns:
-        ``input_ids``: one list per text that is kept. A blank row that ends a document gives the end token alone.
+        ``input_ids``: one list for each text that is kept. A blank row that ends a document becomes one end token.
     """
     texts = [normalize_text(text, options) for text in batch[column]]
     by_line = options.add_eos_between_documents and options.document_boundary == "blank_line"
     if options.drop_empty_lines and not by_line:
         texts = [text for text in texts if text.strip()]
-    # verbose=False: a text longer than the model is no cause for a warning, since it is cut into rows.
+    # verbose=False: no warning about texts longer than the model's limit, since they are cut into rows
     rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     if options.add_eos_between_documents:
         end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -208,11 +208,11 @@ def encode_texts(
 
 
 class Packer:
-    """Cuts a stream of token lists into rows of ``block_size``, keeping what is left for the next call.
+    """Cuts a stream of token lists into rows of ``block_size``; the rest is kept for the next call.
 
     Args:
         options: ``block_size``, ``min_remainder`` and the document options are read.
-        end: The end token, of which runs between line-wise documents are shortened to one; None leaves all.
+        end: The end token, if repeated ones are to be reduced to one (documents ended by blank lines); else None.
     """
 
     def __init__(self, options: ClmPreprocessing, end: int | None = None) -> None:
@@ -220,13 +220,13 @@ class Packer:
         self.min_remainder = min(options.min_remainder, options.block_size)
         self.end = end
         self.held: list[int] = []
-        self.last: int | None = end  # So that blank lines before the first document leave no end token.
+        self.last: int | None = end  # no end token for blank lines before the first document
 
     def add(self, token_lists: Iterable[Sequence[int]]) -> list[list[int]]:
-        """Take more tokens.
+        """Add texts.
 
         Args:
-            token_lists: Tokens of successive texts.
+            token_lists: Tokens of successive texts, a list for each.
 
         Returns:
             The rows that are now full.
@@ -245,7 +245,7 @@ class Packer:
         """End the stream.
 
         Returns:
-            The last row, where it is long enough to keep, or nothing.
+            The last row if it has at least ``min_remainder`` tokens, else nothing.
         """
         rows = []
         if self.end is not None and self.last != self.end:
@@ -254,7 +254,7 @@ class Packer:
         return [*rows, rest] if len(rest) >= self.min_remainder else rows
 
     def __call__(self, batch: Mapping[str, Any], indices: list[int], total: int) -> dict[str, list[list[int]]]:
-        """Serve ``Dataset.map`` with batches in order; the batch that holds the last index ends the stream."""
+        """Pack a batch for ``Dataset.map``, which passes them in order; the one with the last index is the end."""
         if indices[0] == 0:
             self.held, self.last = [], self.end
         rows = self.add(batch["input_ids"])
@@ -264,7 +264,7 @@ class Packer:
 
 
 def pack_batch(batch: Mapping[str, Any], *, block_size: int) -> dict[str, list[list[int]]]:
-    """Join the token lists of one batch and cut them into full rows, dropping the rest, as upstream does.
+    """Join the token lists of one batch and cut them into full rows; the rest is dropped, as upstream does.
 
     Args:
         batch: ``input_ids`` of a batch of texts.
@@ -322,7 +322,7 @@ def _prepare_map_style(
             load_from_cache_file=cached,
             desc=label,
         )
-    # One process: a row may reach across batches, so they have to come in order.
+    # in one process, since rows span batches and need them in order
     return tokenized.map(
         _packer(tokenizer, options),
         batched=True,
@@ -345,7 +345,7 @@ def _prepare_stream(
     if options.packing == "batch":
         pack = functools.partial(pack_batch, block_size=options.block_size)
         return tokenized.map(pack, batched=True, remove_columns=["input_ids"], features=_FEATURES)
-    # Shards stay apart, so that loader workers and processes can share them, and each is packed by itself.
+    # each shard is packed by itself, so that loader workers and processes can divide the shards among them
     count = max(1, tokenized.num_shards)
     shards = [tokenized.shard(num_shards=count, index=index) for index in range(count)] if count > 1 else [tokenized]
     arguments = {"shards": shards, "tokenizer": tokenizer, "options": options}
@@ -357,7 +357,7 @@ def _packed_rows(
 ) -> Iterator[dict[str, list[int]]]:
     packer = _packer(tokenizer, options)
     for shard in shards:
-        # Not `for row in shard`: inside a loader worker that would divide the shard among the workers once more.
+        # not `for row in shard`: in a loader worker, iterating divides the shard among the workers again
         for batch in shard.iter(batch_size=100):
             yield from map(_row, packer.add(batch["input_ids"]))
     yield from map(_row, packer.finish())
@@ -369,13 +369,13 @@ def _row(tokens: list[int]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class ClmCollator:
-    """Stacks rows into a batch and fills a shorter one up with tokens that are neither seen nor scored.
+    """Stacks rows into a batch and pads shorter ones to ``block_size``; padding is neither attended to nor scored.
 
-    All batches have one shape, which compilation and processes that exchange batches need.
+    All batches have one shape, as torch.compile and gathering over processes need it.
 
     Args:
         block_size: Width of every batch, in tokens.
-        pad_token_id: Fills ``input_ids``; any id of the vocabulary will do, since the attention mask hides it.
+        pad_token_id: For ``input_ids``; any id of the vocabulary works, since the attention mask hides it.
     """
 
     block_size: int
@@ -388,7 +388,7 @@ class ClmCollator:
             rows: ``input_ids`` and ``labels``, each at most ``block_size`` long.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where filled), each [rows, block_size], int64.
+            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where padded), each [rows, block_size], int64.
         """
         batch = {
             "input_ids": torch.full((len(rows), self.block_size), self.pad_token_id),

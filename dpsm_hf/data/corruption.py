@@ -1,7 +1,7 @@
-"""Corrupted training targets as pure functions of (seed, optimizer step, content): flipped tokens, swapped summaries.
+"""Corrupted training targets: flipped label tokens and swapped summaries.
 
-Nothing here knows a trainer or draws a random number. Equal content gets equal corruption in a step, however its
-batch is split into micro-batches and processes, padded, or resumed.
+Both are pure functions of seed, optimizer step and content, without random generators: the same content gets the same
+corruption in a step, whatever the micro-batches, processes and padding, and after resuming.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from .hashing import BITS, MASK, combine, row_hash
 IGNORED = -100
 REPLACEMENTS = ("uniform", "unigram")
 
-# One stream of hashes for each decision.
+# One independent stream of hashes for each decision.
 _WHICH_STEPS, _HOW_MANY, _WHICH_TOKENS, _WHAT_INSTEAD, _WHICH_PAIRS, _SWAP_ORDER, _SWAP_SIZE = range(1, 8)
 
-# Sums of weights stay below this, so that a hash times a sum fits into an int64.
+# Largest sum of weights, so that a 32-bit hash times the sum fits into an int64.
 _MOST_WEIGHT = 2**30
 
 
 def exact_share(name: str, share: float) -> Fraction:
-    """Return a share as the fraction that was meant: 0.05 is 1/20, though no float is.
+    """Return a share as an exact fraction with a denominator up to a million: 0.05 is 1/20.
+
+    Args:
+        name: of the share, for the error message.
+        share: above 0 and at most 1.
 
     Raises:
         ValueError: if it is not above 0 (in steps of a millionth) and at most 1.
@@ -44,18 +48,17 @@ def exact_share(name: str, share: float) -> Fraction:
 
 
 class TargetFlips:
-    """Replace a share of the scored labels of a share of the optimizer steps; inputs are none of its business.
+    """Replace a share of the scored labels in a share of the optimizer steps; inputs stay as they are.
 
-    Steps: the steps are cut into stretches of ``1 / steps``, and a hash picks one of each, so that any first ``n``
-    steps hold ``n * steps`` flipped ones to within one. Tokens: each row of ``n`` labels gets ``share * n`` flips,
-    rounded up or down by a hash so that the mean is exact. Every replacement differs from the label it replaces.
+    Steps: of every ``1 / steps`` successive steps a hash picks one, so that the first ``n`` steps hold ``n * steps``
+    flipped ones to within one. Tokens: a row of ``n`` scored labels gets ``share * n`` flips, rounded up or down by a
+    hash so that the mean is exact. A replacement always differs from the label it replaces.
 
     Args:
         share: of the scored labels of a flipped step, in (0, 1].
-        weights: ``[V]`` non-negative integers: how often each token is drawn as a replacement; see
-            `replacement_weights`.
+        weights: int64 ``[V]``, relative frequency of each token as a replacement, from `replacement_weights`.
         steps: share of the optimizer steps, in (0, 1].
-        seed: another one flips other tokens of other steps.
+        seed: of the hashes.
 
     Raises:
         ValueError: if a share is out of range, or fewer than two tokens can be drawn.
@@ -77,11 +80,11 @@ class TargetFlips:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def flips_step(self, step: int) -> bool:
-        """Return whether a step, counted from 0, is one of the flipped ones."""
+        """Return whether labels are flipped in a step, counted from 0."""
         return step == self._picked(step * self.steps.numerator // self.steps.denominator)
 
     def steps_before(self, step: int) -> int:
-        """Return how many of the first ``step`` steps are flipped ones."""
+        """Return in how many of the first ``step`` steps labels are flipped."""
         if step < 1:
             return 0
         stretch = (step - 1) * self.steps.numerator // self.steps.denominator
@@ -95,11 +98,11 @@ class TargetFlips:
         """Return the targets of a step with its flips, and which of them are flipped.
 
         Args:
-            targets: int64 ``[..., T]``, -100 where nothing is scored; left as they are.
-            step: the optimizer step they are trained in, from 0 on.
+            targets: int64 ``[..., T]``, -100 where nothing is scored; not modified.
+            step: the optimizer step, from 0 on.
 
         Returns:
-            The new targets and a bool tensor of their shape. Nothing waits for the device.
+            The new targets and a bool tensor of their shape. No synchronisation with the device.
         """
         if not self.flips_step(step):
             return targets, torch.zeros_like(targets, dtype=torch.bool)
@@ -115,7 +118,7 @@ class TargetFlips:
         share = self.share
         rounding = hashes(_HOW_MANY) * share.denominator >> BITS
         number = (scored.sum(-1, keepdim=True) * share.numerator + rounding) // share.denominator
-        # places of one row have different hashes, so exactly `number` of them are the smallest
+        # hashes within a row are distinct, so exactly `number` of them are at most the number-th smallest
         keys = torch.where(scored, hashes(_WHICH_TOKENS, place), MASK + 1)
         largest = keys.sort(-1).values.gather(-1, (number - 1).clamp_min(0))
         chosen = scored & (keys <= largest) & (number > 0)
@@ -123,7 +126,7 @@ class TargetFlips:
         return flipped.reshape(targets.shape), chosen.reshape(targets.shape)
 
     def _replacements(self, targets: Tensor, hashes: Tensor) -> Tensor:
-        """Draw by the weights of all tokens but the target, whose stretch of the cumulative sum is jumped over."""
+        """Draw from all tokens but the target by weight, skipping the target's interval of the cumulative sum."""
         if targets.device not in self._tables:
             weights = self._weights.to(targets.device)
             self._tables[targets.device] = weights, weights.cumsum(0)
@@ -137,11 +140,11 @@ class TargetFlips:
 
 @dataclass(frozen=True)
 class SummarySwaps:
-    """Exchange the summaries of a share of the pairs of an optimizer step, so that none of them keeps its own.
+    """Exchange the summaries of a share of the pairs in an optimizer step; no chosen pair keeps its own summary.
 
     Args:
         share: of the pairs of a step, in (0, 1].
-        seed: another one swaps other pairs.
+        seed: of the hashes.
 
     Raises:
         ValueError: if the share is out of range.
@@ -154,10 +157,10 @@ class SummarySwaps:
         exact_share("the share of swapped summaries", self.share)
 
     def plan(self, pairs: np.ndarray, summaries: np.ndarray, step: int) -> np.ndarray:
-        """Return whose summary each pair of a step is trained with.
+        """Return the index of the pair whose summary each pair of a step is trained with.
 
-        The number of swapped pairs is ``share * n`` rounded up or down by a hash so that the mean is exact, where 1
-        is impossible and becomes 2 or 0. It is smaller only if too many pairs have one and the same summary.
+        The number of swapped pairs is ``share * n``, rounded up or down by a hash so that the mean is exact; since one
+        pair alone cannot swap, 1 becomes 2 or 0. It is smaller only if too many pairs have the same summary.
 
         Args:
             pairs: int64 ``[n]``, hashes of source and summary together.
@@ -165,7 +168,7 @@ class SummarySwaps:
             step: the optimizer step, from 0 on.
 
         Returns:
-            int64 ``[n]``: the index of a pair, its own where it keeps its summary.
+            int64 ``[n]``; a pair's own index where it keeps its summary.
         """
         sources = np.arange(len(pairs))
         base = combine(self.seed & MASK, _WHICH_PAIRS, step)
@@ -173,13 +176,13 @@ class SummarySwaps:
         number = self._number(len(pairs), pairs, step)
         chosen = order[:0]
         while number > 1:
-            chosen = _at_most(number // 2, order, summaries)[:number]
+            chosen = _limit_repeats(number // 2, order, summaries)[:number]
             if len(chosen) == number:
                 break
-            number = len(chosen)  # a summary of more than half of the pairs: fewer can be swapped
+            number = len(chosen)  # more than half of the pairs share a summary, so fewer can be swapped
         if number < 2:
             return sources
-        # sorted by summary and turned by the most frequent one's number, no pair meets its own summary
+        # sorted by summary and rotated by the count of the most frequent one, no pair gets its own summary
         keys = self._shuffled(summaries[chosen], combine(self.seed & MASK, _SWAP_ORDER, step))
         chosen = chosen[np.argsort(keys, kind="stable")]
         turn = max(Counter(summaries[chosen].tolist()).values())
@@ -204,10 +207,10 @@ class SummarySwaps:
 
 
 def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the hashes that `SummarySwaps.plan` asks for, of a batch's ``input_ids`` and ``labels``.
+    """Return the hashes for `SummarySwaps.plan` from a batch's ``input_ids`` and ``labels``.
 
     Returns:
-        int64 ``[B]`` twice: of the pairs, and of the summaries.
+        Hashes of the pairs and of the summaries, int64 ``[B]`` each.
     """
     tokens, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
@@ -218,12 +221,12 @@ def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _one_key(high: Tensor, low: Tensor) -> Tensor:
-    """Return one non-negative int64 of two 32-bit hashes: 63 bits, in which distinct rows do not meet by chance."""
+    """Join two 32-bit hashes into a non-negative int64: with 63 bits, chance collisions of rows are negligible."""
     return high << 31 | low >> 1
 
 
-def _at_most(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray:
-    """Return the pairs in order, without those whose summary was there ``limit`` times before."""
+def _limit_repeats(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+    """Return the pairs in order, at most ``limit`` with the same summary."""
     seen: Counter[int] = Counter()
     kept = []
     for index in order.tolist():
@@ -234,11 +237,11 @@ def _at_most(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.ndarray
 
 
 def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor | None = None) -> Tensor:
-    """Return how often each token may replace a flipped target: every ordinary one alike, or by its count.
+    """Return the weight of each token as a replacement: equal for all ordinary tokens, or by count.
 
     Args:
-        vocabulary: number of logits, ``V``.
-        special: ids that are never put in: those of special tokens, and those that no token has.
+        vocabulary: number of logits ``V``.
+        special: ids that never replace: of special tokens, and ids without a token.
         counts: ``[V]`` label counts for unigram replacement; None for uniform.
 
     Returns:
@@ -251,7 +254,11 @@ def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor 
 
 
 def label_counts(dataset: Any, vocabulary: int) -> Tensor:
-    """Return how often each token is a label of a data set, int64 ``[V]``.
+    """Count how often each token is a label of a data set, int64 ``[V]``.
+
+    Args:
+        dataset: map-style, with ``labels``.
+        vocabulary: number of logits ``V``; labels outside it are not counted.
 
     Raises:
         ValueError: if the data set is a stream, or its samples have no labels.

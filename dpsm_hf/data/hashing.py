@@ -1,7 +1,7 @@
-"""Hashes instead of random numbers: the same for a row of tokens or a text wherever and whenever it is met.
+"""Hashes of token rows and texts, used instead of random numbers.
 
-What is chosen by such a hash depends on no generator's state, so neither the order of the data nor the number of
-processes nor a resumed run changes it.
+A choice made by hash depends on no generator's state, so the order of the data, the number of processes and resuming
+do not change it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 #: Hashes lie in [0, 2**32).
 BITS = 32
 MASK = 2**BITS - 1
-# Multipliers of the public-domain function lowbias32 (C. Wellons, hash-prospector). The second is written as its
-# negative complement, so that no product leaves the 63 bits that an int64 tensor has.
+# Multipliers of the public-domain function lowbias32 (C. Wellons, hash-prospector). The second is written modulo 2**32
+# as a negative number, so that products fit into an int64.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def mix(value: Any) -> Any:
-    """Return a bijective hash of a number in [0, 2**32), or of an int64 tensor of such."""
+    """Return a bijective hash of a number, or an int64 tensor of numbers, in [0, 2**32)."""
     value = ((value ^ (value >> 16)) * _FIRST) & MASK
     value = ((value ^ (value >> 15)) * _SECOND) & MASK
     return value ^ (value >> 16)
@@ -32,7 +32,7 @@ def combine(state: Any, *values: Any) -> Any:
     """Return the hash of a sequence of numbers; distinct last numbers below 2**32 never collide.
 
     Args:
-        state: a hash in [0, 2**32), or a tensor of such.
+        state: a hash in [0, 2**32), or a tensor of hashes.
         values: integers, or int64 tensors that broadcast with it.
     """
     for value in values:
@@ -41,34 +41,34 @@ def combine(state: Any, *values: Any) -> Any:
 
 
 def row_hash(tokens: Tensor, kept: Tensor, salt: int = 0) -> Tensor:
-    """Return a hash of the kept tokens of each row in their order; padding on either side does not change it.
+    """Hash the kept tokens of each row in order; padding on either side does not change the hash.
 
     Args:
         tokens: int64 ``[B, T]``.
         kept: bool ``[B, T]``.
-        salt: another one gives an independent hash.
+        salt: different salts give independent hashes.
 
     Returns:
         int64 ``[B]`` in [0, 2**32).
     """
     place = kept.cumsum(-1)
     each = combine(salt & MASK, torch.where(kept, tokens, 0), place)
-    # a sum does not care where the padding is
+    # a sum over places does not depend on where the padding is
     total = torch.where(kept, each, 0).sum(-1) & MASK
     hashed: Tensor = combine(total, kept.sum(-1))
     return hashed
 
 
 def text_hash(texts: Iterable[str | None], salt: str) -> int:
-    """Return a 64-bit hash of some texts, the same on every machine and in every version of Python.
+    """Return a 64-bit hash of texts, the same on every machine and in every version of Python.
 
     Args:
-        texts: the parts of an example; a missing one counts as empty.
-        salt: another one gives an independent hash.
+        texts: the texts of one example; None counts as empty.
+        salt: different salts give independent hashes.
     """
     digest = hashlib.blake2b(salt.encode(), digest_size=8)
     for text in texts:
         encoded = (text or "").encode("utf-8", "surrogatepass")
-        # with its length in front, parts cannot run into each other
+        # each text is preceded by its length, so that ("ab", "c") differs from ("a", "bc")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return int.from_bytes(digest.digest(), "little")

@@ -1,9 +1,10 @@
-"""One way into the data for every script: hub data sets, local files, and the text that Python itself carries."""
+"""Load the splits of a run: hub data sets, local files, or the text that Python itself carries."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import functools
 import glob
 import gzip
 import logging
@@ -12,21 +13,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from .held_out import AnyDataset, hold_out
 from .python_text import load_python_docs, load_python_docstrings
 
 logger = logging.getLogger(__name__)
 
+AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED_DATASETS = {"python-docs": load_python_docs, "python-docstrings": load_python_docstrings}
 SITE_PACKAGES = "site-packages"
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
-# What the readers below datasets raise for a file without rows.
+# Errors that the readers of datasets raise for a file without rows.
 _NO_ROWS = {"SchemaInferenceError", "EmptyDataError", "StopIteration"}
 
 _LOCAL_REMEDY = (
@@ -60,21 +61,21 @@ def load_text_datasets(
         dataset_name: ``python-docs``, ``python-docstrings``, a hub data set or a local folder.
         dataset_config_name: Configuration of a hub data set; ``site-packages`` adds the installed packages'
             docstrings to the two embedded sets.
-        train_file: A csv, json, jsonl, txt or parquet file, also with ``.gz`` behind; likewise the next two.
+        train_file: A csv, json, jsonl, txt or parquet file; all but parquet may be gzipped (``.gz``).
         validation_file: The file of the validation split.
         test_file: The file of the test split.
         calibration_file: The file of the calibration split.
         required_splits: Splits that must exist and hold at least one row.
-        validation_split_percentage: Share of train, in percent, that becomes the validation split where there
-            is none; None or 0 makes none.
-        calibration_split_percentage: Share of train, in percent, that becomes the calibration split where one is
-            required and there is none.
-        streaming: Give iterable data sets that read while training.
+        validation_split_percentage: Percentage of train that becomes the validation split if there is none; None or
+            0 makes none.
+        calibration_split_percentage: Percentage of train that becomes the calibration split if one is required and
+            there is none.
+        streaming: Return iterable data sets, which are read while training.
         keep_linebreaks: Keep the line ends of txt files.
         cache_dir: Where ``datasets`` keeps its files.
         token: Hub token.
         trust_remote_code: Accepted for old command lines; ``datasets`` no longer runs code from the hub.
-        remedy: What to do about a hub data set that is not there, in the options of the command.
+        remedy: The error message's advice where a hub data set is not found, in the caller's options.
 
     Returns:
         The splits by name.
@@ -115,8 +116,64 @@ def load_text_datasets(
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
 
 
+def hold_out(
+    splits: dict[str, AnyDataset], name: str, percentage: int, *, at_end: bool = False, required: bool = True
+) -> dict[str, AnyDataset]:
+    """Cut a split from the first or last rows of train (in a stream, from the first or last of every 100 rows).
+
+    Args:
+        splits: All splits, with ``train``.
+        name: Name of the new split.
+        percentage: Percentage of the rows of train.
+        at_end: Take the last rows.
+        required: Whether a train split that is too small is an error; otherwise it is left whole.
+
+    Returns:
+        The splits with ``train`` shortened and the new one.
+
+    Raises:
+        ValueError: A percentage out of range, or too few rows.
+    """
+    check_percentage(name, percentage)
+    train = splits["train"]
+    if isinstance(train, IterableDataset):
+        lowest, beyond = (100 - percentage, 100) if at_end else (0, percentage)
+        held_out = train.filter(functools.partial(_in_share, lowest=lowest, beyond=beyond), with_indices=True)
+        kept = train.filter(functools.partial(_not_in_share, lowest=lowest, beyond=beyond), with_indices=True)
+        return {**splits, "train": kept, name: held_out}
+    rows = len(train)
+    number = max(1, round(rows * percentage / 100))
+    if number >= rows:
+        if not required:
+            return splits
+        raise ValueError(
+            f"The train split has {rows} row(s), too few to hold out {percentage} % for {name}: give a --{name}_file."
+        )
+    cut = rows - number if at_end else number
+    first, last = train.select(range(cut)), train.select(range(cut, rows))
+    return {**splits, "train": first if at_end else last, name: last if at_end else first}
+
+
+def check_percentage(name: str, percentage: int) -> None:
+    """Raise for a percentage of the train split that leaves one side empty.
+
+    Raises:
+        ValueError: Naming the option and the percentage.
+    """
+    if not 0 < percentage < 100:
+        raise ValueError(f"--{name}_split_percentage {percentage} must lie between 1 and 99.")
+
+
+def _in_share(row: dict[str, Any], index: int, lowest: int, beyond: int) -> bool:
+    return lowest <= index % 100 < beyond
+
+
+def _not_in_share(row: dict[str, Any], index: int, lowest: int, beyond: int) -> bool:
+    return not _in_share(row, index, lowest, beyond)
+
+
 def check_sources(dataset_name: str | None, files: Mapping[str, str]) -> None:
-    """Refuse contradicting or missing sources before anything is loaded.
+    """Raise for contradicting or missing sources before anything is loaded.
 
     Args:
         dataset_name: The named data set, or None.
@@ -136,7 +193,7 @@ def check_sources(dataset_name: str | None, files: Mapping[str, str]) -> None:
 
 
 def file_builder(path: str) -> str:
-    """Name the ``datasets`` builder for a file by its extension, looking through ``.gz``.
+    """Return the ``datasets`` builder for a file by its extension, ignoring ``.gz``.
 
     Args:
         path: Path of a data file.
@@ -145,7 +202,7 @@ def file_builder(path: str) -> str:
         ``csv``, ``json``, ``text`` or ``parquet``.
 
     Raises:
-        ValueError: The extension is none of the known ones.
+        ValueError: The extension is unknown.
     """
     suffixes = [suffix.lstrip(".").lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] == "gz"
@@ -160,11 +217,11 @@ def file_builder(path: str) -> str:
 
 
 def check_columns(dataset: AnyDataset, wanted: Mapping[str, str | None], split: str) -> None:
-    """Refuse a data set that lacks a column.
+    """Raise if a data set lacks a column.
 
     Args:
         dataset: One split.
-        wanted: Column names by the option that asked for them; None entries are skipped.
+        wanted: Column name by the option that named it; None is skipped.
         split: The split's name, for the message.
 
     Raises:
@@ -182,7 +239,7 @@ def check_columns(dataset: AnyDataset, wanted: Mapping[str, str | None], split: 
 
 
 def column_names(dataset: AnyDataset) -> list[str]:
-    """List the columns of a split, looking at its first row where a stream does not know them.
+    """List the columns of a split; of a stream that does not know them, from its first row.
 
     Args:
         dataset: One split.
@@ -196,7 +253,7 @@ def column_names(dataset: AnyDataset) -> list[str]:
 
 
 def check_not_empty(dataset: AnyDataset, split: str, described: str) -> None:
-    """Refuse a split without rows.
+    """Raise for a split without rows.
 
     Args:
         dataset: One split; of a stream the first row is read.
@@ -272,7 +329,7 @@ def _load_files(
 def _load_file(
     builder: str, split: str, path: str, streaming: bool, keep_linebreaks: bool, cache_dir: str | None
 ) -> AnyDataset:
-    # utf-8-sig drops the byte order mark that Windows editors put first; csv and json readers do so by themselves.
+    # utf-8-sig drops the byte order mark of Windows editors; the csv and json readers do so themselves
     options: dict[str, Any] = (
         {"keep_linebreaks": keep_linebreaks, "encoding": "utf-8-sig"} if builder == "text" else {}
     )
@@ -286,7 +343,7 @@ def _load_file(
             **options,
         )
         if streaming:
-            next(iter(part), None)  # A stream reads nothing, and reports nothing, before its first row.
+            next(iter(part), None)  # a stream reports errors only when its first row is read
     except (DatasetsError, ValueError, StopIteration, OSError) as error:
         cause = error.__cause__ or error
         if type(cause).__name__ in _NO_ROWS or "corresponds to no data" in str(cause):
@@ -296,7 +353,7 @@ def _load_file(
 
 
 def check_utf8(path: str) -> None:
-    """Refuse a text file that is not UTF-8, naming the first byte that is wrong.
+    """Raise for a text file that is not UTF-8, naming the first wrong byte.
 
     Args:
         path: A file, possibly ending in ``.gz`` (the offset then counts in the unpacked text).
@@ -318,7 +375,7 @@ def check_utf8(path: str) -> None:
             pending = len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        # The decoder's offset counts from the bytes it had held back from the block before.
+        # error.start counts from the bytes that the decoder had held back from the previous block
         offset = consumed - pending + error.start
         raise ValueError(
             f"The file {path!r} is not UTF-8: byte {offset} is 0x{error.object[error.start]:02x} ({error.reason}). "

@@ -1,4 +1,4 @@
-"""Real English text that every Python carries: the language reference and the docstrings of its libraries."""
+"""Real English text that comes with every Python: the language reference and the docstrings of its libraries."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SKIPPED_FOLDERS = {
     "_bundled",
     "_vendor",
 }
-# Part of the hash of a module's name. Modules differ much in size, so the salt is one with which the shares of text
-# and of pairs come out near 80/10/10; it was chosen by those sizes alone, before any training.
+# Salt of the hash of a module's name. Modules differ much in size; with this salt the shares of text and of pairs are
+# near 80/10/10. It was chosen by those sizes alone, before any training.
 _SPLIT_SALT = "dpsm-hf-32"
 _SHARES = (0.8, 0.9)
 _SIGNATURE = re.compile(r"[\w.]+\s?\(.*\)(\s*->.*)?:?\s*$")
@@ -40,7 +40,7 @@ _SIGNATURE = re.compile(r"[\w.]+\s?\(.*\)(\s*->.*)?:?\s*$")
 
 @dataclass(frozen=True)
 class Docstring:
-    """One docstring: its text without indentation, and where it stands."""
+    """A docstring without indentation, the top-level module that it is in, and where that comes from."""
 
     text: str
     module: str
@@ -48,7 +48,7 @@ class Docstring:
 
 
 def split_of(name: str) -> str:
-    """Name the split that a module or a topic belongs to, the same on every machine.
+    """Return the split that a module or topic belongs to, the same on every machine.
 
     Args:
         name: Top-level module name or topic.
@@ -62,10 +62,10 @@ def split_of(name: str) -> str:
 
 
 def load_python_docs(include_site_packages: bool = False) -> DatasetDict:
-    """Load the language reference and all docstrings of the standard library, for language modelling.
+    """Load the language reference and all docstrings of the standard library for language modelling.
 
     Args:
-        include_site_packages: Add the docstrings of the packages installed beside this Python.
+        include_site_packages: Add the docstrings of installed packages.
 
     Returns:
         Splits train, validation and test with the columns ``text``, ``module`` (top-level module or topic)
@@ -83,14 +83,14 @@ def load_python_docs(include_site_packages: bool = False) -> DatasetDict:
 
 
 def load_python_docstrings(include_site_packages: bool = False) -> DatasetDict:
-    """Load docstrings as pairs for summarisation: PEP 257 makes the first line a summary of the rest.
+    """Load docstrings as pairs for summarisation; by PEP 257 the first line summarises the rest.
 
     Args:
-        include_site_packages: Add the docstrings of the packages installed beside this Python.
+        include_site_packages: Add the docstrings of installed packages.
 
     Returns:
-        Splits train, validation and test with the columns ``document`` (the rest, at least 30 words), ``summary``
-        (the summary line) and ``module``. No document, no summary-document pair occurs twice.
+        Splits train, validation and test with the columns ``document`` (the body, at least 30 words), ``summary``
+        (the summary line) and ``module``. No document occurs twice.
 
     Raises:
         RuntimeError: This Python was installed without its sources.
@@ -106,14 +106,14 @@ def load_python_docstrings(include_site_packages: bool = False) -> DatasetDict:
 
 
 def split_summary(docstring: str) -> tuple[str, str]:
-    """Take a docstring apart into its summary line and its body, as PEP 257 lays it out.
+    """Split a docstring into summary line and body as PEP 257 defines them.
 
     Args:
         docstring: A docstring without indentation.
 
     Returns:
-        The summary line and the body. The summary is empty where the docstring has none: its first paragraph
-        is longer than a line, a single word, or a bare call signature.
+        The summary line and the body. The summary is empty if the first paragraph is longer than a line, a single
+        word, or a call signature.
     """
     head, _, body = docstring.strip().partition("\n")
     words = re.findall(r"[^\W\d_]+", head)
@@ -165,7 +165,7 @@ def _without_duplicates(rows: list[Docstring]) -> Iterator[Docstring]:
 
 
 def _read_tree(root: Path, source: str) -> Iterator[Docstring]:
-    """Yield the docstrings under a folder in the order of the files' names, whatever the file system's order."""
+    """Yield the docstrings of all modules under a folder, files sorted by name."""
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     for path in sorted(files, key=lambda path: path.parts):
         if _SKIPPED_FOLDERS.isdisjoint(path.parts[:-1]):
@@ -176,10 +176,10 @@ def _read_tree(root: Path, source: str) -> Iterator[Docstring]:
 def _read_docstrings(path: Path) -> Iterator[str]:
     try:
         with tokenize.open(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Old sources use escapes that newer Pythons warn about.
+            warnings.simplefilter("ignore")  # old sources use escapes that newer Pythons warn about
             tree = ast.parse(file.read())
     except (SyntaxError, UnicodeDecodeError, ValueError, OSError, RecursionError):
-        return  # Templates and files for other Pythons are no text of this library.
+        return  # templates, and files for other versions of Python
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=False)

@@ -1,8 +1,8 @@
-"""Parts of a training set by a hash of each example's text: nested subsets, and folds for cross-validation.
+"""Nested subsets of a training set, and folds for cross-validation, by a hash of each example's text.
 
-An example is a row, or a document of several rows. What part it belongs to depends on its text alone: not on the
-order of the data, the seed, the machine or the version of Python. Equal examples are in the same fold, so none is
-both trained on and validated on.
+An example is a row, or a document of several rows. Where it belongs depends on its text alone: not on the order of
+the data, the seed, the machine or the version of Python. Equal examples are in the same fold, so that no text is both
+trained on and validated on.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from datasets import Dataset
 
 from .corruption import exact_share
 from .hashing import text_hash
-from .held_out import AnyDataset
+from .loading import AnyDataset
 
-# Independent hashes, so that a fold is neither richer nor poorer in the examples of a small subset.
+# Different salts, so that the examples of a small subset are spread evenly over the folds.
 _SUBSET, _FOLD = "dpsm-hf-subset", "dpsm-hf-fold"
 
 
 def low_resource(
     dataset: AnyDataset, share: float, columns: Sequence[str], *, by_length: bool = False, by_document: bool = False
 ) -> AnyDataset:
-    """Keep a share of the examples, in their order; the examples of a smaller share are among those of a larger one.
+    """Keep a share of the examples in their order; a smaller share is a subset of a larger one.
 
-    The examples are sorted by the hash of their text, and the shortest beginning of that list is kept that holds the
-    share: at least one example, and never fewer than ``share * n``. Of a stream, whose number is not known, every
-    example whose hash is small enough is kept: as many as the share on average.
+    The ``ceil(share * n)`` examples with the smallest hashes are kept (``by_length``: as many as hold the share of the
+    characters). Of a stream, whose length is unknown, every example with a hash below ``share * 2**64`` is kept.
 
     Args:
-        dataset: to take from.
+        dataset: the training set.
         share: in (0, 1].
-        columns: whose texts make up an example.
-        by_length: count characters instead of examples (documents differ much in length).
+        columns: columns with the texts of an example.
+        by_length: measure the share in characters instead of examples.
         by_document: examples are documents of several rows, each ended by a blank one.
 
     Raises:
@@ -52,27 +51,27 @@ def low_resource(
     order = np.lexsort((np.arange(len(hashes)), hashes))
     weights = lengths if by_length else np.ones_like(lengths)
     reached = np.cumsum(weights[order])
-    # the first place where reached >= share * total, in whole numbers
+    # ceil(share * total) in integer arithmetic
     enough = -(-int(reached[-1]) * part.numerator // part.denominator)
     kept = order[: int(np.searchsorted(reached, enough)) + 1]
     return dataset.select(np.flatnonzero(np.isin(documents, kept)))
 
 
 def fold_of(texts: Sequence[str | None], folds: int) -> int:
-    """Return the fold, from 0 on, of an example by its texts."""
+    """Return the fold, from 0 on, that an example with these texts belongs to."""
     return text_hash(texts, _FOLD) % folds
 
 
 def split_fold(
     dataset: AnyDataset, fold: int, folds: int, columns: Sequence[str], *, by_document: bool = False
 ) -> tuple[AnyDataset, AnyDataset]:
-    """Cut a training set into all folds but one, and that one to validate on.
+    """Split a training set into one fold to validate on and all others to train on.
 
     Args:
-        dataset: to cut.
-        fold: the one to validate on, from 0 on.
-        folds: how many there are.
-        columns: whose texts make up an example.
+        dataset: the training set.
+        fold: the fold to validate on, from 0 on.
+        folds: number of folds.
+        columns: columns with the texts of an example.
         by_document: examples are documents of several rows, each ended by a blank one.
 
     Returns:
@@ -100,7 +99,7 @@ def split_fold(
 def _examples(
     dataset: Dataset, columns: Sequence[str], salt: str, by_document: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return hash and number of characters of each example, and which example each row belongs to."""
+    """Return hash and number of characters of each example, and the example that each row belongs to."""
     hashes, lengths, sizes = [], [], []
     for texts, rows in _documents(dataset, columns) if by_document else _single_rows(dataset, columns):
         hashes.append(text_hash(texts, salt))
@@ -117,7 +116,7 @@ def _single_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Seq
 
 
 def _documents(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Sequence[str | None], int]]:
-    """Yield the lines of each document and its number of rows, with the blank ones behind it."""
+    """Yield the lines of each document, and its number of rows with the blank ones after it."""
     lines: list[str | None] = []
     rows, ended = 0, False
     for texts, _ in _single_rows(dataset, columns):

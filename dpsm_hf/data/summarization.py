@@ -1,7 +1,7 @@
 """Summarisation pairs: which columns hold them, which pairs are kept, and how they become token ids.
 
-Every function here is pure over batches of columns, so it works inside `datasets.Dataset.map` (with several processes
-and with the cache) and with `IterableDataset` alike. Loading is the job of `dpsm_hf.data.loading`.
+Functions on batches are pure, so they work in `datasets.Dataset.map` (several processes, cache) and with
+`IterableDataset`. Loading is in `dpsm_hf.data.loading`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SUMMARIZATION_COLUMNS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizationSettings:
-    """How one split's pairs become token ids.
+    """Settings of `tokenize_pairs`.
 
     Args:
         text_column: Column with the full texts.
@@ -54,8 +54,8 @@ class TokenizationSettings:
         max_source_length: Tokens kept of a source, special tokens and prefix included.
         max_target_length: Tokens kept of a summary, special tokens included.
         source_prefix: Text put before every source ("summarize: " for T5).
-        pad_to_max_length: Pad every row to the two lengths instead of padding batches as they are collated.
-        ignore_pad_token_for_loss: Write -100 in place of padding in padded labels.
+        pad_to_max_length: Pad every row to the two lengths instead of padding each batch in the collator.
+        ignore_pad_token_for_loss: Write -100 in place of padding in labels.
     """
 
     text_column: str
@@ -74,7 +74,7 @@ class TokenizationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FilterCounts:
-    """What `filter_pairs` did to a split: kept, with an empty side, and too short; None where it cannot be counted."""
+    """Numbers of pairs kept, dropped for an empty side, and dropped as too short; None for a stream."""
 
     kept: int | None
     empty: int | None
@@ -103,11 +103,11 @@ def resolve_columns(
 ) -> tuple[str, str]:
     """Decide which columns hold texts and summaries.
 
-    An explicit name wins; then the columns of a known data set; then, as in the upstream script, the first column for
-    the texts and the second for the summaries (said in the log, since it is a guess).
+    First an explicit name, then the columns of a known data set; else, as in the upstream script, the first column for
+    the texts and the second for the summaries, with a warning since it is a guess.
 
     Args:
-        column_names: The columns that are there, in order.
+        column_names: Columns of the data set, in order.
         dataset_name: Name of the data set, to look up its columns; None for local files.
         text_column: Value of --text_column.
         summary_column: Value of --summary_column.
@@ -116,8 +116,7 @@ def resolve_columns(
         `(text_column, summary_column)`.
 
     Raises:
-        ValueError: If a column is missing (the message lists those there), both are the same column, or there are
-            fewer than two columns to guess from.
+        ValueError: If a column is missing, both are the same column, or there are fewer than two to guess from.
     """
     present = list(column_names)
     listed = ", ".join(repr(name) for name in present) or "none"
@@ -148,7 +147,7 @@ def resolve_columns(
 
 
 def has_both_sides(batch: Mapping[str, Sequence[Any]], text_column: str, summary_column: str) -> list[bool]:
-    """Say for each pair whether neither side is missing, empty or white space only.
+    """Return for each pair whether both sides are there and not blank.
 
     Args:
         batch: Columns of one batch.
@@ -156,7 +155,7 @@ def has_both_sides(batch: Mapping[str, Sequence[Any]], text_column: str, summary
         summary_column: Column with the summaries.
 
     Returns:
-        One boolean a row.
+        One boolean for each row.
 
     Raises:
         ValueError: If a value is not text.
@@ -166,7 +165,7 @@ def has_both_sides(batch: Mapping[str, Sequence[Any]], text_column: str, summary
 
 
 def has_enough_words(batch: Mapping[str, Sequence[Any]], text_column: str, min_source_words: int) -> list[bool]:
-    """Say for each text whether it has at least `min_source_words` words separated by white space."""
+    """Return for each text whether it has at least `min_source_words` words separated by white space."""
     return [len(text.split()) >= min_source_words for text in _texts(batch, text_column)]
 
 
@@ -180,7 +179,7 @@ def filter_pairs(
     num_proc: int | None = None,
     load_from_cache_file: bool | None = None,
 ) -> tuple[Any, FilterCounts]:
-    """Drop pairs with an empty side, then texts under a number of words, and log how many of each.
+    """Drop pairs with an empty side, then pairs with a short text, and log how many of each.
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`.
@@ -235,15 +234,15 @@ def filter_pairs(
 def tokenize_pairs(
     batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings
 ) -> dict[str, list[Any]]:
-    """Turn a batch of pairs into `input_ids`, `attention_mask` and `labels`.
+    """Tokenize a batch of pairs into `input_ids`, `attention_mask` and `labels`.
 
     Args:
         batch: Columns of one batch; both sides non-empty (see `filter_pairs`).
-        tokenizer: Any tokenizer; the target side goes through its `text_target` mode (mBART language codes).
+        tokenizer: Any tokenizer; summaries are tokenized as `text_target` (for mBART's language codes).
         settings: Columns, lengths, prefix and padding.
 
     Returns:
-        Lists by column: what the tokenizer gives for sources, and `labels`.
+        The tokenizer's columns for the sources, and `labels`.
 
     Raises:
         ValueError: If a value is not text, or padding is asked of a tokenizer without a pad token.
@@ -260,7 +259,7 @@ def tokenize_pairs(
     labels = tokenizer(text_target=targets, max_length=settings.max_target_length, padding=padding, truncation=True)
     rows = labels["input_ids"]
     if settings.pad_to_max_length and settings.ignore_pad_token_for_loss:
-        # By the mask, not by the id: where the pad token doubles as the end token, the real end must stay a label.
+        # by the mask, not by the id: if the pad token is the end token too, the real end must stay a label
         rows = [
             [token if kept else -100 for token, kept in zip(row, mask, strict=True)]
             for row, mask in zip(rows, labels["attention_mask"], strict=True)
@@ -278,7 +277,7 @@ def tokenize_split(
     num_proc: int | None = None,
     load_from_cache_file: bool | None = None,
 ) -> Any:
-    """Tokenise a split of pairs, dropping its text columns, and log how many summaries reach the length limit.
+    """Tokenize a split of pairs, drop its text columns, and warn if summaries reach the length limit.
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset` of non-empty pairs.
@@ -323,7 +322,7 @@ def tokenize_split(
 
 
 def _texts(batch: Mapping[str, Sequence[Any]], column: str) -> list[str]:
-    """Return a column as texts, None as the empty text."""
+    """Return a column as texts, with None as the empty text."""
     texts: list[str] = []
     for index, value in enumerate(batch[column]):
         if value is not None and not isinstance(value, str):

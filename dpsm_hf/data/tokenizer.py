@@ -1,4 +1,4 @@
-"""Tokenizers for the scripts: pretrained ones by name, or a byte-level BPE trained on the run's own train split."""
+"""Tokenizers: pretrained ones by name, or a byte-level BPE trained on the run's own train split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 TRAIN_BPE = "train-bpe"
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_MAX_LENGTH = 1024
-# Enough for any vocabulary of a small model, and a bound for streams.
+# Enough for the vocabulary of a small model, and a bound for streams.
 MAX_TRAINING_ROWS = 500_000
 
 # BART's numbering of its special tokens.
@@ -39,20 +39,20 @@ def train_bpe_tokenizer(
     sequence_template: bool = False,
     model_max_length: int = DEFAULT_MAX_LENGTH,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; it reproduces any text exactly, because its alphabet is the 256 bytes.
+    """Train a byte-level BPE tokenizer, whose alphabet is the 256 bytes, so that it reproduces any text exactly.
 
     Args:
         texts: Training texts.
-        vocab_size: Number of tokens, special ones included; fewer where the texts have too few pairs to merge.
-        sequence_template: Put ``<s>`` before and ``</s>`` behind every sequence, as encoder-decoders want.
-            Without it a sequence is its text alone, as GPT-2 wants.
-        model_max_length: Tokens a model takes at once, kept with the tokenizer.
+        vocab_size: Number of tokens with the special ones; the result has fewer if the texts have too few pairs.
+        sequence_template: Put ``<s>`` before and ``</s>`` after every sequence, as for encoder-decoders; otherwise no
+            special tokens are added, as for GPT-2.
+        model_max_length: The model's limit in tokens, saved with the tokenizer.
 
     Returns:
         The tokenizer, with ``<s>``, ``<pad>``, ``</s>`` and ``<unk>`` as ids 0 to 3.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for a merge, or there is no text.
+        ValueError: ``vocab_size`` is too small for a merge, or there is no text.
 
     Source:
         Sennrich et al. 2016 (BPE); Radford et al. 2019 (over bytes).
@@ -95,7 +95,7 @@ def train_bpe_tokenizer(
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary without room for the bytes, the special tokens and one merge.
+    """Raise for a vocabulary without room for the bytes, the special tokens and one merge.
 
     Args:
         vocab_size: Number of tokens.
@@ -123,21 +123,20 @@ def resolve_tokenizer(
     main_process_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
     **pretrained_options: Any,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of that name, or train one when the name is ``train-bpe``.
+    """Load a tokenizer by name, or train one if the name is ``train-bpe``.
 
-    A trained tokenizer is kept in ``output_dir/tokenizer`` with a record of its size and of a sha256 over its
-    training texts. The process that comes first trains it; the others, and later runs with the same size and
-    texts, load it.
+    A trained tokenizer is saved in ``output_dir/tokenizer`` with its size and a sha256 of its training texts. The main
+    process trains it; the other processes, and later runs with the same size and texts, load it.
 
     Args:
         tokenizer_name: A hub name, a folder, or ``train-bpe``.
         output_dir: Folder of the run.
-        training_texts: Gives the texts of the train split, every time from the start.
+        training_texts: Returns the texts of the train split, each time from the start.
         vocab_size: Size for ``train-bpe``; 4096 when None.
         sequence_template: See :func:`train_bpe_tokenizer`.
-        model_max_length: See :func:`train_bpe_tokenizer`; a kept tokenizer takes the new value.
-        resuming: The run continues a checkpoint, whose tokenizer must not change.
-        main_process_first: Makes the context in which one process goes before the others, for instance
+        model_max_length: See :func:`train_bpe_tokenizer`; replaces the value of a saved tokenizer.
+        resuming: Whether the run continues a checkpoint, whose tokenizer must not change.
+        main_process_first: Returns a context in which the main process runs before the others, such as
             ``training_args.main_process_first``.
         pretrained_options: Passed to ``AutoTokenizer.from_pretrained`` for any other name.
 
@@ -173,15 +172,12 @@ def resolve_tokenizer(
 
 
 def column_texts(dataset: AnyDataset, columns: Iterable[str], limit: int = MAX_TRAINING_ROWS) -> Iterator[str]:
-    """Yield the texts of some columns of a split, row by row.
+    """Yield the non-empty texts of some columns of a split, row by row.
 
     Args:
         dataset: The train split, map-style or streaming.
         columns: Names of text columns.
-        limit: Rows to read at most.
-
-    Yields:
-        The texts that are not empty.
+        limit: Largest number of rows to read.
     """
     names = list(columns)
     for row in islice(dataset.select_columns(names), limit):
@@ -191,14 +187,7 @@ def column_texts(dataset: AnyDataset, columns: Iterable[str], limit: int = MAX_T
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """Hash texts so that any change, and any other division into texts, shows.
-
-    Args:
-        texts: The texts.
-
-    Returns:
-        A sha256 in hexadecimal.
-    """
+    """Return a sha256 (hexadecimal) of texts and of where each one ends."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", errors="surrogatepass")
@@ -207,7 +196,7 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 
 class _Counter:
-    """Passes texts on and counts their characters, since the trainer says nothing of an empty iterator."""
+    """Iterates over texts and counts their characters: the BPE trainer does not report an empty iterator."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
@@ -228,7 +217,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], folder: Path) -> None:
-    # Written beside its place and moved there, so that a killed run leaves no half tokenizer behind.
+    # written to a temporary folder and moved, so that a killed run leaves no incomplete tokenizer
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     draft.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(draft)

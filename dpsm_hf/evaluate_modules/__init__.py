@@ -1,4 +1,4 @@
-"""Metrics for `evaluate.load`, by local path and without the network: `token_calibration` and `distinct_n`.
+"""The `evaluate` modules `token_calibration` and `distinct_n`, loaded from a local path without the network.
 
 `evaluate` copies a module's file into its own cache and runs it there, so these files import by absolute name only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-#: The modules that are shipped, each a folder with its file and its card.
+#: Names of the modules; each is a folder with its file and its card.
 MODULES = ("token_calibration", "distinct_n")
 
 

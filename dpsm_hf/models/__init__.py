@@ -1,1 +1,1 @@
-"""What has to be known of a language model: its vocabulary, which label a row of logits predicts, its output layer."""
+"""Facts about a language model: vocabulary, which label a row of logits predicts, output layer, bytes of tokens."""

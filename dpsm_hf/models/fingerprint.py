@@ -1,4 +1,4 @@
-"""What tells whether a model computes the same as before, at next to no cost."""
+"""A cheap fingerprint of a model's weights: has it changed since the last look?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .language_model import core_model
 
 
 def fingerprint(model: nn.Module) -> Any:
-    """Return what differs, by ``==``, once the weights of a model were written to or its adapters switched.
+    """Return a value that compares unequal after the weights were written to or the adapters switched.
 
-    A write in place raises a tensor's version, unless it goes through ``.data`` or an optimizer kernel: so three
-    numbers of every tensor are read too. Whoever writes to a single weight that way is not seen.
+    A write in place raises a tensor's version counter, except through ``.data`` and in fused optimizer kernels; so
+    three numbers of every tensor are read too. A write through ``.data`` to other single weights goes unnoticed.
 
     Args:
-        model: wrapped or not.
+        model: the language model, wrapped or not.
     """
     core = core_model(model)
     parameters = list(core.parameters())
@@ -33,13 +33,13 @@ def fingerprint(model: nn.Module) -> Any:
 
 
 def _probes(parameters: list[nn.Parameter]) -> list[bytes]:
-    """Return the first, the middle and the last number of every tensor that this process has as a whole."""
-    # Of a shard, processes would see different things, and one of them might begin to fit alone.
+    """Return the first, middle and last number of every tensor that is not sharded, as bytes for each device."""
+    # Not of shards: processes would see different numbers, and one alone might decide to fit a temperature again.
     whole = [p.detach() for p in parameters if p.numel() and not p.is_meta and not isinstance(p, DTensor)]
     whole = [values for values in whole if values.is_floating_point() and values.element_size() > 1]
     by_device: dict[torch.device, list[Tensor]] = {}
     for values in whole:
         places = torch.tensor([0, values.numel() // 2, values.numel() - 1], device=values.device)
         by_device.setdefault(values.device, []).append(values.take(places).float())
-    # as bytes, for NaN is not equal to itself
+    # as bytes, since NaN is not equal to itself
     return [torch.cat(parts).cpu().numpy().tobytes() for parts in by_device.values()]

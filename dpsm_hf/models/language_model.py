@@ -1,4 +1,4 @@
-"""What a trainer has to know about a model: its vocabulary, and which label each row of logits is scored against."""
+"""What a trainer has to know about a model: its vocabulary, which label each row of logits is scored against."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..rules.losses import IGNORE_INDEX
 
 Alignment = Literal["shifted", "aligned"]
 
-# Decoders whose own forward scores row t against label t, in spite of the "CausalLM" in their names: whoever trains
-# them shifts the labels first.
+# Decoders whose forward scores row t against label t although their names say "CausalLM": their users shift the labels
+# beforehand.
 _UNSHIFTED_CAUSAL_LMS = frozenset(
     {
         "BartForCausalLM",
@@ -63,19 +63,19 @@ _ALIGNED = (
 _SHIFTED = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - _ALIGNED
 
 
-# What a batch holds for the loss alone; Trainer adds the last for models whose forward Liger replaced.
+# Keys of a batch that only the loss uses; Trainer adds skip_logits where Liger has replaced the forward.
 _FOR_THE_LOSS = ("labels", "shift_labels", "skip_logits")
 
 
 def core_model(model: nn.Module) -> nn.Module:
     """Return the language model inside wrappers of torch.compile, data parallelism and PEFT."""
-    while (inner := _wrapped(model)) is not None:  # in whatever order the wrappers are nested
+    while (inner := _wrapped(model)) is not None:  # wrappers can be nested in any order
         model = inner
     return cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether torch.compile has the model, or a wrapper of it, as a whole."""
+    """Return whether the whole model, or a wrapper around it, is compiled by torch.compile."""
     inner: nn.Module | None = model
     while inner is not None:
         if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
@@ -90,7 +90,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Return the number of logits a token has, or None if the model does not tell."""
+    """Return the number of logits per token, or None if the model does not say."""
     core = core_model(model)
     head = core.get_output_embeddings() if isinstance(core, PreTrainedModel) else None
     if head is not None and hasattr(head, "out_features"):
@@ -101,8 +101,8 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def label_alignment(model: nn.Module) -> Alignment | None:
     """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown.
 
-    A class is known by its name in Transformers' tables, but only if the forward is its own: a subclass with another
-    forward may compute another loss.
+    Classes are looked up by name in Transformers' tables. What counts is the class that defines ``forward``, since a
+    subclass with its own forward may compute another loss.
     """
     core = core_model(model)
     name = next(base for base in type(core).__mro__ if "forward" in vars(base)).__name__
@@ -112,10 +112,10 @@ def label_alignment(model: nn.Module) -> Alignment | None:
 
 
 def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
-    """Find the alignment of an unknown model by comparing its own loss on a batch with both possibilities.
+    """Find the alignment of an unknown model: the one whose cross-entropy on a batch equals the model's own loss.
 
     Args:
-        model: called once without gradient, in evaluation mode (so that no random number is drawn).
+        model: called without gradient, in evaluation mode so that no random number is drawn.
         inputs: a batch with ``labels``.
 
     Raises:
@@ -136,8 +136,8 @@ def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
             own = None if loss is None else float(loss.float().mean())
             fits = [a for a, value in found.items() if own is not None and math.isclose(value, own, rel_tol=1e-3)]
             if len(fits) > 1:
-                # an untrained model: its loss is near log V whatever it predicts. A label in the first place alone
-                # is scored by an aligned model and by no shifted one.
+                # an untrained model: both losses are near log V. With a label in the first place alone, an aligned
+                # model has a loss and a shifted one has none.
                 first = torch.full_like(labels, IGNORE_INDEX)
                 first[..., 0] = labels[labels != IGNORE_INDEX][0]
                 alone, _ = _loss_and_logits(model(**{**inputs, "labels": first}))
@@ -163,8 +163,13 @@ def _loss_and_logits(outputs: Any) -> tuple[Tensor | None, Tensor | None]:
 def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
     """Return the label that each of ``length`` positions of the model's output is scored against, ``[B, length]``.
 
-    Virtual tokens that come before the text (PEFT's prompt tuning) are not scored, except that the last of them
-    predicts the first label of the text.
+    Virtual tokens before the text (PEFT's prompt tuning) are not scored, except that the last one predicts the first
+    label where labels are shifted.
+
+    Args:
+        labels: ``[B, labels]``, -100 where nothing is scored.
+        length: positions of the model's logits, at least the number of labels.
+        alignment: of the model.
 
     Raises:
         ValueError: if the model's output is shorter than the labels.
@@ -181,10 +186,10 @@ def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
 
 
 def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch as the model takes it when it is not to compute a loss of its own.
+    """Return the batch without labels, with decoder inputs made from them where the model needs those.
 
     Raises:
-        ValueError: if an encoder-decoder cannot derive its decoder's inputs from the labels.
+        ValueError: if an encoder-decoder cannot make its decoder inputs from the labels.
     """
     batch = {key: value for key, value in inputs.items() if key not in _FOR_THE_LOSS}
     core = core_model(model)
@@ -204,10 +209,10 @@ def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[s
 def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     """Return the weighted load-balancing loss of a mixture-of-experts model, or None where it has none.
 
-    Models add it only when they are given labels, so whoever computes the loss outside has to.
+    Models add it themselves only when they are given labels; here they are not.
 
     Raises:
-        ValueError: if the router's loss is switched on but the output does not carry it.
+        ValueError: if ``output_router_logits`` is on but the output has no ``aux_loss``.
     """
     config = getattr(core_model(model), "config", None)
     if not getattr(config, "output_router_logits", False):
@@ -222,11 +227,11 @@ def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
 
 
 def end_tokens(core: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a text, as generation knows them; empty if the model does not tell.
+    """Return the ids of the tokens that end a text; empty if neither model nor tokenizer names one.
 
     Args:
         core: the language model without wrappers.
-        tokenizer: asked where neither the generation config nor the config names one.
+        tokenizer: used where neither the generation config nor the config names one.
     """
     for source in (getattr(core, "generation_config", None), getattr(core, "config", None), tokenizer):
         found = getattr(source, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""A model's output layer, and what the model does to its output before it calls it logits."""
+"""A model's output layer, and the scaling, capping and bias that turn its output into logits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from ..rules.post_ops import PostOps
 
-# Granite divides by ``config.logits_scaling``; these multiply by it, and these scale the hidden states by it.
+# Granite divides logits by ``config.logits_scaling``. These multiply by it; the next scale the hidden states instead.
 _MULTIPLIED_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_seed"})
 _SCALED_BEFORE_THE_HEAD = frozenset({"minicpm3"})
 
 
 def output_layer(core: nn.Module) -> nn.Module | None:
-    """Return the module that makes logits of hidden states, inside PEFT's ``modules_to_save``; None if unknown.
+    """Return the layer from hidden states to logits, unwrapped from PEFT's ``modules_to_save``; None if unknown.
 
     Args:
-        core: the language model without wrappers; its layer is what ``get_output_embeddings()`` returns, else
-            ``lm_head``.
+        core: the language model without wrappers; its ``get_output_embeddings()`` is asked, then ``lm_head``.
     """
     find = getattr(core, "get_output_embeddings", None)
     layer = find() if callable(find) else None
@@ -32,12 +31,11 @@ def output_layer(core: nn.Module) -> nn.Module | None:
 
 
 def post_ops(core: nn.Module) -> PostOps:
-    """Return what the model does to the output of its layer, read from its configuration by the field's names.
+    """Return scale and cap that the model applies to the output of its layer, read from its configuration.
 
     ``logit_scale`` multiplies (Cohere), ``logits_scaling`` divides (Granite; HyperCLOVA-X multiplies),
     ``lm_head_multiplier`` multiplies (Falcon H1), ``final_logit_softcapping`` caps (Gemma 2 and what follows it;
-    RecurrentGemma calls it ``logits_soft_cap``). A model that does more is found out by the check of the
-    first batch.
+    RecurrentGemma calls it ``logits_soft_cap``). The check of the first batch detects a model that does anything else.
     """
     config: Any = getattr(core, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -55,6 +53,6 @@ def post_ops(core: nn.Module) -> PostOps:
 
 
 def added_bias(core: nn.Module) -> Tensor | None:
-    """Return what the model adds to the output of its layer, ``[V]``: the ``final_logits_bias`` of BART's family."""
+    """Return the bias ``[V]`` that BART's family adds to its logits (``final_logits_bias``), or None."""
     bias = getattr(core, "final_logits_bias", None)
     return bias.reshape(-1) if isinstance(bias, Tensor) else None

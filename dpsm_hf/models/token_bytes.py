@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for, where the tokenizer says so exactly."""
+"""Bytes of text per token, for the metric bits per byte."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def token_bytes(tokenizer: Any) -> Tensor | None:
-    """Return the length in bytes of each token's text, int64 ``[V]``, or None where it cannot be told from the token.
+    """Return the length in bytes of each token's text, int64 ``[V]``, or None where tokens do not determine it.
 
-    It can with byte-level vocabularies (GPT-2, Llama 3, Qwen, RoBERTa, BART), whose every character is one byte. Those
-    of SentencePiece add and drop spaces at the edges of texts, so that their tokens do not add up to the text. Special
-    tokens stand for none. Where a tokenizer normalises texts, the bytes are those of the normalised ones.
+    They do in byte-level vocabularies (GPT-2, Llama 3, Qwen, RoBERTa, BART), where every character is one byte.
+    SentencePiece adds and drops spaces at the edges of texts, so its tokens do not add up to the text. Special tokens
+    have 0 bytes. Where a tokenizer normalises texts, bytes are those of the normalised text.
 
     Args:
-        tokenizer: of Transformers; None and tokenizers without a fast implementation give None.
+        tokenizer: of Transformers, or None; only fast tokenizers are supported, the result is None for others.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

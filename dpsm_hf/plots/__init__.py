@@ -1,1 +1,1 @@
-"""Pictures: reliability diagrams and training curves. They draw and decide nothing."""
+"""Figures: reliability diagrams and training curves, drawn from data that other rooms compute."""

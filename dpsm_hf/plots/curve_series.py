@@ -1,4 +1,4 @@
-"""Calibration curves as a reliability diagram takes them: checked, named, with the scaled curve beside the raw one."""
+"""Curves for a reliability diagram, with those after temperature scaling: checking, reading and writing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..runtime.files import write_json
 
-# Below this, the standard error of a bin's accuracy reaches 0.07.
+# With fewer tokens the standard error of a bin's accuracy can exceed 0.07.
 FEW_TOKENS = 50
 
 _NEEDED = ("edges", "confidence", "accuracy", "count")
@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 class CurveLike(Protocol):
     """Anything with the four arrays of a calibration curve, e.g. `dpsm_hf.calibration.CalibrationCurve`.
 
-    ``low``, ``high`` (the interval of the accuracy) and ``histogram`` are used where it has them too.
+    ``low``, ``high`` (the interval of the accuracy) and ``histogram`` are optional.
     """
 
     @property
@@ -44,7 +44,7 @@ class CurveLike(Protocol):
 
 @dataclass(frozen=True)
 class CurveSeries:
-    """One model's curve, checked; arrays are float64 with one value per bin, NaN where a bin is empty.
+    """The checked curve of one model; arrays are float64 with one value per bin, NaN where a bin is empty.
 
     Args:
         name: of the model.
@@ -52,9 +52,9 @@ class CurveSeries:
         confidence, accuracy, count: ``[bins]``.
         low, high: ``[bins]`` 95 % confidence interval of the accuracy, or None where it is not known.
         histogram: ``[cells]`` tokens in cells of equal width from 0 to 1, or None.
-        temperature: that the logits were divided by; None if it was not told.
+        temperature: that the logits were divided by; None if unknown.
         ece_interval: 95 % confidence interval of the ECE with these bins, or None.
-        ece_null: ECE that a perfectly calibrated model of this size would show with these bins, or None.
+        ece_null: expected ECE of a perfectly calibrated model with these bins and tokens, or None.
         scaled: the same model after temperature scaling, or None.
     """
 
@@ -83,12 +83,12 @@ class CurveSeries:
 
     @property
     def few(self) -> NDArray[np.bool_]:
-        """Return which bins hold so few tokens that their accuracy is mostly chance, ``[bins]``."""
+        """Return which bins hold fewer than `FEW_TOKENS` tokens, but some, ``[bins]``."""
         return self.filled & (self.count < FEW_TOKENS)
 
     @property
     def ece(self) -> float:
-        """Return the sum over the bins of their share of the tokens times |accuracy - confidence|; NaN without any."""
+        """Return ``sum_b n_b / n * |accuracy_b - confidence_b|``; NaN without tokens."""
         filled = self.filled
         if not filled.any():
             return math.nan
@@ -96,20 +96,20 @@ class CurveSeries:
         return float((self.count[filled] * gaps).sum() / self.count.sum())
 
     def density(self) -> tuple[Array, Array]:
-        """Return edges ``[cells + 1]`` and the share of the tokens in a hundredth of confidence there, ``[cells]``.
+        """Return edges ``[cells + 1]`` and the density ``[cells]``: the share of the tokens per 0.01 of confidence.
 
-        Cells are those of the histogram, or the bins where there is none; shares of wider bins are spread over them,
-        so that curves with different bins compare.
+        Cells are those of the histogram, or the bins where there is none; as a density, curves with different bins are
+        comparable.
         """
         counts, edges = self.count, self.edges
         if self.histogram is not None:
             counts, edges = self.histogram, np.arange(len(self.histogram) + 1) / len(self.histogram)
-        # adaptive bins may be empty and without width
+        # empty adaptive bins may have width 0
         hundredths = np.where(counts > 0, np.diff(edges) * 100, 1.0)
         return edges, counts / max(self.tokens, 1) / hundredths
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the scaled curve, as JSON can hold it."""
+        """Return everything but the scaled curve as plain numbers and lists for JSON."""
 
         def plain(values: Array | None) -> list[float | None] | None:
             return None if values is None else [None if math.isnan(v) else float(v) for v in values]
@@ -132,7 +132,7 @@ class CurveSeries:
         }
 
     def with_scaled(self) -> list[CurveSeries]:
-        """Return the curve, and after it the scaled one if there is one."""
+        """Return the curve, followed by the scaled one if there is one."""
         return [self] if self.scaled is None else [self, self.scaled]
 
 
@@ -144,18 +144,18 @@ def curve_series(
     metrics: Mapping[str, Any] | None = None,
     intervals: Mapping[str, Any] | None = None,
 ) -> CurveSeries:
-    """Check a curve and what is known of its ECE.
+    """Check a curve, and add the interval and the null level of its ECE if they are known.
 
     Args:
-        curve: object or mapping with ``edges``, ``confidence``, ``accuracy``, ``count``, and perhaps ``low``, ``high``
-            and ``histogram``; None stands for NaN.
+        curve: object or mapping with ``edges``, ``confidence``, ``accuracy``, ``count``, and optionally ``low``,
+            ``high`` and ``histogram``; None stands for NaN.
         name: of the model.
         temperature: that the logits were divided by.
-        metrics: holds the null level, ``ece_<bins>_null``, if the curve's bins are equal and it was computed for them.
-        intervals: holds the interval, ``ece_<bins>``, likewise.
+        metrics: its ``ece_<bins>_null`` is the null level of a curve with equal bins.
+        intervals: its ``ece_<bins>`` is the interval of a curve with equal bins.
 
     Raises:
-        ValueError: if an array is missing, holds what it cannot, or does not fit the others.
+        ValueError: if an array is missing, holds impossible values, or does not fit the others.
     """
     found = {key: _array(curve, key, name) for key in (*_NEEDED, *_OPTIONAL)}
     missing = [key for key in _NEEDED if found[key] is None]
@@ -188,13 +188,13 @@ def curve_series(
 
 
 def record_series(record: Mapping[str, Any], name: str, *, scaled: bool = True) -> CurveSeries:
-    """Take the curves out of what a calibration file holds.
+    """Return the curve of a calibration file's content, with the scaled one.
 
     Args:
-        record: with ``curve`` and perhaps ``metrics`` and ``intervals``, and perhaps ``temperature`` and ``scaled``, a
-            mapping with the same three after temperature scaling.
+        record: with ``curve``, optionally ``metrics``, ``intervals``, ``temperature`` and ``scaled``, a mapping
+            with ``curve``, ``metrics`` and ``intervals`` after temperature scaling.
         name: of the model.
-        scaled: whether to take the scaled curve, if there is one.
+        scaled: whether to include the scaled curve if there is one.
 
     Raises:
         ValueError: if there is no curve, or one that does not fit together.
@@ -214,10 +214,10 @@ def record_series(record: Mapping[str, Any], name: str, *, scaled: bool = True) 
 
 
 def write_series(series: Sequence[CurveSeries], split: str, path: str | Path) -> Path:
-    """Write the data of a reliability diagram to a file whose ending names the format.
+    """Write the data of a reliability diagram as JSON or CSV.
 
     Args:
-        series: of one split; their scaled curves are written after them.
+        series: curves of one split; each scaled curve is written after its own.
         split: name of the evaluated split.
         path: ends in ``.json`` (everything) or ``.csv`` (a line for each bin of each curve).
 
@@ -271,7 +271,7 @@ def _array(curve: CurveLike | Mapping[str, Any], key: str, name: str) -> Array |
 
 
 def _check_values(arrays: Mapping[str, Array], name: str) -> None:
-    """Raise for what no curve can hold; a picture of it would not look wrong."""
+    """Raise for impossible values, which would go unnoticed in a picture."""
 
     def refuse(key: str, value: float, expected: str) -> None:
         raise ValueError(f"{key!r} of the calibration curve of {name!r} holds {value:g}; expected {expected}.")

@@ -1,8 +1,8 @@
-"""Figures and styles that every picture of this package shares.
+"""Figures, axes and styles that all plots share.
 
-Only matplotlib's object interface is used (``Figure`` with the Agg canvas, never pyplot), so drawing needs no display
-and is safe in threads and beside a user's own plots. Colours are those of Okabe & Ito (2008), which stay apart for
-colour-blind readers; marker and dash pattern repeat the distinction for print without colour.
+Only matplotlib's object interface is used (``Figure`` with the Agg canvas, never pyplot), so drawing needs no display,
+is safe in threads, and does not touch a user's own plots. Colours are those of Okabe & Ito (2008), which colour-blind
+readers can tell apart; marker and dash pattern repeat the distinction for print without colour.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:
 
 
 def plain_log_axis(ax: Axes) -> None:
-    """Make the vertical axis logarithmic, with plain numbers at enough places to read a value off.
+    """Make the vertical axis logarithmic, with enough plain numbers to read values off.
 
     Args:
-        ax: with its data drawn.
+        ax: axes, with the data drawn.
     """
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = math.log10(high / low) if 0 < low < high else 1.0
     if decades > 0.8:
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0), numticks=12))
-    else:  # too short for round numbers of each decade: evenly spaced ones, nearly so on the axis too
+    else:  # less than a decade: evenly spaced numbers, which are nearly evenly spaced on the axis too
         ax.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def figure_of(ax: Axes) -> Figure:
-    """Return the outermost figure that axes belong to.
+    """Return the top-level figure of axes.
 
     Args:
         ax: the axes.
@@ -70,7 +70,7 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
-    """Write a figure to a file whose ending names the format, and make its folder.
+    """Write a figure to a file whose ending names the format; missing folders are made.
 
     Args:
         figure: the figure.
@@ -79,7 +79,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date in the file, and in SVG without random names, the same numbers give the same bytes.
+    # no date, and in SVG no random names, so that the same numbers give the same bytes
     if path.suffix == ".svg":
         text = io.StringIO()
         figure.savefig(text, format="svg", dpi=dpi, metadata={"Date": None})
@@ -91,14 +91,14 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
 
 
 def _named_in_order(svg: str) -> str:
-    """Number the markers, clip paths and hatches, which matplotlib names at random unless a global is set."""
+    """Number the markers, clip paths and hatches, to which matplotlib gives random names."""
     names = dict.fromkeys(re.findall(r'id="([a-z][0-9a-f]{10})"', svg))
     numbered = {name: f"{name[0]}{number}" for number, name in enumerate(names)}
     return re.sub(r"\b[a-z][0-9a-f]{10}\b", lambda found: numbered.get(found[0], found[0]), svg)
 
 
 def run_style(name: str, position: int) -> dict[str, Any]:
-    """Choose colour, marker and dash pattern of a run; the known losses always look the same.
+    """Return colour, marker and dash pattern of a run; the known losses have fixed ones.
 
     Args:
         name: name of the run; ``ce``, ``brier``, ``dpsm``, ``spherical`` and ``focal`` have fixed styles.
@@ -109,10 +109,10 @@ def run_style(name: str, position: int) -> dict[str, Any]:
 
 
 def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Choose the styles of runs in one picture: those of `run_style`, but no two alike.
+    """Return the styles of all runs in one figure: those of `run_style`, made distinct.
 
     Args:
-        names: of the runs. From the eighth on colours repeat, with other markers and dashes.
+        names: of the runs. From the eighth on colours repeat with other markers and dashes.
     """
     styles: list[dict[str, Any]] = []
     used: set[int] = {_FIXED_STYLES[name] for name in names if name in _FIXED_STYLES}
@@ -125,6 +125,6 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
             used.add(index)
         shift = index + position // len(OKABE_ITO)
         marker = _MARKERS[shift % len(_MARKERS)]
-        dash = _DASHES[shift % len(_DASHES)]  # a colour that comes again has other dashes too
+        dash = _DASHES[shift % len(_DASHES)]  # a repeated colour has other dashes
         styles.append({"color": OKABE_ITO[index], "marker": marker, "linestyle": dash})
     return styles

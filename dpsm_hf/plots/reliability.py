@@ -1,8 +1,9 @@
-"""Reliability diagrams: accuracy against confidence, from the data that calibration collects."""
+"""Reliability diagrams: accuracy against confidence."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,28 +16,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .curve_series import FEW_TOKENS, CurveLike, CurveSeries, curve_series, read_record, record_series, write_series
-from .curve_text import after, ece_with_interval, short_ece, title_lines, wrapped, wrapped_label
 from .figures import OKABE_ITO, empty_figure, figure_of, run_style, run_styles, save_figure
 
 __all__ = ["FEW_TOKENS", "CurveLike", "ReliabilityDisplay"]
 
 _INK = "0.1"
 _HOLLOW = f"hollow: < {FEW_TOKENS} tokens"
-# Labels of the legend up to this stand in two columns.
+# The legend has two columns if no label is longer.
 _COLUMN_CHARACTERS = 27
+# Characters that fit on a line of title and legend.
+_HEADING_CHARACTERS, _LABEL_CHARACTERS = 54, 50
 _WIDTH, _DIAGRAM, _HISTOGRAM, _LINE = 4.4, 3.7, 1.3, 0.19  # inches
 
 
 class ReliabilityDisplay:
     """Reliability diagram of one or several models: accuracy against confidence above, histogram of confidence below.
 
-    One model is drawn as bars with its gap to the diagonal hatched, several as points joined by lines; upright lines
-    are the 95 % confidence intervals of the accuracy, where the curve has them. After temperature scaling a single
-    model is one more line over the bars, several are thin lines without intervals. The histogram is the share of the
-    tokens in each hundredth of confidence, on a logarithmic axis. The title says what is shown: token-level and
-    top-label, the number of tokens and bins, the ECE with its confidence interval (with several models it stands in
-    the legend), and the null level, the ECE that a perfectly calibrated model would show at this number of tokens. ECE
-    is ``sum_b n_b / N * |accuracy_b - confidence_b|`` (Naeini et al., 2015).
+    One model is drawn as bars with the gap to the diagonal hatched, several models as points joined by lines. Vertical
+    lines are the 95 % confidence intervals of the accuracy, where the curve has them. The curve after temperature
+    scaling is a line over the bars, or with several models a thin line without intervals. The histogram is the share
+    of the tokens per 0.01 of confidence on a logarithmic axis. The title gives the number of tokens and bins, the ECE
+    with its confidence interval (with several models in the legend), and the null level, the expected ECE of a
+    perfectly calibrated model with this number of tokens. ECE is ``sum_b n_b / N * |accuracy_b - confidence_b|``
+    (Naeini et al., 2015).
 
     Args:
         series: the curves; use `from_curve`, `from_json` or `overlay` to make a display.
@@ -75,15 +77,15 @@ class ReliabilityDisplay:
 
         Args:
             curve: object or mapping with ``edges`` (bins + 1), ``confidence``, ``accuracy`` and ``count`` (bins each),
-                and perhaps ``low`` and ``high`` (bins each) and ``histogram``, as `CalibrationCurve` has them; empty
-                bins hold NaN or ``None``.
+                and optionally ``low`` and ``high`` (bins each) and ``histogram``, as in `CalibrationCurve`; empty bins
+                hold NaN or ``None``.
             name: name of the model, for the legend; ``ce``, ``brier`` and ``dpsm`` choose fixed colours.
             split: name of the evaluated split.
             scaled: the curve of the same model after temperature scaling.
-            temperature: that ``scaled`` was computed with.
+            temperature: the temperature of ``scaled``.
 
         Raises:
-            ValueError: if an array is missing, holds what it cannot, or does not fit the others.
+            ValueError: if an array is missing, holds impossible values, or does not fit the others.
         """
         series = curve_series(curve, name)
         if scaled is not None:
@@ -99,7 +101,7 @@ class ReliabilityDisplay:
         Args:
             source: path of ``calibration/eval-step-*.json``, or the mapping in it.
             name: name of the model.
-            scaled: whether to draw the curve after temperature scaling too, if the file holds one.
+            scaled: whether to draw the curve after temperature scaling too, if there is one.
 
         Raises:
             ValueError: if the content holds no calibration curve, or one that does not fit together.
@@ -119,13 +121,13 @@ class ReliabilityDisplay:
         """Put the curves of several displays into one diagram.
 
         Args:
-            displays: the displays, or paths of files that `CalibrationCallback` wrote; their splits must agree and
-                their models' names differ. A model without a name is called by its place, ``model 2``; one of a file
-                by the folder of its run, with the file's name where that tells them apart.
-            scaled: whether to draw the curves after temperature scaling too, of those that have one.
+            displays: displays, or paths of files that `CalibrationCallback` wrote, of one split and of models with
+                different names. A model without a name is called ``model 2`` by its position; the model of a file is
+                called by the folder of its run, followed by the file's name if several files are of one run.
+            scaled: whether to draw curves after temperature scaling too, where there are any.
 
         Raises:
-            ValueError: if there is none, if they show different splits, or if two models have one name.
+            ValueError: without displays, for different splits, or if two models have the same name.
         """
         given = _file_names([d for d in displays if not isinstance(d, ReliabilityDisplay)])
         shown = [d if isinstance(d, ReliabilityDisplay) else cls.from_json(d, given[str(d)]) for d in displays]
@@ -155,12 +157,12 @@ class ReliabilityDisplay:
 
     @property
     def ece_scaled(self) -> dict[str, float]:
-        """The same after temperature scaling, of the models that have such a curve."""
+        """Expected calibration error after temperature scaling, of the models that have such a curve."""
         return {series.name: series.scaled.ece for series in self._series if series.scaled is not None}
 
     def title(self) -> str:
-        """Say in one line what the diagram shows."""
-        return " · ".join(part for line in title_lines(self._series, self.split) for part in line)
+        """Return the title in one line."""
+        return " · ".join(part for line in _title_lines(self._series, self.split) for part in line)
 
     def plot(self, ax: Axes | None = None, histogram: bool = True) -> ReliabilityDisplay:
         """Draw the diagram.
@@ -186,8 +188,8 @@ class ReliabilityDisplay:
         if len(self._series) == 1:
             self._draw_bars(ax, self._series[0])
         else:
-            self._draw_lines(ax, ece_with_interval if own else short_ece)
-        # a little more than [0, 1], or markers at the ends are cut
+            self._draw_lines(ax, _ece_with_interval if own else _short_ece)
+        # a little more than [0, 1], so that markers at the ends are not cut off
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="accuracy (top label)")
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.set_axisbelow(True)
@@ -199,7 +201,7 @@ class ReliabilityDisplay:
         return self
 
     def figure(self) -> Figure:
-        """Draw the diagram with its histogram on a new figure and return that."""
+        """Draw the diagram with its histogram on a new figure and return the figure."""
         return self.plot().figure_
 
     def save(self, path: str | Path, dpi: int = 150) -> Path:
@@ -216,8 +218,8 @@ class ReliabilityDisplay:
 
         Args:
             path: where to; ``.csv`` gives a line for each bin with the columns ``model``, ``temperature``, ``left``,
-                ``right``, ``count``, ``confidence``, ``accuracy``, ``low`` and ``high``, empty where nothing is known;
-                ``.json`` gives that by curve, with histogram, ECE, its interval and its null level. A curve before
+                ``right``, ``count``, ``confidence``, ``accuracy``, ``low`` and ``high``, empty where unknown;
+                ``.json`` has the same by curve, with histogram, ECE, its interval and its null level. A curve before
                 temperature scaling has temperature 1.
 
         Raises:
@@ -227,9 +229,9 @@ class ReliabilityDisplay:
 
     def _write_around(self, ax: Axes, own: bool) -> None:
         name = self._series[0].name if len(self._series) == 1 else ""
-        said = (" · ".join(line) for line in title_lines(self._series, self.split))
+        said = (" · ".join(line) for line in _title_lines(self._series, self.split))
         lines = [
-            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in wrapped(line)
+            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in _wrapped(line)
         ]
         style: dict[str, Any] = {"fontsize": 9.5, "linespacing": 1.25}
         if not own:
@@ -237,7 +239,7 @@ class ReliabilityDisplay:
             ax.legend(loc="best", fontsize=8, framealpha=0.9, labelspacing=0.3)
             return
         self.figure_.suptitle("\n".join(lines), **style)
-        # below, where it can hide no data; the figure grows with what is written around the diagram
+        # the legend is below the axes, where it hides no data; the figure grows by the lines of title and legend
         handles, labels = ax.get_legend_handles_labels()
         columns = 2 if max(map(len, labels)) <= _COLUMN_CHARACTERS else 1
         rows = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
@@ -265,12 +267,12 @@ class ReliabilityDisplay:
             ax.bar(left[filled], gap, width[filled], bottom=base, align="edge", **style)
         if series.low is not None and series.high is not None and filled.any():
             middle = (left + width / 2)[filled]
-            shade = tuple(0.55 * part for part in to_rgb(color))  # apart from the scaled curve's
+            shade = tuple(0.55 * part for part in to_rgb(color))  # darker than the bars, lighter than the scaled curve
             style = {"color": shade, "linewidth": 1.0 if many else 3.0, "label": "95 % interval of accuracy"}
             ax.vlines(middle, series.low[filled], series.high[filled], **style, zorder=3)
         if series.scaled is not None:
             scaled = series.scaled
-            label = f"{after(scaled)} ({short_ece(scaled)})"
+            label = f"{_after(scaled)} ({_short_ece(scaled)})"
             style = {"color": _INK, "marker": "D", "linestyle": "-", "linewidth": 1.3, "markersize": 4.5, "zorder": 5}
             if many:
                 style |= {"linewidth": 0.9, "markersize": 1.8}
@@ -284,7 +286,7 @@ class ReliabilityDisplay:
             style |= {"linewidth": 1.6, "markersize": 5.5, "zorder": 4}
             _draw_points(ax, series, f"{series.name} ({written(series)})", style)
             if series.scaled is not None:
-                label = f"{series.name} {after(series.scaled)} ({written(series.scaled)})"
+                label = f"{series.name} {_after(series.scaled)} ({written(series.scaled)})"
                 style |= {"linewidth": 0.8, "markersize": 3, "zorder": 3}
                 _draw_points(ax, series.scaled, label, style, interval=False)
         if any(series.low is not None for series in self._series):
@@ -309,7 +311,7 @@ class ReliabilityDisplay:
         drawn = [curve for series in self._series for curve in series.with_scaled()]
         shares = np.concatenate([curve.density()[1] for curve in drawn])
         if shares.any():
-            # whole decades, or the ticks have no numbers; and room above for the mean
+            # whole decades, so that ticks have numbers, and room above for the label of the mean
             least, most = shares[shares > 0].min() / 1.2, shares.max()
             ax.set_yscale("log")
             ax.set_ylim(10.0 ** math.floor(math.log10(least)), max(10.0 ** math.ceil(math.log10(most)), 2 * most))
@@ -324,7 +326,7 @@ class ReliabilityDisplay:
 
 
 def _file_names(paths: Sequence[str | Path]) -> dict[str, str]:
-    """Name models by the folders of their runs, and files of one run by their own names too."""
+    """Name each model by the folder of its run, followed by the file's name if several files are of one run."""
     folders = {str(path): Path(path).resolve().parent for path in paths}
     runs = {path: (folder.parent if folder.name == "calibration" else folder).name for path, folder in folders.items()}
     taken = list(runs.values())
@@ -334,10 +336,10 @@ def _file_names(paths: Sequence[str | Path]) -> dict[str, str]:
 def _draw_points(
     ax: Axes, series: CurveSeries, label: str, style: Mapping[str, Any], *, interval: bool = True
 ) -> None:
-    """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with intervals if it has them."""
+    """Draw a curve as points joined by a line, hollow where a bin holds few tokens, with its intervals."""
     filled = series.filled
     x, y, few = series.confidence[filled], series.accuracy[filled], series.few[filled]
-    ax.plot(x, y, label=wrapped_label(label), **style)
+    ax.plot(x, y, label=_wrapped_label(label), **style)
     ax.plot(x[few], y[few], **{**style, "linestyle": "none", "markerfacecolor": "white"})
     if interval and series.low is not None and series.high is not None:
         quiet = {"color": style["color"], "linewidth": 1.2, "alpha": 0.7, "zorder": style["zorder"]}
@@ -345,7 +347,7 @@ def _draw_points(
 
 
 def _mark_mean(ax: Axes, mean: float) -> None:
-    """Draw and name the mean confidence of one model in its histogram."""
+    """Mark the mean confidence of one model in its histogram."""
     ax.axvline(mean, color=_INK, linewidth=1.1, linestyle="--")
     right = mean < 0.6
     style: dict[str, Any] = {"ha": "left" if right else "right", "va": "top", "fontsize": 8.5, "zorder": 6}
@@ -355,6 +357,80 @@ def _mark_mean(ax: Axes, mean: float) -> None:
 
 
 def _single_color(name: str) -> str:
-    """Choose the colour of one model's bars: a loss's own, else one that is dark enough on white."""
+    """Return the colour of one model's bars, replacing the light blue, which is too pale for bars."""
     color = str(run_style(name, 0)["color"])
     return OKABE_ITO[0] if color == OKABE_ITO[5] else color
+
+
+# ---- title and labels of the curves ---------------------------------------------------------------------------------
+
+
+def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
+    """Return the title of a diagram as lines, each a list of parts.
+
+    Args:
+        series: the curves; with a single one the title has its ECE.
+        split: name of the evaluated split, or empty.
+    """
+    tokens, bins = _span([one.tokens for one in series], "{:,}".format), sorted({len(one.count) for one in series})
+    numbers = "/".join(str(number) for number in bins)
+    first = [split] if split else []
+    first += [f"{tokens} tokens", f"{numbers} bin" if numbers == "1" else f"{numbers} bins"]
+    errors = [_ece_with_interval(series[0])] if len(series) == 1 else []
+    nulls = [one.ece_null for one in series if one.ece_null is not None]
+    if nulls:
+        errors.append(f"{'null' if errors else 'null ECE'} {_span(nulls, _number)}")
+    scaled = series[0].scaled if len(series) == 1 else None
+    last = [] if scaled is None else [f"{_after(scaled)}: {_ece_with_interval(scaled)}"]
+    return [line for line in (first, errors, last) if line]
+
+
+def _wrapped(line: str) -> list[str]:
+    """Break a line of the title that is too long, between its parts if possible."""
+    hard = "\N{NO-BREAK SPACE}"
+    kept = " · ".join(part.replace(" ", hard) for part in line.split(" · "))
+    lines = textwrap.wrap(kept, _HEADING_CHARACTERS)
+    return [_plain(part.replace(hard, " ").removesuffix(" ·")) for part in lines]
+
+
+def _wrapped_label(text: str) -> str:
+    """Break a label of the legend that is too long, before its bracket if it has one."""
+    text = _plain(text)
+    if len(text) <= _LABEL_CHARACTERS:
+        return text
+    name, bracket, rest = text.rpartition(" (")
+    lines = textwrap.wrap(name if bracket else text, _LABEL_CHARACTERS)
+    return "\n".join([*lines, f"({rest}"] if bracket else lines)
+
+
+def _plain(text: str) -> str:
+    """Escape what matplotlib reads as a formula ($) or as a label to omit from the legend (leading _)."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _after(scaled: CurveSeries) -> str:
+    """Return the label of a curve after temperature scaling."""
+    return "scaled" if scaled.temperature is None else f"at T = {scaled.temperature:.3g}"
+
+
+def _short_ece(series: CurveSeries) -> str:
+    """Return the ECE of a curve as text."""
+    return f"ECE {_number(series.ece)}"
+
+
+def _ece_with_interval(series: CurveSeries) -> str:
+    """Return the ECE of a curve as text, with its confidence interval if known."""
+    if series.ece_interval is None:
+        return _short_ece(series)
+    low, high = (_number(bound) for bound in series.ece_interval)
+    return f"{_short_ece(series)}, 95 %: {low}–{high}"
+
+
+def _span(values: Sequence[Any], written: Callable[[Any], str]) -> str:
+    low, high = written(min(values)), written(max(values))
+    return low if low == high else f"{low}–{high}"
+
+
+def _number(value: float) -> str:
+    return "not a number" if math.isnan(value) else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"

@@ -1,8 +1,9 @@
-"""Statistics of comparisons: pure functions on numbers and arrays, with what a few seeds can and cannot carry.
+"""Statistics for comparing systems over few seeds and on one test set: pure functions on numbers and arrays.
 
-`samples` takes the numbers, `paired` compares runs of the same seeds, `multiple` corrects for many tests, `documents`
-and `resampling` compare two systems on the same documents, `power` says what could have been found, `agreement` joins
-settings, and `decision` turns intervals into holds, fails or cannot tell. docs/statistics.md has the formulas.
+`samples` checks and summarises numbers, `paired` compares runs of the same seeds, `multiple` corrects for many tests,
+`documents`, `resampling` and `error_contrasts` compare two systems on the same documents, `power` computes detectable
+differences, `agreement` counts signs over settings, and `decision` turns intervals into holds, fails or cannot tell.
+docs/statistics.md has the formulas.
 """
 
 from .agreement import SignAgreement, sign_agreement

@@ -1,4 +1,4 @@
-"""Several settings together: in what share of settings and seeds has a difference the same sign."""
+"""The share of settings and seeds in which a difference has the expected sign."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class SignAgreement:
 
     Attributes:
         expected: 1 or -1.
-        same, opposite, zero, missing: numbers of cells; a difference of 0 has no sign and does not agree.
-        share: of the expected sign among the cells that are there; NaN if none is.
-        bounds: the share if every missing cell had another sign, and if every one had the expected sign: what `decide`
-            takes where the claim is about these settings and seeds.
-        interval: exact binomial interval of the share, as if cells were drawn independently from all there could be.
-            Cells of a seed, or of a setting, are not quite independent, so it is rather too narrow.
+        same, opposite, zero, missing: numbers of cells; a difference of 0 does not agree.
+        share: ``same / (same + opposite + zero)``; NaN if all cells are missing.
+        bounds: the share if no missing cell had the expected sign, and if all had it. Pass it to `decide` for a claim
+            about these settings and seeds.
+        interval: exact binomial interval of the share, for a claim about all settings and seeds. It assumes
+            independent cells; those of one seed or one setting are correlated, so it is somewhat too narrow.
         level: of the interval.
-        by_setting: setting to its share, NaN where all its cells are missing.
+        by_setting: the share in each setting, NaN where all its cells are missing.
     """
 
     expected: int
@@ -42,17 +42,14 @@ def sign_agreement(
 ) -> SignAgreement:
     """Count in how many settings and seeds a difference has the expected sign.
 
-    ``share = same / (same + opposite + zero)``; missing cells are counted apart, and `SignAgreement.bounds` says what
-    they could change.
-
     Args:
-        differences: by setting, then by seed (system minus baseline); None or NaN is a missing run,
-            infinity has a sign.
-        expected: 1 or -1, the sign of the claim (that of the clean setting, say), fixed before looking.
+        differences: by setting, then by seed (system minus baseline); None or NaN is a missing run, infinity has a
+            sign.
+        expected: 1 or -1, the sign of the claim, fixed before looking at the data.
         level: of confidence, in (0, 1).
 
     Raises:
-        ValueError: without any cell, for another `expected`, or a level out of range.
+        ValueError: without cells, or for `expected` or level out of range.
 
     Source: the sign test, Arbuthnott (1710); interval of Clopper & Pearson (Biometrika 1934).
     """

@@ -1,4 +1,4 @@
-"""Holds, fails, or cannot tell: what an interval says about a claim, and how claims are joined."""
+"""Holds, fails or cannot tell: decisions on claims from confidence intervals, and how they are combined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..calibration.intervals import Interval
 
 
 class Decision(str, Enum):
-    """What the data say about a claim."""
+    """The decision on a claim."""
 
     HOLDS = "holds"
     FAILS = "fails"
@@ -21,16 +21,16 @@ class Decision(str, Enum):
 
 
 def decide(interval: Interval, *, at_least: float | None = None, at_most: float | None = None) -> Decision:
-    """Return whether a quantity lies within limits, from its confidence interval.
+    """Decide from its confidence interval whether a quantity lies within limits.
 
-    Holds if the whole interval lies within the limits (a bound on a limit is within), fails if all of it lies outside
-    on one side, else the data cannot tell. So both "holds" and "fails" are conclusions that were tested; neither is
-    what is left when the other is not shown. With an interval of level 1 - 2 a, each is wrong with a chance of at
-    most a, since either bound is on the wrong side of the truth with a chance of a. (With two limits that are close
-    together for the spread, "fails" is wrong with a chance of at most 2 a.)
+    Holds if the whole interval lies within the limits (inclusive), fails if all of it lies outside on one side, else
+    the data cannot tell. So "holds" and "fails" are both tested; neither is the default when the other is not shown.
+    With an interval of level 1 - 2 a, each is wrong with probability at most a, since each bound is on the wrong side
+    of the truth with probability a. (With two limits close together relative to the spread, "fails" is wrong with
+    probability at most 2 a.)
 
     Args:
-        interval: of the quantity; a NaN bound (one run, say) tells nothing. Bounds may be infinite.
+        interval: of the quantity; bounds may be infinite. A NaN bound (a single run, for example) gives "cannot tell".
         at_least: the lower limit, if any.
         at_most: the upper limit, if any.
 
@@ -51,9 +51,9 @@ def decide(interval: Interval, *, at_least: float | None = None, at_most: float 
 
 
 def all_of(decisions: Iterable[Decision]) -> Decision:
-    """Return whether all claims hold: fails if one fails, holds if each holds, else it cannot be told.
+    """Combine claims by "and": fails if one fails, holds if all hold, else cannot tell.
 
-    Needs no correction for the number of claims: each is tested at its own level (an intersection-union test).
+    No correction for the number of claims is needed (an intersection-union test).
 
     Raises:
         ValueError: with no claim.
@@ -61,24 +61,24 @@ def all_of(decisions: Iterable[Decision]) -> Decision:
     Source: Kleene's strong three-valued "and"; Berger, "Multiparameter hypothesis testing and acceptance sampling"
     (Technometrics 1982).
     """
-    given = _some(decisions)
+    given = _not_empty(decisions)
     if Decision.FAILS in given:
         return Decision.FAILS
     return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.HOLDS
 
 
 def any_of(decisions: Iterable[Decision]) -> Decision:
-    """Return whether one claim at least holds: holds if one holds, fails if each fails, else it cannot be told.
+    """Combine claims by "or": holds if one holds, fails if all fail, else cannot tell.
 
-    The chance of a false "holds" adds up over the claims: decide each of m claims with an interval of level
-    1 - 2 a / m where that matters.
+    The probability of a false "holds" adds up over the claims: to bound it by a, decide each of m claims with an
+    interval of level 1 - 2 a / m.
 
     Raises:
         ValueError: with no claim.
 
     Source: Kleene's strong three-valued "or"; Bonferroni's inequality.
     """
-    given = _some(decisions)
+    given = _not_empty(decisions)
     if Decision.HOLDS in given:
         return Decision.HOLDS
     return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.FAILS
@@ -99,7 +99,7 @@ def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, 
     return low, high
 
 
-def _some(decisions: Iterable[Decision]) -> list[Decision]:
+def _not_empty(decisions: Iterable[Decision]) -> list[Decision]:
     given = [Decision(decision) for decision in decisions]
     if not given:
         raise ValueError("There is no claim to join.")

@@ -1,4 +1,4 @@
-"""Figures of a test set as ratios of sums over its documents, so that documents can be resampled or swapped."""
+"""Figures of a test set as functions of sums over documents, so that documents can be resampled or swapped."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class DocumentMeans:
-    """A mean over a test set: the sum of ``total`` over documents by the sum of ``count``; its exp if so wished.
+    """A mean over a test set, ``sum total / sum count`` over documents, or its exp.
 
-    NLL, Brier and accuracy of tokens are such means, and ROUGE of summaries with a count of 1 each; perplexity is the
-    exp of NLL's.
+    Token means (NLL, Brier, accuracy), ROUGE of summaries (a count of 1 each), and perplexity (exp of NLL).
 
     Args:
         total: sums ``[documents]`` (or of blocks of documents), or ``[seeds, documents]`` for several runs.
-        count: what was counted in each document (tokens), of the same shape, not negative.
+        count: number of tokens (or summaries) in each document, same shape, not negative.
         exponentiate: report ``exp(mean)``, for perplexity.
 
     Raises:
@@ -34,8 +33,8 @@ class DocumentMeans:
 
     @property
     def features(self) -> np.ndarray:
-        """Return what is summed over documents, ``[seeds, documents, 2]``: total and count."""
-        return np.stack([_rows(self.total, 1), _rows(self.count, 1)], axis=-1)
+        """Return total and count of each document, ``[seeds, documents, 2]``."""
+        return np.stack([_runs_first(self.total, 1), _runs_first(self.count, 1)], axis=-1)
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
         """Return the figure from summed features ``[..., 2]``; NaN where nothing was counted."""
@@ -50,8 +49,8 @@ class DocumentBins:
 
     Args:
         count: predictions by document and bin of confidence, ``[documents, bins]`` or ``[seeds, documents, bins]``.
-        correct: how many of them were right.
-        confidence: the sum of their confidences.
+        correct: number of right ones, same shape.
+        confidence: sum of confidences, same shape.
 
     Raises:
         ValueError: for other shapes, NaN, infinity, negative counts, sums where nothing was counted, or no counts.
@@ -70,10 +69,10 @@ class DocumentBins:
 
     @property
     def features(self) -> np.ndarray:
-        """Return what is summed, ``[seeds, documents, 1 + bins]``: count, then right ones less confidence by bin."""
-        count = _rows(self.count, 2)
+        """Return count, then correct - confidence by bin, of each document: ``[seeds, documents, 1 + bins]``."""
+        count = _runs_first(self.count, 2)
         return np.concatenate(
-            [count.sum(-1, keepdims=True), _rows(self.correct, 2) - _rows(self.confidence, 2)], axis=-1
+            [count.sum(-1, keepdims=True), _runs_first(self.correct, 2) - _runs_first(self.confidence, 2)], axis=-1
         )
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
@@ -88,8 +87,13 @@ Documents = DocumentMeans | DocumentBins
 def paired_features(values: Documents, baseline: Documents, same_counts: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the features of two systems, ``[seeds, documents, features]``, without documents that are empty in both.
 
+    Args:
+        values: of the system.
+        baseline: of the baseline, on the same documents.
+        same_counts: raise if a document has different counts in the two systems.
+
     Raises:
-        ValueError: if the two are not of one kind, or not of the same documents.
+        ValueError: if the two are of different kinds or of different documents.
     """
     if type(values) is not type(baseline) or getattr(values, "exponentiate", None) != getattr(
         baseline, "exponentiate", None
@@ -115,13 +119,13 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
 
 
 def _counts(documents: Documents) -> np.ndarray:
-    """Return ``[seeds, documents]``."""
+    """Return the number of tokens, ``[seeds, documents]``."""
     if isinstance(documents, DocumentMeans):
-        return _rows(documents.count, 1)
-    return _rows(documents.count, 2).sum(-1)
+        return _runs_first(documents.count, 1)
+    return _runs_first(documents.count, 2).sum(-1)
 
 
-def _rows(values: np.ndarray, dimensions: int) -> np.ndarray:
+def _runs_first(values: np.ndarray, dimensions: int) -> np.ndarray:
     """Return float64 with a leading axis of runs."""
     x = np.asarray(values, dtype=np.float64)
     return x[None] if x.ndim == dimensions else x
@@ -143,7 +147,7 @@ def _check(arrays: dict[str, np.ndarray], dimensions: tuple[int, int]) -> None:
             raise ValueError(f"{name} is not 0 where nothing was counted: count and {name} are not of the same run.")
     if (x["count"] < 0).any():
         raise ValueError(f"count has {x['count'].min():g}: counts cannot be negative.")
-    runs = _rows(x["count"], dimensions[0])
+    runs = _runs_first(x["count"], dimensions[0])
     for run, count in enumerate(runs):
         if count.sum() == 0:
             raise ValueError(f"Nothing was counted in any document of run {run}: there is no figure to compare.")

@@ -1,10 +1,10 @@
-"""Difference and ratio of two calibration errors, which noise makes larger: in the sample, and in resamples once more.
+"""Intervals for the difference and the ratio of two calibration errors (ECE), which are biased upwards by noise.
 
-The basic bootstrap takes the bias b that resamples show to be the sample's own. That holds far from 0. A calibrated
-model's error is all noise, though: of size c in the sample and √2 c in resamples, whose noise has twice the variance,
-so that b = (√2 - 1) c shows only a part. Here the bias may be anything from b to (1 + √2) b, and all of the error
-where the sample cannot tell it from 0. The intervals are the basic bootstrap's where b is small. docs/statistics.md
-has the coverage of both.
+The basic bootstrap estimates the bias of the sample by b = mean of the resamples - sample, which is right for errors
+far from 0. But the error of a calibrated model is all noise: c in the sample and √2 c in resamples, whose noise has
+twice the variance, so that b = (√2 - 1) c is only a part of the bias. Here the bias may be anything from b to
+(1 + √2) b, and the whole error where the sample is compatible with 0. Where b is small the intervals are those of the
+basic bootstrap. docs/statistics.md has the coverage of both.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import numpy as np
 
 from ..calibration.intervals import Interval
 
-# Of the bias in the sample to the one that resamples show, for an error that is all noise: 1 / (√2 - 1).
+# Ratio of the true bias to b for an error that is all noise: 1 / (√2 - 1).
 _ALL_NOISE = 1 + math.sqrt(2)
 
 
 class Bias(NamedTuple):
-    """What noise may have added to an error: at least, at most."""
+    """Bounds of the bias of an error."""
 
     least: float
     most: float
 
 
 def error_bias(value: float, drawn: np.ndarray, level: float) -> Bias:
-    """Return what noise may have added to a calibration error.
+    """Return bounds of the bias of a calibration error by noise.
 
     At least ``b = max(0, mean(drawn) - value)``, at most ``(1 + √2) b``; but all of `value` where the basic bootstrap
-    of its square reaches 0, ``2 value**2 <= q_high**2``, as in `calibration.intervals.error_interval`.
+    of the squared error reaches 0, ``2 value**2 <= q_high**2``, as in `calibration.intervals.error_interval`.
 
     Args:
         value: the error of the sample.
-        drawn: of resamples ``[samples]``.
+        drawn: the errors of the resamples ``[samples]``.
         level: of confidence, in (0, 1).
     """
     least = min(value, max(0.0, float(drawn.mean()) - value))
@@ -51,12 +51,12 @@ def error_difference(
 
     ``[d - most_1 + least_2 - (q_high - m), d - least_1 + most_2 + (m - q_low)]``, with d the difference of the sample,
     m and q mean and quantiles of the resampled differences, and the biases of `error_bias`. With ``most = least`` it
-    is the basic bootstrap. The two biases are taken to have nothing to do with each other, which is too careful for
-    systems that are nearly the same.
+    is the basic bootstrap. The two biases are treated as unrelated, which makes the interval too wide for systems that
+    are nearly the same.
 
     Args:
         values, baseline: the errors of the sample.
-        drawn_values, drawn_baseline: of the same resamples ``[samples]``.
+        drawn_values, drawn_baseline: the errors of the same resamples ``[samples]``.
         level: of confidence, in (0, 1).
     """
     return _scaled_difference(values, drawn_values, baseline, drawn_baseline, level)(1.0)
@@ -65,17 +65,17 @@ def error_difference(
 def error_ratio(
     values: float, drawn_values: np.ndarray, baseline: float, drawn_baseline: np.ndarray, level: float
 ) -> Interval:
-    """Return the interval of the ratio of two errors: the r for which ``values - r * baseline`` could be 0.
+    """Return the interval of the ratio of two errors: all r for which that of ``values - r * baseline`` holds 0.
 
-    So it always agrees with `error_difference` on whether the ratio could be 1. From 0 where the first error could be
-    0, to infinity where the second could.
+    So it holds 1 exactly if that of `error_difference` holds 0. It starts at 0 where the first error could be 0, and
+    reaches infinity where the second could be 0.
 
     Args:
         values, baseline: the errors of the sample; the second is positive.
         drawn_values, drawn_baseline: of the same resamples ``[samples]``.
         level: of confidence, in (0, 1).
 
-    Source: Fieller, "Some problems in interval estimation" (JRSS B 1954), with the bootstrap's interval for Student's.
+    Source: Fieller, "Some problems in interval estimation" (JRSS B 1954), with a bootstrap interval in place of t.
     """
     from scipy import optimize
 

@@ -1,4 +1,4 @@
-"""Many tests at once: Holm's correction over a family that was declared before the data were seen."""
+"""Multiple tests: Holm's correction over a family that was declared before looking at the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .paired import stars
 
 @dataclass(frozen=True)
 class AdjustedTest:
-    """A test of a family: NaN where it could not be made."""
+    """A test of a family, its own and its adjusted p-value; NaN for a test that could not be made."""
 
     p_value: float
     adjusted: float
@@ -27,12 +27,12 @@ class AdjustedTest:
 def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """Return Holm's adjusted p-values, ``max_{j <= i} min(1, (m - j + 1) p_(j))`` for the i-th smallest.
 
-    Rejecting where the adjusted value is below a keeps the chance of any false rejection in the family below a,
-    however the tests depend on each other. A missing test (None, NaN) stays missing and still counts in m, as if its
+    Rejecting where the adjusted value is below a keeps the probability of any false rejection in the family below a,
+    for any dependence between the tests. A missing test (None, NaN) stays missing and still counts in m, as if its
     p-value were 1: a family does not become smaller because some of its runs failed.
 
     Args:
-        p_values: of the declared family ``[m]``, None or NaN where a test could not be made.
+        p_values: of the declared family ``[m]``, None or NaN for missing tests.
 
     Returns:
         ``[m]``, NaN where missing.
@@ -56,10 +56,10 @@ def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
 
 
 def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]:
-    """Return each test of a declared family by name, with its own and its adjusted p-value; see `holm`.
+    """Apply `holm` to a family of tests by name.
 
     Args:
-        p_values: by the name of the test, None or NaN where it could not be made.
+        p_values: by the name of the test, None or NaN for missing tests.
 
     Raises:
         ValueError: for a p-value outside [0, 1].

@@ -1,4 +1,4 @@
-"""Two systems on the same seeds: difference or ratio with a t interval, the paired t-test, claims about limits."""
+"""Two systems on the same seeds: difference or ratio with a t interval, the paired t-test, tests of claims."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class PairedComparison:
     Attributes:
         scale: "difference" (values - baseline) or "ratio" (values / baseline).
         pairs: n.
+        values_mean, baseline_mean: means over the seeds.
         estimate: the mean difference, or the geometric mean of the ratios.
-        sd: of the differences; on the ratio scale of the log-ratios. NaN for one pair.
-        interval: a t interval of the estimate, NaN for one pair.
+        sd: of the differences, or of the log-ratios; NaN for one pair.
+        interval: t interval of the estimate, NaN for one pair.
         level: of the interval.
-        t: statistic of no difference, infinite where every difference is the same and not 0.
+        t: statistic for "no difference", infinite if all differences are the same and not 0.
         degrees_of_freedom: n - 1.
         p_value: two-sided; NaN for one pair.
-        zero_variance: every difference is the same. Interval and p are then the limits of the formulas (a point; 0, or
-            1 where the difference is 0): right for figures without chance (bytes, FLOPs), too sure for rounded ones.
+        zero_variance: all differences are the same. Interval and p are then the limits of the formulas (a point; 0, or
+            1 where the difference is 0): right for deterministic figures (bytes, FLOPs), too narrow for rounded ones.
     """
 
     scale: str
@@ -56,13 +57,12 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
     """Compare two systems by the differences of their runs with the same seed.
 
     ``d_i = values_i - baseline_i``; ``t = mean(d) / (sd(d) / sqrt(n))`` with n - 1 degrees of freedom; interval
-    ``mean(d) ± t_{(1 + level) / 2, n - 1} sd(d) / sqrt(n)``. The factor of the standard error is 12.7 for two pairs
-    and 4.3 for three at 95 %: that is what so few runs can carry. The differences are taken to be about normal, which
-    fewer than ten cannot show.
+    ``mean(d) ± t_{(1 + level) / 2, n - 1} sd(d) / sqrt(n)``. At 95 % the factor of the standard error is 12.7 for two
+    pairs and 4.3 for three. Assumes roughly normal differences, which fewer than ten pairs cannot confirm.
 
     Args:
         values: of the system ``[n]``, finite.
-        baseline: of what it is compared with ``[n]``, in the same order of seeds.
+        baseline: of the baseline ``[n]``, in the same order of seeds.
         level: of confidence, in (0, 1).
 
     Returns:
@@ -80,15 +80,14 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
 def paired_ratio(values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95) -> PairedComparison:
     """Compare two systems by the ratios of their runs with the same seed.
 
-    The t interval of ``log(values_i / baseline_i)``, taken back by exp. Not Fieller's interval of
-    ``mean(values) / mean(baseline)``: with three pairs that is unbounded as soon as the baseline's mean is less than
-    4.3 of its standard errors from 0, it depends on which of the two is called the baseline, and it takes noise to be
-    additive, while times, perplexities and calibration errors vary by factors. Where the spread is a few per cent the
-    two agree to a fraction of it.
+    The exp of the t interval of ``log(values_i / baseline_i)``. Fieller's interval of ``mean(values) /
+    mean(baseline)`` is not used: with three pairs it is unbounded if the baseline's mean is less than 4.3 standard
+    errors from 0, it depends on which system is the baseline, and it assumes additive noise, while times, perplexities
+    and calibration errors vary by factors. For a spread of a few per cent the two nearly agree.
 
     Args:
         values: of the system ``[n]``, positive.
-        baseline: of what it is compared with ``[n]``, positive, in the same order of seeds.
+        baseline: of the baseline ``[n]``, positive, in the same order of seeds.
         level: of confidence, in (0, 1).
 
     Returns:
@@ -97,8 +96,8 @@ def paired_ratio(values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95)
     Raises:
         ValueError: as `paired_difference`, and for a figure that is not positive.
 
-    Source: Fieller, "Some problems in interval estimation" (JRSS B 1954), for what is not done; Kirkwood, "Geometric
-    means and measures of dispersion" (Biometrics 1979), for what is.
+    Source: Kirkwood, "Geometric means and measures of dispersion" (Biometrics 1979). The alternative: Fieller, "Some
+    problems in interval estimation" (JRSS B 1954).
     """
     return _compare("ratio", *finite_pairs(values, baseline), level)
 
@@ -129,7 +128,7 @@ def _compare(scale: str, x: np.ndarray, y: np.ndarray, level: float) -> PairedCo
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """Whether a difference or a ratio lies within limits.
+    """Test of the claim that a difference or a ratio lies within limits.
 
     Attributes:
         scale: "difference" or "ratio".
@@ -137,10 +136,10 @@ class ClaimTest:
         estimate: the mean difference, or the geometric mean of the ratios.
         interval: of level 1 - 2 alpha.
         at_least, at_most: the limits, infinite where there is none.
-        alpha: chance that "holds" is said of a claim that is wrong.
-        p_at_least: one-sided p-value against "below at_least"; NaN without that limit.
-        p_at_most: one-sided p-value against "above at_most"; NaN without that limit.
-        p_value: against "outside the limits": the larger of the two.
+        alpha: probability of "holds" for a claim that is wrong.
+        p_at_least: one-sided p-value, null hypothesis "below at_least"; NaN without that limit.
+        p_at_most: one-sided p-value, null hypothesis "above at_most"; NaN without that limit.
+        p_value: the larger of the two.
         decision: holds, fails or cannot tell.
     """
 
@@ -168,22 +167,22 @@ def claim_test(
 ) -> ClaimTest:
     """Test the claim that ``values - baseline`` (or the ratio) lies within limits, over runs of the same seeds.
 
-    With both limits this is TOST, the two one-sided t-tests of equivalence: ``t_low = (mean(d) - at_least) / se``
-    against "not larger", ``t_high = (mean(d) - at_most) / se`` against "not smaller", p the larger of the two. With
-    one limit it is the one-sided test, of non-inferiority where the limit is a tolerated loss and of superiority where
-    it is a gain. "Holds" and p <= alpha are the same (but for a difference without variance exactly on a limit, where
-    the claim holds and p is 1); "fails" is the test of the opposite, see `decide`.
+    With both limits this is TOST, the two one-sided t-tests of equivalence: ``t_low = (mean(d) - at_least) / se`` and
+    ``t_high = (mean(d) - at_most) / se``, p the larger of the two. With one limit it is one one-sided test: of
+    non-inferiority if the limit is a tolerated loss, of superiority if it is a gain. "Holds" is the same as
+    p <= alpha (except for differences without variance exactly on a limit, where the claim holds and p is 1). "Fails"
+    is the test of the opposite, see `decide`.
 
     Args:
         values: of the system ``[n]``; positive on the ratio scale.
-        baseline: of what it is compared with ``[n]``, in the same order of seeds.
-        at_least: lower limit of the difference, or of the ratio (0.95, say).
+        baseline: of the baseline ``[n]``, in the same order of seeds.
+        at_least: lower limit of the difference or of the ratio (0.95, for example).
         at_most: upper limit.
         scale: "difference", or "ratio" with limits and differences taken in logarithms, as `paired_ratio`.
-        alpha: chance of saying "holds" of a wrong claim; the interval has the level 1 - 2 alpha.
+        alpha: probability of "holds" for a wrong claim; the interval has the level 1 - 2 alpha.
 
     Returns:
-        With one pair the interval and p are NaN and the data cannot tell.
+        With one pair interval and p are NaN and the decision is "cannot tell".
 
     Raises:
         ValueError: for limits, scale, alpha or figures out of range.
@@ -225,10 +224,10 @@ def claim_test(
 
 
 def student(d: np.ndarray, null: float, alternative: str) -> tuple[float, float]:
-    """Return Student's t of "the mean is `null`" and its p-value.
+    """Return Student's t for the null hypothesis "the mean is `null`", and its p-value.
 
-    With one value both are NaN. Without variance t is infinite with the sign of ``mean - null`` and p its limit, 0 or
-    1; where the mean is the null itself, t is 0 and p is 1: nothing speaks against it.
+    With one value both are NaN. Without variance t is infinite with the sign of ``mean - null`` and p is 0 or 1; if
+    the mean is `null` exactly, t is 0 and p is 1.
 
     Args:
         d: differences ``[n]``.
@@ -252,7 +251,7 @@ def student(d: np.ndarray, null: float, alternative: str) -> tuple[float, float]
 
 
 def t_interval(d: np.ndarray, level: float) -> Interval:
-    """Return ``mean ± t sd / sqrt(n)``: NaN for one value, a point where all are the same."""
+    """Return ``mean ± t sd / sqrt(n)``: NaN for one value, a point if all values are the same."""
     from scipy import stats
 
     mean, sd, constant = _moments(d)
@@ -267,13 +266,13 @@ def t_interval(d: np.ndarray, level: float) -> Interval:
 def _moments(d: np.ndarray) -> tuple[float, float, bool]:
     if len(d) < 2:
         return float(d[0]), math.nan, False
-    if np.all(d == d[0]):  # the mean of equal numbers need not be one of them
+    if np.all(d == d[0]):  # rounding: the computed mean of equal numbers may differ from them
         return float(d[0]), 0.0, True
     return float(d.mean()), float(d.std(ddof=1)), False
 
 
 def stars(p_value: float) -> str:
-    """Return ``***`` below .001, ``**`` below .01, ``*`` below .05, nothing above, and "n/a" where there was no test.
+    """Return ``***`` for p < .001, ``**`` for p < .01, ``*`` for p < .05, an empty text above, "n/a" for NaN.
 
     Raises:
         ValueError: for a p-value outside [0, 1].

@@ -1,4 +1,4 @@
-"""What so few pairs could have shown: power of the paired t-test by the noncentral t distribution."""
+"""Power of the paired t-test by the noncentral t distribution: what few pairs can detect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class PowerNote:
         pairs: n.
         sd: of the differences.
         sd_interval: 95 % interval of the true sd, from chi-squared; NaN for fewer than two pairs.
-        detectable: smallest difference found with the chance `power`; NaN for fewer than two pairs.
-        power: that chance.
+        detectable: smallest difference detected with probability `power`; NaN for fewer than two pairs.
+        power: that probability.
         alpha: of the two-sided test.
-        sentence: all of it in words.
+        sentence: the note in words.
     """
 
     pairs: int
@@ -32,10 +32,10 @@ class PowerNote:
 
 
 def t_test_power(difference: float, sd: float, pairs: int, *, alpha: float = 0.05, sides: int = 2) -> float:
-    """Return the chance that a paired t-test finds a true difference.
+    """Return the probability that a paired t-test detects a true difference.
 
     ``P(T > t_{1 - alpha / sides, n - 1})`` for T noncentral t with n - 1 degrees of freedom and noncentrality
-    ``sqrt(n) |difference| / sd``, and for two sides the (tiny) chance of the wrong sign too.
+    ``sqrt(n) |difference| / sd``; for two sides plus the (tiny) probability of the wrong sign.
 
     Args:
         difference: true mean difference.
@@ -63,12 +63,12 @@ def t_test_power(difference: float, sd: float, pairs: int, *, alpha: float = 0.0
 
 
 def detectable_difference(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05, sides: int = 2) -> float:
-    """Return the smallest true difference that a paired t-test finds with the chance `power`; see `t_test_power`.
+    """Return the smallest true difference that a paired t-test detects with probability `power`; see `t_test_power`.
 
     Args:
         sd: standard deviation of the differences.
         pairs: n, from 2 on.
-        power: wanted chance, in (alpha, 1).
+        power: wanted probability, in (alpha, 1).
         alpha: level of the test.
         sides: 2, or 1 for a claim with one limit.
 
@@ -93,15 +93,15 @@ def detectable_difference(sd: float, pairs: int, *, power: float = 0.8, alpha: f
 def pairs_needed(
     difference: float, sd: float, *, power: float = 0.8, alpha: float = 0.05, sides: int = 2, at_most: int = 10_000
 ) -> int | None:
-    """Return how many pairs find a true difference with the chance `power`; None if more than `at_most` (10,000).
+    """Return how many pairs detect a true difference with probability `power`; None if more than `at_most`.
 
     Args:
         difference: true mean difference.
         sd: standard deviation of the differences.
-        power: wanted chance.
+        power: wanted probability.
         alpha: level of the test.
         sides: 2, or 1 for a claim with one limit.
-        at_most: where to stop.
+        at_most: largest number to consider.
 
     Raises:
         ValueError: for arguments out of range.
@@ -121,23 +121,23 @@ def pairs_needed(
 
 
 def power_note(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05, unit: str = "") -> PowerNote:
-    """Say what `pairs` runs with this spread could have detected, in numbers and in one sentence.
+    """Return what `pairs` pairs with this spread could have detected, in numbers and in one sentence.
 
-    The spread of so few differences is itself known badly: its 95 % interval is
+    The spread of few differences is itself uncertain: its 95 % interval is
     ``sd sqrt((n - 1) / chi2_{.975})`` to ``sd sqrt((n - 1) / chi2_{.025})``, .52 to 6.3 times sd for three pairs.
 
     Args:
         sd: observed standard deviation of the differences; NaN with fewer than two pairs.
         pairs: n.
-        power: wanted chance.
+        power: wanted probability.
         alpha: level of the two-sided test.
-        unit: that follows the numbers, "perplexity" say.
+        unit: put after the numbers, for example "perplexity".
 
     Raises:
         ValueError: for arguments out of range.
 
-    Source: as `t_test_power`. The detectable difference is reported, not the power at the observed one, which only
-    says the p-value again (Hoenig & Heisey, "The abuse of power", The American Statistician 2001).
+    Source: as `t_test_power`. The power at the observed difference is not reported, since it is a function of the
+    p-value alone (Hoenig & Heisey, "The abuse of power", The American Statistician 2001).
     """
     from scipy import stats
 
@@ -178,7 +178,7 @@ def _power(noncentrality: float, degrees: int, critical: float, sides: int) -> f
     from scipy import stats
 
     found = float(stats.nct.sf(critical, degrees, noncentrality))
-    # P(T < -c), mirrored: nct.cdf(-c, ...) of scipy 1.17 is NaN for many noncentralities
+    # P(T < -c) as the mirrored tail: nct.cdf(-c, ...) of scipy 1.17 is NaN for many noncentralities
     return found + float(stats.nct.sf(critical, degrees, -noncentrality)) if sides == 2 else found
 
 

@@ -1,6 +1,6 @@
 """Two systems on the same documents: paired bootstrap and approximate randomisation.
 
-Both say what another test set of the kind would show; neither says what another seed would.
+Both cover the choice of the test set, neither covers the choice of the seed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from .documents import DocumentBins, Documents, paired_features
 from .error_contrasts import error_difference, error_ratio
 from .paired import SCALES
 
-# Numbers in the matrix of weights that is held at a time: 64 MB.
+# Size of the matrix of weights held at a time: 64 MB of float64.
 _AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True)
 class DocumentBootstrap:
-    """A difference or ratio of two systems with the uncertainty that the choice of documents brings.
+    """Difference or ratio of two systems, with its interval over the choice of documents.
 
     Attributes:
         scale: "difference" (values - baseline) or "ratio".
-        documents: that count, those that are empty in both systems do not.
+        documents: number of documents, without those that are empty in both systems.
         values, baseline: the figures of the two systems, means over the runs if there are several.
         estimate: their difference or ratio.
         interval: NaN with fewer than two documents, or where a resample has no figure.
         level: of the interval.
-        standard_error: of the difference, or of the ratio's logarithm, over the resamples; NaN as the interval.
-        samples: resamples.
-        undefined: resamples without a difference or ratio (a baseline of 0, no counts). Any makes the interval of
-            `DocumentMeans` NaN; that of `DocumentBins` only needs the two figures.
+        standard_error: standard deviation over the resamples of the difference or of the log-ratio; NaN where one is
+            undefined.
+        samples: number of resamples.
+        undefined: resamples without a difference or ratio (a baseline of 0, no counts). A single one makes the
+            interval of `DocumentMeans` NaN; that of `DocumentBins` needs the two figures only.
     """
 
     scale: str
@@ -51,15 +52,15 @@ class DocumentBootstrap:
 
 @dataclass(frozen=True)
 class Randomization:
-    """A test of two systems on the same documents.
+    """Result of `approximate_randomization`.
 
     Attributes:
-        documents: that count, those that are empty in both systems do not.
+        documents: number of documents, without those that are empty in both systems.
         difference: values - baseline, the mean over the runs if there are several.
-        p_value: of a difference as large under swaps of the two.
+        p_value: share of swaps with a difference at least as large.
         alternative: "two-sided", "less" or "greater".
-        assignments: swaps that were tried.
-        exact: every possible swap was.
+        assignments: number of sets of swaps that were tried.
+        exact: whether all possible sets were.
     """
 
     documents: int
@@ -80,21 +81,21 @@ def paired_bootstrap(
     seed: int = 0,
     same_counts: bool = True,
 ) -> DocumentBootstrap:
-    """Resample documents, the same for both systems, and return the interval of their difference or ratio.
+    """Return the bootstrap interval of a difference or ratio, resampling the same documents for both systems.
 
-    The documents of a resample are weights from a multinomial distribution, and one matrix product sums them. For
-    `DocumentMeans` the interval is the basic bootstrap's, ``[2 v - q_high, 2 v - q_low]`` around the estimate v, of
-    logarithms for a ratio. For `DocumentBins`, whose errors noise makes larger, see `error_contrasts`. Several runs
-    stay as they are, and the means of their figures are compared: seeds are for `paired_difference`.
+    For `DocumentMeans` the interval is the basic bootstrap's, ``[2 v - q_high, 2 v - q_low]`` around the estimate v
+    (in logarithms for a ratio). For `DocumentBins`, whose errors are biased upwards by noise, see `error_contrasts`.
+    Several runs are not resampled; the means of their figures are compared. For the variation over seeds see
+    `paired_difference`.
 
     Args:
-        values: sums of the system by document (or by block of documents, which are then what is resampled).
-        baseline: of what it is compared with, on the same documents.
+        values: sums of the system by document, or by block of documents, which is then the unit of resampling.
+        baseline: of the baseline, on the same documents.
         scale: "difference" or "ratio".
         level: of confidence, in (0, 1).
-        samples: resamples.
+        samples: number of resamples.
         seed: of the resampling.
-        same_counts: refuse documents that have not the same count in both systems.
+        same_counts: raise if a document has different counts in the two systems.
 
     Raises:
         ValueError: for arguments out of range, or if the two are not of the same documents.
@@ -125,13 +126,13 @@ def paired_bootstrap(
                 interval = of_errors(float(point[0]), drawn[0], float(point[1]), drawn[1], level)
         elif math.isfinite(error):
             low, high = np.quantile(contrasts, [(1 - level) / 2, (1 + level) / 2])
-            interval = Interval(*(_back(2 * estimate - float(q), scale) for q in (high, low)))
+            interval = Interval(*(_on_original_scale(2 * estimate - float(q), scale) for q in (high, low)))
     return DocumentBootstrap(
         scale=scale,
         documents=number,
         values=float(point[0]),
         baseline=float(point[1]),
-        estimate=_back(estimate, scale),
+        estimate=_on_original_scale(estimate, scale),
         interval=interval,
         level=level,
         standard_error=error,
@@ -151,18 +152,18 @@ def approximate_randomization(
 ) -> Randomization:
     """Test the difference of two systems by swapping their outputs, document by document.
 
-    If the two were the same, each document's pair of outputs could as well be the other way round. With R random sets
-    of swaps, ``p = (1 + #{as large}) / (1 + R)``, which is never 0 and keeps the level of the test; where all
-    ``2**documents`` sets are no more than `samples`, all are tried and p is exact. A document's outputs of all runs
-    are swapped together.
+    If the systems are the same (the null hypothesis), swapping the two outputs of a document changes nothing. With R
+    random sets of swaps, ``p = (1 + #{as large}) / (1 + R)``, which is never 0 and keeps the level of the test. If
+    there are at most `samples` sets (``2**documents``), all are tried and p is exact. The outputs of a document in all
+    runs are swapped together.
 
     Args:
-        values: sums of the system by document (or by block of documents, which are then what is swapped).
-        baseline: of what it is compared with, on the same documents.
-        alternative: "two-sided" (of the size), "less" (values below the baseline) or "greater".
-        samples: random sets of swaps.
+        values: sums of the system by document, or by block of documents, which is then the unit of swapping.
+        baseline: of the baseline, on the same documents.
+        alternative: "two-sided", "less" (values below the baseline) or "greater".
+        samples: number of random sets of swaps.
         seed: of the swaps.
-        same_counts: refuse documents that have not the same count in both systems.
+        same_counts: raise if a document has different counts in the two systems.
 
     Raises:
         ValueError: for arguments out of range, or if the two are not of the same documents.
@@ -183,7 +184,7 @@ def approximate_randomization(
         difference = float((figures[0] - figures[1]).mean())
     if not math.isfinite(difference):
         raise ValueError(f"The figures {figures[0]} and {figures[1]} have no difference that could be tested.")
-    # a swap that gives the same difference adds the same numbers in another order
+    # ties: a swap with the same difference adds the same numbers in another order
     tolerance = 1e-12 * max(float(np.abs(figures[0]).max()), float(np.abs(figures[1]).max()))
     as_large = tried = 0
     for swap in _swaps(np.random.default_rng(seed), number, 2**number if exact else samples, exact):
@@ -213,17 +214,17 @@ def approximate_randomization(
 
 
 def _contrast(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
-    """Return the difference or the logarithm of the ratio; not finite where there is none."""
+    """Return the difference or the log-ratio; not finite where it is undefined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log(values) - np.log(baseline) if scale == "ratio" else values - baseline
 
 
-def _back(contrast: float, scale: str) -> float:
+def _on_original_scale(contrast: float, scale: str) -> float:
     return math.exp(contrast) if scale == "ratio" else contrast
 
 
 def _weights(rng: np.random.Generator, number: int, samples: int) -> Iterator[np.ndarray]:
-    """Yield how often each document is drawn, ``[some, number]``, `samples` rows in all."""
+    """Yield how often each document is drawn in each resample, ``[part, number]``, `samples` rows in all."""
     step = max(1, _AT_A_TIME // number)
     for start in range(0, samples, step):
         size = min(step, samples - start)
@@ -231,7 +232,7 @@ def _weights(rng: np.random.Generator, number: int, samples: int) -> Iterator[np
 
 
 def _swaps(rng: np.random.Generator, number: int, sets: int, exact: bool) -> Iterator[np.ndarray]:
-    """Yield which documents are swapped, ``[some, number]`` of 0 and 1: all sets there are, or random ones."""
+    """Yield which documents are swapped (0 or 1), ``[part, number]``: all possible sets, or random ones."""
     step = max(1, _AT_A_TIME // number)
     for start in range(0, sets, step):
         rows = np.arange(start, min(start + step, sets))

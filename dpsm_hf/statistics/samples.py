@@ -1,4 +1,4 @@
-"""What the statistics take: finite numbers, in pairs; a missing one is an error, never dropped in silence."""
+"""Checks of the input of the statistics, and summaries: missing numbers raise an error, they are never dropped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Two figures that differ by so many units in the last place were added up in another order, no more.
+# Figures that differ by at most 4 units in the last place are equal: sums in another order differ as much.
 _ROUNDING = 4 * np.finfo(np.float64).eps
 
 
@@ -28,12 +28,12 @@ def summarize(values: ArrayLike) -> Summary:
         values: finite numbers ``[n]``, one for each run.
 
     Returns:
-        With no value, mean and sd are NaN; with one, the sd is NaN: one run says nothing about its spread.
+        Without values, mean and sd are NaN; with one, the sd is NaN.
 
     Raises:
         ValueError: for NaN or infinity, naming the place.
 
-    Source: any textbook; n - 1 is Bessel's correction, which makes the variance unbiased.
+    The division by n - 1 (Bessel's correction) makes the variance unbiased.
     """
     x = finite(values, "values")
     return Summary(
@@ -44,7 +44,11 @@ def summarize(values: ArrayLike) -> Summary:
 
 
 def finite(values: ArrayLike, name: str) -> np.ndarray:
-    """Return a float64 vector.
+    """Check numbers and return them as a float64 vector.
+
+    Args:
+        values: ``[n]``.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: for another shape, NaN or infinity, naming the place.
@@ -62,7 +66,7 @@ def finite(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return two float64 vectors of one length.
+    """Check pairs of numbers and return them as two float64 vectors ``[n]``.
 
     Raises:
         ValueError: for unequal lengths, no pair at all, NaN or infinity.
@@ -76,24 +80,23 @@ def finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np
 
 
 def paired_differences(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return ``values - baseline``; what is within the rounding of float64 (4 units in the last place) is 0.
+    """Return ``values - baseline``, with 0 for differences within 4 units in the last place of float64.
 
-    Two figures of the same counts that were added up in another order would have a "significant" difference of 1e-17
-    otherwise.
+    Otherwise figures of the same counts, summed in another order, would have a "significant" difference of 1e-17.
 
     Args:
         values: of the system ``[n]``, as `finite_pairs` returns them.
-        baseline: of what it is compared with ``[n]``.
+        baseline: of the baseline ``[n]``.
     """
     return np.where(_same(values, baseline), 0.0, values - baseline)
 
 
 def paired_log_ratios(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return ``log(values) - log(baseline)``, 0 where the two are the same to the rounding of float64.
+    """Return ``log(values) - log(baseline)``, with 0 where `paired_differences` has 0.
 
     Args:
         values: of the system ``[n]``, as `finite_pairs` returns them.
-        baseline: of what it is compared with ``[n]``.
+        baseline: of the baseline ``[n]``.
 
     Raises:
         ValueError: for a number that is not positive, naming the place.

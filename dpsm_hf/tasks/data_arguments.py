@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data.held_out import check_percentage
-from ..data.loading import check_sources
+from ..data.loading import check_percentage, check_sources
 
 
 @dataclass

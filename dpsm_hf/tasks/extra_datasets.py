@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.held_out import AnyDataset
-from ..data.loading import load_text_datasets
+from ..data.loading import AnyDataset, load_text_datasets
 from ..data.summarization import known_columns, resolve_columns
 
 #: First parts of metric names that have a meaning already.

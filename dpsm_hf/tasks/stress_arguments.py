@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.corruption import REPLACEMENTS, SummarySwaps, TargetFlips, exact_share, label_counts, replacement_weights
-from ..data.held_out import AnyDataset
+from ..data.loading import AnyDataset
 from ..data.subsets import low_resource, split_fold
 from ..models.language_model import vocabulary_size
 from ..training.corruption import Corruption

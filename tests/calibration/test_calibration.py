@@ -1,4 +1,4 @@
-"""Calibration of tokens against a plain numpy oracle that keeps every token and bins it anew."""
+"""Calibration of tokens against a plain numpy implementation that keeps every token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpsm_hf.calibration.accumulator import BLOCKS
 
 FIELDS = ("count", "correct", "confidence", "sums", "counts")
 
-# figures that depend on how many tokens there are, not only on their shares
+# metrics that depend on the number of tokens, not only on shares
 OF_SIZE = ("tokens", "ece_10_null", "ece_15_null", "ece_100_null", "debiased_ece")
 
 
@@ -287,7 +287,7 @@ def test_mask() -> None:
     confidence, correct = tokens(100)
     keep = np.arange(100) % 3 > 0
     masked, short = TokenCalibration(), TokenCalibration()
-    poisoned = np.where(keep, confidence, np.nan)  # what is masked may be anything
+    poisoned = np.where(keep, confidence, np.nan)  # masked values may be anything
     masked.update(confidence=poisoned, correct=np.where(keep, correct, 7), mask=keep, nll=poisoned)
     short.update(confidence=confidence[keep], correct=correct[keep], nll=confidence[keep])
     same(masked, short)

@@ -1,4 +1,4 @@
-"""What no token can have, and what the grid cannot give: a clear error, and nothing added."""
+"""Impossible values and impossible bins: a clear error, and nothing is added."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Confidence intervals: how often they cover a known truth, and what they are made of.
+"""Confidence intervals: their coverage of a known truth, and how they are computed.
 
-The labels of the first part are drawn from known distributions, so that the truth is a number and no estimate.
+In the first part labels are drawn from known distributions, so that the true metrics are known.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def test_intervals_cover_the_truth_and_tokens_alone_do_not() -> None:
     least, most = binom.ppf([0.0005, 0.9995], repetitions, [0.94, 0.95])
     for name in COVERED:
         assert least <= hits[name], (name, hits[name] / repetitions)
-        if name not in ERRORS:  # whose intervals may hold more than they say
+        if name not in ERRORS:  # metrics whose intervals may cover more often than 95 %
             assert hits[name] <= most, (name, hits[name] / repetitions)
-        # taken to be independent, tokens give intervals that are too narrow
+        # intervals that treat tokens as independent are too narrow
         assert naive[name] <= binom.ppf(0.001, fewer, 0.95), (name, naive[name] / fewer)
 
 
@@ -91,7 +91,7 @@ def test_a_calibrated_model_is_told_by_the_null_level() -> None:
     assert calibration.intervals(samples=100)["ece_15"].low > calibration.compute()["ece_15_null"]
 
 
-# ---- what they are made of -----------------------------------------------------------------------------------------
+# ---- how they are computed -----------------------------------------------------------------------------------------
 
 
 def test_the_width_of_a_mean_is_that_of_the_ratio_estimator() -> None:
@@ -159,7 +159,7 @@ def test_an_infinite_nll_leaves_the_other_intervals_alone() -> None:
 
 
 def test_documents_without_bytes_of_text() -> None:
-    # two documents, of which one is special tokens only: a resample may hold that one alone
+    # two documents, one of special tokens only: a resample may draw that one alone
     calibration = TokenCalibration()
     columns = {"confidence": [0.5, 0.6, 0.5, 0.6], "correct": [1, 0, 1, 0], "nll": [1.0, 2.0, 1.0, 3.0]}
     calibration.update(**columns, label_bytes=[3, 4, 0, 0], document=[0, 0, 1, 1])

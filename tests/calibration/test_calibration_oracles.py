@@ -1,4 +1,4 @@
-"""Calibration against other people's implementations and against simulation, on the same inputs."""
+"""Calibration metrics against other implementations and against simulation, on the same inputs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_adaptive_ece_is_that_of_groups_of_equal_size() -> None:
     # at each of the 14 cuts at most half of the tokens of one cell change sides
     largest = int(calibration.count.sum(0).max())
     assert calibration.compute()["adaptive_ece"] == pytest.approx(expected, abs=14 * largest / len(confidence))
-    # without ties in a cell nothing is left but rounding
+    # without ties in a cell only rounding differs
     distinct = (np.arange(300) + 0.5) / 300
     right = (np.random.default_rng(1).random(300) < distinct**2).astype(np.int64)
     expected = sum(abs(group.sum()) for group in np.split(right - distinct, 15)) / 300
@@ -132,7 +132,7 @@ def smooth_by_quadrature(confidence: np.ndarray, residual: np.ndarray, width: fl
 @pytest.mark.parametrize("power", [1.7, 1.0, 0.3])
 def test_smooth_ece_is_where_the_error_equals_the_width(power: float) -> None:
     rng = np.random.default_rng(0)
-    confidence = (rng.integers(0, 3000, 600) + 0.5) / 3000  # where the grid takes them to be
+    confidence = (rng.integers(0, 3000, 600) + 0.5) / 3000  # the middle of a cell, as the grid assumes
     correct = rng.random(600) < confidence**power
     width = filled(confidence, correct).compute()["smooth_ece"]
     assert smooth_by_quadrature(confidence, correct - confidence, width) == pytest.approx(width, abs=1e-8)

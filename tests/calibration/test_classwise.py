@@ -24,7 +24,7 @@ STATE = ("positive", "probability", "tokens_of_block")
 
 
 def places(number: int = 4000, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the model's probabilities ``[n, V]``, labels that it is too sure of, and documents."""
+    """Return probabilities ``[n, V]`` of an over-confident model, labels ``[n]`` and documents ``[n]``."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(number, VOCAB, generator=generator, dtype=torch.float64)
     labels = torch.multinomial((logits / 2).softmax(-1), 1, generator=generator).squeeze(-1)
@@ -110,7 +110,7 @@ def test_pieces_in_any_order_and_the_sum_over_processes() -> None:
     for rows in order.split(999):
         pieces.update(p[rows][:, list(CLASSES)], labels[rows], document[rows])
     same(pieces, whole)
-    # two processes: `reduce` is handed each tensor, and gives their sum
+    # two processes: `reduce` sums each tensor over both
     halves = [filled(p[rows], labels[rows], document[rows]) for rows in order.chunk(2)]
     theirs = iter([getattr(halves[1], name) for name in STATE])
     summed = halves[0].reduce(lambda tensor: tensor + next(theirs))

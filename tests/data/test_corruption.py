@@ -1,4 +1,4 @@
-"""Flipped targets and swapped summaries as pure functions: exact rates, nothing else touched, no order matters."""
+"""Flipped targets and swapped summaries: exact rates, nothing else changed, independent of the order of the data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_row_is_known_by_its_tokens_and_their_order_wherever_its_padding_is() 
 
 
 def test_text_hashes_are_fixed_for_ever() -> None:
-    """The subsets and folds of published results depend on these very numbers."""
+    """Published subsets and folds depend on these numbers."""
     assert text_hash(["a text", "its summary"], "dpsm-hf-fold") == 6522714613046269311
     assert text_hash(["ab", "c"], "s") != text_hash(["a", "bc"], "s")
     assert text_hash([None], "s") == text_hash([""], "s")
@@ -205,7 +205,7 @@ def test_step_seed_and_content_each_change_what_is_flipped() -> None:
     other = targets.clone()
     other[0, 200] = (other[0, 200] + 1) % VOCAB
     for changed in (flips(targets, 1)[1], TargetFlips(0.2, UNIFORM, seed=2)(targets, 0)[1], flips(other, 0)[1]):
-        # independent choices agree on a fifth of theirs: 16 of 80, standard deviation 3.6
+        # independent choices of 80 tokens share a fifth: 16, standard deviation 3.6
         assert int((changed & base).sum()) < 35
 
 

@@ -212,13 +212,13 @@ def test_text_column():
 
 
 def test_a_stream_repeats_itself(texts, tokenizer):
-    """Every pass starts anew: nothing held back from one pass leaks into the next, so that resuming is exact."""
+    """Tokens left over from one pass do not leak into the next, so that resuming is exact."""
     rows = prepare(texts, tokenizer, streaming=True)
     assert list(rows) == list(rows)
 
 
 def test_a_sharded_stream_keeps_its_shards(texts, tokenizer):
-    """Each shard is packed by itself, so that the rows do not depend on who reads which shard."""
+    """Each shard is packed by itself, so that rows do not depend on which worker reads which shard."""
     rows = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=3)
     packed = prepare_clm_datasets({"train": rows}, tokenizer, ClmPreprocessing(BLOCK))["train"]
     assert packed.num_shards == 3

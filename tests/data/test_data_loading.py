@@ -1,4 +1,4 @@
-"""Loading: every kind of source, and a clear error for everything that is wrong with one."""
+"""Loading: every kind of source, and clear errors for wrong ones."""
 
 import gzip
 import json

@@ -149,7 +149,7 @@ def test_python_without_the_reference_is_an_error(monkeypatch):
 
 
 def test_site_packages_are_added_on_request(monkeypatch, tmp_path):
-    """Stands in for the two folders with small ones, because the real ones take long to read."""
+    """With small folders in place of the real ones, which take long to read."""
     (tmp_path / "somepackage.py").write_text('"""Text of an installed package that no library module has."""\n')
     library = os.path.join(python_text.sysconfig.get_path("stdlib"), "json")
     monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: library if name == "stdlib" else str(tmp_path))

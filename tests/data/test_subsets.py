@@ -1,4 +1,4 @@
-"""Nested subsets and folds: by the text of an example alone, exact in size, and the same in a stream."""
+"""Nested subsets and folds: chosen by the text of an example alone, exact in size, and the same in a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in two or four processes: what evaluations count there; rank 0 saves the results.
+"""Run by torchrun in two or four processes: evaluations; rank 0 saves their counts and sums.
 
 torchrun --nproc-per-node N tests/distributed/calibration_worker.py RESULTS.pt
 """

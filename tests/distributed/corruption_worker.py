@@ -1,4 +1,4 @@
-"""Corrupted trainings in the processes of torchrun, or killed and resumed in forked ones; rank 0 saves the results.
+"""Training with corruption under torchrun, or killed and resumed in forked processes; rank 0 saves the results.
 
 torchrun --nproc-per-node 2 tests/distributed/corruption_worker.py RESULTS.pt
 
@@ -46,7 +46,7 @@ class _Kill(TrainerCallback):
 
 
 def resumable(case: Any, folder: Path, *, kill: bool) -> None:
-    """Train a case until it is killed, or from its last checkpoint on, and save what the latter did."""
+    """Train a case until it is killed, or resume it from its last checkpoint and save the result."""
     name, kind = case
     checkpoints = folder / f"{name}-{kind}"
     trainer = build(

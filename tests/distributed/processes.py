@@ -1,4 +1,4 @@
-"""A worker in several processes: how tests start it and read its results, and how it saves them."""
+"""Starting a worker in several processes from a test, reading its results, and saving them in the worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(*command: str, timeout: float = 300, **environment: str) -> None:
-    """Run Python with these arguments, this checkout first on its path; it has to end well."""
+    """Run Python with these arguments and this checkout first on its path; it must exit with 0."""
     done = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
@@ -41,7 +41,7 @@ def results_of(worker: str, folder: Path, *arguments: str, processes: int = 2, *
 
 
 def save_results(results: Any, path: str | Path) -> None:
-    """Save the results of the first process, and leave the group with all others."""
+    """Save the results of the first process, and end the process group in all."""
     if dist.get_rank() == 0:
         torch.save(results, path)
     dist.barrier()

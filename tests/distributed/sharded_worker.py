@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 tests/distributed/sharded_worker.py fsdp2|zero1|zero2|zero3 RESULTS.pt
 
-Accelerate shards on accelerators alone. Here it is told that gloo on CPUs is one; all else is as it comes: FSDP2 and
-DeepSpeed themselves, their wrapping, hooks and collectives.
+Accelerate shards only on accelerators, so it is patched to accept gloo on CPUs. Everything else is real: FSDP2 and
+DeepSpeed, their wrapping, hooks and collectives.
 """
 
 from __future__ import annotations

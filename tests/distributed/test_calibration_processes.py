@@ -1,4 +1,4 @@
-"""Two and four real processes (gloo): every view of an evaluation as on one process, from streams and uneven sets."""
+"""Two and four real processes (gloo) count what one process counts, on streams and uneven sets too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A campaign's run on two processes: both get Ctrl-C once, save one checkpoint together, and go on from it."""
+"""A run of a campaign on two processes: both get Ctrl-C once, save one checkpoint together, and resume from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real processes, and kill -9 with a resume, corrupt the very tokens and pairs that one whole process does."""
+"""Two processes, or a run killed and resumed, corrupt the same tokens and pairs as one uninterrupted process."""
 
 from __future__ import annotations
 

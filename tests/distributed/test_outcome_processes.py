@@ -1,4 +1,4 @@
-"""Two processes find out what one does: figures, the best checkpoint, texts, and the sums of every block."""
+"""Two processes give the outcome of one: figures, best checkpoint, texts, and the sums of every block."""
 
 from __future__ import annotations
 

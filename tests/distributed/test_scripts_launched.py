@@ -1,4 +1,4 @@
-"""`accelerate launch` of the scripts on two processes: the same model as one process makes of the same batches."""
+"""`accelerate launch` of the scripts on two processes gives the model of one process on the same batches."""
 
 from __future__ import annotations
 

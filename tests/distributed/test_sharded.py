@@ -1,4 +1,4 @@
-"""The trainers over FSDP2 and DeepSpeed in two real processes (gloo): the figures of one process without either."""
+"""The trainers under FSDP2 and DeepSpeed in two processes (gloo) give the figures of one process without them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ whole = cache(train)
 
 @pytest.fixture(scope="module")
 def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes log whose weights are sharded in one way."""
+    """The logs of two processes with one way of sharding."""
     if request.param != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
     folder = tmp_path_factory.mktemp("sharded")

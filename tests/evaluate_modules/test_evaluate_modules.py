@@ -1,4 +1,4 @@
-"""The modules for `evaluate.load`, through that function, in this process and from a wheel in a fresh one."""
+"""The modules through `evaluate.load`, in this process and from an installed wheel in a new one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGES = [*(Path(module_path(name)) / "README.md" for name in MODULES), ROOT / "d
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """A function from a name, or a path, to a module whose copy and whose data lie in a temporary folder."""
+    """Load a module by name or path, with its copy and its data in a temporary folder."""
     cache = tmp_path_factory.mktemp("evaluate")
     path, folders = list(sys.path), {name: module_path(name) for name in MODULES}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The benchmarks run end to end on tiny shapes, and what they cannot measure is in the table too."""
+"""The benchmarks run end to end on tiny shapes, and the table names what they could not measure."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_a_case_measured_again_replaces_its_row(table: common.Table) -> None:
 
 
 def test_peak_memory_counts_what_lives_at_once() -> None:
-    # in a process of its own, as the benchmarks do it: the heap of this one is as the tests before have left it
+    # in a process of its own, as in the benchmarks: earlier tests have fragmented the heap of this one
     program = """
 import torch
 from dpsm_hf.measuring.processes import peak_above
@@ -325,7 +325,7 @@ def test_both_kinds_of_interval() -> None:
     for name in coverage.METRICS:
         assert (basic[name] == reported[name]) == (name not in coverage.ERRORS), name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpsm_hf.calibration.intervals._ERRORS", frozenset())
+        patch.setattr("dpsm_hf.calibration.intervals.NOISE_RAISES", frozenset())
         assert basic == calibration.intervals(samples=40)
 
 

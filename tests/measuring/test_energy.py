@@ -1,4 +1,4 @@
-"""Energy and utilisation through NVML: from the counter, from power samples, or said not to be measured."""
+"""Energy and utilisation through NVML: from the counter, from power samples, or reported as not measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The named ranges of a training step: where they are, that nobody pays for them, and that they change nothing."""
+"""The named ranges of a training step: where they begin and end, what they cost, and that they change no result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_profile_has_all_ranges_where_they_belong(
     count = Counter(name for name, _, _ in found)
     batches = 2 * STEPS
     assert count["forward"] == count["backward"] == batches and count["optimizer"] == STEPS
-    # in the head: scored in the forward pass, and scaled on the way back; or the layer, the loss, and their way back
+    # fused: scored in the forward pass, scaled in the backward pass; full logits: layer, loss, and their backward
     assert count["head"] == (2 if fused_head == "on" else 3) * batches
     assert inside(found, "head", "backward") == batches
     assert inside(found, "head", "forward") == count["head"] - batches
@@ -145,7 +145,7 @@ def test_an_error_closes_its_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def nvtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Ranges as NVTX is given them where CUDA is in use: a name opens one, "end" closes it."""
+    """The calls to NVTX with CUDA in use: a name opens a range, "end" closes it."""
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)

@@ -1,4 +1,4 @@
-"""Which label a row of logits is scored against, for models that are known, wrapped, or met for the first time."""
+"""Which label a row of logits is scored against, for known, wrapped and unknown models."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class MyGPT2(GPT2LMHeadModel):
 
 
 class Custom(nn.Module):
-    """A language model that no library knows: its loss is scored as it was told."""
+    """A language model that no library knows, with the given alignment of its loss."""
 
     def __init__(self, rule: str, returns: str = "mapping", scale: float = 1.0) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_every_causal_lm_that_says_it_does_not_shift_is_listed() -> None:
 
 
 class Parallel(nn.Module):
-    """What DataParallel and DDP look like from outside."""
+    """A wrapper like DataParallel and DDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Parallel2(Parallel):
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("rule", ["shifted", "aligned"])
 def test_probe_of_an_untrained_model(rule: str, scale: float) -> None:
-    """Whatever such a model is scored against, its loss is about log V: the value alone cannot tell."""
+    """Both alignments give a loss near log V, so the value alone does not distinguish them."""
     inputs = batch()
     inputs["labels"][:, :3] = -100
     assert probe_alignment(Custom(rule, scale=scale), inputs) == rule

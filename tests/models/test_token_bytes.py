@@ -1,4 +1,4 @@
-"""Bytes of tokens with real tokenizers: those of a text's tokens add up to the text's own."""
+"""Bytes of tokens with real tokenizers: those of a text's tokens add up to the length of the text."""
 
 from __future__ import annotations
 

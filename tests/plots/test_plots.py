@@ -1,4 +1,4 @@
-"""Training curves: what they say, what they refuse; and styles and files that all pictures share."""
+"""Training curves: content and errors; and the styles and files that all plots share."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_drawing_never_imports_pyplot() -> None:
         "R.from_curve({'edges': [0, 1], 'confidence': [.5], 'accuracy': [.5], 'count': [3]}).plot();"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    # Libraries below the package may import pyplot for their own ends; hence the module files alone.
+    # only the package's own files: libraries may import pyplot for themselves
     prelude = "import sys, types, pathlib; p = types.ModuleType('dpsm_hf'); p.__path__ = ['dpsm_hf']; "
     subprocess.run([sys.executable, "-c", prelude + "sys.modules['dpsm_hf'] = p; " + code], check=True)
 

@@ -1,4 +1,4 @@
-"""Reliability diagrams: what they draw, what they say, what they write down, and what they refuse."""
+"""Reliability diagrams: drawing, texts, files and errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def array_curve() -> ArrayCurve:
 
 
 def panel_record(tokens: int = 3000, bins: int = 15, seed: int = 0, power: float = 2.0) -> dict[str, Any]:
-    """Return a calibration file's content with both curves, of tokens that are right less often than they say."""
+    """Return a calibration file's content with both curves, of over-confident tokens."""
     rng = np.random.default_rng(seed)
     confidence = rng.beta(2, 1, tokens)
     correct = rng.random(tokens) < confidence**power
@@ -90,7 +90,7 @@ def line(ax: Axes, label: str) -> Line2D:
 
 
 def intervals(ax: Axes) -> list[list[tuple[float, float, float]]]:
-    """Return what is drawn upright on the axes, as (x, low, high), by collection."""
+    """Return the vertical lines on the axes as (x, low, high), by collection."""
     found = []
     for lines in ax.collections:
         assert isinstance(lines, LineCollection)
@@ -170,7 +170,7 @@ def test_without_a_histogram_the_bins_stand_in_at_the_same_scale() -> None:
     assert values == pytest.approx([0.5 / 25, 0, 0.3 / 25, 0.2 / 25])  # 25 hundredths wide
 
 
-# ---- what the record knows of the ECE -------------------------------------------------------------------------------
+# ---- interval and null level of the ECE -----------------------------------------------------------------------------
 
 
 def test_the_title_gives_interval_and_null_level_of_the_bins_drawn() -> None:

@@ -1,4 +1,4 @@
-"""Reliability diagrams at 400 pixels: nothing is cut off, nothing lies on top of something else, greys stay apart."""
+"""Reliability diagrams at 400 pixels: nothing is cut off, nothing overlaps, and greys are distinguishable."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CASES = {
 
 
 def texts_of(figure: Figure) -> list[Text]:
-    """Return what can be read on a figure; matplotlib also keeps labels of ticks beyond the ends of an axis."""
+    """Return the visible texts of a figure, without labels of ticks beyond the ends of an axis."""
     beyond = set()
     for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
         low, high = sorted(axis.get_view_interval())

@@ -1,6 +1,6 @@
-"""Paired bootstrap and approximate randomisation of documents: exactness, coverage, scipy, Fisher's own example.
+"""Paired bootstrap and approximate randomisation of documents: exactness, coverage, scipy, Fisher's example.
 
-Sums are drawn at random: these are tests of estimators, no results.
+Sums are drawn at random, to test the estimators.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DARWIN = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48])
 
 
 def means(documents: int, seed: int = 0, runs: int = 0, shift: float = 0.1) -> tuple[DocumentMeans, DocumentMeans]:
-    """Return NLL sums of two systems whose documents are alike in difficulty; the first is worse by `shift`."""
+    """Return NLL sums of two systems with correlated difficulty of documents; the first is worse by `shift`."""
     rng = np.random.default_rng(seed)
     count = rng.integers(20, 80, documents)
     difficulty = rng.normal(3, 1, documents)
@@ -31,7 +31,7 @@ def means(documents: int, seed: int = 0, runs: int = 0, shift: float = 0.1) -> t
 
 
 def bins(documents: int, temperature: float, seed: int, length: int = 50) -> DocumentBins:
-    """Return bins of a model that is too sure by a temperature, with documents of different difficulty."""
+    """Return bins of a model over-confident by a temperature, with documents of different difficulty."""
     rng = np.random.default_rng(seed)
     z = rng.normal(1, 1, (documents, 1)) + rng.normal(0, 1, (documents, length))
     confidence = 1 / (1 + np.exp(-np.abs(z)))
@@ -183,7 +183,7 @@ def test_the_bootstrap_covers_the_difference_of_means() -> None:
     assert covered == pytest.approx(0.94, abs=4 * math.sqrt(0.94 * 0.06 / 400))
 
 
-# (too sure by a temperature, the other one); 1 is calibrated, whose figure is nothing but noise
+# temperatures of the two systems; 1 is calibrated, so its ECE is only noise
 @pytest.mark.parametrize("temperatures", [(3.0, 1.5), (1.5, 1.1), (1.1, 1.0), (1.0, 1.5)])
 def test_the_bootstrap_covers_contrasts_of_errors(temperatures: tuple[float, float]) -> None:
     repetitions = 120

@@ -1,4 +1,4 @@
-"""Diversity of generated texts by distinct n-grams, as an `evaluate` module that needs nothing of `dpsm_hf`."""
+"""Diversity of generated texts by distinct n-grams, as an `evaluate` module that does not import `dpsm_hf`."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class DistinctN(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch of texts; references are accepted for the sake of `evaluate.combine`, and not looked at."""
-        # evaluate would take one text for a list of letters, and write numbers and None as if they were words
+        """Add a batch of texts; references are ignored (`evaluate.combine` passes them to every module)."""
+        # evaluate would treat one text as a list of letters, and turn numbers and None into words
         if isinstance(predictions, str):
             raise ValueError("predictions must be a list of texts, not one text: wrap it in a list.")
         for i, text in enumerate(() if predictions is None else predictions):
@@ -96,9 +96,9 @@ def distinct_n(
     """Return the share of distinct n-grams, over all texts together and as a mean over texts.
 
     Over all texts, ``|union_i G_n(i)| / sum_i D(i)``; the mean over texts is that of ``|G_n(i)| / D(i)`` where
-    ``D(i) > 0``. ``G_n(i)`` is the set of n-grams of text i (none reaches from one text into the next), and ``D(i)``
-    is the number of its words ``w_i``, or, divided by n-grams, ``max(0, w_i - n + 1)``. NaN where no text has
-    ``D(i) > 0``. The value over all texts falls as texts become more, or longer: compare equal amounts.
+    ``D(i) > 0``. ``G_n(i)`` is the set of n-grams of text i (no n-gram spans two texts), and ``D(i)`` is its number of
+    words ``w_i``, or, with ``divide_by="ngrams"``, its number of n-grams ``max(0, w_i - n + 1)``. NaN where no text
+    has ``D(i) > 0``. The value over all texts falls with more or longer texts: compare equal amounts.
 
     Args:
         texts: N texts.

@@ -69,7 +69,7 @@ _OPTIONS = {"bins": 15, "intervals": False, "curve": False, "level": 0.95, "samp
 
 _CONFIGS = ("default", "probabilities", "documents", "probabilities_documents")
 
-# A row of probabilities in bfloat16 (8 bits) is off 1 by up to 0.4 %; logits or percentages are off by far more.
+# The sum of a row in bfloat16 (8 bits) is off by up to 0.4 %; rows of logits or percentages are off by far more.
 _SUM_TOLERANCE = 0.01
 
 
@@ -84,7 +84,7 @@ class TokenCalibration(evaluate.Metric):
         if self.config_name not in _CONFIGS:
             raise ValueError(f"config_name={self.config_name!r} is unknown; use one of {', '.join(_CONFIGS)}.")
         # float64 throughout: float32 would move confidences over the edges of bins, and an integer column would
-        # cut a reference of 0.5 to 0 without a word
+        # silently turn a reference of 0.5 into 0
         number = datasets.Value("float64")
         features = {
             "predictions": datasets.List(number) if "probabilities" in self.config_name else number,
@@ -136,7 +136,7 @@ def _results(
     samples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the metrics and what was asked for beside them, as JSON can hold it."""
+    """Return the metrics, and intervals and curve if asked for, as plain numbers, lists and dicts."""
     results: dict[str, Any] = calibration.compute()
     results.setdefault(f"ece_{bins}", float(equal_width_ece(calibration.totals(), bins)))
     if intervals:
@@ -148,7 +148,7 @@ def _results(
 
 
 def _check_confidences(confidence: np.ndarray, correct: np.ndarray, places: np.ndarray) -> None:
-    """Raise for the first place with a confidence or a reference that cannot be.
+    """Raise for the first place with an impossible confidence or reference.
 
     Raises:
         ValueError: naming it and its place.
@@ -179,7 +179,7 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
         places: ``[N]`` where each row stood in the input, for messages.
 
     Raises:
-        ValueError: naming the row that is no distribution, or the label that is no class.
+        ValueError: naming the first row that is not a distribution, or the first label that is not a class.
     """
     lengths = [len(row) if row is not None else 0 for row in rows]
     for i, length in enumerate(lengths):
@@ -208,7 +208,7 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
     label_probability, confidence = p[each, y], p.max(-1)
     miss = p.copy()
     miss[each, y] -= 1
-    with np.errstate(divide="ignore"):  # the label of a place may have probability 0: an infinite NLL
+    with np.errstate(divide="ignore"):  # a label with probability 0 has an infinite NLL
         nll = 0.0 - np.log(label_probability)
     return {
         "confidence": confidence,
@@ -222,10 +222,10 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
 
 
 def _document_numbers(documents: Sequence[int | None], places: int) -> np.ndarray:
-    """Return them as int64.
+    """Return the numbers of the documents as int64 ``[places]``.
 
     Raises:
-        ValueError: if they are not one for each place, or no numbers from 0 on.
+        ValueError: unless there is one whole number from 0 on for each place.
     """
     if len(documents) != places:
         raise ValueError(f"documents holds {len(documents)} numbers for {places} places; give one for each.")
