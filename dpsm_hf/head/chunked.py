@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.rows import STATISTICS
 from ..runtime.ranges import HEAD, ROW_PASS, named, ranged
 from .matmul import by_onednn, product
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
-from .row_pass import STATISTICS, device_scalar, row_pass
+from .row_pass import device_scalar, row_pass
 from .weight_gradient import WeightGradient, scaled
 
 # A finished gradient, or the sum that it is still to be made of.

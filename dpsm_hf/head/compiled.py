@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.scoring_rules import (
-    Objective,
-    logits_gradient,
-    row_statistics,
-    score_rows,
-    tail_statistics,
-    tail_threshold,
-)
-from .row_pass import device_scalar, statistics_columns
+from ..rules.rows import logits_gradient, row_statistics, statistics_columns, tail_statistics
+from ..rules.scoring_rules import Objective, score_rows, tail_threshold
+from .row_pass import device_scalar
 
 
 def compiled_row_pass(

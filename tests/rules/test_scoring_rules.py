@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsm_hf.rules.losses import score_tokens
+from dpsm_hf.rules.registry import RULES
 from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective, row_statistics, tail_statistics, tail_threshold
 from tests.reference import exact_row, reference_gradient, reference_loss
 
 # every rule with every option that it takes, alone and together
+SMOOTHINGS: tuple[dict[str, float], ...] = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
 CASES: list[dict[str, Any]] = [
-    *({"loss_type": rule, **smooth, "z_loss": z}
-      for rule in ("ce", "brier", "spherical")
-      for smooth in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
-      for z in (0.0, 0.01)),
-    *({"loss_type": rule, "score_smoothing": 0.3, "z_loss": z}
-      for rule in ("brier", "spherical") for z in (0.0, 0.01)),
-    *({"loss_type": "focal", "focal_gamma": gamma, "label_smoothing": smooth, "z_loss": z}
-      for gamma in (0.0, 0.5, 1.0, 2.0) for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, **smooth, "z_loss": z}
+      for rule in RULES.values() if rule.name != "dpsm" and not rule.parameters
+      for smooth in SMOOTHINGS for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, "score_smoothing": 0.3, "z_loss": z}
+      for rule in RULES.values() if rule.name != "dpsm" and rule.score_smoothing for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, parameter.name: value, "label_smoothing": smooth, "z_loss": z}
+      for rule in RULES.values() for parameter in rule.parameters
+      for value in sorted({parameter.default, 0.0, 0.5, 1.0, 2.0}) if parameter.allowed(value)
+      for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
     *({"loss_type": "dpsm", "alpha": alpha, **smooth, "z_loss": z}
       for alpha in (0.0, 0.3, 0.5, 1.0)
       for smooth in ({}, {"label_smoothing": 0.1}, {"score_smoothing": 0.3})
@@ -258,7 +261,7 @@ def test_low_precision_is_better_than_the_naive_form(dtype: torch.dtype) -> None
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4).map(
     lambda w: torch.tensor(w, dtype=torch.float64) / sum(w)
 )
-PROPER = ("ce", "brier", "spherical", "dpsm")
+PROPER = tuple(rule.name for rule in RULES.values() if rule.proper.startswith("yes"))
 
 
 def expected_score(p: Tensor, q: Tensor, objective: Objective) -> float:
