@@ -343,10 +343,6 @@ class _ModuleChunks:
 
 
 def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tuple[Tensor | None, Tensor]]:
-    if impl == "compile":
-        from .compiled import compiled_row_pass  # torch.compile's machinery is slow to import
-
-        return compiled_row_pass
     if impl == "triton" or (impl == "auto" and device.type == "cuda"):
         from . import kernels  # Triton is there on Linux alone
 

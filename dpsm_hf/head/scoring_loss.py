@@ -72,9 +72,8 @@ def linear_scoring_loss(
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None takes 256 on a CPU, fewer (at least 128) where these would take more than
             32 MiB, and 2,048 elsewhere, fewer where these would take more than 512 MiB.
-        impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "compile" (the
-            row pass through torch.compile), "reference" (all logits at once), or "auto": triton on CUDA where it is
-            installed, else torch.
+        impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "reference"
+            (all logits at once), or "auto": triton on CUDA where it is installed, else torch.
         rule_parameters: values of the rule's other parameters, by name.
 
     Returns:
