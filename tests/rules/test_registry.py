@@ -6,10 +6,12 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from dpsm_hf import DPSMConfig, Objective
+from dpsm_hf import DPSMConfig, DPSMLoss, Objective, linear_scoring_loss, score_tokens
 from dpsm_hf.measuring.kernel_report import VARIANTS
 from dpsm_hf.rules import formulas
 from dpsm_hf.rules.registry import LOSS_TYPES, PARAMETERS, RULES, documented
@@ -47,6 +49,13 @@ def test_a_parameter_is_a_field_of_objective_and_arguments(rule: Rule, tmp_path:
         for wrong in (-1.0, float("nan")):
             with pytest.raises(ValueError, match=f"{parameter.name}={wrong} must "):
                 Objective(rule.name, **{parameter.name: wrong})
+        hidden, weight, labels = torch.eye(3), torch.randn(3, 3), torch.arange(3)
+        given: dict[str, Any] = {"loss_type": rule.name}
+        given |= changed if parameter.name == "focal_gamma" else {"rule_parameters": changed}
+        expected = score_tokens(hidden @ weight.T, labels, Objective(rule.name, **changed)).loss
+        assert expected is not None
+        torch.testing.assert_close(linear_scoring_loss(hidden, weight, labels, **given).loss, expected.mean())
+        torch.testing.assert_close(DPSMLoss(3, **given)(hidden @ weight.T, labels), expected.mean())
     assert set(PARAMETERS) >= {parameter.name for parameter in rule.parameters}
     with pytest.raises(TypeError, match="no_parameter"):
         Objective(rule.name, no_parameter=1.0)  # type: ignore[call-arg]
