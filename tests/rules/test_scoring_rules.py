@@ -292,6 +292,31 @@ def test_the_focal_loss_is_not_proper() -> None:
     assert expected_score(p, q, ce) > expected_score(p, p, ce)
 
 
+def test_generalised_cross_entropy_is_not_proper_and_has_its_limits() -> None:
+    p, q = torch.tensor([0.9, 0.1], dtype=torch.float64), torch.tensor([0.95, 0.05], dtype=torch.float64)
+    objective = Objective("gce")
+    assert expected_score(p, q, objective) < expected_score(p, p, objective)
+    logits, labels = batch(8, 11)
+    p_target = logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    value, _ = value_and_gradient(logits, labels, Objective("gce", gce_q=1.0))
+    torch.testing.assert_close(value, 1 - p_target, rtol=1e-14, atol=1e-14)
+    for smoothing in (0.0, 0.1):
+        limit = value_and_gradient(logits, labels, Objective("gce", gce_q=1e-10, label_smoothing=smoothing))
+        ce = value_and_gradient(logits, labels, Objective("ce", label_smoothing=smoothing))
+        for ours, expected in zip(limit, ce, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("gap", [30.0, 90.0, 120.0])
+def test_generalised_cross_entropy_of_an_unlikely_target(gap: float) -> None:
+    logits, labels = torch.zeros(1, 8), torch.tensor([3])
+    logits[0, 3] = -gap  # p_y underflows in float32 from about 100 on, its power does not
+    value, gradient = value_and_gradient(logits, labels, Objective("gce"))
+    true_value, true_slope = exact_row(logits[0].tolist(), 3, "gce", 0.0, 0.0)
+    assert value.item() == pytest.approx(true_value, rel=2e-6)
+    assert gradient[0, 3].item() == pytest.approx(true_slope, rel=1e-5)
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(seed=st.integers(0, 2**31), shift=st.floats(-1e3, 1e3), case=st.sampled_from(CASES))
 def test_shift_invariance_and_gradient_sum(seed: int, shift: float, case: dict[str, Any]) -> None:
