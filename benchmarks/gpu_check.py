@@ -29,17 +29,16 @@ from dpsm_hf.head.options import HeadOptions, LinearHead
 from dpsm_hf.head.scoring_loss import ScoredRows, TokenLabels, score_hidden
 from dpsm_hf.measuring.processes import MIB, device_name, peak_above
 from dpsm_hf.rules.losses import score_tokens
-from dpsm_hf.rules.scoring_rules import Objective
+from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective
+from tests.reference import reference_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RULES: dict[str, dict[str, Any]] = {
-    "ce": {"loss_type": "ce"},
+    **{name: {"loss_type": name} for name in LOSS_TYPES if name != "dpsm"},
     "dpsm .3": {"loss_type": "dpsm", "alpha": 0.3},
     "dpsm 1": {"loss_type": "dpsm", "alpha": 1.0},
     "dpsm smoothed": {"loss_type": "dpsm", "alpha": 0.7, "label_smoothing": 0.1, "z_loss": 0.001},
     "brier tail": {"loss_type": "brier", "score_smoothing": 0.1},
-    "spherical": {"loss_type": "spherical"},
-    "focal": {"loss_type": "focal"},
 }
 POST_OPS: dict[str, dict[str, Any]] = {"": {}, "scaled, capped": {"logit_scale": 0.5, "logit_softcap": 4.0}}
 # rounding error that any float32 sum may have, whatever its terms
@@ -87,33 +86,9 @@ def unfused(case: Case, rule: dict[str, Any], post: dict[str, Any], dtype: torch
     z = (z if dtype == torch.float64 else z.float()) * post.get("logit_scale", 1.0)
     cap = post.get("logit_softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
-    loss = plain_loss(z, case.labels[keep], **rule).mean()
+    loss = reference_loss(z, case.labels[keep], **rule).mean()
     loss.backward()
     return [loss.detach(), *(t.grad for t in inputs)]  # type: ignore[list-item]
-
-
-def plain_loss(
-    z: Tensor, labels: Tensor, *, loss_type: str, alpha: float = 0.0, label_smoothing: float = 0.0,
-    score_smoothing: float = 0.0, z_loss: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Return the score of each token by the textbook formula, for autograd."""
-    vocab = z.shape[-1]
-    log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    epsilon = label_smoothing or score_smoothing
-    target = (1 - epsilon) * F.one_hot(labels, vocab).to(z.dtype) + epsilon / vocab
-    ce, brier = -(target * log_p).sum(-1), (p - target).square().sum(-1)
-    if score_smoothing:
-        brier = brier - score_smoothing / vocab * torch.where(p < score_smoothing / vocab, log_p, 0.0).sum(-1)
-    p_target = p.gather(-1, labels[:, None]).squeeze(-1)
-    value = {
-        "ce": lambda: ce,
-        "brier": lambda: brier,
-        "dpsm": lambda: (1 - alpha) * ce + alpha * brier,
-        "spherical": lambda: 1 - p_target / p.norm(dim=-1),
-        "focal": lambda: (1 - p_target).square() * ce,
-    }[loss_type]()
-    return value + z_loss * z.logsumexp(-1).square()
 
 
 def compare(truth: list[Tensor], plain: list[Tensor], mine: list[Tensor], unit: float) -> tuple[bool, str]:

@@ -120,7 +120,6 @@ def all_variants(device: torch.device, dtype: torch.dtype) -> dict[str, Variant 
         found["three products, oneDNN"] = bare_products_onednn
     if device.type == "cuda":
         found["ours, dpsm, torch"] = ours("dpsm", "torch")
-        found["ours, dpsm, compile"] = ours("dpsm", "compile")
         found.update({f"ours, dpsm, chunk {n}": ours("dpsm", chunk=n) for n in (1024, 4096)})
         for name, make in (("Liger", liger), ("apple CCE", apple_cce)):
             try:

@@ -18,6 +18,7 @@ def reference_loss(
     label_smoothing: float = 0.0,
     score_smoothing: float = 0.0,
     focal_gamma: float = 2.0,
+    gce_q: float = 0.7,
     z_loss: float = 0.0,
 ) -> Tensor:
     """Score each row with one-hot targets and stored softmaxes, in the dtype of the logits; differentiable."""
@@ -46,11 +47,16 @@ def reference_loss(
         p_y, log_p_y = (one_hot * p).sum(-1), (one_hot * log_p).sum(-1)
         return (1 - label_smoothing) * -((1 - p_y) ** focal_gamma) * log_p_y - label_smoothing * log_p.mean(-1)
 
+    def gce() -> Tensor:
+        p_y = (one_hot * p).sum(-1)
+        return (1 - label_smoothing) * (1 - p_y**gce_q) / gce_q - label_smoothing * log_p.mean(-1)
+
     values = {
         "ce": log_score,
         "brier": lambda: brier() + tail() if score_smoothing else brier(),
         "spherical": lambda: spherical() + tail() if score_smoothing else spherical(),
         "focal": focal,
+        "gce": gce,
     }
     value = (1 - alpha) * values["ce"]() + alpha * values["brier"]() if loss_type == "dpsm" else values[loss_type]()
     return value + z_loss * logits.logsumexp(-1).square() if z_loss else value
@@ -83,12 +89,13 @@ def exact_row(logits: Sequence[float], label: int, loss_type: str, alpha: float,
         g = Decimal(gamma)
         focal = -((1 - p_y) ** g) * p_y.ln()
         d_focal = (g * (1 - p_y) ** (g - 1) * p_y.ln() - (1 - p_y) ** g / p_y) * slope[label]
-        a = Decimal(alpha)
+        a, q = Decimal(alpha), Decimal("0.7")
         found = {
             "ce": (ce, d_ce),
             "brier": (brier, d_brier),
             "spherical": (spherical, d_spherical),
             "focal": (focal, d_focal),
+            "gce": ((1 - p_y**q) / q, -(p_y ** (q - 1)) * slope[label]),
             "dpsm": ((1 - a) * ce + a * brier, (1 - a) * d_ce + a * d_brier),
         }
         value, slope_y = found[loss_type]

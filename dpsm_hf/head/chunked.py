@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.rows import STATISTICS
 from ..runtime.ranges import HEAD, ROW_PASS, named, ranged
 from .matmul import by_onednn, product
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
-from .row_pass import STATISTICS, device_scalar, row_pass
+from .row_pass import device_scalar, row_pass
 from .weight_gradient import WeightGradient, scaled
 
 # A finished gradient, or the sum that it is still to be made of.
@@ -342,10 +343,6 @@ class _ModuleChunks:
 
 
 def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tuple[Tensor | None, Tensor]]:
-    if impl == "compile":
-        from .compiled import compiled_row_pass  # torch.compile's machinery is slow to import
-
-        return compiled_row_pass
     if impl == "triton" or (impl == "auto" and device.type == "cuda"):
         from . import kernels  # Triton is there on Linux alone
 

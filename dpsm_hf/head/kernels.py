@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
+from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
-from .row_pass import STATISTICS, device_scalar, row_pass
-
-_LOSS_CODES = {"ce": 1, "brier": 2, "dpsm": 3, "spherical": 4, "focal": 5}
+from .row_pass import device_scalar, row_pass
 
 # 4,096 entries over 8 warps are 16 a thread: three or four sums of them stay in registers, and eight programs of 256
 # threads fill an SM. Smaller vocabularies take the power of two that holds them.
@@ -57,7 +56,7 @@ def constants(
     if objective is not None:
         smoothing = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
     return {
-        "LOSS": 0 if objective is None else _LOSS_CODES[objective.loss_type],
+        "RULE": None if objective is None else objective.rule.kernel(),
         "SMOOTHING": smoothing,
         "HAS_Z_LOSS": objective is not None and objective.z_loss > 0,
         "HAS_SOFTCAP": post.softcap is not None,
@@ -96,7 +95,7 @@ def triton_row_pass(
         row_kernel[(rows,)](
             logits, labels, values, statistics, device_scalar(options.alpha, device),
             factor, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
-            options.label_smoothing or options.score_smoothing, options.focal_gamma, options.z_loss,
+            options.label_smoothing or options.score_smoothing, options.z_loss, options.parameters,
             **constants(objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient),
             **launch_options(vocab_size),
         )  # fmt: skip

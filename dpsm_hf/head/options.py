@@ -12,7 +12,7 @@ from ..rules.extra_statistics import ExtraStatistics
 from ..rules.post_ops import PostOps
 from ..rules.scoring_rules import Objective
 
-Implementation = Literal["auto", "torch", "triton", "compile", "reference"]
+Implementation = Literal["auto", "torch", "triton", "reference"]
 IMPLEMENTATIONS = get_args(Implementation)
 
 #: Values of the argument ``fused_head``.

@@ -11,21 +11,13 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.scoring_rules import Objective, RowScore, RowStatistics, score_rows, tail_statistics, tail_threshold
-
-#: Columns of the statistics that a row pass returns; entropy is the last, and there only when it is asked for.
-STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
+from ..rules.rows import RowScore, RowStatistics, column, statistics_columns, tail_statistics
+from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
 # A block of this many float32 entries and a second one of its size lie in a CPU's cache; other devices want few, large
 # operations instead.
 _CPU_BLOCK_ENTRIES = 2**20
 _DEVICE_BLOCK_ENTRIES = 2**26
-
-
-def statistics_columns(row: RowStatistics, entropy: bool) -> Tensor:
-    """Return the columns named in `STATISTICS`, ``[n, 5]`` or, with entropy, ``[n, 6]``."""
-    columns = [row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype)]
-    return torch.stack([*columns, row.entropy] if entropy else columns, dim=-1)
 
 
 def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,7 +52,8 @@ def row_pass(
         gradient: write the gradient.
 
     Returns:
-        The value of each row ``[n]`` in float32 (None without objective), and the statistics, see `STATISTICS`.
+        The value of each row ``[n]`` in float32 (None without objective), and the statistics ``[n, 5]`` or, with
+        entropy, ``[n, 6]``, whose columns `STATISTICS` names.
     """
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -143,13 +136,13 @@ def _write_gradient(
     capped: Tensor | None,
 ) -> None:
     """Overwrite a block of logits with ``a * p + b * p**2 + d + e * [p < threshold]`` and the target's own entry."""
-    tail = None if threshold is None else (p < threshold).to(p.dtype) * _column(score.e)
+    tail = None if threshold is None else (p < threshold).to(p.dtype) * column(score.e)
     if isinstance(score.b, Tensor) or score.b != 0:
-        p.mul_(torch.mul(p, _column(score.b), out=spare).add_(_column(score.a)))
+        p.mul_(torch.mul(p, column(score.b), out=spare).add_(column(score.a)))
     else:
-        p.mul_(_column(score.a))
+        p.mul_(column(score.a))
     if isinstance(score.d, Tensor) or score.d != 0:
-        p.add_(_column(score.d))
+        p.add_(column(score.d))
     if tail is not None:
         p.add_(tail)
     # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
@@ -157,7 +150,3 @@ def _write_gradient(
     if capped is not None:
         p.mul_(capped.square_().neg_().add_(1.0))
     block.copy_(p)
-
-
-def _column(value: Tensor | float) -> Tensor | float:
-    return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value

@@ -6,6 +6,7 @@ done chunk by chunk in `dpsm_hf.head.chunked`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
 from ..rules.post_ops import PostOps
+from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import HEAD, ranged
 from .chunked import ChunkedObjective
 from .options import Head, HeadOptions, Implementation, LinearHead
-from .row_pass import STATISTICS
 
 
 def linear_scoring_loss(
@@ -42,6 +43,7 @@ def linear_scoring_loss(
     entropy: bool = False,
     chunk_tokens: int | None = None,
     impl: Implementation = "auto",
+    rule_parameters: Mapping[str, float] | None = None,
 ) -> TokenScores:
     """Score every token from its hidden state and the output layer's weight, never holding all the logits.
 
@@ -70,9 +72,9 @@ def linear_scoring_loss(
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None takes 256 on a CPU, fewer (at least 128) where these would take more than
             32 MiB, and 2,048 elsewhere, fewer where these would take more than 512 MiB.
-        impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "compile" (the
-            row pass through torch.compile), "reference" (all logits at once), or "auto": triton on CUDA where it is
-            installed, else torch.
+        impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "reference"
+            (all logits at once), or "auto": triton on CUDA where it is installed, else torch.
+        rule_parameters: values of the rule's other parameters, by name.
 
     Returns:
         `TokenScores` with ``loss`` reduced as asked, and detached statistics ``[N]``; ``entropy`` is None unless asked
@@ -89,7 +91,8 @@ def linear_scoring_loss(
         raise ValueError(
             f"num_items_in_batch is the denominator of a mean, which reduction={reduction!r} has not; leave one out."
         )
-    objective = Objective(loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss)
+    own = rule_parameters or {}
+    objective = Objective(loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
     options = HeadOptions(objective, PostOps(logit_scale, logit_softcap), entropy, chunk_tokens, impl)
     tokens = TokenLabels.of(labels, lm_head_weight.shape[0], ignore_index)
     if reduction == "none":

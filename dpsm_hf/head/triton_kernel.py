@@ -1,6 +1,6 @@
 """The row pass as one Triton kernel: two reads of a row of logits and one write of its gradient.
 
-The formulas are those of `rules.scoring_rules`, written a second time because a kernel can only hold its own. One
+The formula of a rule is the Triton function in its file of `rules.formulas`, which the kernel is compiled with. One
 program scores one row. The first read keeps a running maximum, and rescales ``u`` and ``Q`` when it moves (``Q`` by
 the square: no second exponential); the second read rebuilds ``p`` and stores the gradient where the logit stood. Score
 smoothing must know the normalizer before it can tell its tail, and reads once more in between.
@@ -42,8 +42,8 @@ def _post(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def row_kernel(
     logits, labels, values, statistics, alpha, weight,
-    stride, vocab_size, scale, softcap, epsilon, gamma, z_loss,
-    LOSS: tl.constexpr,  # 0 none, 1 ce, 2 brier, 3 dpsm, 4 spherical, 5 focal
+    stride, vocab_size, scale, softcap, epsilon, z_loss, parameters,
+    RULE: tl.constexpr,  # the Triton function of the rule, or None
     SMOOTHING: tl.constexpr,  # 0 none, 1 of the label, 2 of the score
     HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -102,13 +102,13 @@ def row_kernel(
         own = tl.where(e_label > 0, e_label * (z_label - m), 0.0)
         tl.store(statistics + 5, log_total - (tl.sum(entropy_lanes, 0) + own) / total)
 
-    if LOSS > 0:
+    if RULE is not None:
         size = vocab_size.to(tl.float32)
         log_sum = m + log_total
         share = epsilon / size
-        value, a, b, d, e_tail, target = _rule(
-            p, q, r, nll, log_sum, norm, (tl.sum(z_lanes, 0) + z_label) / size, size, epsilon, share, gamma,
-            tl.load(alpha), LOSS, SMOOTHING,
+        value, a, b, d, tail_weight, target = RULE(
+            1.0, p, q, r, nll, log_sum, norm, (tl.sum(z_lanes, 0) + z_label) / size, size, epsilon, share, parameters,
+            tl.load(alpha), SMOOTHING,
         )  # fmt: skip
         if SMOOTHING == 2:
             count_lanes = tl.zeros([BLOCK], tl.float32)
@@ -121,12 +121,11 @@ def row_kernel(
                 tail = inside & (tl.exp(log_p) < share)
                 count_lanes += tail.to(tl.float32)
                 log_lanes += tl.where(tail, log_p, 0.0)
-            part = tl.load(alpha) if LOSS == 3 else 1.0
+            unit = tail_weight * share
             count = tl.sum(count_lanes, 0)
-            value -= part * share * tl.sum(log_lanes, 0)
-            a += part * share * count
-            e_tail -= part * share
-            target += part * share * (count * p - (tl.exp(-nll) < share).to(tl.float32))
+            value -= unit * tl.sum(log_lanes, 0)
+            a += unit * count
+            target += unit * (count * p - (tl.exp(-nll) < share).to(tl.float32))
         if HAS_Z_LOSS:
             slope = 2.0 * z_loss * log_sum
             value += z_loss * log_sum * log_sum
@@ -144,67 +143,10 @@ def row_kernel(
                 p_row = tl.exp(z - m) / total
                 gradient = p_row * (a + b * p_row) + d
                 if SMOOTHING == 2:
-                    gradient += tl.where(tl.exp(z - log_sum) < share, e_tail, 0.0)
+                    gradient += tl.where(tl.exp(z - log_sum) < share, -unit, 0.0)
                 # selected before the one store: adding to a stored low-precision number would lose its digits
                 gradient = tl.where(columns == label, target, gradient) * factor
                 if HAS_SOFTCAP:
                     t = z / softcap
                     gradient *= 1.0 - t * t
                 tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _rule(
-    p, q, r, nll, log_sum, norm, mean, size, epsilon, share, gamma, alpha, LOSS: tl.constexpr, SMOOTHING: tl.constexpr
-):
-    """Return value, a, b, d, e and the target's gradient of a rule; `scoring_rules` derives them."""
-    zero = p * 0.0
-    value, a, b, d, target = zero, zero, zero, zero, zero
-    if LOSS == 1 or LOSS == 3:
-        part = 1.0 - alpha if LOSS == 3 else 1.0
-        log_value = nll
-        if SMOOTHING == 1:
-            log_value = (1.0 - epsilon) * nll + epsilon * (log_sum - mean)
-            d -= part * share
-            target += part * (epsilon * (size - 1.0) / size)
-        value += part * log_value
-        a += part
-        target -= part * q
-    if LOSS == 2 or LOSS == 3:
-        part = alpha if LOSS == 3 else 1.0
-        gap = q
-        brier = q * q + r
-        if SMOOTHING > 0:
-            gap = q - epsilon
-            brier = (gap + share) * (gap + share) + r - 2.0 * share * q + (size - 1.0) * share * share
-        value += part * brier
-        a += part * 2.0 * (p * gap - r)
-        b += part * 2.0
-        target -= part * 2.0 * p * (gap * q + r)
-    if LOSS == 4:
-        cube = norm * norm * norm
-        value += r / (norm * (norm + p))
-        expected = p
-        own = r
-        if SMOOTHING > 0:
-            value += (epsilon * p - share) / norm
-            expected = (1.0 - epsilon) * p + share
-            own = (1.0 - epsilon) * r - share * (p * q - r)
-            a -= share / norm
-        b += expected / cube
-        target -= p / cube * own
-    if LOSS == 5:
-        part = 1.0 - epsilon if SMOOTHING == 1 else 1.0
-        positive = q > 0
-        safe = tl.where(positive, q, 1.0)
-        modulation = tl.where(positive, tl.exp(gamma * tl.log(safe)), tl.where(gamma == 0.0, 1.0, 0.0))
-        slope = modulation * (1.0 + gamma * p * tl.where(positive, nll / safe, 1.0))
-        value += part * modulation * nll
-        a += part * slope
-        target -= part * slope * q
-        if SMOOTHING == 1:
-            value += epsilon * (log_sum - mean)
-            a += epsilon
-            d -= share
-            target += epsilon * (p - 1.0 / size)
-    return value, a, b, d, zero, target

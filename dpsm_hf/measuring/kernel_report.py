@@ -14,18 +14,14 @@ from typing import Any
 
 from ..head.kernels import constants, launch_options
 from ..rules.post_ops import PostOps
-from ..rules.scoring_rules import Objective
+from ..rules.scoring_rules import LOSS_TYPES, Objective
 
 #: Compute capability of A100 and of H100.
 ARCHITECTURES = (80, 90)
 DTYPES = ("fp32", "bf16", "fp16")
 VARIANTS: dict[str, tuple[Objective | None, PostOps]] = {
     "statistics": (None, PostOps()),
-    "ce": (Objective("ce"), PostOps()),
-    "dpsm": (Objective("dpsm"), PostOps()),
-    "brier": (Objective("brier"), PostOps()),
-    "spherical": (Objective("spherical"), PostOps()),
-    "focal": (Objective("focal"), PostOps()),
+    **{name: (Objective(name), PostOps()) for name in LOSS_TYPES},
     "dpsm, label smoothing": (Objective("dpsm", label_smoothing=0.1), PostOps()),
     "dpsm, score smoothing": (Objective("dpsm", score_smoothing=0.1), PostOps()),
     "dpsm, z-loss": (Objective("dpsm", z_loss=1e-4), PostOps()),
@@ -72,7 +68,9 @@ def compile_ahead(
     signature = {
         "logits": f"*{dtype}", "labels": "*i64", "values": "*fp32", "statistics": "*fp32", "alpha": "*fp32",
         "weight": "*fp32", "stride": "i32", "vocab_size": "i32", "scale": "fp32", "softcap": "fp32",
-        "epsilon": "fp32", "gamma": "fp32", "z_loss": "fp32", **dict.fromkeys(fixed, "constexpr"),
+        "epsilon": "fp32", "z_loss": "fp32",
+        "parameters": ("fp32",) * len(objective.parameters if objective is not None else ()),
+        **dict.fromkeys(fixed, "constexpr"),
     }  # fmt: skip
     # as at run time: pointers of allocations and the row's stride (64 entries) are multiples of 16
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(7)}

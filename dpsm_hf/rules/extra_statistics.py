@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scoring_rules import row_statistics
+from .rows import row_statistics
 
 SCALED = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
 MOMENTS = ("nll", "gradient", "curvature")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
+from .rows import RowScore, logits_gradient, row_statistics, statistics_columns, tail_statistics
 from .schedules import AlphaSchedule, get_alpha_schedule
-from .scoring_rules import Objective, RowScore, RowStatistics, logits_gradient, row_statistics, score_rows
-from .scoring_rules import tail_statistics as _tail_statistics
-from .scoring_rules import tail_threshold as _tail_threshold
+from .scoring_rules import Objective, score_rows, tail_threshold
 
 IGNORE_INDEX = -100
 
@@ -92,7 +91,7 @@ def score_tokens(
 
     loss: Tensor | None = None
     if objective is None:
-        stats = torch.cat([_statistics_columns(row_statistics(flat_logits[rows].detach(), safe_labels[rows]))
+        stats = torch.cat([statistics_columns(row_statistics(flat_logits[rows].detach(), safe_labels[rows]))
                            for rows in _chunks(flat_logits)])  # fmt: skip
     else:
         loss, stats = _TokenObjective.apply(flat_logits, safe_labels, scored, objective)
@@ -125,11 +124,6 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(1, logits.shape[0]), size))
 
 
-def _statistics_columns(row: RowStatistics) -> Tensor:
-    columns = (row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype), row.entropy)
-    return torch.stack(columns, dim=-1)
-
-
 class _TokenObjective(torch.autograd.Function):
     """Per-token value of an objective; the backward rebuilds each chunk's probabilities from its row maxima."""
 
@@ -138,14 +132,14 @@ class _TokenObjective(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, scored: Tensor, objective: Objective
     ) -> tuple[Tensor, Tensor]:
         vocab_size = logits.shape[-1]
-        threshold = _tail_threshold(objective, vocab_size)
+        threshold = tail_threshold(objective, vocab_size)
         values, columns, rows_kept, scores_kept = [], [], [], []
         for rows in _chunks(logits):
             row = row_statistics(logits[rows], labels[rows])
-            tail = None if threshold is None else _tail_statistics(logits[rows], row, threshold)
+            tail = None if threshold is None else tail_statistics(logits[rows], row, threshold)
             score = score_rows(row, objective, vocab_size, tail)
             values.append(score.value)
-            columns.append(_statistics_columns(row))
+            columns.append(statistics_columns(row))
             if ctx.needs_input_grad[0]:
                 rows_kept.append(torch.stack([row.row_max, row.normalizer]))
                 parts = [torch.as_tensor(part, dtype=row.nll.dtype, device=logits.device) for part in score[1:]]
@@ -193,6 +187,7 @@ class DPSMLoss(nn.Module):
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
         loss_type, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
+        rule_parameters: values of the rule's other parameters, by name.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
     goes on at the same alpha. In evaluation mode the loss is taken at the current alpha and nothing advances.
@@ -222,6 +217,7 @@ class DPSMLoss(nn.Module):
         score_smoothing: float = 0.0,
         focal_gamma: float = 2.0,
         z_loss: float = 0.0,
+        rule_parameters: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < 2:
@@ -248,6 +244,7 @@ class DPSMLoss(nn.Module):
             "score_smoothing": score_smoothing,
             "focal_gamma": focal_gamma,
             "z_loss": z_loss,
+            **(rule_parameters or {}),
         }
         Objective(**self.options)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))

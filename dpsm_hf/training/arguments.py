@@ -11,11 +11,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..calibration import GRID_BINS, lower_is_better
 from ..head.options import FUSED_MODES
+from ..rules.registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
 from ..rules.schedules import AlphaSchedule, get_alpha_schedule
-from ..rules.scoring_rules import LOSS_TYPES, Objective
+from ..rules.scoring_rules import Objective
 
 
 @dataclass
+@with_rule_parameters
 class DPSMArguments:
     """What to train with; the trainers use these defaults when they are given plain TrainingArguments.
 
@@ -70,7 +72,7 @@ class DPSMArguments:
         default=0.0,
         metadata={"help": "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off."},
     )
-    focal_gamma: float = field(default=2.0, metadata={"help": "dpsm_hf: exponent of loss_type=focal."})
+    focal_gamma: float = rule_parameter("focal_gamma")
     z_loss: float = field(
         default=0.0, metadata={"help": "dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off."}
     )
@@ -140,11 +142,14 @@ class DPSMArguments:
             parent.__post_init__()
         self.objective()
         self.schedule()
-        if self.focal_gamma != 2.0 and self.loss_type != "focal":
-            raise ValueError(
-                f"focal_gamma={self.focal_gamma} has no effect on loss_type={self.loss_type!r}; "
-                "leave it out or choose loss_type='focal'."
-            )
+        for rule in RULES.values():
+            for parameter in rule.parameters:
+                value = getattr(self, parameter.name)
+                if value != parameter.default and self.loss_type != rule.name:
+                    raise ValueError(
+                        f"{parameter.name}={value} has no effect on loss_type={self.loss_type!r}; "
+                        f"leave it out or choose loss_type={rule.name!r}."
+                    )
         if self.fused_head not in FUSED_MODES:
             raise ValueError(f"fused_head={self.fused_head!r} is unknown; choose one of {', '.join(FUSED_MODES)}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -174,8 +179,8 @@ class DPSMArguments:
             alpha=self.alpha_end if alpha is None else alpha,
             label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
             score_smoothing=self.score_smoothing,
-            focal_gamma=self.focal_gamma,
             z_loss=self.z_loss,
+            **{name: getattr(self, name) for name in PARAMETERS},
         )
 
     def schedule(self) -> AlphaSchedule:

@@ -14,7 +14,7 @@ from dpsm_hf.rules.losses import score_tokens
 from dpsm_hf.rules.scoring_rules import Objective
 
 N, V, D = 47, 123, 16
-IMPLEMENTATIONS = ("torch", "compile", "reference")
+IMPLEMENTATIONS = ("torch", "reference")
 
 
 class Batch:
@@ -316,7 +316,7 @@ def test_strides_and_dimensions_do_not_matter() -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_every_implementation_says_the_same(impl: Any) -> None:
     batch = Batch()
-    batch.labels[3:10] = -100  # leaves chunks of one size, and one compilation
+    batch.labels[3:10] = -100
     post: dict[str, Any] = {"z_loss": 0.01, "logit_scale": 0.5, "logit_softcap": 3.0, "score_smoothing": 0.1}
     expected = batch.score(entropy=True, **post)
     expected.loss.backward()
@@ -329,18 +329,14 @@ def test_every_implementation_says_the_same(impl: Any) -> None:
         close(getattr(scores, name), value, atol=1e-6)
 
 
-def test_alpha_may_be_a_tensor_and_compiles_once() -> None:
-    torch._dynamo.utils.counters.clear()
+def test_alpha_may_be_a_tensor() -> None:
     batch = Batch()
-    for impl in ("torch", "reference", "compile"):
-        compiled: list[int] = []
+    for impl in IMPLEMENTATIONS:
         for step in range(5):
             alpha = step / 5 + 0.05
             as_tensor = batch.score(alpha=torch.tensor(alpha), impl=impl)
             as_float = batch.score(alpha=alpha, impl=impl)
             close(as_tensor.loss, as_float.loss, rtol=1e-6)
-            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert compiled[0] == compiled[-1], impl
 
 
 # ---- statistics and errors -----------------------------------------------------------------------------------------
@@ -374,6 +370,7 @@ def test_statistics_are_those_of_score_tokens_and_detached(reduction: str, entro
         ({"reduction": "max"}, "reduction='max' is unknown; choose mean, sum or none"),
         ({"reduction": "sum", "num_items_in_batch": 3}, "denominator of a mean, which reduction='sum' has not"),
         ({"impl": "cuda"}, "impl='cuda' is unknown; choose one of auto, torch"),
+        ({"impl": "compile"}, "impl='compile' is unknown; choose one of auto, torch, triton, reference"),
         ({"chunk_tokens": 0}, "chunk_tokens=0 must be a whole number from 1 on; None chooses"),
         ({"logit_softcap": -1.0}, r"logit_softcap=-1\.0 must be positive and finite; None leaves"),
         ({"bias": torch.zeros(4)}, r"bias must have shape \(123,\), but has \(4,\)"),

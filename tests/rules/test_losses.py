@@ -12,7 +12,7 @@ from torch import Tensor
 import dpsm_hf.rules.losses
 from dpsm_hf import Objective, TokenScores, score_tokens
 from dpsm_hf.rules.losses import describe_invalid_labels
-from dpsm_hf.rules.scoring_rules import LOSS_TYPES
+from dpsm_hf.rules.registry import LOSS_TYPES, RULES
 from tests.reference import reference_gradient, reference_loss
 
 MIX = Objective("dpsm", alpha=0.4, z_loss=0.01)
@@ -171,7 +171,7 @@ def test_a_changed_tensor_is_noticed() -> None:
 def test_ignored_rows_give_zero_whatever_their_logits(loss_type: str, rubbish: float) -> None:
     logits, labels = batch(5, 9)
     labels[[1, 4]] = -100
-    smooth = {"score_smoothing": 0.2} if loss_type in ("brier", "spherical", "dpsm") else {}
+    smooth = {"score_smoothing": 0.2} if RULES[loss_type].score_smoothing else {}
     objective = Objective(loss_type, alpha=0.5, z_loss=0.1, **smooth)
     value, gradient = backward(logits, labels, objective)
     logits[1], logits[4, 3] = rubbish, rubbish

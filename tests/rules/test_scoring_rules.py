@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsm_hf.rules.losses import score_tokens
+from dpsm_hf.rules.registry import RULES
 from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective, row_statistics, tail_statistics, tail_threshold
 from tests.reference import exact_row, reference_gradient, reference_loss
 
 # every rule with every option that it takes, alone and together
+SMOOTHINGS: tuple[dict[str, float], ...] = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
 CASES: list[dict[str, Any]] = [
-    *({"loss_type": rule, **smooth, "z_loss": z}
-      for rule in ("ce", "brier", "spherical")
-      for smooth in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
-      for z in (0.0, 0.01)),
-    *({"loss_type": rule, "score_smoothing": 0.3, "z_loss": z}
-      for rule in ("brier", "spherical") for z in (0.0, 0.01)),
-    *({"loss_type": "focal", "focal_gamma": gamma, "label_smoothing": smooth, "z_loss": z}
-      for gamma in (0.0, 0.5, 1.0, 2.0) for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, **smooth, "z_loss": z}
+      for rule in RULES.values() if rule.name != "dpsm" and not rule.parameters
+      for smooth in SMOOTHINGS for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, "score_smoothing": 0.3, "z_loss": z}
+      for rule in RULES.values() if rule.name != "dpsm" and rule.score_smoothing for z in (0.0, 0.01)),
+    *({"loss_type": rule.name, parameter.name: value, "label_smoothing": smooth, "z_loss": z}
+      for rule in RULES.values() for parameter in rule.parameters
+      for value in sorted({parameter.default, 0.0, 0.5, 1.0, 2.0}) if parameter.allowed(value)
+      for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
     *({"loss_type": "dpsm", "alpha": alpha, **smooth, "z_loss": z}
       for alpha in (0.0, 0.3, 0.5, 1.0)
       for smooth in ({}, {"label_smoothing": 0.1}, {"score_smoothing": 0.3})
@@ -258,7 +261,7 @@ def test_low_precision_is_better_than_the_naive_form(dtype: torch.dtype) -> None
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4).map(
     lambda w: torch.tensor(w, dtype=torch.float64) / sum(w)
 )
-PROPER = ("ce", "brier", "spherical", "dpsm")
+PROPER = tuple(rule.name for rule in RULES.values() if rule.proper.startswith("yes"))
 
 
 def expected_score(p: Tensor, q: Tensor, objective: Objective) -> float:
@@ -287,6 +290,31 @@ def test_the_focal_loss_is_not_proper() -> None:
     assert expected_score(p, q, objective) < expected_score(p, p, objective)
     ce = Objective("focal", focal_gamma=0.0)
     assert expected_score(p, q, ce) > expected_score(p, p, ce)
+
+
+def test_generalised_cross_entropy_is_not_proper_and_has_its_limits() -> None:
+    p, q = torch.tensor([0.9, 0.1], dtype=torch.float64), torch.tensor([0.95, 0.05], dtype=torch.float64)
+    objective = Objective("gce")
+    assert expected_score(p, q, objective) < expected_score(p, p, objective)
+    logits, labels = batch(8, 11)
+    p_target = logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    value, _ = value_and_gradient(logits, labels, Objective("gce", gce_q=1.0))
+    torch.testing.assert_close(value, 1 - p_target, rtol=1e-14, atol=1e-14)
+    for smoothing in (0.0, 0.1):
+        limit = value_and_gradient(logits, labels, Objective("gce", gce_q=1e-10, label_smoothing=smoothing))
+        ce = value_and_gradient(logits, labels, Objective("ce", label_smoothing=smoothing))
+        for ours, expected in zip(limit, ce, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("gap", [30.0, 90.0, 120.0])
+def test_generalised_cross_entropy_of_an_unlikely_target(gap: float) -> None:
+    logits, labels = torch.zeros(1, 8), torch.tensor([3])
+    logits[0, 3] = -gap  # p_y underflows in float32 from about 100 on, its power does not
+    value, gradient = value_and_gradient(logits, labels, Objective("gce"))
+    true_value, true_slope = exact_row(logits[0].tolist(), 3, "gce", 0.0, 0.0)
+    assert value.item() == pytest.approx(true_value, rel=2e-6)
+    assert gradient[0, 3].item() == pytest.approx(true_slope, rel=1e-5)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

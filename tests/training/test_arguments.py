@@ -12,6 +12,7 @@ import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from dpsm_hf import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
+from dpsm_hf.rules.registry import PARAMETERS
 from dpsm_hf.training.arguments import dpsm_arguments, dpsm_field_names
 
 CLASSES = (DPSMConfig, DPSMSeq2SeqConfig)
@@ -76,7 +77,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.generated_calibration is False and args.expected_depth is True
     assert args.log_component_grad_norms is True
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
-    assert set(TYPED) | {"focal_gamma"} == set(dpsm_field_names()), "a new field has no test"
+    assert set(TYPED) | set(PARAMETERS) == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--loss_type", "focal", "--focal_gamma", "1.5"]
     )

@@ -1,0 +1,58 @@
+"""The Brier score: the squared distance between the distribution and the label."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..rows import RowScore, RowStatistics
+from ..rule import Rule, RuleOptions, with_tail
+
+
+def score(row: RowStatistics, options: RuleOptions) -> RowScore:
+    """Return ``sum_j (p_j - t_j)**2`` for the label t, smoothed or not."""
+    eps, vocab_size = options.label_smoothing or options.score_smoothing, options.vocab_size
+    p, r = row.p_target, row.off_norm
+    gap = row.miss - eps  # (1 - eps) - p_y, without the cancellation
+    value = row.brier
+    if eps:
+        share = eps / vocab_size
+        value = (gap + share).square() + r - 2 * share * row.miss + (vocab_size - 1) * share**2
+    brier = RowScore(value, 2 * (p * gap - r), 2.0, 0.0, 0.0, -2 * p * (gap * row.miss + r))
+    return with_tail(brier, row, options)
+
+
+@functools.cache
+def kernel() -> Any:
+    """Return the Triton function of the rule, see `Rule`."""
+    global tl  # where Triton looks for it
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def brier(
+        weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING: tl.constexpr
+    ):
+        gap = q
+        value = q * q + r
+        if SMOOTHING > 0:
+            gap = q - epsilon
+            value = (gap + share) * (gap + share) + r - 2.0 * share * q + (size - 1.0) * share * share
+        a = weight * 2.0 * (p * gap - r)
+        target = -(weight * 2.0 * p * (gap * q + r))
+        return weight * value, a, weight * 2.0, 0.0, weight, target
+
+    return brier
+
+
+RULE = Rule(
+    name="brier",
+    score=score,
+    kernel=kernel,
+    formula="Σ_j (p_j - [j = y])²",
+    proper="yes",
+    bounds="[0, 2]",
+    source="Brier (1950)",
+    order=3,
+    score_smoothing=True,
+)

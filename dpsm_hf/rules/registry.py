@@ -1,0 +1,57 @@
+"""All scoring rules, found in `dpsm_hf.rules.formulas`: a new rule is one new file there and nothing else.
+
+``python -m dpsm_hf.rules.registry docs/losses.md`` rewrites the table of the rules in the documentation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import sys
+from dataclasses import field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from . import formulas
+from .rule import Parameter, Rule
+
+
+def _find() -> dict[str, Rule]:
+    names = [module.name for module in pkgutil.iter_modules(formulas.__path__)]
+    rules: list[Rule] = [importlib.import_module(f"{formulas.__name__}.{name}").RULE for name in names]
+    return {rule.name: rule for rule in sorted(rules, key=lambda rule: (rule.order, rule.name))}
+
+
+RULES = _find()
+LOSS_TYPES = tuple(RULES)
+PARAMETERS: dict[str, Parameter] = {p.name: p for rule in RULES.values() for p in rule.parameters}
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def rule_parameter(name: str) -> Any:
+    """Return the dataclass field of a rule's parameter."""
+    parameter = PARAMETERS[name]
+    return field(default=parameter.default, metadata={"help": f"dpsm_hf: {parameter.help}"})
+
+
+def with_rule_parameters(cls: _Class) -> _Class:
+    """Give a class, before ``@dataclass`` reads it, a field for each parameter of a rule that it does not name."""
+    for name in PARAMETERS:
+        if name not in cls.__annotations__:
+            cls.__annotations__[name] = float
+            setattr(cls, name, rule_parameter(name))
+    return cls
+
+
+def documented(text: str) -> str:
+    """Return a page of the documentation with the table of the rules in its place."""
+    lines = ["| `loss_type` | value of a token | strictly proper | range | source |", "|---|---|---|---|---|"]
+    lines += [f"| `{r.name}` | {r.formula} | {r.proper} | {r.bounds} | {r.source} |" for r in RULES.values()]
+    return re.sub(r"\| `loss_type` \|(.*\n)+?(?=\n)", lambda _: "\n".join(lines) + "\n", text, count=1)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(documented(page.read_text(encoding="utf-8")), encoding="utf-8")

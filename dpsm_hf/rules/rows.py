@@ -1,0 +1,169 @@
+"""A row of logits as the few scalars that every scoring rule is computed from, and the gradient of a row.
+
+For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)`` every rule here has a value that depends on the
+row only through the *row statistics*, and a gradient of one form::
+
+    dL/dz_j = a * p_j + b * p_j**2 + d + e * [p_j < tail_threshold]    for j != y,        dL/dz_y = target
+
+so nothing of size ``[N, V]`` but the logits and their gradient is ever needed: no one-hot, no stored softmax. The
+target is kept out of the sums (``u``, ``Q`` below), hence ``1 - p_y = u / S`` and ``||p||**2 - p_y**2 = Q / S**2``
+keep all their digits as ``p_y -> 1``, where the textbook forms cancel::
+
+    m = max z    e_j = exp(z_j - m)    u = sum_{j != y} e_j    Q = sum_{j != y} e_j**2    S = u + e_y
+    p_y = e_y / S        q = 1 - p_y = u / S        r = Q / S**2        ||p||**2 = p_y**2 + r
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: What is reported of every scored token; entropy is the last, and there only where it is asked for.
+STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
+
+
+class RowStatistics(NamedTuple):
+    """The scalars of each row that every rule is computed from; all of shape ``[N]``, float32 or float64."""
+
+    row_max: Tensor  # m = max_j z_j
+    normalizer: Tensor  # S = sum_j exp(z_j - m)
+    p_target: Tensor  # p_y
+    miss: Tensor  # q = 1 - p_y
+    off_norm: Tensor  # r = sum_{j != y} p_j**2
+    nll: Tensor  # -log p_y, in nats
+    correct: Tensor  # bool: y attains the maximum
+    mean_logit: Tensor  # mean_j z_j
+    entropy: Tensor  # -sum_j p_j log p_j, in nats
+
+    @property
+    def confidence(self) -> Tensor:
+        """Return the largest probability of each row, ``max_j p_j = 1 / S``."""
+        return 1.0 / self.normalizer
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """Return ``log sum_j exp z_j = m + log S``."""
+        return self.row_max + self.normalizer.log()
+
+    @property
+    def brier(self) -> Tensor:
+        """Return ``sum_j (p_j - [j = y])**2 = q**2 + r``, in [0, 2]."""
+        return self.miss.square() + self.off_norm
+
+    @property
+    def spherical(self) -> Tensor:
+        """Return ``1 - p_y / ||p|| = r / (n (n + p_y))`` with ``n = ||p||``, in [0, 1]."""
+        norm = (self.p_target.square() + self.off_norm).sqrt()
+        return self.off_norm / (norm * (norm + self.p_target))
+
+
+def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
+    """Reduce each row of logits to the scalars of `RowStatistics`, in float32 at least.
+
+    Equivalent plain torch, but for digits lost near ``p_y = 1``: ``p = logits.float().softmax(-1)``,
+    ``p_target = p.gather(-1, labels)``, ``off_norm = (p**2).sum(-1) - p_target**2`` and so on.
+
+    Args:
+        logits: ``[N, V]``, any floating dtype; float64 is kept, everything else is computed in float32.
+        labels: ``[N]`` int64, each in ``[0, V)``.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    index = labels.unsqueeze(-1)
+    row_max = z.amax(-1, keepdim=True)
+    shifted = z - row_max
+    weight = shifted.exp()
+    target_shifted = shifted.gather(-1, index).squeeze(-1)
+    target_weight = weight.gather(-1, index).squeeze(-1)
+    # exp(-inf) * -inf would be NaN for vocabulary entries that a model masks out
+    entropy_sum = (weight * shifted.clamp_min(torch.finfo(z.dtype).min)).sum(-1)
+    weight = weight.scatter_(-1, index, 0.0)
+    others = weight.sum(-1)
+    normalizer = others + target_weight
+    correct = target_shifted >= 0
+    log_normalizer = torch.where(correct, others.log1p(), normalizer.log())
+    return RowStatistics(
+        row_max=row_max.squeeze(-1),
+        normalizer=normalizer,
+        p_target=target_weight / normalizer,
+        miss=others / normalizer,
+        off_norm=weight.square_().sum(-1) / normalizer.square(),
+        nll=log_normalizer - target_shifted,
+        correct=correct,
+        mean_logit=z.mean(-1),
+        entropy=log_normalizer - entropy_sum / normalizer,
+    )
+
+
+def statistics_columns(row: RowStatistics, entropy: bool = True) -> Tensor:
+    """Return the columns named in `STATISTICS`, ``[n, 6]``, or ``[n, 5]`` without entropy."""
+    columns = [row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype)]
+    return torch.stack([*columns, row.entropy] if entropy else columns, dim=-1)
+
+
+class RowScore(NamedTuple):
+    """Value and gradient coefficients of a rule, one of each for a row; see the module's first formula."""
+
+    value: Tensor
+    a: Tensor | float  # times p_j
+    b: Tensor | float  # times p_j**2
+    d: Tensor | float  # constant over the row
+    e: Tensor | float  # on the tail, p_j < tail_threshold
+    target: Tensor  # the whole gradient of the target's logit
+
+    def scaled(self, weight: float | Tensor) -> RowScore:
+        """Return the score of ``weight * rule``."""
+        return RowScore(
+            weight * self.value,
+            weight * self.a,
+            weight * self.b,
+            weight * self.d,
+            weight * self.e,
+            weight * self.target,
+        )
+
+    def plus(self, other: RowScore) -> RowScore:
+        """Return the score of the sum of two rules."""
+        return RowScore(
+            self.value + other.value,
+            self.a + other.a,
+            self.b + other.b,
+            self.d + other.d,
+            self.e + other.e,
+            self.target + other.target,
+        )
+
+
+def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return for each row the count of ``p_j < threshold`` and the sum of their ``-log p_j``; both ``[N]``."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    log_p = z - row.log_normalizer.unsqueeze(-1)
+    masked = log_p.exp() < threshold
+    return masked.sum(-1).to(z.dtype), -torch.where(masked, log_p, 0.0).sum(-1)
+
+
+def logits_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    normalizer: Tensor,
+    score: RowScore,
+    threshold: float | None = None,
+) -> Tensor:
+    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits).
+
+    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the target's entry replaced by ``score.target``.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    p = (z - row_max.unsqueeze(-1)).exp_().div_(normalizer.unsqueeze(-1))
+    gradient = (p * column(score.b)).add_(column(score.a)).mul_(p).add_(column(score.d))
+    if threshold is not None:
+        gradient.add_((p < threshold) * column(score.e))
+    # computed once in float32 and stored once: a * p + b * p**2 - ... would cancel as p_y -> 1
+    return gradient.scatter_(-1, labels.unsqueeze(-1), score.target.unsqueeze(-1))
+
+
+def column(value: Tensor | float) -> Tensor | float:
+    """Return one number a row ``[n]`` as a column ``[n, 1]``; a number for all rows stays as it is."""
+    return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value
