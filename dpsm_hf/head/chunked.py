@@ -309,7 +309,7 @@ class _ModuleChunks:
         self.graph: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
-        """Return a copy of the head's output for some rows: the module may need its own for the way back."""
+        """Return a copy of the head's output for some rows: the module may need its own in the backward pass."""
         kind = hidden.device.type
         with torch.set_grad_enabled(gradient), torch.autocast(kind, dtype=self.work.dtype, enabled=self.work.autocast):
             rows = hidden.detach().requires_grad_(gradient and self.wants[0])

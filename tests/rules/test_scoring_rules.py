@@ -387,6 +387,8 @@ def test_cross_entropy_equals_torch() -> None:
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0 lies outside \[0, 1\)"),
         ({"score_smoothing": -0.2}, r"score_smoothing=-0.2 lies outside"),
         ({"focal_gamma": -1.0}, r"focal_gamma=-1.0 must be a finite number"),
+        ({"gce_q": 1.5}, r"gce_q=1.5 must lie in \(0, 1\]"),
+        ({"gce_q": 0.0}, r"gce_q=0.0 must lie in"),
         ({"z_loss": math.inf}, r"z_loss=inf must be a finite number"),
         ({"score_smoothing": 0.1, "label_smoothing": 0.2}, r"score_smoothing=0.1 and label_smoothing=0.2 both smooth"),
         ({"loss_type": "ce", "score_smoothing": 0.1}, r"score_smoothing=0.1 .* loss_type='ce' has neither"),
