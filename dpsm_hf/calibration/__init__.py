@@ -4,9 +4,9 @@
 `intervals` says how sure they are, `curve` is the data of a reliability diagram.
 """
 
-from .accumulator import TokenCalibration
+from .accumulator import TokenCalibration, calibration_curve
 from .classwise import ClassCalibration
-from .curve import CalibrationCurve, calibration_curve
+from .curve import CalibrationCurve
 from .grid import GRID_BINS
 from .intervals import Interval
 from .metrics import METRICS, SCORES, lower_is_better
