@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ..runtime.files import write_json
 from .runner.records import RETRIES
-from .spec.design import Campaign
-from .spec.spec import SCALES
+from .spec.design import SCALES, Campaign
 from .spec.yaml_lines import SpecError
 
 PLAN_NAME = "plan.json"

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import TextIO
 
 from ..spec.design import Campaign
-from .budget import length, planned_points
 from .records import SETTLED, Record
 
 
@@ -35,7 +34,7 @@ def run_names(campaign: Campaign) -> dict[str, str]:
         campaign: the campaign.
     """
     names: dict[str, str] = {}
-    for run_id, point in planned_points(campaign).items():
+    for run_id, point in campaign.planned_points.items():
         parts = [point.variation, point.size, point.data, f"seed-{point.seed}"]
         if point.study != "main":
             parts.append(point.study)
@@ -62,8 +61,8 @@ class Progress:
     ) -> None:
         self._numbers = {run_id: number for number, run_id in enumerate(order, 1)}
         self._names = names
-        points = planned_points(campaign)
-        self._kinds = {run_id: length(campaign, points[run_id]) for run_id in order if run_id in points}
+        points = campaign.planned_points
+        self._kinds = {run_id: campaign.length(points[run_id]) for run_id in order if run_id in points}
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._shown = 0.0

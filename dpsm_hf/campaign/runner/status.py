@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..spec.design import Campaign
 from .budget import training_seconds
-from .launching import run_order
 from .lock import runner_at_work
 from .progress import Progress, duration, run_names
 from .records import SETTLED, STATUSES, Record, read_records
@@ -26,7 +25,7 @@ def campaign_status(campaign: Campaign, directory: str | Path) -> str:
         ValueError: a record cannot be read; it is named.
     """
     directory = Path(directory).resolve()
-    order, names = run_order(campaign), run_names(campaign)
+    order, names = campaign.order, run_names(campaign)
     records = read_records(directory, order)
     holder = runner_at_work(directory)
     rows: list[tuple[str, ...]] = [("run", "id", "status", "attempts", "time", "trained", "why")]
