@@ -15,7 +15,7 @@ from dpsm_hf.campaign.runner.lock import RunnerError
 from dpsm_hf.campaign.runner.progress import Progress, duration, run_names
 from dpsm_hf.campaign.runner.records import Record
 from dpsm_hf.campaign.spec.design import Budget, Campaign, Point
-from tests.campaigns import make_campaign, run_of
+from tests.campaign.campaigns import make_campaign, run_of
 
 ARGUMENTS = {"max_steps": 100, "eval_strategy": "steps", "eval_steps": 10, "block_size": 8}
 

@@ -23,7 +23,7 @@ from dpsm_hf.campaign.runner.progress import run_names
 from dpsm_hf.campaign.runner.tokenizer import shared_tokenizer
 from dpsm_hf.campaign.spec.design import Point, Run
 from dpsm_hf.tasks.steps import stop_step
-from tests.campaigns import make_campaign, run_of
+from tests.campaign.campaigns import make_campaign, run_of
 
 ARGUMENTS = {"model_type": "gpt2", "tokenizer_name": "train-bpe", "train_file": "a.txt", "max_steps": 10}
 
