@@ -27,7 +27,7 @@ ROOMS |= {"measuring": {"head", "training"} | ROOMS["training"]}
 ROOMS |= {"campaign": {"tasks", "measuring"} | ROOMS["tasks"]}
 
 #: Inside `campaign`, from the command down; a part may import those after it that `BESIDE` does not take away.
-CAMPAIGN = ("cli", "report", "verdict", "audit", "plan", "cost", "runner", "spec")
+CAMPAIGN = ("cli", "demo", "report", "verdict", "audit", "plan", "cost", "runner", "spec")
 BESIDE = {"runner", "audit"}
 
 #: Private names of other packages, and why there is no public one.

@@ -181,7 +181,7 @@ class SpecReader:
         studies = self.entries(top, "studies", study)
         for section in ("variations", "sizes", "data", "studies"):
             if section not in top:
-                self.problems.add(self.tree.place, section, "is missing, here and under the scale; give at least one")
+                self.wrong(self.tree, section, "is missing, here and under the scale; give at least one")
         for role in ("reference", "brier"):
             name = self.text(top.get(role), role)
             if name and name not in variations:
@@ -216,26 +216,22 @@ class SpecReader:
         if given is None:
             return {}
         if not isinstance(given.value, dict) or not given.value:
-            self.problems.add(
-                given.place, section, f"has {given.kind} where names with keys belong; give at least one"
-            )
+            self.wrong(given, section, f"has {given.kind} where names with keys belong; give at least one")
             return {}
         found = {}
         for name, entry in given.value.items():
             if section == "variations" and name in (*ROLES, ALL):
-                self.problems.add(entry.place, f"{section}.{name}", "this name means a group; choose another")
+                self.wrong(entry, f"{section}.{name}", "this name means a group; choose another")
             if "/" in name or "," in name or "*" in name or not name.strip():
-                self.problems.add(
-                    entry.place, section, f"the name {name!r} has a character of / , * in it; leave it out"
-                )
+                self.wrong(entry, section, f"the name {name!r} has a character of / , * in it; leave it out")
             found[name] = read(entry, f"{section}.{name}", name)
         return found
 
     def variation(self, entry: Located, path: str, name: str) -> VariationEntry:
         given = self.keys(entry, path, ENTRY_KEYS["variations"], ())
         if "of" in given and "arguments" in given:
-            self.problems.add(
-                given["of"].place,
+            self.wrong(
+                given["of"],
                 f"{path}.of",
                 "contradicts arguments: it reads the figures of another variation's runs and has none; leave one out",
             )
@@ -294,7 +290,7 @@ class SpecReader:
         for item in self.items(given.get("replaces"), f"{path}.replaces", empty=True):
             replaces.append(self.text(item, f"{path}.replaces"))
             if wrong := check_name(self.task, replaces[-1]):
-                self.problems.add(item.place, f"{path}.replaces", wrong)
+                self.wrong(item, f"{path}.replaces", wrong)
         return StudyEntry(
             *self.common(given, entry, path, name),
             variations=self.chosen(given.get("variations"), f"{path}.variations", variations),
@@ -314,7 +310,7 @@ class SpecReader:
                 if value is None:
                     continue
                 if value.value in [other.value for other in values]:
-                    self.problems.add(item.place, f"{path}.{name}", f"{value.value!r} is there twice; keep one")
+                    self.wrong(item, f"{path}.{name}", f"{value.value!r} is there twice; keep one")
                 values.append(value)
             found[name] = tuple(values)
         return found
@@ -336,7 +332,7 @@ class SpecReader:
             return Budget(limit, metric, rungs, keep)
         except ValueError:  # each number is a share by itself
             path, what = "budget.halving.rungs", "the shares must rise; sort them and keep each once"
-            self.problems.add(halving["rungs"].place, path, what)
+            self.wrong(halving["rungs"], path, what)
             return default
 
     def audit(self, given: Located | None, sizes: Iterable[str]) -> dict[str, Any] | None:
@@ -361,7 +357,7 @@ class SpecReader:
     def argument(self, name: str, given: Located, path: str) -> Given | None:
         wrong = check_name(self.task, name)
         if wrong is not None:
-            self.problems.add(given.place, path, wrong)
+            self.wrong(given, path, wrong)
             return None
         if given.value is None:
             return Given(None, given.place, path)
@@ -370,7 +366,7 @@ class SpecReader:
             resolved = self.resolved(name, given.plain(), given.place, paths)
             value = typed_value(self.task, name, located(resolved, given.place))
         except ValueError as error:
-            self.problems.add(given.place, path, str(error))
+            self.wrong(given, path, str(error))
             return None
         return Given(value, given.place, path, tuple(paths))
 
@@ -396,6 +392,9 @@ class SpecReader:
 
     # ---- kinds of values -------------------------------------------------------------------------------------------
 
+    def wrong(self, given: Located, path: str, what: str) -> None:
+        self.problems.add(given.place, path, what)
+
     def keys(
         self, given: Located | None, path: str, known: Iterable[str] | None, required: Iterable[str]
     ) -> dict[str, Located]:
@@ -404,7 +403,7 @@ class SpecReader:
             return {}
         if not isinstance(given.value, dict):
             if given.value is not None:
-                self.problems.add(given.place, path, f"has {given.kind} where keys with values belong")
+                self.wrong(given, path, f"has {given.kind} where keys with values belong")
                 return {}
             given = Located({}, given.place)
         for key, item in given.value.items():
@@ -413,24 +412,24 @@ class SpecReader:
                 self.problems.unknown(item.place, below, "a key that is known here", key, known)
         for key in required:
             if key not in given.value:
-                self.problems.add(given.place, f"{path}.{key}" if path else key, "is missing; give it")
+                self.wrong(given, f"{path}.{key}" if path else key, "is missing; give it")
         return {key: item for key, item in given.value.items() if known is None or key in known}
 
     def items(self, given: Located | None, path: str, empty: bool = False) -> list[Located]:
         if given is None:
             return []
         if not isinstance(given.value, list):
-            self.problems.add(given.place, path, f"has {given.kind} where a list belongs; write [ ... ]")
+            self.wrong(given, path, f"has {given.kind} where a list belongs; write [ ... ]")
             return []
         if not given.value and not empty:
-            self.problems.add(given.place, path, "is an empty list; give at least one, or leave the key out")
+            self.wrong(given, path, "is an empty list; give at least one, or leave the key out")
         return given.value
 
     def text(self, given: Located | None, path: str, default: str = "") -> str:
         if given is None:
             return default
         if not isinstance(given.value, str) or not given.value.strip():
-            self.problems.add(given.place, path, f"has {given.kind} where text belongs; put it in quotes")
+            self.wrong(given, path, f"has {given.kind} where text belongs; put it in quotes")
             return default
         return given.value
 
@@ -438,20 +437,20 @@ class SpecReader:
         text = self.text(given, path)
         if given is not None and text and not re.fullmatch(r"[\w][\w.+-]*", text):
             what = f"{text!r} names the folder of the results; use letters, digits and . _ + - alone"
-            self.problems.add(given.place, path, what)
+            self.wrong(given, path, what)
         return text
 
     def choice(self, given: Located | None, path: str, allowed: Iterable[str], default: str) -> str:
         text = self.text(given, path, default)
         if given is not None and isinstance(given.value, str) and text not in allowed:
-            self.problems.add(given.place, path, f"{text!r} is not known; {suggestion(text, allowed)}")
+            self.wrong(given, path, f"{text!r} is not known; {suggestion(text, allowed)}")
             return default
         return text
 
     def integer(self, given: Located, path: str, least: int) -> int:
         if isinstance(given.value, bool) or not isinstance(given.value, int) or given.value < least:
             what = f"has {given.kind} ({given.plain()!r}) where a whole number of at least {least} belongs"
-            self.problems.add(given.place, path, what)
+            self.wrong(given, path, what)
             return least
         return given.value
 
@@ -460,26 +459,24 @@ class SpecReader:
             return default
         value = given.value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.problems.add(given.place, path, f"has {given.kind} ({given.plain()!r}) where a number belongs")
+            self.wrong(given, path, f"has {given.kind} ({given.plain()!r}) where a number belongs")
             return default
         if value < least or (most is not None and not least < value < most):
             bounds = f"of at least {least:g}" if most is None else f"between {least:g} and {most:g}"
-            self.problems.add(given.place, path, f"is {value:g}; give a number {bounds}")
+            self.wrong(given, path, f"is {value:g}; give a number {bounds}")
             return default
         return float(value)
 
     def seeds(self, given: Located | None, path: str) -> tuple[int, ...]:
         found: list[int] = []
         if given is None:
-            self.problems.add(
-                self.tree.place, path, "is missing, here and under the scale; give [1, 2, 3] for instance"
-            )
+            self.wrong(self.tree, path, "is missing, here and under the scale; give [1, 2, 3] for instance")
         for item in self.items(given, path):
             value = self.integer(item, path, 0)
             if value >= 2**32:
-                self.problems.add(item.place, path, f"the seed {value} is too large; it must be less than 2**32")
+                self.wrong(item, path, f"the seed {value} is too large; it must be less than 2**32")
             if value in found:
-                self.problems.add(item.place, path, f"the seed {value} is there twice; keep one")
+                self.wrong(item, path, f"the seed {value} is there twice; keep one")
             found.append(value)
         return tuple(dict.fromkeys(found))
 
