@@ -86,8 +86,10 @@ class _Expansion:
     def add_study(self, study: StudyEntry, seed: int) -> None:
         """Add the points of a study with one seed, the reference first at each place."""
         names = sorted(study.variations, key=lambda name: name != self.spec.reference)
-        for size, data, *values in itertools.product(study.sizes, study.data, *study.grid.values()):
-            combination = dict(zip(study.grid, values, strict=True))
+        combinations = [
+            dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())
+        ]
+        for size, data, combination in itertools.product(study.sizes, study.data, combinations):
             for name in names:
                 self.add_point(study, self.spec.variations[name], size, data, seed, combination)
 
