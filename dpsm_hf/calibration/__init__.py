@@ -5,9 +5,9 @@
 `curve` holds the data of a reliability diagram.
 """
 
-from .accumulator import TokenCalibration
+from .accumulator import TokenCalibration, calibration_curve
 from .classwise import ClassCalibration
-from .curve import CalibrationCurve, calibration_curve
+from .curve import CalibrationCurve
 from .grid import GRID_BINS
 from .intervals import Interval
 from .metrics import METRICS, SCORES, lower_is_better

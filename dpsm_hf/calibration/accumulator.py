@@ -250,6 +250,21 @@ class TokenCalibration:
         )
 
 
+def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document: Any = None) -> CalibrationCurve:
+    """Return the reliability diagram of tokens from their confidences and whether they are right.
+
+    Args:
+        confidence, correct, document: ``[N]``, see `TokenCalibration.update`.
+        bins: equal-width bins, a divisor of 3,000.
+
+    Raises:
+        ValueError: as `TokenCalibration.update` and `TokenCalibration.curve`.
+    """
+    calibration = TokenCalibration()
+    calibration.update(confidence=confidence, correct=correct, document=document)
+    return calibration.curve(bins)
+
+
 def check_seen(tokens: int) -> None:
     """Raise if no token was counted.
 

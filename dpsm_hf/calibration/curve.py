@@ -6,12 +6,9 @@ import csv
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .accumulator import TokenCalibration
 
 
 @dataclass(frozen=True)
@@ -73,20 +70,3 @@ class CalibrationCurve:
                 [self.edges[i], self.edges[i + 1], int(count), *("" if math.isnan(c) else float(c) for c in cells)]
             )
         return text.getvalue()
-
-
-def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document: Any = None) -> CalibrationCurve:
-    """Return the reliability diagram of tokens from their confidences and whether they are right.
-
-    Args:
-        confidence, correct, document: ``[N]``, see `TokenCalibration.update`.
-        bins: equal-width bins, a divisor of 3,000.
-
-    Raises:
-        ValueError: as `TokenCalibration.update` and `TokenCalibration.curve`.
-    """
-    from .accumulator import TokenCalibration
-
-    calibration: TokenCalibration = TokenCalibration()
-    calibration.update(confidence=confidence, correct=correct, document=document)
-    return calibration.curve(bins)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..runtime.files import write_json
+from .runner import running
 from .runner.records import RETRIES
-from .spec.design import Campaign
-from .spec.spec import SCALES
+from .spec.design import SCALES, Campaign
 from .spec.yaml_lines import SpecError
 
 PLAN_NAME = "plan.json"
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
             step.add_argument(
                 "--keep",
                 default="model",
-                choices=("all", "model", "records"),
+                choices=running.KEEP,
                 help="what is left of finished runs: all; model, no checkpoints (default); records, no weights",
             )
             step.add_argument("--no_audit", action="store_true", help="leave out the efficiency audit")
@@ -175,7 +175,6 @@ def _plan(campaign: Campaign, directory: Path, options: argparse.Namespace, word
 
 def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words: list[str]) -> int:
     from .plan import make_plan, render_plan
-    from .runner.running import run_campaign
 
     plan = make_plan(campaign, directory, jobs=max(1, options.jobs))
     print(render_plan(plan), file=sys.stderr)
@@ -183,7 +182,7 @@ def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words
     # what brought it about, for whoever repeats it
     write_json({**plan, "command": f"dpsm campaign {shlex.join(words)}"}, directory / PLAN_NAME)
     devices = options.devices.split(",") if options.devices else None
-    code = run_campaign(
+    code = running.run_campaign(
         campaign, directory, jobs=options.jobs, devices=devices, retry=options.retry, keep=options.keep
     )
     if code not in (0, 1):

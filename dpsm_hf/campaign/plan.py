@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .cost import Cost, run_cost
+from .runner.progress import table
 from .runner.records import read_records
 from .spec.design import Campaign, Point
 
@@ -229,13 +230,13 @@ def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
         setting = " ".join(f"{name}={value}" for name, value in study["settings"].items())
         counts = [len(study["variations"]), len(study["seeds"]), study["runs"], study["shared"]]
         rows.append([study["study"], study["size"], study["data"], setting or "-", *map(str, counts)])
-    lines += _table(rows)
+    lines += table(rows)
     for name, of in plan["readers"].items():
         lines.append(f"{name} has no runs of its own: it reads those of {of} after temperature scaling")
     if plan["preparations"]:
         lines += ["", f"and {len(plan['preparations'])} run(s) whose model others start from: "]
         lines[-1] += ", ".join(plan["preparations"].values())
-    lines += ["", *_table(_by_size(plan)), ""]
+    lines += ["", *table(_by_size(plan)), ""]
     for size, speed in plan["speed"].items():
         lines.append(f"speed of {size}: {speed['source'] if speed else 'unknown'}")
     lines.append(
@@ -244,7 +245,7 @@ def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
         "at a time"
     )
     if every_run:
-        lines += ["", *_table(_each_run(plan))]
+        lines += ["", *table(_each_run(plan))]
     return "\n".join(lines)
 
 
@@ -294,8 +295,3 @@ def _each_run(plan: Mapping[str, Any]) -> list[list[str]]:
         cost = ["reads this run"] * 2 if point["scaled"] else [in_units(run["tokens"]), in_hours(run["hours"])]
         rows.append([*place, str(point["seed"]), setting or "-", *cost])
     return rows
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

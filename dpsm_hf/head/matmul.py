@@ -7,10 +7,11 @@ fast there. It is reached by the operator that `torch.compile` emits for linear 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..runtime.processor import processor_fact
 
 # Multiplications from which on oneDNN is the faster one.
 _WORTH_IT = 2**22
@@ -48,8 +49,8 @@ def _onednn_is_faster() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        amd = processor_fact("vendor_id") == "AuthenticAMD"
         one = torch.ones(1, 1)
         return amd and float(torch.ops.mkldnn._linear_pointwise(one, one, one[0], "none", [], "")) == 2.0
-    except (OSError, AttributeError, RuntimeError, TypeError):  # another system, or the operator has changed
+    except (AttributeError, RuntimeError, TypeError):  # another system, or the operator has changed
         return False

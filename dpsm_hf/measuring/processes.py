@@ -6,7 +6,6 @@ import ctypes
 import gc
 import hashlib
 import os
-import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..runtime.environment import PACKAGE
+from ..runtime.processor import processor_name
 
 MIB = 2**20
 
@@ -91,15 +91,7 @@ def device_name(device: torch.device) -> str:
     """Return a device's name for a record: the GPU's, or the processor's with the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} cores, {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
+    return f"CPU, {torch.get_num_threads()} cores, {processor_name()}"
 
 
 def commit() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpsm_hf.campaign.runner.running import run_campaign
 from dpsm_hf.campaign.spec.design import Budget
-from tests.campaigns import make_campaign
+from tests.campaign.campaigns import make_campaign
 
 if __name__ == "__main__":
     content = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

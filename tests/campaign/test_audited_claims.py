@@ -10,8 +10,8 @@ import pytest
 from dpsm_hf.campaign.audit.audit import audited_runs
 from dpsm_hf.campaign.spec.design import Campaign, Variation
 from dpsm_hf.campaign.verdict.audited_claims import audited_claims
-from tests.campaign_files import FILE, edit, load, with_files
-from tests.hand_made_campaigns import VARIATIONS, campaign
+from tests.campaign.files import FILE, edit, load, with_files
+from tests.campaign.hand_made import VARIATIONS, campaign
 
 SECONDS = (1.00, 1.02, 0.99, 1.01, 1.00)
 

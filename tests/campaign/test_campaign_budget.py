@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from dpsm_hf.campaign.runner import budget, halving
+from dpsm_hf.campaign.runner import budget
+from dpsm_hf.campaign.runner.budget import Pruning
 from dpsm_hf.campaign.runner.lock import RunnerError
 from dpsm_hf.campaign.runner.progress import Progress, duration, run_names
-from dpsm_hf.campaign.runner.pruning import Pruning
 from dpsm_hf.campaign.runner.records import Record
 from dpsm_hf.campaign.spec.design import Budget, Campaign, Point
-from tests.campaigns import make_campaign, run_of
+from tests.campaign.campaigns import make_campaign, run_of
 
 ARGUMENTS = {"max_steps": 100, "eval_strategy": "steps", "eval_steps": 10, "block_size": 8}
 
@@ -108,11 +108,11 @@ def test_the_reference_of_the_same_length_stands_in() -> None:
 
 def test_a_run_of_a_main_point_and_an_ablation_is_main() -> None:
     campaign = make_campaign(ARGUMENTS, ("ce",), ablations=("dpsm",))
-    assert budget.prunable(campaign, run_of(campaign, "dpsm"))
+    assert run_of(campaign, "dpsm") in budget.prunable_runs(campaign)
     shared = Point("other", "ce", "tiny", "reference", 1, run_of(campaign, "dpsm"))
     campaign = Campaign(**{**vars(campaign), "points": (*campaign.points, shared)})
-    assert not budget.prunable(campaign, run_of(campaign, "dpsm"))
-    assert halving.cohorts(Campaign(**{**vars(campaign), "budget": Budget(halving_metric="nll")})) == []
+    assert run_of(campaign, "dpsm") not in budget.prunable_runs(campaign)
+    assert budget.cohorts(Campaign(**{**vars(campaign), "budget": Budget(halving_metric="nll")})) == []
 
 
 def test_ablations_wait_for_the_reference(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_ablations_wait_for_the_reference(tmp_path: Path) -> None:
     ],
 )
 def test_survivors(figures: dict[str, float], keep: float, kept: list[str]) -> None:
-    assert halving.survivors(figures, keep) == kept
+    assert budget.survivors(figures, keep) == kept
 
 
 HALVING = Budget(limit=100.0, halving_metric="nll", halving_rungs=(0.25, 0.5), halving_keep=0.5)
@@ -183,7 +183,7 @@ def test_the_worse_half_is_stopped_once_all_are_there(tmp_path: Path) -> None:
     assert stopped.decision["rung"] == 0 and stopped.decision["step"] == 30
     assert "nll not finite; of 4 compared, 2 went on: spherical 1.5, fixed 1 (at 0.25 of" in stopped.message
     assert "best 0.5 of the ablations" in stopped.message
-    assert halving.rung_done(decided[fixed]) == 1
+    assert budget.rung_done(decided[fixed]) == 1
 
 
 def test_a_decision_that_was_half_written_comes_out_the_same(tmp_path: Path) -> None:
@@ -251,26 +251,30 @@ def test_one_that_failed_is_not_waited_for_and_meets_the_rule_later(tmp_path: Pa
 
 def test_seeds_and_settings_are_compared_separately() -> None:
     campaign = make_campaign(ARGUMENTS, ("ce",), ablations=ABLATIONS[:2], seeds=(1, 2), budget=HALVING)
-    assert [len(cohort.members) for cohort in halving.cohorts(campaign)] == [2, 2]
+    assert [len(cohort.members) for cohort in budget.cohorts(campaign)] == [2, 2]
     alone = make_campaign(ARGUMENTS, ("ce",), ablations=("dpsm",), budget=HALVING)
-    assert halving.cohorts(alone) == []
-    assert halving.cohorts(make_campaign(ARGUMENTS, ("ce",), ablations=ABLATIONS)) == []
+    assert budget.cohorts(alone) == []
+    assert budget.cohorts(make_campaign(ARGUMENTS, ("ce",), ablations=ABLATIONS)) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
+    ("changes", "message"),
     [
-        ({"halving_rungs": (0.5, 0.25)}, {}, "rising shares"),
-        ({"halving_rungs": (0.5, 1.0)}, {}, "rising shares"),
-        ({"halving_keep": 1.0}, {}, "between 0 and 1"),
-        ({}, {"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
+        ({"halving_rungs": (0.5, 0.25)}, "rising shares"),
+        ({"halving_rungs": (0.5, 1.0)}, "rising shares"),
+        ({"halving_keep": 1.0}, "between 0 and 1"),
     ],
 )
-def test_halving_that_cannot_work(changes: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
-    budget_ = Budget(**{**vars(HALVING), **changes})
-    campaign = make_campaign({**ARGUMENTS, **arguments}, ("ce",), ablations=ABLATIONS[:2], budget=budget_)
-    with pytest.raises(RunnerError, match=message):
-        halving.check_halving(campaign)
+def test_halving_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**{**vars(HALVING), **changes})
+
+
+def test_halving_needs_evaluations_by_steps() -> None:
+    arguments = {**ARGUMENTS, "eval_strategy": "epoch"}
+    campaign = make_campaign(arguments, ("ce",), ablations=ABLATIONS[:2], budget=HALVING)
+    with pytest.raises(RunnerError, match="eval_strategy='epoch'"):
+        budget.check_halving(campaign)
 
 
 def test_a_metric_that_no_evaluation_has(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpsm_hf.campaign.runner.endings import classify, memory_kill_count, real_exit_code
+from dpsm_hf.campaign.runner.attempts import classify, memory_kill_count, real_exit_code
 
 TRACE = ["Traceback (most recent call last):", '  File "run_clm_dpsm.py", line 200, in <module>', "    main()"]
 SIMPLE = "subprocess.CalledProcessError: Command '['python', 'run_clm_dpsm.py']' returned non-zero exit status {}."

@@ -17,7 +17,7 @@ from dpsm_hf.campaign.runner.running import run_campaign
 from dpsm_hf.campaign.runner.status import campaign_status
 from dpsm_hf.campaign.spec.design import Budget, Campaign
 from dpsm_hf.runtime import environment
-from tests.campaigns import make_campaign, run_of
+from tests.campaign.campaigns import make_campaign, run_of
 
 SCRIPT = """
 import json, os, pathlib, signal, sys, time

@@ -20,7 +20,7 @@ from dpsm_hf.campaign.runner.launching import SETTINGS_NAME, run_folder
 from dpsm_hf.campaign.runner.lock import processes_of, ranks_of
 from dpsm_hf.campaign.runner.records import RECORD_NAME, Record, read_records
 from dpsm_hf.campaign.spec.design import Budget, Campaign
-from tests.campaigns import make_campaign, run_of, tiny_arguments
+from tests.campaign.campaigns import make_campaign, run_of, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20

@@ -11,9 +11,8 @@ import pytest
 
 from dpsm_hf.campaign.spec.design import Budget, Campaign
 from dpsm_hf.campaign.spec.loading import SpecError, load_campaign
-from tests.campaign_contradictions import CONTRADICTIONS
-from tests.campaign_files import FILE, edit, load, run_at, with_files, wrong
-from tests.campaign_mistakes import MISTAKES
+from tests.campaign.files import FILE, edit, load, run_at, with_files, wrong
+from tests.campaign.mistakes import MISTAKES
 
 # ---- what it expands to --------------------------------------------------------------------------------------------
 
@@ -305,10 +304,7 @@ def test_data_swaps_the_data_of_every_study(tmp_path: Path, monkeypatch: pytest.
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
-WRONG = [*MISTAKES, *CONTRADICTIONS]
-
-
-@pytest.mark.parametrize(("old", "new", "line", "said"), WRONG, ids=[mistake[3][:60] for mistake in WRONG])
+@pytest.mark.parametrize(("old", "new", "line", "said"), MISTAKES, ids=[mistake[3][:60] for mistake in MISTAKES])
 def test_every_kind_of_mistake_is_named_with_its_line(
     tmp_path: Path, old: str, new: str, line: str, said: str
 ) -> None:

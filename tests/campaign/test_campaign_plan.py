@@ -18,7 +18,7 @@ from dpsm_hf.campaign.plan import Speed, calibrate, in_hours, in_units, make_pla
 from dpsm_hf.campaign.runner.records import Record, write_record
 from dpsm_hf.campaign.spec.design import Campaign, Run
 from dpsm_hf.campaign.spec.loading import load_campaign
-from tests.campaign_files import FILE, edit
+from tests.campaign.files import FILE, edit
 from tests.tiny import make_model
 
 CAMPAIGNS = Path(__file__).resolve().parents[2] / "campaigns"

@@ -25,7 +25,7 @@ from dpsm_hf.campaign.spec.design import Campaign, Point
 from dpsm_hf.campaign.verdict.finding import Finding
 from dpsm_hf.campaign.verdict.results import Results
 from dpsm_hf.plots.figures import empty_figure, plain_log_axis
-from tests.hand_made_campaigns import VARIATIONS, campaign, records
+from tests.campaign.hand_made import VARIATIONS, campaign, records
 
 pytestmark = pytest.mark.slow
 STUDIES = ("main", "flipped-targets")

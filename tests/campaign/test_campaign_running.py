@@ -25,7 +25,7 @@ from dpsm_hf.campaign.runner.records import Record, read_records
 from dpsm_hf.campaign.runner.running import run_campaign
 from dpsm_hf.campaign.runner.status import campaign_status
 from dpsm_hf.campaign.spec.design import Campaign
-from tests.campaigns import make_campaign, run_of, tiny_arguments
+from tests.campaign.campaigns import make_campaign, run_of, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from dpsm_hf.campaign.verdict.claims import claims_of
 from dpsm_hf.campaign.verdict.finding import Finding
 from dpsm_hf.campaign.verdict.results import Results, setting_of
 from dpsm_hf.campaign.verdict.verdict import overall, verdict
-from tests.hand_made_campaigns import VARIATIONS, campaign, records
+from tests.campaign.hand_made import VARIATIONS, campaign, records
 
 PLAIN = VARIATIONS[:3]
 

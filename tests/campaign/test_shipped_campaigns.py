@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpsm_hf.campaign.spec.loading import load_campaign
-from tests.campaign_files import load, wrong
+from tests.campaign.files import load, wrong
 
 CAMPAIGNS = Path(__file__).resolve().parents[2] / "campaigns"
 EXP_1, EXP_2 = (

@@ -16,7 +16,7 @@ from dpsm_hf.campaign.runner.collecting import reached_step
 from dpsm_hf.campaign.runner.launching import SETTINGS_NAME, run_folder
 from dpsm_hf.campaign.runner.lock import processes_of, ranks_of
 from dpsm_hf.campaign.runner.records import read_records
-from tests.campaigns import make_campaign, tiny_arguments
+from tests.campaign.campaigns import make_campaign, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -17,7 +17,18 @@ from transformers import (
 
 from dpsm_hf.evaluation.depth import DepthReader
 from dpsm_hf.models.language_model import align_targets, core_model
-from tests.depth_models import LAYERS, LENGTH, LLAMA, MODELS, all_states, hooks, llama_read, make, make_batch, oracle
+from tests.evaluation.depth_models import (
+    LAYERS,
+    LENGTH,
+    LLAMA,
+    MODELS,
+    all_states,
+    hooks,
+    llama_read,
+    make,
+    make_batch,
+    oracle,
+)
 
 # ---- the architectures ---------------------------------------------------------------------------------------------
 

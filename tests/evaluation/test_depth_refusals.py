@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from dpsm_hf.evaluation.depth import DepthReader, DepthReaderError
-from tests.depth_models import LAYERS, LLAMA, hooks, make, make_batch
+from tests.evaluation.depth_models import LAYERS, LLAMA, hooks, make, make_batch
 from tests.tiny import VOCAB
 
 

@@ -1,8 +1,13 @@
-"""One process of one run, from the record that announces it to the record that says how it ended."""
+"""One process of one run, from the record that announces it to the record that says how it ended, and why.
+
+How it ended is told by its exit code, its last lines, and what the kernel says.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -13,7 +18,6 @@ from ...runtime.child_process import Child, ChildResult, tail_of
 from ...runtime.files import write_json
 from ..spec.design import Campaign
 from .collecting import collect, diverged, forget_results, has_results, is_finished, reached_step
-from .endings import LOG_LINES, Ending, classify, memory_kill_count
 from .launching import (
     LOG_NAME,
     SETTINGS_NAME,
@@ -26,6 +30,31 @@ from .launching import (
 from .lock import end_orphans, interrupt_run, kill_run, processes_of
 from .machine import machine_facts
 from .records import Record, write_record
+
+#: Lines of the log that are looked at: a launcher's own traceback stands below the cause.
+LOG_LINES = 200
+
+_FULL_DISK = ("No space left on device", "Disk quota exceeded", "os error 28)", "[Errno 28]", "[Errno 122]")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "MemoryError",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+# The exceptions below are what a launcher adds: they say that a process failed, not why.
+_ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
+_LAUNCHER_ERRORS = ("subprocess.CalledProcessError", "torch.distributed.elastic")
+_CODES = (
+    re.compile(r"CalledProcessError: .*returned non-zero exit status (\d+)\."),
+    re.compile(r"CalledProcessError: .*died with <Signals\.\w+: (\d+)>\."),
+    re.compile(r"^\s*exitcode\s*:\s*(-?\d+)"),
+)
+_LITTLE_SPACE = 2**20
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL)
+# a shell's codes for an interrupt and for SIGTERM, and what somebody may send; other signals are crashes
+_STOPPED = frozenset({130, 143, *(-number for number in _SIGNALS)})
 
 
 @dataclass(frozen=True)
@@ -153,8 +182,7 @@ def _finish(attempt: Attempt, result: ChildResult) -> tuple[Record, Ending]:
         ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
     if ending.status == "ok":
         ending = _finished(record, attempt.folder, attempt.rung, step)
-    last = {
-        **record.attempts[-1],
+    facts = {
         "seconds": round(result.seconds, 2),
         "exit_code": result.exit_code,
         "to_step": int(record.efficiency.get("steps") or step) if ending.status == "ok" else step,
@@ -163,15 +191,24 @@ def _finish(attempt: Attempt, result: ChildResult) -> tuple[Record, Ending]:
         "cpu_seconds": _rounded(result.cpu_seconds),
         "peak_memory_mb": _rounded(result.peak_memory_mb),
     }
-    attempts = [*record.attempts[:-1], last]
-    record = replace(record, status=ending.status, message=ending.message, attempts=attempts)
-    return replace(record, efficiency={**record.efficiency, **_measured(attempts)}), ending
+    return _ended(record, ending, facts), ending
+
+
+def _ended(record: Record, ending: Ending, facts: Mapping[str, Any]) -> Record:
+    """Return a record with what is known of the end of its last attempt."""
+    attempts = [*record.attempts[:-1], {**record.attempts[-1], **facts}]
+    efficiency = {**record.efficiency, **_measured(attempts)}
+    return replace(record, status=ending.status, message=ending.message, attempts=attempts, efficiency=efficiency)
+
+
+def _ok_or_diverged(record: Record) -> Ending:
+    why = diverged(record)
+    return Ending("diverged", why) if why else Ending("ok")
 
 
 def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Ending:
     if has_results(folder):
-        why = diverged(record)
-        return Ending("diverged", why) if why else Ending("ok")
+        return _ok_or_diverged(record)
     if rung is not None and step > 0:
         return Ending("paused", f"waits at step {step} for the runs it is compared with")
     return Ending("failed", "exit code 0, but the script has left no results: do its arguments ask for any work?")
@@ -203,14 +240,128 @@ def recover(record: Record, directory: Path) -> Record:
     record = collect(record, folder)
     # The outcome is the last thing a script writes: only the runner had not come to take it.
     if is_finished(folder):
-        why = diverged(record)
-        ending = Ending("diverged", why) if why else Ending("ok")
+        ending = _ok_or_diverged(record)
     else:
         left = f"; {orphans} of its processes were still at work and have been stopped" if orphans else ""
         ending = Ending("interrupted", f"its runner ended without a word, killed for instance{left}")
-    last = {**record.attempts[-1], "to_step": reached_step(folder), "status": ending.status, "message": ending.message}
-    attempts = [*record.attempts[:-1], last]
-    efficiency = {**record.efficiency, **_measured(attempts)}
-    record = replace(record, status=ending.status, message=ending.message, attempts=attempts, efficiency=efficiency)
+    facts = {"to_step": reached_step(folder), "status": ending.status, "message": ending.message}
+    record = _ended(record, ending, facts)
     write_record(record, folder)
     return record
+
+
+# ---- how it ended --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Args:
+        status: one of `records.STATUSES`.
+        message: why, in a sentence; empty for ``ok``.
+        disk_full: whether the disk had no room left, which every other run would meet too.
+    """
+
+    status: str
+    message: str = ""
+    disk_full: bool = False
+
+
+def classify(
+    exit_code: int,
+    lines: Sequence[str],
+    *,
+    asked: bool = False,
+    memory_kills: int | None = None,
+    free_bytes: int | None = None,
+) -> Ending:
+    """Say how a run ended.
+
+    Args:
+        exit_code: of the launcher; negative for a signal.
+        lines: the last ones of its log.
+        asked: whether the runner has interrupted it.
+        memory_kills: processes that the kernel killed for want of memory meanwhile; None where it does not say.
+        free_bytes: room left on the disk; None where unknown.
+    """
+    if exit_code == 0:
+        return Ending("ok")
+    code = real_exit_code(exit_code, lines)
+    errors = [match[1] for line in lines if (match := _ERROR.match(line.strip()))]
+    errors = [error for error in errors if not error.startswith(_LAUNCHER_ERRORS)]
+    last = errors[-1] if errors else ""
+    if full := _first(errors, _FULL_DISK):
+        return Ending("failed", f"the disk is full: {full}", disk_full=True)
+    if memory := _first(errors, _OUT_OF_MEMORY):
+        return Ending("oom", memory)
+    if code == -signal.SIGKILL and memory_kills:
+        return Ending("oom", f"killed by the kernel for want of memory (it has killed {memory_kills} meanwhile)")
+    if last.startswith("FloatingPointError"):
+        return Ending("diverged", last.partition(": ")[2] or last)
+    if asked:
+        return Ending("interrupted", "interrupted; it goes on from its newest checkpoint")
+    if code in _STOPPED:
+        return Ending("interrupted", _signalled(code, memory_kills))
+    if free_bytes is not None and free_bytes < _LITTLE_SPACE:
+        # torch does not pass on why it could not write, and the log may have had no room for more either
+        what = f": {last}" if last else ""
+        return Ending("failed", f"the disk is full ({free_bytes} bytes free){what}", disk_full=True)
+    what = last or (lines[-1] if lines else "it wrote nothing")
+    return Ending("failed", f"exit code {code}: {what}")
+
+
+def real_exit_code(exit_code: int, lines: Sequence[str]) -> int:
+    """Return the exit code of the training process, which its launcher tells in words only.
+
+    Args:
+        exit_code: of the launcher.
+        lines: the last ones of its log.
+    """
+    if exit_code != 1:
+        return exit_code
+    for line in reversed(lines):
+        for pattern in _CODES:
+            if match := pattern.search(line):
+                code = int(match[1])
+                return -code if "died with" in pattern.pattern else code
+    return exit_code
+
+
+def _signalled(code: int, memory_kills: int | None) -> str:
+    if code in (130, 143):
+        return f"stopped by {'an interrupt' if code == 130 else 'SIGTERM'} that did not come from the runner"
+    if code != -signal.SIGKILL:
+        return f"ended by signal {-code} ({signal.Signals(-code).name})"
+    if memory_kills is None:
+        return "killed (signal 9): by somebody, or by the kernel for want of memory, which does not say so here"
+    return "killed (signal 9) by somebody: the kernel has killed nothing for want of memory meanwhile"
+
+
+def _first(errors: Sequence[str], parts: Sequence[str]) -> str | None:
+    return next((error for error in errors if any(part in error for part in parts)), None)
+
+
+def memory_kill_count(root: Path = Path("/")) -> int | None:
+    """Return how many processes the kernel has killed for want of memory so far, None where it does not say.
+
+    That of the own control group where there is one, else that of the whole machine.
+
+    Args:
+        root: of the file system.
+    """
+    group = ""
+    try:
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                group = line[3:].strip("/")
+    except OSError:
+        pass
+    for path in (root / "sys/fs/cgroup" / group / "memory.events", root / "proc/vmstat"):
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        except (OSError, ValueError):
+            continue
+    return None

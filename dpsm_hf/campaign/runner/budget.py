@@ -1,31 +1,61 @@
-"""The time a campaign may take: a multiple of what as many runs of the reference take, by the clock of their records.
+"""The time a campaign may take: which runs wait, which are left out, which ablations are stopped early, and why.
+
+The limit is a multiple of what as many runs of the reference take, by the clock of their records:
 
     allowed = limit * sum over the planned runs of the reference's training seconds in the same setting
 
 Training seconds are those of the Trainer's log, evaluation excluded. What does not fit is left out: ablations, and
 since they are asked in the order of the plan, the last ones first. Main variations are never left out.
+
+Successive halving stops ablations that are behind at a rung: those of one setting and seed are trained to the same
+step and compared by the same metric of a regular evaluation there. Which are stopped follows from the figures alone,
+so that it comes out the same whenever the runner is killed.
+
+Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..spec.design import Campaign, Point
+from ...runtime.files import json_number
+from ...tasks.steps import stop_step
+from ..spec.design import Budget, Campaign, Point
+from .collecting import newest_state
+from .launching import run_folder
+from .lock import RunnerError
+from .progress import duration
 from .records import SETTLED, Record
 
-# What decides how long a run of one size on one data set trains.
-_LENGTH = (
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "block_size",
-    "max_train_samples",
-    "low_resource",
-)
+
+def training_seconds(record: Record | None) -> float | None:
+    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured.
+
+    Args:
+        record: of the run.
+    """
+    return record.efficiency.get("train_seconds") if record is not None else None
+
+
+def prunable_runs(campaign: Campaign) -> set[str]:
+    """Return the ids of the runs that may be left out: they stand for ablations only.
+
+    Args:
+        campaign: with the roles of its variations.
+    """
+    roles: dict[str, set[str]] = {}
+    role = {variation.name: variation.role for variation in campaign.variations}
+    for point in campaign.points:
+        roles.setdefault(point.run_id, set()).add(role[point.variation])
+    return {run_id for run_id, found in roles.items() if found == {"ablation"}}
+
+
+# ---- the limit -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,37 +82,13 @@ class Ledger:
         return self.spent + self.reserved + self.needed <= self.allowed
 
 
-def planned_points(campaign: Campaign) -> dict[str, Point]:
-    """Return the first point of each run, by run id.
-
-    Args:
-        campaign: the campaign.
-    """
-    found: dict[str, Point] = {}
-    for point in campaign.points:
-        if not point.scaled:
-            found.setdefault(point.run_id, point)
-    return found
-
-
-def prunable(campaign: Campaign, run_id: str) -> bool:
-    """Return whether a run may be left out: it stands for ablations only.
-
-    Args:
-        campaign: the campaign.
-        run_id: of the run.
-    """
-    roles = {campaign.variation(p.variation).role for p in campaign.points if p.run_id == run_id}
-    return roles == {"ablation"}
-
-
 def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict[str, float]:
     """Return what the reference took where a run stands: its mean over seeds, by run id; only what is measured.
 
     That of the same setting, else that of the same size, data and length.
 
     Args:
-        campaign: the campaign.
+        campaign: with the points of the reference.
         records: so far, by run id.
     """
     by_setting: dict[tuple[Any, ...], list[float]] = {}
@@ -91,53 +97,33 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
         seconds = training_seconds(records.get(point.run_id))
         if point.variation == campaign.reference and seconds and records[point.run_id].status == "ok":
             by_setting.setdefault(point.setting, []).append(seconds)
-            by_length.setdefault(length(campaign, point), []).append(seconds)
+            by_length.setdefault(campaign.length(point), []).append(seconds)
     found = {}
-    for run_id, point in planned_points(campaign).items():
-        times = by_setting.get(point.setting) or by_length.get(length(campaign, point))
+    for run_id, point in campaign.planned_points.items():
+        times = by_setting.get(point.setting) or by_length.get(campaign.length(point))
         if times:
             found[run_id] = fmean(times)
     return found
-
-
-def length(campaign: Campaign, point: Point) -> tuple[Any, ...]:
-    """Return what decides how long a run trains: runs that agree in it are as long as each other.
-
-    Args:
-        campaign: the campaign.
-        point: where the run stands.
-    """
-    arguments = campaign.runs[point.run_id].arguments
-    return (point.size, point.data, *(str(arguments.get(name)) for name in _LENGTH))
 
 
 def awaited_references(campaign: Campaign, run_id: str) -> list[str]:
     """Return the reference's runs that would tell how long a run takes.
 
     Args:
-        campaign: the campaign.
+        campaign: with the points of the reference.
         run_id: of the run.
     """
-    points = planned_points(campaign)
+    points = campaign.planned_points
     if run_id not in points:
         return []
     point = points[run_id]
-    same = [
+    return [
         other
         for other, at in points.items()
-        if at.variation == campaign.reference
-        and (at.setting == point.setting or length(campaign, at) == length(campaign, point))
+        if other != run_id
+        and at.variation == campaign.reference
+        and (at.setting == point.setting or campaign.length(at) == campaign.length(point))
     ]
-    return [other for other in same if other != run_id]
-
-
-def training_seconds(record: Record | None) -> float | None:
-    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured.
-
-    Args:
-        record: of the run.
-    """
-    return record.efficiency.get("train_seconds") if record is not None else None
 
 
 def ledger(
@@ -146,7 +132,7 @@ def ledger(
     """Return the account before a run is started; None as long as the reference is not measured where it stands.
 
     Args:
-        campaign: the campaign.
+        campaign: with the limit.
         records: so far, by run id.
         run_id: of the run that is to start.
         active: ids of the runs under way.
@@ -154,7 +140,7 @@ def ledger(
     reference = reference_seconds(campaign, records)
     if run_id not in reference:
         return None
-    points = planned_points(campaign)
+    points, prunable, under_way = campaign.planned_points, prunable_runs(campaign), set(active)
     ratios: dict[str, list[float]] = {}
     for other, seconds in reference.items():
         own = training_seconds(records.get(other))
@@ -166,13 +152,12 @@ def ledger(
         whole = reference[other] * fmean(ratios.get(points[other].variation, [1.0]))
         return max(0.0, whole - (training_seconds(records.get(other)) or 0.0))
 
-    under_way = set(active)
     reserved = sum(
         left(other)
         for other in reference
         if other != run_id
         and (other not in records or records[other].status not in SETTLED)
-        and (other in under_way or not prunable(campaign, other))
+        and (other in under_way or other not in prunable)
     )
     return Ledger(
         allowed=campaign.budget.limit * sum(reference.values()),
@@ -183,13 +168,8 @@ def ledger(
     )
 
 
-def limit_decision(campaign: Campaign, account: Ledger) -> dict[str, Any]:
-    """Return what is written into the record of a run that is left out.
-
-    Args:
-        campaign: the campaign.
-        account: that it did not fit into.
-    """
+def _limit_decision(campaign: Campaign, account: Ledger) -> dict[str, Any]:
+    """Return what is written into the record of a run that is left out."""
     return {
         "kind": "limit",
         "rule": f"all runs together train at most {campaign.budget.limit:g} times as long as as many runs of "
@@ -202,12 +182,7 @@ def limit_decision(campaign: Campaign, account: Ledger) -> dict[str, Any]:
     }
 
 
-def explain_limit(decided: Mapping[str, Any]) -> str:
-    """Return the sentence for a run that is left out.
-
-    Args:
-        decided: of `limit_decision`.
-    """
+def _explain_limit(decided: Mapping[str, Any]) -> str:
     needed, spent, reserved, allowed = (
         f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
         for value in (decided[f"{kind}_seconds"] for kind in ("needed", "spent", "reserved", "allowed"))
@@ -216,3 +191,289 @@ def explain_limit(decided: Mapping[str, Any]) -> str:
         f"left out: it needs {needed}, and with {spent} spent and {reserved} kept for main variations and runs under "
         f"way that exceeds the {allowed} allowed; {decided['rule']}"
     )
+
+
+# ---- successive halving --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Ablations that are compared with each other.
+
+    Args:
+        setting: what they have in common, in words.
+        members: ids of their runs, in the order of the plan.
+    """
+
+    setting: str
+    members: tuple[str, ...]
+
+
+def cohorts(campaign: Campaign) -> list[Cohort]:
+    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group.
+
+    Args:
+        campaign: whose budget may name a metric to compare by.
+    """
+    if campaign.budget.halving_metric is None:
+        return []
+    compared = prunable_runs(campaign) - {needed for run in campaign.runs.values() for needed in run.needs}
+    groups: dict[tuple[Any, ...], tuple[Point, list[str]]] = {}
+    for run_id, point in campaign.planned_points.items():
+        if run_id in compared:
+            groups.setdefault((point.setting, point.seed), (point, []))[1].append(run_id)
+    return [Cohort(_in_words(point), tuple(members)) for point, members in groups.values() if len(members) > 1]
+
+
+def _in_words(point: Point) -> str:
+    varied = [f"{key} {value}" for key, value in point.settings.items()]
+    return ", ".join([point.study, point.size, point.data, *varied, f"seed {point.seed}"])
+
+
+def check_halving(campaign: Campaign) -> None:
+    """Look whether the ablations are evaluated where halving is to compare them.
+
+    Args:
+        campaign: possibly made by hand; one from a file has been checked with its lines.
+
+    Raises:
+        RunnerError: evaluations are not by steps.
+    """
+    for cohort in cohorts(campaign):
+        for run_id in cohort.members:
+            strategy = campaign.runs[run_id].arguments.get("eval_strategy")
+            if strategy != "steps":
+                raise RunnerError(
+                    f"budget: halving compares evaluations at one step; run {run_id} has eval_strategy={strategy!r}: "
+                    "set it to steps, with eval_steps, or leave halving_metric out."
+                )
+
+
+def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
+    """Return the runs that go on: the best share, at least one, and those that equal the last of them.
+
+    Equal to the last digit are schedules that have not left cross-entropy yet: a rung before they do cannot tell them
+    apart, and must not choose among them by the order of the plan.
+
+    Args:
+        figures: by run id, in the order of the plan; lower is better.
+        keep: share that is kept, rounded up.
+    """
+    count = max(1, math.ceil(round(len(figures) * keep, 6)))
+    ranked = sorted(figures, key=figures.__getitem__)  # a stable sort: of those not finite the earlier in the plan
+    last = figures[ranked[count - 1]]
+    return [i for i in figures if i in ranked[:count] or (figures[i] == last and math.isfinite(last))]
+
+
+def rung_done(record: Record | None) -> int:
+    """Return how many rungs a run has passed: where it was compared and goes on.
+
+    Args:
+        record: of the run.
+    """
+    decided: Mapping[str, Any] = record.decision if record is not None else {}
+    return int(decided["rung"]) + 1 if decided.get("kind") == "halving" else 0
+
+
+def _figure_at(record: Record, metric: str, step: int) -> float | None:
+    """Return a figure of the evaluation at a step: infinity where it is not finite, None where it is missing."""
+    for entry in record.history:
+        if entry.get("step") == step and metric in entry:
+            value = entry[metric]
+            return float(value) if value is not None and math.isfinite(value) else math.inf
+    return None
+
+
+def _halving_decision(
+    budget: Budget, cohort: Cohort, rung: int, step: int, figures: Mapping[str, float], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what is written into the records of all runs that were compared at a rung (counted from 0)."""
+    kept = survivors(figures, budget.halving_keep)
+    return {
+        "kind": "halving",
+        "rule": f"at {budget.halving_rungs[rung]:g} of the steps the best {budget.halving_keep:g} of the ablations of "
+        f"one setting and seed go on, and any equal to the last of them, by {budget.halving_metric} on the validation "
+        "split (lower is better)",
+        "setting": cohort.setting,
+        "rung": rung,
+        "rungs": len(budget.halving_rungs),
+        "step": step,
+        "metric": budget.halving_metric,
+        "figures": {names[run_id]: json_number(value) for run_id, value in figures.items()},
+        "kept": [names[run_id] for run_id in kept],
+    }
+
+
+def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
+    figures: Mapping[str, float | None] = decided["figures"]
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.6g}"
+
+    # one setting and seed: the variation's name, which comes first, tells them apart
+    kept = ", ".join(f"{other.split('/')[0]} {shown(figures[other])}" for other in decided["kept"])
+    return (
+        f"stopped at step {decided['step']} (rung {decided['rung'] + 1} of {decided['rungs']}): {decided['metric']} "
+        f"{shown(figures[name])}; of {len(figures)} compared, {len(decided['kept'])} went on: {kept} "
+        f"({decided['rule']})"
+    )
+
+
+# ---- both at work --------------------------------------------------------------------------------------------------
+
+
+class Pruning:
+    """Decide by the records what the budget has to say; nothing is written here.
+
+    Args:
+        campaign: with the budget.
+        directory: of the campaign.
+        names: of the runs, by id.
+        records: so far, by run id; shared with who writes them.
+        say: tells people something.
+    """
+
+    def __init__(
+        self,
+        campaign: Campaign,
+        directory: Path,
+        names: Mapping[str, str],
+        records: MutableMapping[str, Record],
+        say: Callable[[str], None],
+    ) -> None:
+        self._campaign, self._directory, self._names = campaign, directory, names
+        self._records, self._say = records, say
+        self._prunable = prunable_runs(campaign)
+        self._cohorts = cohorts(campaign)
+        self._members = {run_id for cohort in self._cohorts for run_id in cohort.members}
+        self._warned = False
+
+    # ---- before a start
+
+    def next_rung(self, run_id: str) -> int | None:
+        """Return the number of the rung that a run has to stop at next, None where it may go to the end.
+
+        Args:
+            run_id: of the run.
+        """
+        rung = rung_done(self._records.get(run_id))
+        return rung if run_id in self._members and rung < len(self._campaign.budget.halving_rungs) else None
+
+    def waits(self, run_id: str, rung: int | None, active: Collection[str], may_start: Callable[[str], bool]) -> bool:
+        """Return whether a run has to wait: at a rung for the others, or until the reference is measured.
+
+        Args:
+            run_id: of the run.
+            rung: of `next_rung`.
+            active: ids of the runs under way.
+            may_start: whether a run is still to come.
+        """
+        if rung is not None and self._reached(run_id, rung, active) is not None:
+            return True
+        if run_id not in self._prunable or run_id in reference_seconds(self._campaign, self._records):
+            return False
+        return any(other in active or may_start(other) for other in awaited_references(self._campaign, run_id))
+
+    def left_out(self, run_id: str, active: Collection[str]) -> Record | None:
+        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway.
+
+        Args:
+            run_id: of the run.
+            active: ids of the runs under way.
+        """
+        account = ledger(self._campaign, self._records, run_id, active)
+        if account is None or account.fits:
+            return None
+        if run_id in self._prunable:
+            decided = _limit_decision(self._campaign, account)
+            return self._pruned(run_id, decided, _explain_limit(decided))
+        if not self._warned:
+            self._warned = True
+            more = duration(account.reserved + account.needed)
+            self._say(
+                f"The budget of {duration(account.allowed)} of training will be exceeded: {duration(account.spent)} "
+                f"are spent, and main variations, which are never left out, need {more} more."
+            )
+        return None
+
+    def _pruned(self, run_id: str, decided: dict[str, Any], message: str) -> Record:
+        run = self._campaign.runs[run_id]
+        record = self._records.get(run_id) or Record(run_id, self._names[run_id], run.task, dict(run.arguments))
+        return replace(record, status="pruned", message=message, decision=decided)
+
+    # ---- at a rung
+
+    def decide(self, active: Collection[str], may_start: Callable[[str], bool]) -> dict[str, Record]:
+        """Return the new records of the runs that can be compared now: those that go on, and those that are stopped.
+
+        Args:
+            active: ids of the runs under way.
+            may_start: whether a run is still to come.
+
+        Raises:
+            RunnerError: no evaluation at the step has the metric.
+        """
+        decided: dict[str, Record] = {}
+        for cohort in self._cohorts:
+            for rung in range(len(self._campaign.budget.halving_rungs)):
+                decided |= self._decide(cohort, rung, active, may_start)
+        return decided
+
+    def _decide(
+        self, cohort: Cohort, rung: int, active: Collection[str], may_start: Callable[[str], bool]
+    ) -> dict[str, Record]:
+        reached = {run_id: self._reached(run_id, rung, active) for run_id in cohort.members}
+        steps = {run_id: step for run_id, step in reached.items() if step is not None}
+        undecided = [
+            run_id
+            for run_id in steps
+            if self._records[run_id].status not in SETTLED and rung_done(self._records[run_id]) == rung
+        ]
+        behind = [run_id for run_id, step in reached.items() if step is None]
+        if not undecided or any(run_id in active or may_start(run_id) for run_id in behind):
+            return {}  # one may still get there
+        step = max(steps[run_id] for run_id in undecided)
+        figures = self._figures(steps, undecided, step)
+        decided = _halving_decision(self._campaign.budget, cohort, rung, step, figures, self._names)
+        found = {}
+        for run_id in undecided:
+            name = self._names[run_id]
+            if name in decided["kept"]:
+                found[run_id] = replace(self._records[run_id], decision=decided)
+            else:
+                found[run_id] = self._pruned(run_id, decided, _explain_halving(decided, name))
+        return found
+
+    def _figures(self, there: Iterable[str], undecided: Collection[str], step: int) -> dict[str, float]:
+        """Return the figures of the runs that are there, which those not decided upon must have."""
+        metric = str(self._campaign.budget.halving_metric)
+        key = metric if metric.startswith("eval_") else f"eval_{metric}"
+        figures = {}
+        for run_id in there:
+            record = self._records[run_id]
+            figure = _figure_at(record, key, step)
+            if figure is not None:
+                figures[run_id] = figure
+            elif run_id in undecided:  # who has come there without stopping may not have been evaluated there
+                at_step = [entry for entry in record.history if entry.get("step") == step]
+                names = sorted({name for entry in at_step for name in entry if name.startswith("eval_")})
+                said = f"it has {', '.join(names)}" if names else "there is none"
+                raise RunnerError(
+                    f"budget: halving_metric {metric!r} is in no evaluation of {record.name} at step {step}: {said}."
+                )
+        return figures
+
+    def _reached(self, run_id: str, rung: int, active: Collection[str]) -> int | None:
+        """Return the step of a rung where a run has come that far, whether it has stopped there or not."""
+        record = self._records.get(run_id)
+        if record is None or run_id in active:
+            return None
+        stops = (a for a in record.attempts if a.get("rung") == rung and a.get("status") == "paused")
+        stopped = next((int(attempt["to_step"]) for attempt in stops), None)
+        if stopped is not None or record.status == "pruned":
+            return stopped
+        state = newest_state(run_folder(self._directory, run_id))
+        if not state.get("max_steps"):
+            return None
+        step = stop_step(self._campaign.budget.halving_rungs[rung], state["max_steps"], state.get("eval_steps"))
+        return step if state["global_step"] >= step else None

@@ -11,12 +11,11 @@ from typing import Any
 
 from ...runtime.child_process import RUNNER_VARIABLE
 from ...runtime.environment import find_script
-from ..spec.design import SCRIPTS, Campaign, Run
+from ..spec.design import SCRIPTS, TRACKERS, Campaign, Run
 from .lock import LAUNCHER, RunnerError
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "log.txt"
-TRACKERS = ("wandb", "tensorboard", "trackio")
 
 _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
 
@@ -179,7 +178,7 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
         directory: of the campaign.
 
     Raises:
-        RunnerError: an unknown tracker, a run that needs itself or one that is not there, halving without evaluations.
+        RunnerError: an unknown tracker, or a run that needs one that is not there.
         FileNotFoundError: the scripts are not there.
     """
     for tracker in campaign.track:
@@ -192,27 +191,3 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
         for needed in run.needs:
             if needed not in campaign.runs:
                 raise RunnerError(f"Run {run_id} starts from {{run:{needed}}}, which this campaign does not have.")
-    run_order(campaign)
-
-
-def run_order(campaign: Campaign) -> list[str]:
-    """Return the ids of the runs in the order in which they start: the campaign's, with what each needs before it.
-
-    Args:
-        campaign: the campaign.
-
-    Raises:
-        RunnerError: runs need each other in a circle.
-    """
-    order: dict[str, None] = {}
-
-    def add(run_id: str, path: tuple[str, ...]) -> None:
-        if run_id in path:
-            raise RunnerError(f"Runs start from each other in a circle: {' -> '.join((*path, run_id))}.")
-        for needed in campaign.runs[run_id].needs:
-            add(needed, (*path, run_id))
-        order[run_id] = None
-
-    for run_id in campaign.order:
-        add(run_id, ())
-    return list(order)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.environment import ROOT, versions
+from ...runtime.processor import processor_name
 
 
 def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, Any]:
@@ -21,25 +21,13 @@ def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, A
         root: folder of the code.
     """
     names = gpu_names()
-    device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else cpu_name()
+    device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else processor_name()
     return {"device": device, "cores": cores(), "versions": versions(), **code_state(root)}
 
 
 def cores() -> int:
     """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def cpu_name() -> str:
-    """Return the processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 @cache

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TextIO
 
 from ..spec.design import Campaign
-from .budget import length, planned_points
 from .records import SETTLED, Record
 
 
@@ -28,6 +27,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose columns are aligned to the left.
+
+    Args:
+        rows: with the same number of cells each.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def run_names(campaign: Campaign) -> dict[str, str]:
     """Return a name for each run, unique in the campaign: variation, size, data, seed, and what else a study varies.
 
@@ -35,7 +44,7 @@ def run_names(campaign: Campaign) -> dict[str, str]:
         campaign: the campaign.
     """
     names: dict[str, str] = {}
-    for run_id, point in planned_points(campaign).items():
+    for run_id, point in campaign.planned_points.items():
         parts = [point.variation, point.size, point.data, f"seed-{point.seed}"]
         if point.study != "main":
             parts.append(point.study)
@@ -62,8 +71,8 @@ class Progress:
     ) -> None:
         self._numbers = {run_id: number for number, run_id in enumerate(order, 1)}
         self._names = names
-        points = planned_points(campaign)
-        self._kinds = {run_id: length(campaign, points[run_id]) for run_id in order if run_id in points}
+        points = campaign.planned_points
+        self._kinds = {run_id: campaign.length(points[run_id]) for run_id in order if run_id in points}
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._shown = 0.0

@@ -22,15 +22,13 @@ from ...runtime.child_process import Child
 from ...runtime.environment import find_script
 from ...runtime.files import write_json
 from ..spec.design import SCRIPTS, Campaign
-from .attempts import Attempt, Workplace, recover
+from .attempts import Attempt, Ending, Workplace, recover
+from .budget import Pruning, check_halving
 from .collecting import clean_folder
-from .endings import Ending
-from .halving import check_halving
-from .launching import check_campaign, launch_environment, run_folder, run_order
+from .launching import check_campaign, launch_environment, run_folder
 from .lock import RunnerError, campaign_lock, kill_run
 from .machine import cores, visible_devices
 from .progress import Progress, run_names
-from .pruning import Pruning
 from .records import RETRIES, SETTLED, Record, read_records, write_record
 from .tokenizer import shared_tokenizer, tokenizer_command, tokenizer_settings
 
@@ -116,7 +114,7 @@ class _Runner:
     ) -> None:
         self.campaign, self.directory, self.jobs, self.keep = campaign, directory, jobs, keep
         names = run_names(campaign)
-        order = run_order(campaign)
+        order = campaign.order
         self.order = _chosen(campaign, order, names, only) if only is not None else order
         self.names = names
         self.records = read_records(directory, order)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..spec.design import Campaign
 from .budget import training_seconds
-from .launching import run_order
 from .lock import runner_at_work
-from .progress import Progress, duration, run_names
+from .progress import Progress, duration, run_names, table
 from .records import SETTLED, STATUSES, Record, read_records
 
 _LONGEST = 100
@@ -26,13 +25,13 @@ def campaign_status(campaign: Campaign, directory: str | Path) -> str:
         ValueError: a record cannot be read; it is named.
     """
     directory = Path(directory).resolve()
-    order, names = run_order(campaign), run_names(campaign)
+    order, names = campaign.order, run_names(campaign)
     records = read_records(directory, order)
     holder = runner_at_work(directory)
     rows: list[tuple[str, ...]] = [("run", "id", "status", "attempts", "time", "trained", "why")]
     rows += [_row(run_id, names[run_id], records.get(run_id), holder is not None) for run_id in order]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = table(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines.insert(1, "  ".join("-" * width for width in widths[:-1]) + "  " + "-" * 3)
     counts = Counter(_status(records.get(run_id), holder is not None) for run_id in order)
     said = [f"{counts[status]} {status}" for status in (*STATUSES, "stopped", "missing") if counts[status]]

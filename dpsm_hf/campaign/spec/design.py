@@ -12,29 +12,27 @@ from typing import Any
 #: Tasks, and the training script of each.
 SCRIPTS = {"language-modelling": "run_clm_dpsm.py", "summarization": "run_summarization_dpsm.py"}
 
+SCALES = ("small", "paper")
+TRACKERS = ("wandb", "tensorboard", "trackio")
+
 #: Variations that carry the claims are never pruned; ablations may be.
 ROLES = ("main", "ablation")
 
 #: Arguments that change the log and the screen, but no result; no part of a run's id.
-DISPLAY = frozenset(
-    {
-        "disable_tqdm",
-        "log_component_grad_norms",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "logging_steps",
-        "logging_strategy",
-        "project",
-        "trackio_space_id",
-    }
-)
+DISPLAY = frozenset((
+    "disable_tqdm", "log_component_grad_norms", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "project",
+    "trackio_space_id",
+))  # fmt: skip
 
 # Arguments that say which model and which tokenizer a script builds.
 _ARCHITECTURE = (
     "model_name_or_path", "config_name", "model_type", "config_overrides", "tokenizer_name", "tokenizer_vocab_size",
+)  # fmt: skip
+# What decides how long a run of one size on one data set trains.
+_LENGTH = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size",
+    "max_train_samples", "low_resource",
 )  # fmt: skip
 # What stands in an argument for the output folder of another run.
 _RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
@@ -134,12 +132,22 @@ class Budget:
         halving_metric: of evaluations during training, lower is better; None never prunes.
         halving_rungs: shares of the training steps after which the worse half of the ablations is stopped.
         halving_keep: share of the ablations that is kept at each rung.
+
+    Raises:
+        ValueError: the rungs are no rising shares, or the kept share is none.
     """
 
     limit: float = 1.1
     halving_metric: str | None = None
     halving_rungs: tuple[float, ...] = (0.25, 0.5)
     halving_keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        rungs = list(self.halving_rungs)
+        if rungs != sorted(set(rungs)) or not all(0 < rung < 1 for rung in rungs):
+            raise ValueError(f"budget: halving_rungs {rungs} must be rising shares of the steps between 0 and 1.")
+        if not 0 < self.halving_keep < 1:
+            raise ValueError(f"budget: halving_keep {self.halving_keep} must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -213,11 +221,41 @@ class Campaign:
         return replace(run, arguments=arguments, contents=contents)
 
     @property
-    def order(self) -> list[str]:
-        """Return the ids of the runs in the order in which they are run, each once, after those it needs."""
-        found: dict[str, None] = {}
+    def planned_points(self) -> dict[str, Point]:
+        """Return the first point of each run, by run id, without those that read its figures after scaling."""
+        found: dict[str, Point] = {}
         for point in self.points:
-            for needed in self.runs[point.run_id].needs:
-                found.setdefault(needed)
-            found.setdefault(point.run_id)
-        return list(found)
+            if not point.scaled:
+                found.setdefault(point.run_id, point)
+        return found
+
+    def length(self, point: Point) -> tuple[Any, ...]:
+        """Return what decides how long a run trains: runs that agree in it are as long as each other.
+
+        Args:
+            point: where the run stands.
+        """
+        arguments = self.runs[point.run_id].arguments
+        return (point.size, point.data, *(str(arguments.get(name)) for name in _LENGTH))
+
+    @property
+    def order(self) -> list[str]:
+        """Return the ids of the runs in the order in which they are run, each once, after those it needs.
+
+        Raises:
+            ValueError: runs need each other in a circle.
+        """
+        order: dict[str, None] = {}
+
+        def add(run_id: str, path: tuple[str, ...]) -> None:
+            if run_id in path:
+                raise ValueError(f"Runs start from each other in a circle: {' -> '.join((*path, run_id))}.")
+            if run_id not in order:
+                for needed in self.runs[run_id].needs:
+                    add(needed, (*path, run_id))
+                order[run_id] = None
+
+        for point in self.points:
+            for run_id in (*self.runs[point.run_id].needs, point.run_id):
+                add(run_id, ())
+        return list(order)

@@ -1,19 +1,26 @@
-"""From a campaign's YAML file to its design: everything that is wrong with it is found before anything runs."""
+"""From a campaign's YAML file and the command line to its design: every mistake is found before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .design import Campaign
+from ...data.loading import EMBEDDED_DATASETS
+from .design import SCALES, Campaign, Point
 from .expansion import expand
-from .overrides import apply_override
-from .selection import select
-from .spec import SCALED, SCALES
-from .spec_reader import SpecReader
-from .yaml_lines import Located, Place, Problems, SpecError, read_yaml
+from .spec import ENTRY_KEYS, KEYS, SCALED, SpecReader
+from .yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 
-__all__ = ["SpecError", "load_campaign"]
+__all__ = ["SpecError", "apply_override", "load_campaign", "select"]
+
+#: What ``--only`` may ask for.
+POINT_KEYS = ("study", "variation", "role", "size", "data", "seed")
+
+_ONLY, _SET, _DATA = Place("--only"), Place("--set"), Place("--data")
+_SPLITS = ("train", "validation", "test", "calibration")
 
 
 def load_campaign(
@@ -24,8 +31,8 @@ def load_campaign(
     Args:
         path: of the YAML file; docs/campaigns.md describes its keys.
         scale: ``small`` or ``paper``.
-        only: leave out all points but those that match, see `selection.select`.
-        overrides: changes to the file, see `overrides.apply_override`.
+        only: leave out all points but those that match, see `select`.
+        overrides: changes to the file, see `apply_override`.
 
     Returns:
         The campaign. Its runs' ids depend on what decides their numbers alone: not on the order of keys, comments,
@@ -96,3 +103,195 @@ def _at_scale(tree: Located, scale: str, problems: Problems) -> dict[str, Locate
             item = Located({**shared.value, **item.value}, shared.place)
         keys[key] = item
     return keys
+
+
+# ---- --set and --data -----------------------------------------------------------------------------------------------
+
+
+def apply_override(tree: dict[str, Located], text: str, problems: Problems) -> None:
+    """Change one value of a file whose scale was chosen.
+
+    ``base.max_steps=100``, ``sizes.tiny.block_size=64`` (``arguments`` may be left out), ``seeds=[1]``,
+    ``budget.limit=2``; a value is read as YAML, and null takes an argument back. ``data=NAME`` runs every study on
+    one data set: one of the file, ``python-docs``, ``python-docstrings``, a name on the hub (``NAME:CONFIG``), a
+    folder, or files (``train=FILE,validation=FILE,test=FILE``).
+
+    Args:
+        tree: the keys; changed.
+        text: the change.
+        problems: gets what is wrong with it.
+    """
+    path, equals, written = text.partition("=")
+    if not equals or not path.strip():
+        problems.add(_SET, text, "write KEY=VALUE, for instance base.max_steps=100")
+    elif path.strip() == "data":
+        _replace_data(tree, written.strip(), problems)
+    else:
+        value = _written(written, path, problems)
+        if value is not None:
+            _set(tree, path.strip(), value, problems)
+
+
+def _written(written: str, path: str, problems: Problems) -> Located | None:
+    own = Problems()
+    # the text is one value of a file of one line
+    read = read_yaml(f"value: {written}\n", _SET.source, own)
+    if own.found or read is None or set(read.value) != {"value"}:
+        problems.add(_SET, path, f"{written!r} is no value; write a number, a word or a list as in the file")
+        return None
+    return located(read.value["value"].plain(), _SET)
+
+
+def _set(tree: dict[str, Located], path: str, value: Located, problems: Problems) -> None:
+    section, _, rest = path.partition(".")
+    known = [key for key in (*KEYS, *SCALED) if key != "scales"]
+    if section not in known:
+        problems.unknown(value.place, path, "a key of a campaign", section, known)
+        return
+    if not rest:
+        tree[section] = value
+        return
+    holder = tree.get(section, located({}, value.place))
+    if not isinstance(holder.value, dict):
+        problems.add(value.place, path, f"{section} has no keys of its own; write {section}=VALUE")
+        return
+    names = [rest]
+    if section in ENTRY_KEYS:
+        # names may have dots in them: the longest that fits
+        name = max((n for n in holder.value if rest.startswith(f"{n}.")), key=len, default=None)
+        if name is None:
+            wanted = rest.split(".")[0]
+            what = f"there is no {wanted!r} in {section}; {suggestion(wanted, holder.value)}"
+            problems.add(value.place, path, what)
+            return
+        inner = rest[len(name) + 1 :]
+        if inner.split(".")[0] not in ENTRY_KEYS[section]:
+            inner = f"arguments.{inner}"
+        names = [name, *inner.split(".")]
+    elif section != "base":
+        names = rest.split(".")
+    tree[section] = _with(holder, names, value)
+
+
+def _with(holder: Located, names: list[str], value: Located) -> Located:
+    """Return a tree with one value changed; the tree itself may be shared and stays as it is."""
+    inside: Mapping[str, Any] = holder.value if isinstance(holder.value, dict) else {}
+    if len(names) == 1:
+        return Located({**inside, names[0]: value}, holder.place)
+    below = _with(inside.get(names[0], located({}, value.place)), names[1:], value)
+    return Located({**inside, names[0]: below}, holder.place)
+
+
+def _replace_data(tree: dict[str, Located], wanted: str, problems: Problems) -> None:
+    there = tree["data"].value if "data" in tree and isinstance(tree["data"].value, dict) else {}
+    if wanted in there:
+        name, entry = wanted, there[wanted]
+    else:
+        found = _entry(wanted, there, problems)
+        if found is None:
+            return
+        name, entry = found[0], located(found[1], _DATA)
+    tree["data"] = Located({name: entry}, _DATA)
+    studies = tree.get("studies")
+    if studies is not None and isinstance(studies.value, dict):
+        changed = {}
+        for study, keys in studies.value.items():
+            if isinstance(keys.value, dict):
+                inside = {key: item for key, item in keys.value.items() if key != "data"}
+                keys = Located(inside, keys.place)
+            changed[study] = keys
+        tree["studies"] = Located(changed, studies.place)
+
+
+def _entry(wanted: str, there: Mapping[str, Any], problems: Problems) -> tuple[str, dict[str, Any]] | None:
+    """Return name and content of the data set that a command line names."""
+    if not wanted:
+        problems.add(_DATA, "", f"name a data set; this file has {', '.join(there) or 'none'}")
+        return None
+    if "=" in wanted:
+        files: dict[str, str] = {}
+        for part in wanted.split(","):
+            split, _, path = part.partition("=")
+            if split not in _SPLITS or not path:
+                problems.add(_DATA, wanted, f"{part!r} is not SPLIT=FILE with a split of {', '.join(_SPLITS)}")
+                return None
+            files[f"{split}_file"] = path
+        parent = Path(next(iter(files.values()))).resolve().parent.name
+        return parent or "files", {"title": parent or "local files", "arguments": files}
+    if wanted in EMBEDDED_DATASETS:
+        return wanted, {"arguments": {"dataset_name": wanted}}
+    if Path(wanted).is_dir():
+        folder = Path(wanted).resolve()
+        return folder.name, {"arguments": {"dataset_name": str(folder)}}
+    source, colon, config = wanted.partition(":")
+    if "/" not in source:
+        problems.unknown(_DATA, "", "a data set of this file, nor a folder, nor OWNER/NAME of the hub", wanted, there)
+        return None
+    arguments = {"dataset_name": source, **({"dataset_config_name": config} if colon else {})}
+    return config or source.rpartition("/")[2], {"arguments": arguments}
+
+
+# ---- --only ---------------------------------------------------------------------------------------------------------
+
+
+def select(campaign: Campaign, only: Sequence[str]) -> Campaign:
+    """Return a campaign with the points that match every one of the given patterns.
+
+    Args:
+        campaign: the whole campaign.
+        only: each ``KEY=PATTERN``, several with commas between for "or": ``study=main``, ``variation=dpsm-*,focal``,
+            ``seed=1``, ``role=main``. A pattern may hold ``*`` and ``?``.
+
+    Raises:
+        SpecError: an unknown key, or patterns that no point matches.
+    """
+    if not only:
+        return campaign
+    problems = Problems()
+    groups = [_alternatives(text, problems) for text in only]
+    problems.check()
+    points = campaign.points
+    for text, group in zip(only, groups, strict=True):
+        kept = tuple(point for point in points if any(_matches(campaign, point, *pair) for pair in group))
+        if not kept:
+            key = group[0][0]
+            there = sorted({_value(campaign, point, key) for point in points})
+            problems.add(_ONLY, text, f"nothing in the plan matches it; {key} is one of {', '.join(there)}")
+            problems.check()
+        points = kept
+    chosen = dataclasses.replace(campaign, points=points)
+    order = chosen.order
+    return dataclasses.replace(
+        chosen,
+        runs={run_id: campaign.runs[run_id] for run_id in order},
+        preparations={run_id: title for run_id, title in campaign.preparations.items() if run_id in order},
+    )
+
+
+def _alternatives(text: str, problems: Problems) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for part in text.split(","):
+        key, equals, pattern = part.partition("=")
+        if not equals:
+            if not found:
+                problems.add(_ONLY, text, f"write KEY=PATTERN, with a key of {', '.join(POINT_KEYS)}")
+                return []
+            key, pattern = found[-1][0], part
+        key, pattern = key.strip(), pattern.strip()
+        if key not in POINT_KEYS:
+            problems.add(_ONLY, text, f"{key!r} is not a key; {suggestion(key, POINT_KEYS)}")
+        elif not pattern:
+            problems.add(_ONLY, text, f"there is nothing behind {key}=; give a name or a pattern")
+        else:
+            found.append((key, pattern))
+    return found
+
+
+def _value(campaign: Campaign, point: Point, key: str) -> str:
+    if key == "role":
+        return campaign.variation(point.variation).role
+    return str(getattr(point, key))
+
+
+def _matches(campaign: Campaign, point: Point, key: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(_value(campaign, point, key), pattern)

@@ -1,17 +1,24 @@
-"""What a campaign's file says at one scale: its keys, and the types that they are read into."""
+"""What a campaign's file says at one scale: its keys, the types that they are read into, and the reader.
+
+Every mistake is noted with its line, and reading goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .design import Budget
-from .yaml_lines import Located, Place
+from .design import ROLES, SCRIPTS, TRACKERS, Budget
+from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
+from .script_arguments import check_name, typed_value
+from .yaml_lines import Located, Place, Problems, located, suggestion
 
-TRACKERS = ("wandb", "tensorboard", "trackio")
-SCALES = ("small", "paper")
+T = TypeVar("T")
+
 #: Keys of a file; those of `SCALED` may stand under a scale too.
 KEYS = ("name", "title", "task", "reference", "brier", "quality", "test_split", "variations", "scales")
 SCALED = ("base", "sizes", "data", "seeds", "studies", "budget", "audit", "track")
@@ -139,3 +146,363 @@ class Spec:
     audit: Mapping[str, Any] | None
     track: tuple[str, ...]
     places: Mapping[str, Place]
+
+
+# ---- the reader ----------------------------------------------------------------------------------------------------
+
+
+class SpecReader:
+    """Reads the tree of one scale; mistakes go to `problems`, and reading goes on.
+
+    Args:
+        tree: the keys of the file, the scale's differences applied.
+        folder: of the file, where relative paths start.
+        problems: gets the mistakes.
+    """
+
+    def __init__(self, tree: Located, folder: Path, problems: Problems) -> None:
+        self.tree, self.folder, self.problems = tree, folder, problems
+        self.task = "language-modelling"
+
+    def read(self) -> Spec:
+        """Return what the tree says; only of use where `problems` stayed empty."""
+        top = self.keys(self.tree, "", (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
+        self.task = self.choice(top.get("task"), "task", SCRIPTS, self.task)
+        seeds = self.seeds(top.get("seeds"), "seeds")
+        base = self.arguments(top.get("base"), "base")
+        variations = self.entries(top, "variations", self.variation)
+        sizes, data = self.entries(top, "sizes", self.size), self.entries(top, "data", self.data)
+        quality = self.keys(top.get("quality"), "quality", ("metric", "better"), ())
+        better = self.choice(quality.get("better"), "quality.better", ("lower", "higher"), "lower")
+
+        def study(entry: Located, path: str, name: str) -> StudyEntry:
+            return self.study(entry, path, name, variations, sizes, data, seeds)
+
+        studies = self.entries(top, "studies", study)
+        for section in ("variations", "sizes", "data", "studies"):
+            if section not in top:
+                self.wrong(self.tree, section, "is missing, here and under the scale; give at least one")
+        for role in ("reference", "brier"):
+            name = self.text(top.get(role), role)
+            if name and name not in variations:
+                self.problems.unknown(top[role].place, role, "a variation", name, variations)
+        return Spec(
+            name=self.folder_name(top.get("name"), "name"),
+            title=self.text(top.get("title"), "title", self.text(top.get("name"), "name")),
+            task=self.task,
+            reference=self.text(top.get("reference"), "reference"),
+            brier=self.text(top.get("brier"), "brier"),
+            quality=(self.text(quality.get("metric"), "quality.metric", "perplexity"), better == "higher"),
+            test_split=self.choice(top.get("test_split"), "test_split", ("test", "validation"), "test"),
+            base=base,
+            variations=variations,
+            sizes=sizes,
+            data=data,
+            studies=studies,
+            budget=self.budget(top.get("budget")),
+            audit=self.audit(top.get("audit"), sizes),
+            track=tuple(
+                self.choice(item, "track", TRACKERS, "") for item in self.items(top.get("track"), "track", empty=True)
+            ),
+            places={"base": self.tree.place, **{key: entry.place for key, entry in top.items()}},
+        )
+
+    # ---- sections --------------------------------------------------------------------------------------------------
+
+    def entries(
+        self, top: Mapping[str, Located], section: str, read: Callable[[Located, str, str], T]
+    ) -> dict[str, T]:
+        given = top.get(section)
+        if given is None:
+            return {}
+        if not isinstance(given.value, dict) or not given.value:
+            self.wrong(given, section, f"has {given.kind} where names with keys belong; give at least one")
+            return {}
+        found = {}
+        for name, entry in given.value.items():
+            if section == "variations" and name in (*ROLES, ALL):
+                self.wrong(entry, f"{section}.{name}", "this name means a group; choose another")
+            if "/" in name or "," in name or "*" in name or not name.strip():
+                self.wrong(entry, section, f"the name {name!r} has a character of / , * in it; leave it out")
+            found[name] = read(entry, f"{section}.{name}", name)
+        return found
+
+    def variation(self, entry: Located, path: str, name: str) -> VariationEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["variations"], ())
+        if "of" in given and "arguments" in given:
+            self.wrong(
+                given["of"],
+                f"{path}.of",
+                "contradicts arguments: it reads the figures of another variation's runs and has none; leave one out",
+            )
+        return VariationEntry(
+            *self.common(given, entry, path, name),
+            role=self.choice(given.get("role"), f"{path}.role", ROLES, "main"),
+            of=given.get("of"),
+        )
+
+    def common(
+        self, given: Mapping[str, Located], entry: Located, path: str, name: str
+    ) -> tuple[str, str, Place, dict[str, Given]]:
+        """Return what all entries have, in the order of `Entry`."""
+        title = self.text(given.get("title"), f"{path}.title", name)
+        return name, title, entry.place, self.arguments(given.get("arguments"), f"{path}.arguments")
+
+    def size(self, entry: Located, path: str, name: str) -> SizeEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["sizes"], ())
+        start = None
+        if "start_from" in given:
+            below = f"{path}.start_from"
+            keys = self.keys(given["start_from"], below, ("title", "arguments", "seed"), ())
+            start = StartFrom(
+                self.text(keys.get("title"), f"{below}.title", f"the model that {name} starts from"),
+                self.arguments(keys.get("arguments"), f"{below}.arguments"),
+                self.integer(keys["seed"], f"{below}.seed", 0) if "seed" in keys else None,
+            )
+        shape = self.keys(given.get("architecture"), f"{path}.architecture", ("model_type", "config_overrides"), ())
+        return SizeEntry(
+            *self.common(given, entry, path, name),
+            start_from=start,
+            processes=self.integer(given["processes"], f"{path}.processes", 1) if "processes" in given else 1,
+            architecture={key: self.text(item, f"{path}.architecture.{key}") for key, item in shape.items()},
+        )
+
+    def data(self, entry: Located, path: str, name: str) -> DataEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["data"], ())
+        counts = {key: given[key] for key in ("train_tokens", "train_examples") if key in given}
+        return DataEntry(
+            *self.common(given, entry, path, name),
+            planned={key: self.integer(item, f"{path}.{key}", 1) for key, item in counts.items()},
+        )
+
+    def study(
+        self,
+        entry: Located,
+        path: str,
+        name: str,
+        variations: Mapping[str, VariationEntry],
+        sizes: Mapping[str, SizeEntry],
+        data: Mapping[str, DataEntry],
+        seeds: tuple[int, ...],
+    ) -> StudyEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["studies"], ("variations",))
+        replaces = []
+        for item in self.items(given.get("replaces"), f"{path}.replaces", empty=True):
+            replaces.append(self.text(item, f"{path}.replaces"))
+            if wrong := check_name(self.task, replaces[-1]):
+                self.wrong(item, f"{path}.replaces", wrong)
+        return StudyEntry(
+            *self.common(given, entry, path, name),
+            variations=self.chosen(given.get("variations"), f"{path}.variations", variations),
+            sizes=self.names(given.get("sizes"), f"{path}.sizes", "a size", sizes),
+            data=self.names(given.get("data"), f"{path}.data", "a data set", data),
+            seeds=self.seeds(given["seeds"], f"{path}.seeds") if "seeds" in given else seeds,
+            grid=self.grid(given.get("grid"), f"{path}.grid"),
+            replaces=frozenset(replaces),
+        )
+
+    def grid(self, given: Located | None, path: str) -> dict[str, tuple[Given, ...]]:
+        found: dict[str, tuple[Given, ...]] = {}
+        for name, entry in self.keys(given, path, None, ()).items():
+            values: list[Given] = []
+            for item in self.items(entry, f"{path}.{name}"):
+                value = self.argument(name, item, f"{path}.{name}")
+                if value is None:
+                    continue
+                if value.value in [other.value for other in values]:
+                    self.wrong(item, f"{path}.{name}", f"{value.value!r} is there twice; keep one")
+                values.append(value)
+            found[name] = tuple(values)
+        return found
+
+    def budget(self, given: Located | None) -> Budget:
+        keys = self.keys(given, "budget", ("limit", "halving"), ())
+        default = Budget()
+        limit = self.number(keys.get("limit"), "budget.limit", default.limit, 1.0, None)
+        if "halving" not in keys:
+            return Budget(limit=limit)
+        halving = self.keys(keys["halving"], "budget.halving", ("metric", "rungs", "keep"), ("metric",))
+        rungs = default.halving_rungs
+        if "rungs" in halving:
+            path = "budget.halving.rungs"
+            rungs = tuple(self.number(item, path, 0.5, 0.0, 1.0) for item in self.items(halving["rungs"], path))
+        keep = self.number(halving.get("keep"), "budget.halving.keep", default.halving_keep, 0.0, 1.0)
+        metric = self.text(halving.get("metric"), "budget.halving.metric") or None
+        try:
+            return Budget(limit, metric, rungs, keep)
+        except ValueError:  # each number is a share by itself
+            path, what = "budget.halving.rungs", "the shares must rise; sort them and keep each once"
+            self.wrong(halving["rungs"], path, what)
+            return default
+
+    def audit(self, given: Located | None, sizes: Iterable[str]) -> dict[str, Any] | None:
+        if given is None or given.value is None:
+            return None
+        known = ("size", "tokens", "repeats", "steps", "sequences", "length")
+        least = {"steps": 0, "tokens": 2, "length": 2}
+        return {
+            key: self.choice(item, "audit.size", sizes, "")
+            if key == "size"
+            else self.integer(item, f"audit.{key}", least.get(key, 1))
+            for key, item in self.keys(given, "audit", known, ()).items()
+        }
+
+    # ---- arguments -------------------------------------------------------------------------------------------------
+
+    def arguments(self, given: Located | None, path: str) -> dict[str, Given]:
+        items = self.keys(given, path, None, ()).items()
+        found = {name: self.argument(name, item, f"{path}.{name}") for name, item in items}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def argument(self, name: str, given: Located, path: str) -> Given | None:
+        wrong = check_name(self.task, name)
+        if wrong is not None:
+            self.wrong(given, path, wrong)
+            return None
+        if given.value is None:
+            return Given(None, given.place, path)
+        paths: list[Path] = []
+        try:
+            resolved = self.resolved(name, given.plain(), given.place, paths)
+            value = typed_value(self.task, name, located(resolved, given.place))
+        except ValueError as error:
+            self.wrong(given, path, str(error))
+            return None
+        return Given(value, given.place, path, tuple(paths))
+
+    def resolved(self, name: str, value: Any, place: Place, paths: list[Path]) -> Any:
+        """Return a value with variables and relative paths resolved; the paths are added to ``paths``."""
+        if isinstance(value, list):
+            return [self.resolved(name, item, place, paths) for item in value]
+        if not isinstance(value, str):
+            return value
+        text = expand_variables(value)
+        # what is typed on a command line starts from the working directory
+        folder = self.folder if place.line is not None else Path.cwd()
+        head, source, tail = "", text, ""
+        if name == EXTRA_ARGUMENT:
+            head, equals, rest = text.partition("=")
+            source, comma, tail = rest.partition(",")
+            head, tail = head + equals, comma + tail
+        path = local_path(name, source, folder)
+        if path is None:
+            return text
+        paths.append(path)
+        return f"{head}{path}{tail}"
+
+    # ---- kinds of values -------------------------------------------------------------------------------------------
+
+    def wrong(self, given: Located, path: str, what: str) -> None:
+        self.problems.add(given.place, path, what)
+
+    def keys(
+        self, given: Located | None, path: str, known: Iterable[str] | None, required: Iterable[str]
+    ) -> dict[str, Located]:
+        """Return the values by key; ``known`` of None takes any key."""
+        if given is None:
+            return {}
+        if not isinstance(given.value, dict):
+            if given.value is not None:
+                self.wrong(given, path, f"has {given.kind} where keys with values belong")
+                return {}
+            given = Located({}, given.place)
+        for key, item in given.value.items():
+            if known is not None and key not in known:
+                below = f"{path}.{key}" if path else key
+                self.problems.unknown(item.place, below, "a key that is known here", key, known)
+        for key in required:
+            if key not in given.value:
+                self.wrong(given, f"{path}.{key}" if path else key, "is missing; give it")
+        return {key: item for key, item in given.value.items() if known is None or key in known}
+
+    def items(self, given: Located | None, path: str, empty: bool = False) -> list[Located]:
+        if given is None:
+            return []
+        if not isinstance(given.value, list):
+            self.wrong(given, path, f"has {given.kind} where a list belongs; write [ ... ]")
+            return []
+        if not given.value and not empty:
+            self.wrong(given, path, "is an empty list; give at least one, or leave the key out")
+        return given.value
+
+    def text(self, given: Located | None, path: str, default: str = "") -> str:
+        if given is None:
+            return default
+        if not isinstance(given.value, str) or not given.value.strip():
+            self.wrong(given, path, f"has {given.kind} where text belongs; put it in quotes")
+            return default
+        return given.value
+
+    def folder_name(self, given: Located | None, path: str) -> str:
+        text = self.text(given, path)
+        if given is not None and text and not re.fullmatch(r"[\w][\w.+-]*", text):
+            what = f"{text!r} names the folder of the results; use letters, digits and . _ + - alone"
+            self.wrong(given, path, what)
+        return text
+
+    def choice(self, given: Located | None, path: str, allowed: Iterable[str], default: str) -> str:
+        text = self.text(given, path, default)
+        if given is not None and isinstance(given.value, str) and text not in allowed:
+            self.wrong(given, path, f"{text!r} is not known; {suggestion(text, allowed)}")
+            return default
+        return text
+
+    def integer(self, given: Located, path: str, least: int) -> int:
+        if isinstance(given.value, bool) or not isinstance(given.value, int) or given.value < least:
+            what = f"has {given.kind} ({given.plain()!r}) where a whole number of at least {least} belongs"
+            self.wrong(given, path, what)
+            return least
+        return given.value
+
+    def number(self, given: Located | None, path: str, default: float, least: float, most: float | None) -> float:
+        if given is None:
+            return default
+        value = given.value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.wrong(given, path, f"has {given.kind} ({given.plain()!r}) where a number belongs")
+            return default
+        if value < least or (most is not None and not least < value < most):
+            bounds = f"of at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+            self.wrong(given, path, f"is {value:g}; give a number {bounds}")
+            return default
+        return float(value)
+
+    def seeds(self, given: Located | None, path: str) -> tuple[int, ...]:
+        found: list[int] = []
+        if given is None:
+            self.wrong(self.tree, path, "is missing, here and under the scale; give [1, 2, 3] for instance")
+        for item in self.items(given, path):
+            value = self.integer(item, path, 0)
+            if value >= 2**32:
+                self.wrong(item, path, f"the seed {value} is too large; it must be less than 2**32")
+            if value in found:
+                self.wrong(item, path, f"the seed {value} is there twice; keep one")
+            found.append(value)
+        return tuple(dict.fromkeys(found))
+
+    def names(self, given: Located | None, path: str, what: str, known: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return names of a list, all known ones where it is left out."""
+        if given is None:
+            return tuple(known)
+        found = []
+        for item in self.items(given, path):
+            name = self.text(item, path)
+            if name in known:
+                found.append(name)
+            elif name:
+                self.problems.unknown(item.place, path, what, name, known)
+        return tuple(dict.fromkeys(found))
+
+    def chosen(self, given: Located | None, path: str, known: Mapping[str, VariationEntry]) -> tuple[str, ...]:
+        """Return variations by name, by role, by a pattern with ``*``, or all; one word needs no list."""
+        if given is None:
+            return ()
+        listed = [given] if isinstance(given.value, str) else self.items(given, path)
+        wanted: set[str] = set()
+        for item in listed:
+            word = self.text(item, path)
+            matching = [n for n, v in known.items() if word in (ALL, v.role) or fnmatch.fnmatchcase(n, word)]
+            if word and not matching:
+                self.problems.unknown(item.place, path, "a variation, a role or all", word, [*known, *ROLES, ALL])
+            wanted.update(matching)
+        return tuple(name for name in known if name in wanted)
