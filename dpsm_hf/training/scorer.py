@@ -37,23 +37,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as it is scored; `Scorer.batch` makes it.
+    """A batch as it is scored; `Scorer.batch` makes it."""
 
-    Args:
-        own: the trainer's model, without the wrappers that only a call goes through.
-        inputs: of the model, without labels.
-        labels: ``[B, T]``, -100 is not scored.
-        shift_labels: the targets where the collator made them, ``[B, T]``; else None.
-        alignment: which label a row of the logits predicts.
-        denominator: the loss is the sum over tokens divided by this.
-    """
-
-    own: nn.Module
-    inputs: dict[str, Any]
-    labels: Tensor
-    shift_labels: Tensor | None
-    alignment: Alignment
-    denominator: Tensor | int
+    own: nn.Module  #: the trainer's model
+    inputs: dict[str, Any]  #: of the model, without labels
+    labels: Tensor  #: ``[B, T]``, -100 is not scored
+    shift_labels: Tensor | None  #: the targets where the collator made them, ``[B, T]``
+    alignment: Alignment  #: which label a row of the logits predicts
+    denominator: Tensor | int  #: the loss is the sum over tokens divided by this
 
 
 @dataclass(frozen=True)
@@ -74,19 +65,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What `Scorer.score` makes of a batch.
+    """What `Scorer.score` makes of a batch."""
 
-    Args:
-        loss: 0-d, differentiable.
-        outputs: of the model; without logits if it was scored inside its head.
-        scores: of each token, detached, ``[B * T]``.
-        targets: the labels they were scored against, ``[B, T]``.
-    """
-
-    loss: Tensor
-    outputs: Any
-    scores: TokenScores
-    targets: Tensor
+    loss: Tensor  #: 0-d, differentiable
+    outputs: Any  #: of the model; without logits if it was scored inside its head
+    scores: TokenScores  #: of each token, detached, ``[B * T]``
+    targets: Tensor  #: the labels they were scored against, ``[B, T]``
 
 
 class Scorer:

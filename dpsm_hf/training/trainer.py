@@ -32,7 +32,7 @@ from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
-from .checks import check_calibration_dataset, check_dataset_labels, check_feedback_metric
+from .checks import check_calibration_dataset, check_dataset_labels, check_feedback_metric, check_other_losses
 from .clock import TrainingClock, tells_time
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
@@ -99,18 +99,7 @@ class DPSMMixin(_Base):
 
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
-        if dpsm.loss_type != "ce":
-            if self.compute_loss_func is not None:
-                raise ValueError(
-                    f"compute_loss_func would replace loss_type={dpsm.loss_type!r}, which could then have no effect; "
-                    "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
-                )
-            parallelism = getattr(self.accelerator, "parallelism_config", None)
-            if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
-                raise ValueError(
-                    f"loss_type={dpsm.loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
-                    "the loss itself; use loss_type='ce' or another parallelism."
-                )
+        check_other_losses(self, dpsm.loss_type)
         if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
