@@ -71,11 +71,6 @@ class EvaluationPanel:
         """Return the number of samples seen, with and without a scored token, those that fill up a batch too."""
         return self._samples
 
-    @property
-    def counts_depths(self) -> bool:
-        """Return whether `add` wants the depth of each token."""
-        return self.depth is not None
-
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..models.fingerprint import fingerprint
 from ..models.language_model import core_model
 from ..models.output_layer import added_bias, output_layer, post_ops
 from ..rules.extra_statistics import ExtraStatistics
@@ -253,6 +254,29 @@ class TemperatureScaler:
             for values in (layer.weight, layer.bias, added_bias(core)):
                 if values is not None:
                     values.div_(self.temperature)
+
+
+class FittedTemperature:
+    """The temperature of a model, for as long as its weights stay what they were when it was fitted."""
+
+    def __init__(self) -> None:
+        self._fitted: tuple[Any, TemperatureScaler | None] | None = None
+
+    def keep(self, model: nn.Module, scaler: TemperatureScaler | None) -> None:
+        """Keep the temperature of a model as it is now; None if there is no best one for these weights."""
+        self._fitted = (fingerprint(model), scaler)
+
+    def forget(self) -> None:
+        """Forget it: the weights change, or the data it is fitted on."""
+        self._fitted = None
+
+    def known(self, model: nn.Module) -> bool:
+        """Return whether a fit was tried for the weights as they are now."""
+        return self._fitted is not None and self._fitted[0] == fingerprint(model)
+
+    def of(self, model: nn.Module) -> TemperatureScaler | None:
+        """Return the temperature for the weights as they are now; None if there is none."""
+        return self._fitted[1] if self._fitted is not None and self.known(model) else None
 
 
 def _shared_with(model: nn.Module, layer: nn.Module) -> str:

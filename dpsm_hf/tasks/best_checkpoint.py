@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..training.evaluation import EvaluationMixin
+from ..training.trainer import DPSMMixin
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def best_weights(trainer: Trainer) -> Iterator[bool]:
         )
         yield False
         return
-    scaler = trainer.temperature_scaler if isinstance(trainer, EvaluationMixin) else None
+    scaler = trainer.temperature_scaler if isinstance(trainer, DPSMMixin) else None
     last, folder = trainer.state.global_step, _checkpoint(trainer, step)
     if step != last:  # else these are its weights
         trainer.state.best_model_checkpoint = str(folder)
@@ -122,7 +122,7 @@ def best_weights(trainer: Trainer) -> Iterator[bool]:
     finally:
         trainer.state.global_step = last
     if scaler is not None and trainer.is_world_process_zero():
-        assert isinstance(trainer, EvaluationMixin)
+        assert isinstance(trainer, DPSMMixin)
         if (of_best := trainer.temperature_scaler) is not None:
             of_best.save(folder)
         scaler.save(str(trainer.args.output_dir))

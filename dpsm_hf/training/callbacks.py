@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -15,11 +15,13 @@ from transformers.utils import logging
 
 from ..evaluation.panel import EvaluationPanel
 from ..models.language_model import align_targets, label_alignment
-from ..plots.training_curves import ReliabilityDisplay
 from ..rules.losses import TokenScores, score_tokens
 from ..runtime.distributed import sum_over_processes
 from ..runtime.files import write_json
 from .arguments import dpsm_arguments
+
+if TYPE_CHECKING:
+    from ..plots.reliability import ReliabilityDisplay
 
 logger = logging.get_logger(__name__)
 
@@ -202,6 +204,8 @@ class CalibrationCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{_file_name(self._prefix)}-step-{state.global_step:06d}"
         write_json(record, folder / f"{name}.json")
+        from ..plots.reliability import ReliabilityDisplay  # Matplotlib, which takes a second and need not be there
+
         trained = state.global_step > 0 or state.max_steps > 0
         display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}" if trained else "")
         picture = display.save(folder / f"{name}.png")

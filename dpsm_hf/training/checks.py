@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import Trainer
 
 from ..calibration import METRICS
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels
@@ -80,6 +81,27 @@ def _same_rows(one: Any, other: Any) -> bool:
     one, other = one.with_format("arrow"), other.with_format("arrow")
     # most differ in the first rows, which spares a pass over both
     return all(one[i : i + 1000].equals(other[i : i + 1000]) for i in range(0, len(one), 1000))
+
+
+def check_other_losses(trainer: Trainer, loss_type: str) -> None:
+    """Look whether something else would compute the loss of a trainer in place of a scoring rule.
+
+    Raises:
+        ValueError: if so.
+    """
+    if loss_type == "ce":
+        return
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            f"compute_loss_func would replace loss_type={loss_type!r}, which could then have no effect; "
+            "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
+        raise ValueError(
+            f"loss_type={loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
+            "the loss itself; use loss_type='ce' or another parallelism."
+        )
 
 
 def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import TrainOutput, default_compute_objective, has_length
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    default_compute_objective,
+    has_length,
+)
 from transformers.utils import logging
 
-from ..evaluation.panel import reported_names
+from ..calibration import TokenCalibration
+from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
+from ..evaluation.panel import EvaluationPanel, reported_names
+from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler, UnfittableError
 from ..models.language_model import vocabulary_size
-from ..runtime.ranges import BACKWARD, active, calls_named, name_steps
-from .arguments import DPSMArguments
+from ..rules.scoring_rules import Objective
+from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
+from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
-from .checks import check_dataset_labels, check_feedback_metric, describe_non_finite
-from .clock import seconds_trained, tells_time
-from .component_gradients import ComponentGradientsMixin
-from .evaluation import EvaluationMixin
+from .checks import check_calibration_dataset, check_dataset_labels, check_feedback_metric, check_other_losses
+from .clock import TrainingClock, tells_time
+from .component_gradients import check_component_norms, component_norms, next_step_is_logged
+from .corruption import Corruption, Corruptor
 from .model_card import add_objective_section, objective_section
+from .scorer import Batch, Rule, Scorer, with_router_loss
+from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
-class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
+
+class DPSMMixin(_Base):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -36,14 +58,38 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
     - alpha is a function of ``state.global_step``, ``state.max_steps`` and ``state.log_history`` alone: resuming is
       exact.
     - Evaluation keeps sufficient statistics, never logits.
+
+    Args:
+        calibration_dataset: where a temperature is fitted; neither trained nor tested on.
+        corruption: of the training targets; None trains on the data as they are.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    model: nn.Module
+
+    def __init__(
+        self, *args: Any, calibration_dataset: Any = None, corruption: Corruption | None = None, **kwargs: Any
+    ) -> None:
+        _keep_liger_out_of_the_loss(kwargs.get("args", args[1] if len(args) > 1 else None))
+        self.corruption = corruption or Corruption()
+        self._corruptor = Corruptor(self.corruption)
+        self.clock = TrainingClock()
         super().__init__(*args, **kwargs)
-        self._train_started: float | None = None
-        self._seconds_before = 0.0
-        self._tally_started = 0.0
-        self._batch_of_step = (-1, 0)
+        self._corruptor.check(self)
+        self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
+        self.scorer = Scorer(self.model, self.args, self.dpsm)
+        self._training_log = TrainingLog()
+        #: What the last evaluation saw, over all processes.
+        self.panel: EvaluationPanel | None = None
+        self._evaluation: Collector | None = None  # the one in progress
+        self._temperature = FittedTemperature()
+        self._token_bytes = TokenBytes()
+        self._loaded_set: Any = None
+        self._calibration_dataset = calibration_dataset
+        self._check_arguments()
+        if self._owns_loss():
+            # the denominator is ours whether or not the model's forward has a place for it
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
         if isinstance(self.args, DPSMArguments):
             for kind in (AlphaScheduleCallback, CalibrationCallback):
                 if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
@@ -51,7 +97,104 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         for callback in self._calibration_callbacks():
             callback.stop_listening()
 
-    # ---- training step ---------------------------------------------------------------------------------------------
+    def _check_arguments(self) -> None:
+        dpsm, dataset = self.dpsm, self._calibration_dataset
+        check_other_losses(self, dpsm.loss_type)
+        if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
+            raise ValueError(
+                "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
+                "trained nor tested on."
+            )
+        if dataset is not None:
+            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
+        if dpsm.log_component_grad_norms:
+            check_component_norms(self, owns_loss=self._owns_loss())
+
+    @property
+    def dpsm(self) -> DPSMArguments:
+        """Return the DPSM fields in force: of the arguments, or the defaults for plain TrainingArguments."""
+        return self.args if isinstance(self.args, DPSMArguments) else self._plain_arguments  # type: ignore[return-value]
+
+    @property
+    def alpha(self) -> float | None:
+        """Return the Brier weight of the next optimizer step; None if the loss is not a mix."""
+        if self.dpsm.loss_type != "dpsm":
+            return None
+        return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
+
+    def _owns_loss(self) -> bool:
+        """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
+        known = self.scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        return self.compute_loss_func is None and known
+
+    # ---- the loss of a batch ---------------------------------------------------------------------------------------
+
+    @ranged(FORWARD)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch: the objective while training, cross-entropy while evaluating.
+
+        Args:
+            model: possibly wrapped; it is called without labels, so that it computes no loss of its own.
+            inputs: a batch with ``labels`` (``[B, T]``, -100 is not scored), optionally ``shift_labels``.
+            return_outputs: return ``(loss, outputs)``.
+            num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
+                by the scored tokens of this batch.
+        """
+        self._check_labels(model, inputs)
+        if "labels" not in inputs or not self._owns_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        training, evaluation = model.training, self._evaluation
+        batch = self.scorer.batch(self.model, inputs, num_items_in_batch)
+        if training:
+            self._training_log.alpha = self.alpha
+            batch = self._corrupted(batch)
+        logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
+        extra = None if training or evaluation is None else evaluation.extra
+        scored = self.scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
+        loss = with_router_loss(scored, batch) if training else scored.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
+            # data parallelism averages gradients over processes, but the denominator is already global
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if training:
+            self._training_log.add(scored.scores, scored.targets)
+        elif evaluation is not None:
+            evaluation.receive(scored.scores, scored.targets)
+        outputs = (loss, *scored.outputs) if isinstance(scored.outputs, tuple) else scored.outputs
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if "labels" in inputs or not model.training:
+            return
+        if self.dpsm.loss_type != "ce":
+            raise ValueError(
+                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
+                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
+            )
+        if self.corruption.flips is not None:
+            raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
+
+    def _corrupted(self, batch: Batch, *, counted: bool = True) -> Batch:
+        step = self.state.global_step
+        labels, shift_labels = self._corruptor.flipped(
+            batch.labels, batch.shift_labels, batch.alignment, step, counted=counted
+        )
+        return replace(batch, labels=labels, shift_labels=shift_labels)
+
+    def _rule(self, training: bool) -> Rule:
+        """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
+        smoother: Any = self.label_smoother
+        if training:
+            plain = self.dpsm.loss_type == "ce" and not self.dpsm.z_loss
+            return Rule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
+        return Rule(Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother)
+
+    # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -62,11 +205,12 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
             FloatingPointError: naming the step, the micro-batch and the token, before the optimizer uses the gradient.
                 With ``logging_nan_inf_filter=False`` (no waiting for the device) the next log raises instead.
         """
-        self._scaler = None  # fused optimizers write without raising the version of what they write to
-        step, batch = self._batch_of_step
-        self._batch_of_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 1)
-        if self._batch_of_step[1] == 1 and self._components_due(inputs):
-            with self._evaluating():  # the training clock stands still
+        self._temperature.forget()  # fused optimizers write without raising the version of what they write to
+        begins = self._training_log.begin_micro_batch(self.state.global_step)
+        # an alignment that is unknown, or a batch without labels, is for the step to find out or to refuse
+        measurable = self.scorer.alignment is not None and "labels" in inputs
+        if self.dpsm.log_component_grad_norms and begins and measurable and next_step_is_logged(self.args, self.state):
+            with self.clock.evaluating():
                 self._measure_components(inputs)
         if active():
             name_steps(self.optimizer)
@@ -76,18 +220,36 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
             loss = super().training_step(model, inputs, num_items_in_batch)
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
-            raise FloatingPointError(self._describe_non_finite(float(loss.mean())))
+            step, vocabulary = self.state.global_step, vocabulary_size(self.model)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
         return loss
 
-    def _describe_non_finite(self, loss: float) -> str:
-        place = f"optimizer step {self.state.global_step + 1}, micro-batch {self._batch_of_step[1]}"
-        scores, targets = self._last_batch or (None, None)
-        return describe_non_finite(loss, place, scores, targets, vocabulary_size(self.model))
+    def _measure_components(self, inputs: dict[str, Any]) -> None:
+        """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
+        prepared = self._prepare_inputs(dict(inputs))
+        count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
+        batch = self._corrupted(self.scorer.batch(self.model, prepared, count), counted=False)
+        scaler = getattr(self.accelerator, "scaler", None)
 
-    # ---- training log ----------------------------------------------------------------------------------------------
+        def loss_under(rule: Objective) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.scorer.score(self.model, batch, Rule(rule)).loss
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does, after looking at the labels and the schedule for errors."""
+        self.model.train()
+        self._training_log.component_norms = component_norms(
+            loss_under,
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            device=prepared["labels"].device,
+            # like the step's gradient: summed over processes where the count is everybody's, else averaged
+            shares=1 if self.args.average_tokens_across_devices else self.accelerator.num_processes,
+            scale=1.0 if scaler is None else float(scaler.get_scale()),
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does, after looking at the labels and the schedule for errors.
+
+        With corruption the metrics get the counts of what was corrupted, as ``train_...``.
+        """
         if self.train_dataset is not None:
             if has_length(self.train_dataset) and len(self.train_dataset) == 0:  # type: ignore[arg-type]
                 raise ValueError(
@@ -96,10 +258,16 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
-        self._tally.reset()
-        self._fused = None  # it would keep a model alive that model_init is about to replace
-        self._train_started = None
-        return super().train(*args, **kwargs)
+        self._training_log.reset()
+        self.scorer.release()  # it would keep a model alive that model_init is about to replace
+        self.clock.reset()
+        if self._corruptor.active:
+            self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._corruptor.active:
+            self._corruptor.gather(self.args.device)
+            output.metrics.update({f"train_{name}": value for name, value in (self.corruption_record() or {}).items()})
+        return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch as `Trainer` does, unless the checkpoint that was loaded has nothing left to train.
@@ -112,13 +280,41 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint as `Trainer` does, with the training clock in its log."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect the batches of one optimizer step; the training clock starts with the first.
+
+        Where summaries are corrupted, they are swapped here between the step's pairs on all processes.
+        """
+        self.clock.start(self.state.log_history)
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        if self._corruptor.swaps is None or not batches:
+            return batches, number
+        batches = self._corruptor.swapped(batches, self.state.global_step, self)
+        # of all processes together the number stays, of one it may not
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint as `Trainer` does, with the training clock in its log and the counts of corruption."""
         step, history = self.state.global_step, self.state.log_history
         if not any(entry.get("step") == step and tells_time(entry) for entry in history):
-            entry: dict[str, Any] = {"train_seconds": self._train_seconds(), "step": step}
+            entry: dict[str, Any] = {"train_seconds": self.clock.seconds(history), "step": step}
             history.append(entry)
-        super()._save_checkpoint(*args, **kwargs)
+        if self._corruptor.active:
+            self._corruptor.gather(self.args.device)
+            if self.args.should_save:
+                # before the others: a checkpoint is complete with its trainer_state.json, the last
+                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        super()._save_checkpoint(model, trial)
+
+    def corruption_record(self) -> dict[str, int] | None:
+        """Return what was corrupted up to the last log, checkpoint or end of the training; None for clean training.
+
+        Returns:
+            ``target_tokens``, ``flipped_tokens`` and ``flip_steps`` (optimizer steps with flips) where targets are
+            flipped, ``pairs`` and ``swapped_summaries`` where summaries are swapped; over all processes and, after a
+            resume, all parts of the run. ``counted_from_step`` is there only if they begin later than at step 0.
+        """
+        return self._corruptor.record(self.state.global_step)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Search as `Trainer.hyperparameter_search` does; the default objective is blind to the metrics DPSM adds."""
@@ -127,38 +323,24 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         return super().hyperparameter_search(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer.log` does; training entries also get token means over all processes, and alpha."""
+        """Log as `Trainer.log` does; training entries also get token means over all processes, and alpha.
+
+        With corruption they also get how much was corrupted since the last one.
+        """
+        history = self.state.log_history
         if "loss" in logs:
-            means, tokens = self._tally.drain(self.args.device)
-            if any(value != value for value in means.values()):
-                raise FloatingPointError(self._describe_non_finite(float("nan")))
-            if self._alpha is not None:
-                logs["alpha"] = self._alpha
-            logs.update(means)
-            logs.update(self._component_norms)
-            self._component_norms.clear()
-            seconds = self._train_seconds()
-            if tokens and seconds > self._tally_started:
-                logs["tokens_per_second"] = tokens / (seconds - self._tally_started)
+            vocabulary = vocabulary_size(self.model)
+            entry, tokens = self._training_log.entry(self.args.device, self.state.global_step, vocabulary)
+            logs.update(entry)
+            seconds, since = self.clock.lap(history)
+            if tokens and since > 0:
+                logs["tokens_per_second"] = tokens / since
                 logs["train_seconds"] = seconds
-            self._tally_started = seconds
+            if self._corruptor.active:
+                logs.update(self._corruptor.entry(self.args.device))
         elif "train_runtime" in logs:  # the summary at the end
-            logs["train_seconds"] = self._train_seconds()
+            logs["train_seconds"] = self.clock.seconds(history)
         super().log(logs, start_time)
-
-    def _train_seconds(self) -> float:
-        """Return the wall-clock seconds of training up to now, evaluation not counted, resumed parts added up."""
-        if self._train_started is None:
-            return seconds_trained(self.state.log_history) or 0.0
-        now = time.perf_counter() if self._evaluating_since is None else self._evaluating_since
-        return self._seconds_before + now - self._train_started - self._seconds_evaluating
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Collect the batches of one optimizer step; the clock of the log starts with the first."""
-        if self._train_started is None:
-            self._seconds_before = self._tally_started = self._train_seconds()
-            self._train_started, self._seconds_evaluating = time.perf_counter(), 0.0
-        return super().get_batch_samples(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
@@ -167,6 +349,287 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
         if self.is_world_process_zero() and card.exists():
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
             add_objective_section(card, section)
+
+    # ---- evaluation of a batch -------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Predict as the trainer does and add the batch's tokens to the evaluation in progress.
+
+        Where it generates, the trainer class behind this one is asked for the generated tokens alone.
+        """
+        generates = self._predicts_with_generate() and not prediction_loss_only
+        evaluation = self._evaluation or Collector()
+        with self._collecting(evaluation, logits_needed=not (generates or prediction_loss_only)):
+            if generates:
+                result = self._generate_and_score(model, inputs, ignore_keys, **gen_kwargs)
+            else:
+                result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        if (scored := evaluation.take()) is None:
+            return result
+        prepared = self._prepare_inputs(inputs)
+        try:
+            evaluation.add(*scored, prepared)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"at optimizer step {self.state.global_step}: {error}") from None
+        if generates and result[1] is not None and evaluation.generated is not None:
+            options = gen_kwargs or getattr(self, "_gen_kwargs", {})
+            given = {name: value for name, value in options.items() if value is not None}
+            batch = evaluation.generated.batch(prepared, result[1], given)
+            if batch is not None and (rescored := self._scores_of_generated(model, batch)) is not None:
+                evaluation.generated.add(batch, prepared["labels"], rescored[0])
+        return result
+
+    def _predicts_with_generate(self) -> bool:
+        return isinstance(self, Seq2SeqTrainer) and bool(getattr(self.args, "predict_with_generate", False))
+
+    @contextmanager
+    def _collecting(self, collector: Collector, *, logits_needed: bool = True) -> Iterator[None]:
+        """Give the scores of evaluated batches to a collector, for the length of a context."""
+        outer, self._evaluation = self._evaluation, collector  # an evaluation that this one may be part of
+        # a class that wraps compute_loss may look at the outputs whatever the evaluation needs
+        try:
+            with collector.batch(logits_needed=logits_needed or _overrides(type(self), "compute_loss")):
+                yield
+        finally:
+            self._evaluation = outer
+
+    def _generate_and_score(
+        self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Return the loss of a batch, what `Seq2SeqTrainer` generates from it, and its labels as that pads them."""
+        labels, fed = inputs.get("labels"), inputs.get("decoder_input_ids")
+        hidden = ["labels"]
+        if labels is not None and fed is not None and fed.shape == labels.shape:
+            hidden += ["decoder_input_ids", "decoder_attention_mask"]  # of the labels: generate would go on from them
+        given = {name: value for name, value in inputs.items() if name not in hidden}
+        _, generated, _ = super().prediction_step(model, given, False, ignore_keys, **gen_kwargs)
+        if labels is None:
+            return None, generated, None
+        prepared = self._prepare_inputs(inputs)
+        count = self._get_num_items_in_batch([prepared], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, _ = self.compute_loss(model, dict(prepared), return_outputs=True, num_items_in_batch=count)
+        loss = loss.detach().mean()
+        if self.args.prediction_loss_only:
+            return loss, None, None
+        config: Any = self.model.generation_config
+        labels, width = prepared["labels"], config.max_length
+        if labels.shape[-1] >= width:
+            width = 0 if config.max_new_tokens is None else config.max_new_tokens + 1
+        if labels.shape[-1] < width:
+            labels = self._pad_tensors_to_max_len(labels, width)  # type: ignore[attr-defined]
+        return loss, generated, labels
+
+    def _scores_of_generated(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """Return the scores of generated tokens, taken as labels of the model's own; None if nothing was scored."""
+        collector = Collector()
+        with self._collecting(collector, logits_needed=False), torch.no_grad(), self.compute_loss_context_manager():
+            self.compute_loss(model, dict(batch), return_outputs=True)
+        return collector.take()
+
+    # ---- evaluation of a set ---------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the trainer does; the training clock stands still until the last file and picture is written."""
+        with self.clock.evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict as the trainer does, with the training clock standing still."""
+        with self.clock.evaluating():
+            return super().predict(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as the trainer does and merge the token metrics, prefixed, into the output's metrics.
+
+        Raises:
+            ValueError: if the data set is empty.
+        """
+        dataset = getattr(dataloader, "dataset", None)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
+        # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
+        self.gather_function = self.accelerator.gather_for_metrics
+        dispatch = getattr(self.args.accelerator_config, "dispatch_batches", None)
+        if dispatch is False and self.accelerator.num_processes > 1 and not has_length(dataset):
+            logger.warning(
+                "dispatch_batches=False fills up the last batches of an iterable data set with samples that cannot be "
+                "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
+            )
+        if self.dpsm.fit_temperature and not self.is_in_train:
+            self._fit_if_possible()
+        self.panel = None  # two would be held otherwise
+        evaluation = self._new_evaluation(dataset)
+        with self._collecting(evaluation):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            self.panel = evaluation.finish(self.args.device)
+        self._report(self.panel, output, metric_key_prefix)
+        return output
+
+    def _new_evaluation(self, dataset: Any) -> Evaluation:
+        dpsm, scaler = self.dpsm, self.temperature_scaler
+        return Evaluation(
+            self.model,
+            self.processing_class,
+            dataset,
+            byte_lengths=self._token_bytes.of(self.processing_class),
+            temperature=None if scaler is None else scaler.temperature,
+            classwise_tokens=dpsm.classwise_tokens,
+            depth=dpsm.expected_depth,
+            generated=self._predicts_with_generate() and dpsm.generated_calibration,
+        )
+
+    def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
+        """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
+        assert output.metrics is not None  # the loop always returns a dict
+        if found := panel.metrics():
+            metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
+            if self.is_in_train:
+                metrics[f"{prefix}_train_seconds"] = self.clock.seconds(self.state.log_history)
+            # a metric of the user's own compute_metrics keeps its name
+            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+            tensorboard = next((writer for writer in writers if writer is not None), None)
+            for callback in self._calibration_callbacks():
+                callback.receive(panel, prefix, tensorboard)
+        elif panel.samples and f"{prefix}_loss" in output.metrics:
+            # no token, no loss: a 0 would be the best that there ever was
+            output.metrics[f"{prefix}_loss"] = math.nan
+            logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
+
+    def _calibration_callbacks(self) -> list[CalibrationCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
+
+    @property
+    def calibration(self) -> TokenCalibration | None:
+        """Return the statistics of all tokens of the last evaluation, over all processes; None before the first."""
+        return None if self.panel is None else self.panel.tokens
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of a set as the trainer does, and never that of another one.
+
+        With persistent workers Trainer keeps loaders by name, and all sets that are passed as objects have one name.
+        """
+        if not isinstance(eval_dataset, str):
+            chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+            if self._loaded_set is not chosen:
+                getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+                self._loaded_set = chosen
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
+        """Evaluate in the order of the set, whatever order is trained in: a row's place tells which document it is."""
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+
+    # ---- temperature -----------------------------------------------------------------------------------------------
+
+    @property
+    def calibration_dataset(self) -> Any:
+        """Return where a temperature is fitted; neither trained nor tested on. Another set makes another one."""
+        return self._calibration_dataset
+
+    @calibration_dataset.setter
+    def calibration_dataset(self, dataset: Any) -> None:
+        if dataset is not None:
+            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
+        self._calibration_dataset = dataset
+        self._temperature.forget()
+
+    @property
+    def temperature_scaler(self) -> TemperatureScaler | None:
+        """Return the temperature that was fitted for the weights as they are now; None if there is none."""
+        return self._temperature.of(self.model)
+
+    def use_temperature(self, scaler: TemperatureScaler | float) -> None:
+        """Let the evaluations of the model as it is now report metrics scaled by a temperature that is known already.
+
+        Args:
+            scaler: of `TemperatureScaler.load`, or a temperature.
+
+        Raises:
+            ValueError: if the temperature is not positive.
+        """
+        scaler = scaler if isinstance(scaler, TemperatureScaler) else TemperatureScaler(float(scaler))
+        self._temperature.keep(self.model, scaler)
+
+    def fit_temperature(self, dataset: Any = None, *, split: str = "calibration") -> TemperatureScaler:
+        """Fit a temperature for the model as it is now and let the following evaluations report scaled metrics too.
+
+        About five passes over the data, without gradients or stored logits; the result is also written to
+        ``temperature.json`` in ``output_dir``. Nothing is fitted again while the weights stay as they are and no data
+        set is given.
+
+        Args:
+            dataset: to fit on; ``calibration_dataset`` if left out. Never the test set: the temperature would have
+                seen the labels that it is judged by.
+            split: name of the data, kept in ``temperature.json``.
+
+        Raises:
+            ValueError: if there is no data set, or as `TemperatureScaler.fit`.
+        """
+        if dataset is None:
+            if (scaler := self.temperature_scaler) is not None:
+                return scaler
+            dataset = self.calibration_dataset
+        if dataset is None:
+            raise ValueError(
+                "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
+            )
+        dataloader = self.get_eval_dataloader(dataset)
+        scaler = TemperatureScaler.fit_moments(lambda value: self._moments(dataloader, value), split=split)
+        if self.is_world_process_zero():
+            scaler.save(str(self.args.output_dir))
+        self._temperature.keep(self.model, scaler)
+        return scaler
+
+    def _moments(self, dataloader: Any, temperature: float) -> Moments:
+        """Return the sums that a temperature is fitted with, at one temperature, from a pass over the data."""
+        moments = MomentPass(temperature)
+        with self._collecting(moments):
+            super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "prediction_bar", None)
+            if bar is not None:  # as at the end of every evaluation; there is one a pass
+                bar.close()
+                callback.prediction_bar = None
+        return moments.finish(self.args.device)
+
+    def _fit_if_possible(self) -> None:
+        """Fit for the weights as they are; where no temperature is best, the metrics are reported without one."""
+        if self._temperature.known(self.model):
+            return
+        try:
+            self.fit_temperature()
+        except UnfittableError as error:
+            self._temperature.keep(self.model, None)
+            logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
+
+
+def _overrides(kind: type, method: str) -> bool:
+    """Return whether a class derived from the mixin has a method of its own in front of the mixin's."""
+    return any(method in vars(base) for base in kind.__mro__[: kind.__mro__.index(DPSMMixin)])
+
+
+def _keep_liger_out_of_the_loss(args: Any) -> None:
+    """Leave Liger its norms and activations, but not the head: its fused loss is cross-entropy alone."""
+    if getattr(args, "use_liger_kernel", False):
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
 
 def _default_objective(metrics: dict[str, float]) -> float:

@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 
+from dpsm_hf.evaluation.generation.accumulator import on_common_subsequence
 from dpsm_hf.evaluation.generation.forecasts import forecast_curve, forecast_figures, forecast_intervals
-from dpsm_hf.evaluation.generation.subsequence import on_common_subsequence
 
 # ---- the longest common subsequence --------------------------------------------------------------------------------
 

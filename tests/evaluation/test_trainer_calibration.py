@@ -27,7 +27,7 @@ from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2
 from dpsm_hf.calibration import METRICS
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
 from dpsm_hf.evaluation.depth import DepthReader
-from dpsm_hf.evaluation.frequent_tokens import frequent_labels
+from dpsm_hf.evaluation.evaluation import TokenBytes, frequent_labels
 from dpsm_hf.evaluation.generation import generated_batch
 from dpsm_hf.evaluation.text_metrics import rouge_scores
 from dpsm_hf.models.language_model import align_targets
@@ -98,16 +98,17 @@ def test_end_tokens_and_bytes_after_scaling_and_in_the_file(tmp_path: Path) -> N
 
 
 def test_added_tokens_have_bytes(tmp_path: Path) -> None:
-    trainer, tokenizer, _ = text_trainer(tmp_path)
-    before = trainer._token_bytes()
+    _, tokenizer, _ = text_trainer(tmp_path)
+    from_tokenizer = TokenBytes()
+    before = from_tokenizer.of(tokenizer)
     tokenizer.add_tokens(["naïve!"])
-    assert trainer._token_bytes().tolist() == [*before.tolist(), len("naïve!".encode())]
+    assert from_tokenizer.of(tokenizer).tolist() == [*before.tolist(), len("naïve!".encode())]
 
 
 def test_bytes_are_those_of_the_tokenizer_and_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, by_byte, _ = text_trainer(tmp_path)
     asked: list[Any] = []
-    monkeypatch.setattr("dpsm_hf.training.evaluation.token_bytes", lambda t: (asked.append(t), token_bytes(t))[1])
+    monkeypatch.setattr("dpsm_hf.evaluation.evaluation.token_bytes", lambda t: (asked.append(t), token_bytes(t))[1])
     by_word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     for tokenizer in (by_byte, by_word):
         trainer.processing_class = tokenizer

@@ -102,8 +102,8 @@ def test_an_evaluation_survives_what_no_temperature_fits(tmp_path: Path, caplog:
 def count_passes(trainer: Any) -> list[float]:
     """Return a list that grows with every pass over the calibration split."""
     passes: list[float] = []
-    close = trainer._close_progress_bar
-    trainer._close_progress_bar = lambda: (passes.append(1.0), close())
+    moments = trainer._moments
+    trainer._moments = lambda loader, temperature: (passes.append(temperature), moments(loader, temperature))[1]
     return passes
 
 

@@ -150,7 +150,7 @@ def test_loss_and_gradients(name: str) -> None:
         mine, theirs = step(fused, batch), step(full, batch)
         assert_equal(mine, theirs)
         assert all(float(g.norm()) > 0 for n, g in theirs[1].items() if "lm_head" in n)
-    assert fused._fused.checked
+    assert fused.scorer.head.checked
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
@@ -314,11 +314,11 @@ class Warnings:
     def __enter__(self) -> list[str]:
         self.handler = python_logging.Handler(python_logging.WARNING)
         self.handler.emit = lambda record: self.messages.append(record.getMessage())  # type: ignore[method-assign]
-        python_logging.getLogger("dpsm_hf.training.training_loss").addHandler(self.handler)
+        python_logging.getLogger("dpsm_hf.training.scorer").addHandler(self.handler)
         return self.messages
 
     def __exit__(self, *_: object) -> None:
-        python_logging.getLogger("dpsm_hf.training.training_loss").removeHandler(self.handler)
+        python_logging.getLogger("dpsm_hf.training.scorer").removeHandler(self.handler)
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
@@ -329,7 +329,7 @@ def test_an_unknown_model_passes_the_check(kind: type[nn.Module], mode: str) -> 
     with Warnings() as warned:
         for seed in range(2):
             assert_equal(step(fused, make_batch(seed)), step(full, make_batch(seed)))
-    assert not warned and fused._fused.checked
+    assert not warned and fused.scorer.head.checked
 
 
 STRANGE: dict[type[Own], str] = {

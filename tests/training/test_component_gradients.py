@@ -60,7 +60,7 @@ def test_flips_are_counted_once(tmp_path: Path) -> None:
             corruption=Corruption(flips=TargetFlips(0.3, replacement_weights(VOCAB, (0, 1, 2)), seed=1)),
         )  # fmt: skip
         trainer.train()
-        counts.append(dict(trainer._counts.gather(torch.device("cpu"))))
+        counts.append(trainer.corruption_record())
         assert [e["grad_norm"] for e in logged(trainer)] != [0.0] * 4
     assert counts[0] == counts[1] and counts[0]["flipped_tokens"] > 0
 
@@ -70,10 +70,10 @@ def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.
     stopped = []
     measure = trainer._measure_components
     monkeypatch.setattr(
-        trainer, "_measure_components", lambda inputs: (stopped.append(trainer._evaluating_since), measure(inputs))
+        trainer, "_measure_components", lambda inputs: (stopped.append(trainer.clock.stopped), measure(inputs))
     )
     trainer.train()
-    assert len(stopped) == 4 and None not in stopped
+    assert len(stopped) == 4 and all(stopped)
 
 
 @pytest.mark.parametrize(

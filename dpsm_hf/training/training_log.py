@@ -1,0 +1,89 @@
+"""What the next entry of the training log says: token means since the last one, alpha, gradient norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rules.losses import TokenScores
+from ..runtime.devices import widest_float
+from ..runtime.distributed import sum_over_processes
+from .checks import describe_non_finite
+
+_COLUMNS = ("nll", "brier", "correct", "confidence")
+_NAMES = {"correct": "token_accuracy"}
+
+
+class TrainingLog:
+    """Sum the statistics of trained tokens on the device, without waiting for it, until an entry is written.
+
+    It also knows the micro-batch that was scored last, which is where a loss that is not finite comes from.
+    """
+
+    def __init__(self) -> None:
+        #: The Brier weight of the last micro-batch; None if the loss is not a mix.
+        self.alpha: float | None = None
+        #: The gradient norms of the components, for the next entry.
+        self.component_norms: dict[str, float] = {}
+        self._sums: Tensor | None = None
+        self._step, self._micro_batch = -1, 0
+        self._last: tuple[TokenScores, Tensor] | None = None
+
+    def begin_micro_batch(self, step: int) -> bool:
+        """Note that a micro-batch begins, and return whether it is the first of its optimizer step.
+
+        Args:
+            step: optimizer steps done so far.
+        """
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 1
+        self._step = step
+        return self._micro_batch == 1
+
+    def add(self, scores: TokenScores, targets: Tensor) -> None:
+        """Add the tokens of a micro-batch; neither argument may hold a graph."""
+        self._last = scores, targets
+        columns = torch.stack([scores.scored.to(scores.nll.dtype), *(getattr(scores, name) for name in _COLUMNS)])
+        sums = columns.sum(-1, dtype=widest_float(columns.device))  # the sum of many steps keeps its digits
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def reset(self) -> None:
+        """Forget the tokens that were added."""
+        self._sums = None
+
+    def entry(self, device: torch.device, step: int, vocab_size: int | None) -> tuple[dict[str, float], int]:
+        """Return what the entry says and the number of tokens, over all processes, and begin anew.
+
+        Every process must call this. Without a scored token the means are left out.
+
+        Args:
+            device: where the processes add up.
+            step, vocab_size: as `non_finite` takes them.
+
+        Raises:
+            FloatingPointError: if a mean is NaN; see `non_finite`.
+        """
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(1 + len(_COLUMNS), dtype=widest_float(device), device=device)
+        self.reset()
+        tokens, *totals = sum_over_processes(sums).tolist()
+        found = {} if self.alpha is None else {"alpha": self.alpha}
+        for name, total in zip(_COLUMNS, totals, strict=True) if tokens else ():
+            found[_NAMES.get(name, name)] = total / tokens
+        if any(value != value for value in found.values()):
+            raise self.non_finite(float("nan"), step, vocab_size)
+        found |= self.component_norms
+        self.component_norms = {}
+        return found, int(tokens)
+
+    def non_finite(self, loss: float, step: int, vocab_size: int | None) -> FloatingPointError:
+        """Return the error for a loss of the last micro-batch that is NaN or infinite, with its place and cause.
+
+        Args:
+            loss: the loss.
+            step: optimizer steps done so far.
+            vocab_size: of the model, if it tells.
+        """
+        place = f"optimizer step {step + 1}, micro-batch {self._micro_batch}"
+        scores, targets = self._last or (None, None)
+        return FloatingPointError(describe_non_finite(loss, place, scores, targets, vocab_size))
