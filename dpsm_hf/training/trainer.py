@@ -21,7 +21,7 @@ from .checks import check_dataset_labels, check_feedback_metric, describe_non_fi
 from .clock import seconds_trained, tells_time
 from .component_gradients import ComponentGradientsMixin
 from .evaluation import EvaluationMixin
-from .model_card import add_objective_section, objective_section
+from .model_card import add_objective_section, objective_section, with_equal_columns
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +162,11 @@ class DPSMMixin(ComponentGradientsMixin, EvaluationMixin):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
-        super().create_model_card(*args, **kwargs)
+        history, self.state.log_history = self.state.log_history, with_equal_columns(self.state.log_history)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.state.log_history = history
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and card.exists():
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
