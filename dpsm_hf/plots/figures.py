@@ -22,7 +22,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 OKABE_ITO = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 3)), ":")
-_FIXED_STYLES = {"ce": 0, "brier": 1, "dpsm": 2, "spherical": 3, "focal": 4}
+# Names of the losses, and what the pages call them.
+_FIXED_STYLES = {
+    "ce": 0, "cross-entropy": 0, "brier": 1, "Brier": 1, "dpsm": 2, "DPSM": 2, "spherical": 3,
+    "focal": 4, "focal loss": 4,
+}  # fmt: skip
 
 
 def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..evaluation.panel import EvaluationPanel
 from ..models.language_model import align_targets, label_alignment
-from ..plots.training_curves import ReliabilityDisplay
+from ..plots.reliability import ReliabilityDisplay
 from ..rules.losses import TokenScores, score_tokens
 from ..runtime.distributed import sum_over_processes
 from ..runtime.files import write_json
