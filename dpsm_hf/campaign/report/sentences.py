@@ -17,8 +17,6 @@ from ..runner.records import Record
 TIE = 0.005
 # ROUGE-Lsum (out of 100) of texts that share little more than frequent words with the reference.
 WEAK_ROUGE = 10.0
-
-
 # How a run ended that is not compared.
 _ENDED = {
     "failed": "failed",
@@ -52,11 +50,6 @@ class SingleRun:
         return str(self.record.arguments.get("loss_type", self.name))
 
     @property
-    def log_history(self) -> Sequence[Mapping[str, Any]]:
-        """Return the Trainer's log entries."""
-        return self.record.history
-
-    @property
     def metrics(self) -> Mapping[str, float | None]:
         """Return the figures of the evaluation at the end."""
         return self.record.metrics.get("last", {}).get(self.split, {})
@@ -75,7 +68,7 @@ class SingleRun:
     def diverged_at(self) -> int | None:
         """Return the first logged step with a figure that is not finite, None where there is none."""
         keys = ("loss", "nll", "grad_norm", "eval_nll", "eval_loss")
-        bad = (entry for entry in self.log_history if any(key in entry and entry[key] is None for key in keys))
+        bad = (entry for entry in self.record.history if any(key in entry and entry[key] is None for key in keys))
         found = next(bad, None)
         return None if found is None else int(found.get("step", 0))
 
@@ -193,7 +186,7 @@ def _calibration(tested: Sequence[SingleRun], base: SingleRun) -> list[str]:
 
 
 def _schedule(run: SingleRun) -> list[str]:
-    alphas = [float(entry["alpha"]) for entry in run.log_history if entry.get("alpha") is not None]
+    alphas = [float(entry["alpha"]) for entry in run.record.history if entry.get("alpha") is not None]
     if run.loss_type != "dpsm" or not alphas:
         return []
     if max(alphas) < 1:
@@ -201,7 +194,7 @@ def _schedule(run: SingleRun) -> list[str]:
             f"α, the weight of the Brier score, never exceeded {max(alphas):.2f}: part of the loss stayed "
             "cross-entropy."
         ]
-    described = next((str(e["alpha_schedule"]) for e in run.log_history if "alpha_schedule" in e), "")
+    described = next((str(e["alpha_schedule"]) for e in run.record.history if "alpha_schedule" in e), "")
     ramp = re.fullmatch(r"(linear|cosine): alpha \S+ -> 1 over (\d+) steps \(of (\d+)\)", described)
     if ramp is None:
         return [f"α followed the schedule {described!r}."] if described else []
@@ -215,7 +208,7 @@ def _schedule(run: SingleRun) -> list[str]:
 def _on_the_way(run: SingleRun, reference: SingleRun) -> list[str]:
     """Say at how many evaluations during training the run's ECE was the lower: one at the end may be luck."""
     series = [
-        {int(e["step"]): float(e["eval_ece_15"]) for e in r.log_history if e.get("eval_ece_15") is not None}
+        {int(e["step"]): float(e["eval_ece_15"]) for e in r.record.history if e.get("eval_ece_15") is not None}
         for r in (run, reference)
     ]
     steps = sorted((set(series[0]) & set(series[1])) - {0})
@@ -230,7 +223,7 @@ def _on_the_way(run: SingleRun, reference: SingleRun) -> list[str]:
 
 
 def _overfit(run: SingleRun) -> list[str]:
-    evals = [(int(e["step"]), float(e["eval_nll"])) for e in run.log_history if e.get("eval_nll") is not None]
+    evals = [(int(e["step"]), float(e["eval_nll"])) for e in run.record.history if e.get("eval_nll") is not None]
     evals = [(step, value) for step, value in evals if math.isfinite(value)]
     final = run.value("nll")
     if not evals or final is None:
@@ -268,7 +261,7 @@ def _busy(records: Sequence[SingleRun]) -> list[str]:
     cores = {r.name: cpu / wall for r, (cpu, wall) in zip(records, usage, strict=True) if cpu and wall}
     sentences = []
     for record in records:
-        speeds = sorted(float(e["tokens_per_second"]) for e in record.log_history if e.get("tokens_per_second"))
+        speeds = sorted(float(e["tokens_per_second"]) for e in record.record.history if e.get("tokens_per_second"))
         if len(speeds) >= 5 and speeds[len(speeds) // 5] < 0.6 * speeds[len(speeds) // 2]:
             why = f"its speed varied between {speeds[0]:,.0f} and {speeds[-1]:,.0f} tokens a second"
         elif record.name in cores and cores[record.name] < 0.7 * max(cores.values()):
@@ -284,25 +277,21 @@ def _busy(records: Sequence[SingleRun]) -> list[str]:
 
 def _failures(records: Sequence[SingleRun]) -> list[str]:
     sentences = []
-    for record in records:
-        ended = record.record
-        if ended.status in _ENDED:
-            reason = f": {ended.message}" if ended.message else ""
-            sentences.append(f"The run {record.name!r} {_ENDED[ended.status]} and is not compared{reason}.")
-        elif ended.status == "diverged":
-            where = f" from step {record.diverged_at:,} on" if record.diverged_at is not None else ""
-            sentences.append(
-                f"The run {record.name!r} ({record.title}) diverged (not finite{where}) and is not compared."
-            )
-        elif not record.metrics:
-            sentences.append(f"The run {record.name!r} has no evaluation figures and is not compared.")
+    for run in records:
+        what = _ENDED.get(run.record.status, "has no evaluation figures")
+        if run.record.status == "diverged":
+            where = f" from step {run.diverged_at:,} on" if run.diverged_at is not None else ""
+            sentences.append(f"The run {run.name!r} ({run.title}) diverged (not finite{where}) and is not compared.")
+        elif not run.comparable:
+            reason = f": {run.record.message}" if run.record.message else ""
+            sentences.append(f"The run {run.name!r} {what} and is not compared{reason}.")
     return sentences
 
 
 def _same_start(records: Sequence[SingleRun]) -> list[str]:
     starts = {}
     for record in records:
-        first = next((e for e in record.log_history if e.get("step") == 0 and e.get("eval_nll") is not None), None)
+        first = next((e for e in record.record.history if e.get("step") == 0 and e.get("eval_nll") is not None), None)
         if first is not None:
             starts[record.name] = float(first["eval_nll"])
     if len(records) < 2 or len(starts) < len(records):
@@ -325,22 +314,14 @@ def _weak_texts(records: Sequence[SingleRun]) -> list[str]:
 
 
 def _noise(base: SingleRun) -> str:
-    """Say how far figures can move by chance; for ECE, what a perfectly calibrated model would show.
-
-    With n_b tokens of confidence c_b in a bin, accuracy scatters around c_b with variance c_b (1 - c_b) / n_b, whose
-    root times sqrt(2 / pi) is the mean gap; ECE adds these with the weights n_b / N (tokens taken as independent).
-    """
+    """Say how far figures can move by chance; for ECE, what a perfectly calibrated model would show."""
     text = "One seed: differences of a few per cent can be noise. Repeat with other seeds before believing them."
-    curve = base.calibration.get("curve", {})
-    bins = zip(curve.get("count", ()), curve.get("confidence", ()), strict=True)
-    pairs = [(count, confidence) for count, confidence in bins if count and confidence is not None]
-    if not pairs:
+    floor, tokens = base.value("ece_15_null"), base.value("tokens")
+    if floor is None or tokens is None:
         return text
-    total = sum(count for count, _ in pairs)
-    floor = sum(math.sqrt(2 / math.pi * count * mean * (1 - mean)) for count, mean in pairs) / total
     return (
-        f"{text} On {total:,} tokens even a perfectly calibrated model would show an ECE-{len(curve['count'])} of "
-        f"about {floor:.4f}, so smaller differences in ECE say nothing here."
+        f"{text} On {tokens:,.0f} tokens even a perfectly calibrated model would show an ECE-15 of about {floor:.4f}, "
+        "so smaller differences in ECE say nothing here."
     )
 
 
