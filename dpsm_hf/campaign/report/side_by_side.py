@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...plots.reliability import FEW_TOKENS
-from ...runtime.files import strict
+from ...runtime.files import strict, write_json
 from ..runner.collecting import read_run
 from ..runner.records import Record
 from ..spec.design import Campaign, Point, Variation
@@ -146,9 +145,8 @@ def write_runs_page(results: Results, output_dir: str | Path, title: str, subtit
         sections=_sections(results, setting, runs, pictures),
         runs=[_made_by(run) for run in runs],
     )
-    content = strict({"schema": 1, "findings": sentences, "runs": [_numbers(run) for run in runs]})
     path = directory / "results.json"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(strict({"schema": 1, "findings": sentences, "runs": [_numbers(run) for run in runs]}), path)
     text = "\n\n".join([*map(as_text, tables), "↓ lower is better, ↑ higher is better, * best of its column"])
     return RunsPage(html, path, tuple(pictures.paths), text, tuple(sentences))
 

@@ -46,10 +46,7 @@ def newest_state(folder: Path) -> Mapping[str, Any]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    content = _readable(folder / STATE_NAME)
     return content if isinstance(content, dict) else {}
 
 

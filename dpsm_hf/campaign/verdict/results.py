@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,14 +203,3 @@ def series(record: Record, key: str) -> list[tuple[float, float, float]]:
 def setting_of(point: Point) -> Setting:
     """Return the setting of a point."""
     return Setting(*point.setting)
-
-
-def pooled(results: Results, settings: Sequence[Setting], take: Callable[[Setting], Pairs]) -> Pairs:
-    """Return the pairs of several settings together."""
-    parts = [take(setting) for setting in settings]
-    return Pairs(
-        tuple(seed for part in parts for seed in part.seeds),
-        np.concatenate([part.ours for part in parts]) if parts else np.array([]),
-        np.concatenate([part.theirs for part in parts]) if parts else np.array([]),
-        tuple(seed for part in parts for seed in part.missing),
-    )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...statistics import ClaimTest, Decision, claim_test, decide, power_note, sign_agreement
 from .claims import Claim, claims_of
-from .finding import ALPHA, Finding, Judged, corrected, finite, join
+from .finding import ALPHA, Finding, Judged, corrected, finite, join, undecided
 from .results import Pairs, Results, Setting
 
 #: Share of settings and seeds that have to agree.
@@ -150,10 +150,8 @@ def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> 
 
 def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> Judged:
     pairs = _pairs(results, claim, setting, variation)
-    finding = Finding(
-        claim.key, claim.family, claim.words, variation, setting.label, role, Decision.CANNOT_TELL.value, None, None,
-        None, claim.at_least, claim.at_most, claim.scale, claim.unit, len(pairs.seeds), note=_missing(pairs),
-    )  # fmt: skip
+    missing = f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
+    finding = undecided(claim, variation, setting.label, role, len(pairs.seeds), missing)
     if not len(pairs.seeds):
         return Judged(finding, math.nan, math.nan)
     if not (np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()):
@@ -242,14 +240,17 @@ def _agreement(
 ) -> Finding:
     known = [value for value in main if value is not None]
     mean = float(np.mean(known)) if known else math.nan
-    finding = Finding(
-        f"same-sign-{claim.key}", "robustness",
+    same_sign = Claim(
+        f"same-sign-{claim.key}",
+        "robustness",
         f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
         f"of the main study, in at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
-        variation, "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings", role,
-        Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
-        "share", "", 0,
-    )  # fmt: skip
+        claim.metric,
+        scale="share",
+        at_least=AGREEMENT,
+    )
+    settings = "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings"
+    finding = undecided(same_sign, variation, settings, role)
     if math.isnan(mean) or mean == 0:
         return replace(finding, note="the main study has no difference whose sign could return")
     agreement = sign_agreement(cells, 1 if mean > 0 else -1)
@@ -273,7 +274,3 @@ def _agreement(
 
 def _metric_words(metric: str) -> str:
     return metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-") if "_" in metric or "rouge" in metric else metric
-
-
-def _missing(pairs: Pairs) -> str:
-    return f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
