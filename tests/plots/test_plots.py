@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpsm_hf.plots.figures import empty_figure, run_style, run_styles, save_figure
+from dpsm_hf.plots.figures import OKABE_ITO, empty_figure, run_style, run_styles, save_figure
 
 
 def test_drawing_never_imports_pyplot() -> None:
@@ -31,6 +31,8 @@ def test_no_two_runs_of_a_picture_look_alike() -> None:
         assert len({(style["color"], str(style["linestyle"])) for style in run_styles(names)}) == len(names)
     named = dict(zip(["x", "ce", "dpsm"], run_styles(["x", "ce", "dpsm"]), strict=True))
     assert named["ce"] == run_style("ce", 0) and named["dpsm"] == run_style("dpsm", 5)
+    assert run_styles(["cross-entropy", "DPSM"]) == run_styles(["ce", "dpsm"])
+    assert [style["color"] for style in run_styles(["x", "y", "z"])] == [OKABE_ITO[5], OKABE_ITO[6], OKABE_ITO[0]]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
