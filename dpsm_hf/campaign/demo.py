@@ -126,6 +126,11 @@ class FollowedRuns(Progress):
         self.followed = ""
         self.log: BinaryIO | None = None
         self.pending = b""
+        self.bar = False  # whether a progress bar stands in the last line
+
+    def say(self, text: str) -> None:
+        super().say(f"\n{text}" if self.bar else text)
+        self.bar = False
 
     def tick(self, active: Mapping[str, float], estimate: Callable[[], float | None]) -> None:
         for run_id in active:
@@ -160,7 +165,8 @@ class FollowedRuns(Progress):
             if seen is not None:
                 sys.stderr.write(f"\r{seen}\n")
         state = self.pending.rsplit(b"\r", 1)[-1]
-        if b"%|" in state:  # a progress bar, whose line ends with the work
+        self.bar = b"%|" in state  # its line ends with the work
+        if self.bar:
             sys.stderr.write("\r" + state.decode("utf-8", errors="replace"))
         sys.stderr.flush()
 

@@ -204,7 +204,8 @@ def test_what_is_seen_of_a_run(tmp_path: Path, job: Campaign, capsys: pytest.Cap
     log.unlink()
     log.write_text("=== attempt 3 ===\nagain\n")
     shown.ended(run_id, "ok", 61.0, "", 0)
-    assert "ok  1 min 01 s  the last one" in capsys.readouterr().err
+    seen = capsys.readouterr().err  # in a line of its own
+    assert seen.startswith("\n[1/3] ce") and seen.endswith("ok  1 min 01 s  the last one\n")
 
 
 def test_records_say_what_broke(tmp_path: Path, job: Campaign) -> None:
