@@ -21,8 +21,9 @@ def learning_curves(
 ) -> Figure | None:
     """Draw a logged figure of each variation: the mean over its seeds, and a band from the lowest to the highest.
 
-    A run that ended early is left out, for it would end the mean of all; where it is the only one of its variation it
-    is drawn as far as it came. A figure that is not finite ends the line there, with a cross and a note in the legend.
+    A run that ended early is left out, because the mean reaches only as far as the shortest run; if it is the only run
+    of its variation, it is drawn up to where it ended. At a figure that is not finite the line ends with a cross and a
+    note in the legend.
 
     Args:
         results: of the campaign.
@@ -85,7 +86,7 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _together(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return common places and the values of each curve there; curves of the same places are left as they are."""
+    """Return a common x axis and the values of each curve on it, interpolated where their own axes differ."""
     first = curves[0][0]
     if all(len(p) == len(first) and np.array_equal(p, first) for p, _ in curves):
         return first, np.array([values for _, values in curves])

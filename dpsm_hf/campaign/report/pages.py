@@ -39,7 +39,7 @@ def _markdown_cell(text: str) -> str:
 
 
 def _markdown_quote(text: str) -> str:
-    # a fence of four, for texts may hold one of three
+    # four backticks, because the text may itself contain a fence of three
     return f"````text\n{text.strip()}\n````"
 
 

@@ -124,7 +124,7 @@ def reliability_pictures(
             content = record.calibration.get(results.split) if record is not None and record.status == "ok" else None
             if content is not None:
                 title = results.campaign.variation(name).title
-                content = {**content, "split": results.split}  # Seq2SeqTrainer's scripts call it predict
+                content = {**content, "split": results.split}  # Seq2SeqTrainer calls the test split predict
                 displays.append((name, title, point.seed, ReliabilityDisplay.from_json(content, title)))
                 break
     if len(displays) > 1:
@@ -141,7 +141,7 @@ def drawn(campaign: Campaign, name: str) -> bool:
 
 
 def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
-    """Draw every study that varies two or more arguments: the two with most values, a map for each other value."""
+    """Draw studies that vary several arguments: the two with the most values, a map for each value of the rest."""
     studies: dict[Setting, list[Setting]] = {}
     for setting in results.settings():
         if len(setting.settings) >= 2:
@@ -154,7 +154,7 @@ def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
             for name, value in setting.settings:
                 values.setdefault(name, set()).add(value)
         if sum(len(of_one) > 1 for of_one in values.values()) < 2:
-            continue  # a row of cells is a table
+            continue  # a single row of cells reads better as a table
         axes = sorted(values, key=lambda name: (-len(values[name]), name))[:2]
         rest: dict[tuple[Any, ...], list[Setting]] = {}
         for setting in settings:

@@ -127,7 +127,7 @@ def _context(
 
 
 def _unfinished_ablations(results: Results) -> list[str]:
-    """Return the main study's ablations of which no run ended well: "no figure" for each claim would tell nothing."""
+    """Return the main study's ablations without a finished run; the page leaves out their claims."""
     settings = results.settings(MAIN_STUDY)
     planned = {name for setting in settings for name in results.variations(setting)}
     done = {name for setting in settings for name in planned if results.finished(setting, name)}

@@ -256,7 +256,7 @@ def seconds_of(record: Record) -> float:
 
 
 def _busy(records: Sequence[SingleRun]) -> list[str]:
-    """Name the runs that shared the machine with other programs: their seconds are not the doing of the loss."""
+    """Name the runs that shared the machine with other programs: their seconds say nothing about the loss."""
     usage = [(r.value("cpu_seconds"), seconds_of(r.record)) for r in records]
     cores = {r.name: cpu / wall for r, (cpu, wall) in zip(records, usage, strict=True) if cpu and wall}
     sentences = []

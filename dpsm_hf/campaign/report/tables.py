@@ -14,7 +14,7 @@ from ..runner.records import Record
 from ..verdict.results import Results, Setting, setting_of
 
 ALPHA = 0.05
-#: Relative spread of the reference's own speed from which a table says so.
+#: If the reference's own speed varies by more than this share, the table carries a warning.
 _UNSTEADY = 0.05
 
 
@@ -170,7 +170,7 @@ def comparison(
 
 
 def cost(results: Results, setting: Setting) -> Table:
-    """Show what training cost: figures without tests, which the claims make where they are meant.
+    """Show what training cost: figures without tests; the claims test throughput and memory.
 
     Seconds and memory depend on what else the machine did, and the memory of a run that was paused at a rung on its
     having been several processes: neither stars nor a best one would tell of the losses.
@@ -288,7 +288,7 @@ def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Tab
 
 
 def stopped_early(results: Results) -> Table | None:
-    """Show for every ablation and seed that was stopped at which step that was, by which figure; None without any.
+    """List the ablations that were stopped early: for each seed the step and the figure that decided; None if none.
 
     Args:
         results: of the campaign.
@@ -296,7 +296,7 @@ def stopped_early(results: Results) -> Table | None:
     found: dict[str, tuple[str, str, int, Record]] = {}
     for point in results.campaign.points:
         record = results.record(point)
-        if record is not None and record.status == "pruned":  # a run of several studies is told of once
+        if record is not None and record.status == "pruned":  # a run that several studies share is listed once
             title = results.campaign.variation(point.variation).title
             found.setdefault(point.run_id, (title, describe(results, setting_of(point)), point.seed, record))
     if not found:
@@ -387,7 +387,7 @@ def _best(results: Results, setting: Setting, names: Sequence[str], column: Colu
     means = {}
     for name in names:
         values = list(_values(results, setting, name, column).values())
-        # of all its seeds: those that are missing may be the bad ones
+        # compare only variations with all seeds: the missing ones may be the bad ones
         complete = len(values) == len(results.points(setting, name))
         if values and complete and np.isfinite(values).all():
             means[name] = round(float(np.mean(values)) * column.scale, column.decimals)

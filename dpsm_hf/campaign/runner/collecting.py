@@ -206,7 +206,7 @@ def _outcome_of_files(
 
 
 def _readable(path: Path) -> Any:
-    """Parse a JSON file that somebody else writes, in place: what a kill has left of it is as good as nothing."""
+    """Parse a JSON file that the Trainer writes in place; one that a kill has left incomplete counts as missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is found out about a claim, and the correction for having asked several times."""
+"""The result of testing a claim, and Holm's correction over a family of claims."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ...statistics import Decision, holm
 from .claims import Claim
 
-#: Chance of saying "holds" of a claim that is wrong, over a family of claims.
+#: Family-wise error rate: the chance that any wrong claim of a family is said to hold.
 ALPHA = 0.05
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from ..runner.records import Record
 from ..spec.design import Campaign, Point
 
-#: Share of what the reference gains on its way that counts as having arrived.
+#: Share of the reference's improvement during training after which its final quality counts as reached.
 ARRIVED = 0.95
 
-# names of figures that are not those of an evaluation
+# figures of `Record.efficiency`, as opposed to metrics of an evaluation
 _EFFICIENCY = frozenset(
     {
         "train_seconds", "tokens_per_second", "peak_memory_mb", "peak_device_memory_mb", "flops_per_step", "steps",

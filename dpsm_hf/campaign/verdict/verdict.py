@@ -74,11 +74,11 @@ def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN
             for setting in results.settings():
                 if setting == first or variation.name not in results.variations(setting):
                     continue
-                # a run that the first setting shares would agree with itself
+                # leave out runs that belong to the first setting too: they would agree with themselves
                 seeds = {p.seed for p in results.points(setting, variation.name) if p.run_id not in known}
                 found_there = _differences(results, claim, setting, variation.name)
                 cell: dict[Hashable, float | None] = {s: x for s, x in found_there.items() if s in seeds}
-                if cell:  # empty without a reference to differ from
+                if cell:  # empty where the setting has no reference runs
                     cells[setting.label] = cell
             if cells:
                 main = list(_differences(results, claim, first, variation.name).values())
@@ -115,13 +115,13 @@ def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
 
 
 def _about_scaling(claim: Claim) -> bool:
-    """Return whether a claim says anything of runs that are read after scaling: not of their training."""
+    """Return whether a claim applies to variations that read figures after scaling: only unscaled calibration."""
     return claim.family == "calibration" and claim.scaled is False
 
 
 def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> Pairs:
     campaign = results.campaign
-    # a variation that reads figures after scaling is held against the others' before it
+    # a variation that reads figures after scaling is compared with the others' before scaling
     read = None if campaign.variation(variation).of is not None else claim.scaled
     how: dict[str, Any] = {} if read is None else {"scaled": read}
     if claim.against != "worse of both":
@@ -161,7 +161,7 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
             claim_test(pairs.ours, pairs.theirs, at_least=low, at_most=high, scale=claim.scale, alpha=ALPHA)
             for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
         )
-    except ValueError as error:  # a ratio of what is not positive
+    except ValueError as error:  # a ratio needs positive figures
         return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     note = finding.note
     if len(pairs.seeds) < 2:
@@ -180,7 +180,7 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
 
 
 def _p_of(test: ClaimTest) -> float:
-    """Return the p-value that decides: figures without variance, exactly on the limit, leave no doubt of the claim."""
+    """Return the p-value that decides; 0 where the figures have no variance and lie exactly on the limit."""
     return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
 
 
@@ -216,10 +216,10 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     try:
         test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
         opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
-    except ValueError as error:  # a run that had the quality before it began
+    except ValueError as error:  # a run had the quality before its first step, so a time is 0
         return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
-    bound = "at most" if may_hold else "at least"  # whole trainings stand in for times that are longer
+    bound = "at most" if may_hold else "at least"  # the training time stands in for an unknown, longer one
     finding = replace(
         finding,
         estimate=test.estimate if may_hold != may_fail else None,
