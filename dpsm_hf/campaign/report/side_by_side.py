@@ -254,7 +254,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(page.table, *page.sentences, f"page: {page.html}", sep="\n\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
