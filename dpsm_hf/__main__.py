@@ -17,8 +17,8 @@ _COMMANDS = {
         "dpsm_hf.campaign.cli",
         "plan, run and report on a programme of experiments from one YAML file",
     ),
-    "demo": ("dpsm_hf.campaign.comparison.demo", "train a small model three times on real text and compare"),
-    "report": ("dpsm_hf.campaign.comparison.report", "compare finished runs in one HTML page"),
+    "demo": ("dpsm_hf.campaign.demo", "train a small model three times on real text and compare"),
+    "report": ("dpsm_hf.campaign.report.side_by_side", "compare finished runs in one HTML page"),
 }
 
 

@@ -23,6 +23,8 @@ OKABE_ITO = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 3)), ":")
 _FIXED_STYLES = {"ce": 0, "brier": 1, "dpsm": 2, "spherical": 3, "focal": 4}
+# What pages call the losses.
+_LOSSES = {"cross-entropy": "ce", "Brier": "brier", "DPSM": "dpsm", "focal loss": "focal"}
 
 
 def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:
@@ -104,7 +106,7 @@ def run_style(name: str, position: int) -> dict[str, Any]:
         name: name of the run; ``ce``, ``brier``, ``dpsm``, ``spherical`` and ``focal`` have fixed styles.
         position: position among the runs, for any other name.
     """
-    index = _FIXED_STYLES.get(name, position + len(_FIXED_STYLES)) % len(OKABE_ITO)
+    index = _FIXED_STYLES.get(_LOSSES.get(name, name), position + len(_FIXED_STYLES)) % len(OKABE_ITO)
     return {"color": OKABE_ITO[index], "marker": _MARKERS[index], "linestyle": _DASHES[index]}
 
 
@@ -115,6 +117,7 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
         names: of the runs. From the eighth on colours repeat with other markers and dashes.
     """
     styles: list[dict[str, Any]] = []
+    names = [_LOSSES.get(name, name) for name in names]
     used: set[int] = {_FIXED_STYLES[name] for name in names if name in _FIXED_STYLES}
     for position, name in enumerate(names):
         index = _FIXED_STYLES.get(name)

@@ -20,6 +20,21 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, naming it when it is not one.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: if it is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it and repeat the run that wrote it.") from error
+
+
 def json_number(value: float) -> float | None:
     """Return a number, or None where it is infinite or NaN, for which JSON has none."""
     return value if math.isfinite(value) else None

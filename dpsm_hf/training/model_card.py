@@ -57,6 +57,21 @@ def objective_section(arguments: DPSMArguments, max_steps: int, log_history: Seq
     return "\n".join(lines)
 
 
+def with_equal_columns(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return log entries in which every evaluation has the same keys, a dash where it lacks a figure.
+
+    The card's table takes its columns from the first evaluation and fails on others. Before training a model may
+    generate nothing but empty texts, so that there are no figures of generated tokens yet.
+
+    Args:
+        log_history: of the trainer's state.
+    """
+    columns = dict.fromkeys(key for entry in log_history if "eval_loss" in entry for key in entry)
+    return [
+        {key: entry.get(key, "–") for key in columns} if "eval_loss" in entry else dict(entry) for entry in log_history
+    ]
+
+
 def add_objective_section(card: Path, section: str) -> None:
     """Put the section at the end of a model card, in place of the one that an earlier call put there."""
     text = card.read_text(encoding="utf-8")

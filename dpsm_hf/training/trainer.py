@@ -36,7 +36,7 @@ from .checks import check_calibration_dataset, check_dataset_labels, check_feedb
 from .clock import TrainingClock, tells_time
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
-from .model_card import add_objective_section, objective_section
+from .model_card import add_objective_section, objective_section, with_equal_columns
 from .scorer import Batch, Rule, Scorer, with_router_loss
 from .training_log import TrainingLog
 
@@ -344,7 +344,11 @@ class DPSMMixin(_Base):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
-        super().create_model_card(*args, **kwargs)
+        history, self.state.log_history = self.state.log_history, with_equal_columns(self.state.log_history)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.state.log_history = history
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and card.exists():
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dpsm_hf.campaign.report.side_by_side import main as report
+from dpsm_hf.campaign.runner.records import read_records
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
 
@@ -46,11 +49,18 @@ def test_the_demo_trains_three_models_and_reports(tmp_path: Path) -> None:
             assert run["metrics"][key] >= 0, key
         assert run["metrics"]["peak_memory_mb"] > 100 and run["metrics"]["tokens_per_second"] > 0
         assert run["calibration"]["step"] == 3 and sum(run["calibration"]["curve"]["count"]) > 0
-    logs = {name: json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in by_name}
+    records = {record.arguments["loss_type"]: record for record in read_records(folder).values()}
+    assert {name: by_name[name]["run"]["id"] for name in by_name} == {n: r.run_id for n, r in records.items()}
+    assert not list(folder.glob("runs/*/checkpoint-*"))  # which only a stopped run needs
+    logs = {name: record.history for name, record in records.items()}
     # The same weights and the same first batch: before the first update all three see the same NLL.
     first = {name: next(entry["nll"] for entry in log if "nll" in entry) for name, log in logs.items()}
     assert first["ce"] == pytest.approx(first["brier"], abs=1e-6) == pytest.approx(first["dpsm"], abs=1e-6)
     assert [entry["alpha"] for entry in logs["dpsm"] if "alpha" in entry][-1] == 1.0
+    # A campaign like any other, whose runs `dpsm report` reads too.
+    runs = [str(folder / "runs" / records[name].run_id) for name in ("ce", "dpsm")]
+    assert report([*runs, "--output_dir", str(tmp_path / "report")]) == 0
+    assert len(json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))["runs"]) == 2
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Reliability diagrams" in page and "http://" not in page.split("</style>")[1].replace("www.w3.org", "")
     assert (folder / "plots" / "reliability-all.png").stat().st_size > 5000

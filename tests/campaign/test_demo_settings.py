@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dpsm_hf.campaign.comparison import demo
+from dpsm_hf.campaign import demo
+from dpsm_hf.campaign.runner.launching import run_folder
+from dpsm_hf.campaign.runner.lock import campaign_lock
+from dpsm_hf.campaign.runner.progress import run_names
+from dpsm_hf.campaign.runner.records import read_records
+from dpsm_hf.campaign.spec.design import Campaign
 from dpsm_hf.runtime import environment
-from dpsm_hf.runtime.child_process import run_child
+from tests.campaigns import make_campaign, run_of
 
 SCRIPT = """
-import json, os, pathlib, signal, sys
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-out, loss = pathlib.Path(options["--output_dir"]), options["--loss_type"]
+import json, os, pathlib, signal, sys, time
+settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+out, loss = pathlib.Path(settings["output_dir"]), settings["loss_type"]
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(loss + " ")
-print("training", loss, options["--seed"], options["--max_steps"])
+print("training", loss, settings["seed"], settings["max_steps"])
 print("\\r 10%\\r 50%\\r100%", file=sys.stderr)
 if loss == os.environ.get("FAIL"):
-    raise SystemExit("out of luck")
+    raise ValueError("out of luck")
 if loss == os.environ.get("INTERRUPT"):
-    os.kill(os.getppid(), signal.SIGINT)
-    raise SystemExit(130)
-ballast = bytearray(b"1") * (200 << 20) if loss == "brier" else None
+    os.kill(int(os.environ["DPSM_RUNNER_PID"]), signal.SIGINT)
+    time.sleep(60)
 nll = {"ce": 4.0, "brier": 5.0, "dpsm": 4.1}[loss]
 entry = {"step": 3, "eval_nll": nll, "eval_loss": nll, "eval_train_seconds": 1.0}
 state = {"global_step": 3, "log_history": [{"step": 3, "loss": nll, "train_seconds": 1.0}, entry]}
 (out / "trainer_state.json").write_text(json.dumps(state))
-(out / "all_results.json").write_text(json.dumps({"eval_nll": nll, "eval_perplexity": 2.0**nll}))
+outcome = {"metrics": {"last": {"validation": {"nll": nll, "perplexity": 2.0**nll}}}}
+(out / "outcome.json").write_text(json.dumps(outcome))
 """
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "train.py").write_text(SCRIPT)
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:
+    (tmp_path / "run_clm_dpsm.py").write_text(SCRIPT)
     (tmp_path / "calls").write_text("")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(demo, "make_tokenizer", lambda preset, directory: directory / "tokenizer")
-    return demo.Preset("train.py", "title", "subtitle", "python-docs", ("text",), 300, 3, {"learning_rate": "1"})
+    made = make_campaign({"max_steps": 3})
+    words = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM"}
+    variations = tuple(replace(v, title=words[v.name]) for v in made.variations)
+    titles = {"size": {"tiny": "A stand-in"}, "data": {"reference": "nothing"}}
+    return replace(made, variations=variations, titles=titles, test_split="validation")
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -51,124 +58,161 @@ def calls(tmp_path: Path) -> list[str]:
     return text.split()
 
 
-def test_three_runs_and_a_report(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_three_runs_and_a_page_and_only_what_is_missing_is_repeated(
+    job: Campaign, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert demo.run_demo(job, tmp_path / "out") == 0
     assert calls(tmp_path) == ["ce", "brier", "dpsm"]
     printed = capsys.readouterr()
     assert "On this run DPSM loses to cross-entropy" in printed.out and "report.html" in printed.out
-    assert "[2/3] Brier" in printed.err and "training dpsm 42 3" in printed.err and "100%" in printed.err
-    run = json.loads((tmp_path / "out" / "brier" / "run.json").read_text())
-    assert run["status"] == "finished" and run["seed"] == 42 and run["exit_code"] == 0 and run["seconds"] > 0
-    assert run["versions"]["torch"] and run["command"][run["command"].index("--loss_type") + 1] == "brier"
-    assert (tmp_path / "out" / "brier" / "log.txt").read_text().splitlines() == ["training brier 42 3", "100%"]
+    assert "[2/3] Brier" in printed.err and "training dpsm 1 3" in printed.err and "100%" in printed.err
+    folder = run_folder(tmp_path / "out", run_of(job, "brier"))
+    assert f"-> {folder}\n" in printed.err and "=== attempt" not in printed.err
+    record = read_records(tmp_path / "out")[run_of(job, "brier")]
+    assert (record.status, record.arguments["seed"], record.attempts[0]["exit_code"]) == ("ok", 1, 0)
+    assert record.machine["versions"]["torch"] and record.efficiency["peak_memory_mb"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "A stand-in, on nothing." in page
 
-
-def test_peak_memory_is_that_of_each_child(job: Any, tmp_path: Path) -> None:
-    demo.run_demo(job, tmp_path / "out")
-    peaks = {
-        loss: json.loads((tmp_path / "out" / loss / "run.json").read_text())["peak_memory_mb"] for loss in demo.LOSSES
-    }
-    # A child starts out as a copy of this process, whose own size is therefore the least that can be seen.
-    assert peaks["brier"] >= 200
-    assert peaks["brier"] >= peaks["dpsm"]
-
-
-def test_only_what_is_missing_is_repeated(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    demo.run_demo(job, out)
-    calls(tmp_path)
-    assert demo.run_demo(job, out) == 0
-    assert calls(tmp_path) == [] and "kept" in capsys.readouterr().err
-    (out / "dpsm" / "trainer_state.json").unlink()
-    assert demo.run_demo(job, out) == 0
+    assert demo.run_demo(job, tmp_path / "out") == 0
+    assert calls(tmp_path) == [] and capsys.readouterr().err.count("already done with the same settings, kept") == 3
+    (run_folder(tmp_path / "out", run_of(job, "dpsm")) / "record.json").unlink()
+    assert demo.run_demo(job, tmp_path / "out") == 0
     assert calls(tmp_path) == ["dpsm"]
 
 
-@pytest.mark.parametrize("change", ["steps", "seed", "extra", "code", "broken"])
-def test_other_settings_or_code_repeat_every_run(change: str, job: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    demo.run_demo(job, out)
-    calls(tmp_path)
-    options: dict[str, Any] = {"steps": {"steps": 9}, "seed": {"seed": 1}, "extra": {"extra": ["--weight_decay", "0"]}}
-    if change == "code":
-        (tmp_path / "train.py").write_text(SCRIPT + "\n# changed")
-    if change == "broken":
-        for loss in demo.LOSSES:
-            (out / loss / "run.json").write_text("{")
-    assert demo.run_demo(job, out, **options.get(change, {})) == 0
-    assert calls(tmp_path) == ["ce", "brier", "dpsm"]
+def test_other_settings_are_other_runs() -> None:
+    plain = demo.load_demo("clm")
+    assert set(demo.load_demo("clm", steps=400, seed=42).runs) == set(plain.runs)
+    for other in (
+        demo.load_demo("clm", steps=9),
+        demo.load_demo("clm", seed=1),
+        demo.load_demo("clm", extra=["--weight_decay", "0"]),
+        demo.load_demo("clm", extra=["--weight_decay=0", "--gradient_checkpointing"]),
+    ):
+        assert len(other.runs) == 3 and not set(other.runs) & set(plain.runs)
+    with pytest.raises(ValueError, match="weight_decays"):
+        demo.load_demo("clm", extra=["--weight_decays", "0"])
+    with pytest.raises(ValueError, match="without an argument's name"):
+        demo.load_demo("clm", extra=["0"])
 
 
+@pytest.mark.parametrize("preset", demo.PRESETS)
+def test_runs_differ_in_the_loss_alone(preset: str) -> None:
+    campaign = demo.load_demo(preset, steps=5, seed=7, extra=["--lr_scheduler_type", "linear"])
+    assert [campaign.runs[run_id].arguments["loss_type"] for run_id in campaign.order] == ["ce", "brier", "dpsm"]
+    rest = [{k: v for k, v in run.arguments.items() if k != "loss_type"} for run in campaign.runs.values()]
+    assert rest[0] == rest[1] == rest[2]
+    assert (rest[0]["lr_scheduler_type"], rest[0]["max_steps"], rest[0]["seed"]) == ("linear", 5, 7)
+
+
+def test_runs_of_other_code_or_versions_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_are_kept() -> bool:
+        (tmp_path / "runs" / "abc").mkdir(parents=True, exist_ok=True)
+        demo.forget_other_code(tmp_path)
+        return (tmp_path / "runs" / "abc").exists()
+
+    assert not runs_are_kept()  # nobody knows by what they were made
+    assert runs_are_kept()
+    monkeypatch.setattr(demo, "versions", lambda: {"torch": "0.1"})
+    with campaign_lock(tmp_path):  # a runner works in the folder
+        assert runs_are_kept()
+    assert not runs_are_kept()
+    assert runs_are_kept()
+    monkeypatch.setattr(demo, "source_digest", lambda: "changed")
+    assert not runs_are_kept()
+
+
+def test_what_reads_runs_is_no_part_of_their_code(tmp_path: Path) -> None:
+    for room in ("campaign", "training"):
+        (tmp_path / room).mkdir()
+    digests = []
+    for name in ("training/a.py", "campaign/b.py", "campaign_like.py"):
+        (tmp_path / name).write_text("x = 1\n")
+        digests.append(demo.source_digest(tmp_path))
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.slow
 def test_a_failing_run_is_shown_and_the_others_go_on(
-    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAIL", "brier")
     assert demo.run_demo(job, tmp_path / "out") == 1
     assert calls(tmp_path) == ["ce", "brier", "dpsm"]
     printed = capsys.readouterr()
-    assert "The brier run failed with exit code 1" in printed.err and "    out of luck" in printed.err
-    assert "The run 'brier' failed and is not compared: exit code 1: out of luck." in " ".join(printed.out.split())
+    assert "failed" in printed.err and "exit code 1: ValueError: out of luck (log: " in printed.err
+    said = " ".join(printed.out.split())
+    assert "The run 'brier' failed and is not compared: exit code 1: ValueError: out of luck." in said
     monkeypatch.delenv("FAIL")
     assert demo.run_demo(job, tmp_path / "out") == 0
     assert calls(tmp_path) == ["brier"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_finished_runs_and_reports_on_them(
-    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("INTERRUPT", "brier")
     assert demo.run_demo(job, tmp_path / "out") == 130
     assert calls(tmp_path) == ["ce", "brier"]
     printed = capsys.readouterr()
-    assert "Finished runs are kept (ce)" in printed.err and "report.html" in printed.out
-    assert json.loads((tmp_path / "out" / "brier" / "run.json").read_text())["status"] == "interrupted"
+    assert "What is done is kept; the same command goes on from there" in printed.err and "report.html" in printed.out
+    assert read_records(tmp_path / "out")[run_of(job, "brier")].status == "interrupted"
     monkeypatch.delenv("INTERRUPT")
     assert demo.run_demo(job, tmp_path / "out") == 0
     assert calls(tmp_path) == ["brier", "dpsm"]
 
 
-def test_commands_differ_in_the_loss_alone(tmp_path: Path, job: Any) -> None:
-    commands = [
-        demo.build_command(
-            job, loss, tmp_path / "run", tmp_path / "tokenizer", 5, 7, ["--lr_scheduler_type", "linear"]
-        )
-        for loss in demo.LOSSES
-    ]
-    assert {tuple(word for word in command if word not in demo.LOSSES) for command in commands} == {
-        tuple(word for word in commands[0] if word != "ce")
-    }
-    assert commands[0][:2] == [sys.executable, str(tmp_path / "train.py")] and commands[0][-1] == "linear"
-
-
 def test_wrong_options_end_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("HF_HUB_OFFLINE", "COLUMNS", "TQDM_MININTERVAL"):
+        monkeypatch.setenv(name, "1")  # to be taken back in the end
     with pytest.raises(SystemExit):
         demo.main(["--steps", "0"])
     assert "at least one step" in capsys.readouterr().err
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    assert demo.main(["--output_dir", str(tmp_path)]) == 2
-    assert "run_clm_dpsm.py is not in" in capsys.readouterr().err
+    assert demo.main(["--output_dir", str(tmp_path), "--", "--learning_rat", "1"]) == 2
+    assert "learning_rat" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_what_is_seen_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = (
-        "import sys\n"
-        "print({'loss': '7.1', 'epoch': '0.1'})\n"
-        "sys.stdout.write('\\r 10%|#  | 1/10\\r\\x1b[K')\n"
-        "print({'eval_nll': '5.3', 'eval_mce': '0.2', 'eval_ece_15': '0.01', 'epoch': '0.1'})\n"
-        "print('  eval_mce    =  0.2')\n"
-        "print('  eval_nll    =  5.3')\n"
-        "sys.stdout.write('\\r 90%|## | 9/10')\n"  # a line that is not over
+def test_what_is_seen_of_a_run(tmp_path: Path, job: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
+    run_id = job.order[0]
+    shown = demo.FollowedRuns(tmp_path, job, job.order, run_names(job))
+    log = run_folder(tmp_path, run_id) / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("=== attempt 1 ===\nan earlier attempt\n=== attempt 2 ===\n{'loss': '7.1', 'epoch': '0.1'}\n")
+    shown.show(run_id)
+    written = (
+        "\r 10%|#  | 1/10\r\x1b[K",
+        "{'eval_nll': '5.3', 'eval_mce': '0.2', 'eval_ece_15': '0.01', 'epoch': '0.1'}\n",
+        "  eval_mce    =  0.2\n  eval_nll",
+        "    =  5.3\n",
+        "\r 90%|## | 9/10",  # a line that is not over
     )
-    run_child([sys.executable, "-c", code], tmp_path / "log.txt", shown=demo.brief)
+    with log.open("a", newline="") as file:
+        for part in written:
+            file.write(part)
+            file.flush()
+            shown.show(run_id)
     seen = capsys.readouterr().err
+    assert "earlier" not in seen and f"[1/3] cross-entropy -> {log.parent}\n" in seen
     assert "{'loss': '7.1', 'epoch': '0.1'}" in seen and " 90%|## | 9/10" in seen
     assert "eval_nll 5.3, eval_ece_15 0.01, epoch 0.1\n" in seen and "  eval_nll    =  5.3" in seen
-    assert "mce" not in seen and (tmp_path / "log.txt").read_text().count("mce") == 2
+    assert "mce" not in seen
+    log.unlink()
+    log.write_text("=== attempt 3 ===\nagain\n")
+    shown.ended(run_id, "ok", 61.0, "", 0)
+    seen = capsys.readouterr().err  # in a line of its own
+    assert seen.startswith("\n[1/3] ce") and seen.endswith("ok  1 min 01 s  the last one\n")
 
 
-def test_a_child_killed_by_a_signal_is_told_apart(tmp_path: Path) -> None:
-    code = "import os, signal; print('bye', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    result = run_child([sys.executable, "-c", code], tmp_path / "log.txt")
-    assert result.exit_code == -9 and result.tail == ("bye",)
+def test_records_say_what_broke(tmp_path: Path, job: Campaign) -> None:
+    demo.forget_other_code(tmp_path)
+    folder = run_folder(tmp_path, job.order[0])
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("{")
+    with pytest.raises(ValueError, match=r"record.json is not JSON .*; delete it and repeat the run"):
+        demo.run_demo(job, tmp_path)
+    assert not json.loads((tmp_path / "code.json").read_text())["versions"] == {}

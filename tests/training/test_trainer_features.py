@@ -212,6 +212,19 @@ def test_saved_model_is_the_plain_model(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_model_card_is_written_where_the_first_evaluation_has_fewer_figures_than_the_others() -> None:
+    trainer = cases.build("gpt2", max_steps=2, eval_strategy="steps", eval_steps=1)
+    train(trainer)
+    history = trainer.state.log_history
+    later = [entry for entry in history if "eval_loss" in entry][-1]
+    later["eval_generated_tokens"] = 12.0  # as after empty texts before training
+    before = [dict(entry) for entry in history]
+    trainer.create_model_card(model_name="tiny")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "Generated Tokens" in card and "12.0" in card
+    assert trainer.state.log_history is history and history == before
+
+
 def test_model_card_says_what_was_trained_and_how_calibrated_it_is() -> None:
     trainer = cases.build("gpt2", max_steps=4, label_smoothing_factor=0.1)
     train(trainer)

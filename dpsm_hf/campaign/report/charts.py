@@ -21,6 +21,10 @@ def learning_curves(
 ) -> Figure | None:
     """Draw a logged figure of each variation: the mean over its seeds, and a band from the lowest to the highest.
 
+    A run that ended early is left out, because the mean reaches only as far as the shortest run; if it is the only run
+    of its variation, it is drawn up to where it ended. At a figure that is not finite the line ends with a cross and a
+    note in the legend.
+
     Args:
         results: of the campaign.
         setting: whose runs are drawn.
@@ -38,11 +42,16 @@ def learning_curves(
     drawn = 0
     styles = _styles(results)
     for name in names:
-        curves, style = [], styles[name]
-        for point in results.points(setting, name):
+        curves, style, lost = [], styles[name], None
+        points = results.points(setting, name)
+        for point in points:
             record = results.record(point)
-            # one that ended early would end the mean of all
-            found = [] if record is None or record.status != "ok" else series(record, key)
+            if record is None or (record.status != "ok" and len(points) > 1):
+                continue
+            found = series(record, key)
+            if len(points) == 1:
+                lost = next((float(e.get("step", 0)) for e in record.history if key in e and e[key] is None), None)
+                found = [p for p in found if lost is None or p[1] < lost]
             if len(found) > 1:
                 curves.append((np.array([p[x == "step"] for p in found]), np.array([p[2] for p in found])))
         if not curves:
@@ -50,6 +59,9 @@ def learning_curves(
         drawn += 1
         places, values = _together(curves)
         title = results.campaign.variation(name).title
+        if lost is not None:
+            title += f" (not finite from step {lost:g})"
+            ax.scatter(places[-1], values[0, -1], s=120, marker="x", color=style["color"], linewidths=2.5)
         ax.plot(places, values.mean(0), label=title, lw=1.6, ms=5, markevery=max(1, len(places) // 8), **style)
         if len(values) > 1:
             ax.fill_between(places, values.min(0), values.max(0), color=style["color"], alpha=0.15, lw=0)
@@ -74,7 +86,7 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _together(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return common places and the values of each curve there; curves of the same places are left as they are."""
+    """Return a common x axis and the values of each curve on it, interpolated where their own axes differ."""
     first = curves[0][0]
     if all(len(p) == len(first) and np.array_equal(p, first) for p, _ in curves):
         return first, np.array([values for _, values in curves])

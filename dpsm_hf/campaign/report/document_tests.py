@@ -1,4 +1,4 @@
-"""Variations against the reference on the same documents: what another test set of the kind would show."""
+"""Tests of variations against the reference over the same documents: how much hangs on the choice of documents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
         None where fewer than two variations have sums by block of the same documents.
     """
     reference = results.campaign.reference
-    least = 1.5 / (SAMPLES + 1)  # so many samples show none smaller than 1 / (SAMPLES + 1)
+    least = 1.5 / (SAMPLES + 1)  # the smallest p-value that so many samples can give is 1 / (SAMPLES + 1)
     base = _sums(results, setting, reference, directory)
     rows = []
     for name in results.variations(setting):
@@ -40,7 +40,9 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
         own = _sums(results, setting, name, directory)
         suffix = "_scaled" if any(p.scaled for p in results.points(setting, name)) else ""
         seeds = [s for s in own if s in base and _same_documents(own[s], base[s])]
-        seeds = [s for s in seeds if f"count{suffix}" in own[s]]  # no temperature may have been found for one
+        seeds = [
+            s for s in seeds if f"count{suffix}" in own[s]
+        ]  # there are no scaled sums where no temperature could be fitted
         if not seeds:
             continue
         cells = [Cell(results.campaign.variation(name).title), Cell(str(len(seeds)))]

@@ -1,23 +1,17 @@
-"""The pictures of a campaign's report, in sections: what is drawn, of whom, and where it is saved."""
+"""The pictures of a campaign's report, in sections: what is drawn, and of whom."""
 
 from __future__ import annotations
 
-import base64
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from ...plots.figures import save_figure
+from ...plots.reliability import ReliabilityDisplay
 from ..spec.design import Campaign
 from ..verdict.results import Results, Setting
 from . import charts, tables
-from .reliability_pictures import reliability_pictures
-
-_LONGEST_NAME = 100  # of a file, in characters
+from .pages import Pictures
 
 # log key, axis, caption, logarithmic
 _CURVES = (
@@ -32,37 +26,6 @@ _SCHEDULE = (
     ("grad_norm_ce", "norm of cross-entropy's gradient", "The gradient that cross-entropy would have alone", True),
     ("grad_norm_brier", "norm of Brier's gradient", "The gradient that the Brier score would have alone", True),
 )
-
-
-class Pictures:
-    """Saves each figure as PNG beside the report and hands it to the page as an inlined SVG."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def clear(self) -> None:
-        """Delete what an earlier report has left, of variations that may be gone."""
-        for path in self.directory.glob("*.png"):
-            path.unlink()
-
-    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
-        """Save a figure and return it in a list, an empty one for None.
-
-        Args:
-            name: of the file, without ending.
-            figure: None is left out.
-            caption: below it.
-        """
-        if figure is None:
-            return []
-        name = re.sub(r"[^\w.-]+", "_", name)
-        if len(name) > _LONGEST_NAME:
-            name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
-        save_figure(figure, self.directory / f"{name}.png", dpi=110)
-        vector = save_figure(figure, self.directory / f"{name}.svg")
-        data = base64.b64encode(vector.read_bytes()).decode("ascii")
-        vector.unlink()
-        return [{"data": f"data:image/svg+xml;base64,{data}", "caption": caption, "png": f"plots/{name}.png"}]
 
 
 def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pictures) -> list[dict[str, Any]]:
@@ -144,6 +107,33 @@ def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pi
     return sections
 
 
+def reliability_pictures(
+    results: Results, setting: Setting, names: Sequence[str]
+) -> Iterator[tuple[str, Figure, str]]:
+    """Yield a name, a figure and a caption: all variations in one, then each alone, of the first seed that has them.
+
+    Args:
+        results: of the campaign.
+        setting: whose runs are drawn.
+        names: variations.
+    """
+    displays = []
+    for name in names:
+        for point in results.points(setting, name):
+            record = results.record(point)
+            content = record.calibration.get(results.split) if record is not None and record.status == "ok" else None
+            if content is not None:
+                title = results.campaign.variation(name).title
+                content = {**content, "split": results.split}  # Seq2SeqTrainer calls the test split predict
+                displays.append((name, title, point.seed, ReliabilityDisplay.from_json(content, title)))
+                break
+    if len(displays) > 1:
+        together = ReliabilityDisplay.overlay([display for *_, display in displays])
+        yield "reliability-all", together.figure(), "All main variations; below, the distribution of confidence"
+    for name, title, seed, display in displays:
+        yield f"reliability-{name}", display.figure(), f"{title}, seed {seed}"
+
+
 def drawn(campaign: Campaign, name: str) -> bool:
     """Return whether a variation has curves of its own: a main one with runs of its own."""
     variation = campaign.variation(name)
@@ -151,7 +141,7 @@ def drawn(campaign: Campaign, name: str) -> bool:
 
 
 def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
-    """Draw every study that varies two or more arguments: the two with most values, a map for each other value."""
+    """Draw studies that vary several arguments: the two with the most values, a map for each value of the rest."""
     studies: dict[Setting, list[Setting]] = {}
     for setting in results.settings():
         if len(setting.settings) >= 2:
@@ -164,7 +154,7 @@ def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
             for name, value in setting.settings:
                 values.setdefault(name, set()).add(value)
         if sum(len(of_one) > 1 for of_one in values.values()) < 2:
-            continue  # a row of cells is a table
+            continue  # a single row of cells reads better as a table
         axes = sorted(values, key=lambda name: (-len(values[name]), name))[:2]
         rest: dict[tuple[Any, ...], list[Setting]] = {}
         for setting in settings:

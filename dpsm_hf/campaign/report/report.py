@@ -7,16 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
-from ...runtime.files import write_json
+from ...runtime.files import read_json, write_json
 from ..audit.audit import AUDIT_NAME
 from ..audit.table import table as audit_rows
-from ..comparison.records import read_json
 from ..runner.records import Record, read_records
 from ..spec.design import Campaign
 from ..verdict.audited_claims import audited_claims
@@ -25,8 +21,8 @@ from ..verdict.results import Results, Setting
 from ..verdict.verdict import MAIN_STUDY, overall, verdict
 from . import tables
 from .document_tests import document_table
-from .pictures import Pictures, drawn, picture_sections
-from .stopped import stopped_early
+from .pages import Pictures, render
+from .pictures import drawn, picture_sections
 from .words import GLOSSARY, claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
@@ -59,18 +55,10 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
     audit = read_json(directory / AUDIT_NAME) if (directory / AUDIT_NAME).exists() else None
     findings = verdict(results) + (audited_claims(campaign, audit) if audit is not None else [])
     context = {**_context(campaign, results, findings, directory, audit), "only": " ".join(only)}
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    plain = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
-    written = []
-    for name, source, maker in (
-        (HTML_NAME, "campaign.html.j2", environment),
-        (MARKDOWN_NAME, "campaign.md.j2", plain),
-    ):
-        text = resources.files("dpsm_hf").joinpath("templates", source).read_text(encoding="utf-8")
-        maker.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote}
-        path = directory / name
-        path.write_text(maker.from_string(text).render(**context), encoding="utf-8")
-        written.append(path)
+    written = [
+        render(template, directory / name, **context)
+        for name, template in ((HTML_NAME, "campaign.html.j2"), (MARKDOWN_NAME, "campaign.md.j2"))
+    ]
     content = {
         "schema": 1,
         "campaign": campaign.name,
@@ -97,7 +85,6 @@ def _context(
     audit: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     pictures = Pictures(directory / "plots")
-    pictures.clear()
     settings = results.settings(MAIN_STUDY) or results.settings()[:1]
     quality = tables.QUALITY[campaign.task]
     best = Results(campaign, results.records, checkpoint="best")
@@ -131,7 +118,7 @@ def _context(
         "all_tables": [table for found in shown.values() for table in found],
         "sections": picture_sections(results, settings, pictures),
         "missing": tables.missing_runs(results),
-        "stopped": stopped_early(results),
+        "stopped": tables.stopped_early(results),
         "samples": _samples(results, settings[0]),
         "glossary": GLOSSARY,
         "reproduce": _reproduce(campaign, results, directory),
@@ -140,7 +127,7 @@ def _context(
 
 
 def _unfinished_ablations(results: Results) -> list[str]:
-    """Return the main study's ablations of which no run ended well: "no figure" for each claim would tell nothing."""
+    """Return the main study's ablations without a finished run; the page leaves out their claims."""
     settings = results.settings(MAIN_STUDY)
     planned = {name for setting in settings for name in results.variations(setting)}
     done = {name for setting in settings for name in planned if results.finished(setting, name)}
@@ -230,12 +217,3 @@ def _run_line(record: Record) -> dict[str, Any]:
         "id": record.run_id, "name": record.name, "status": record.status, "attempts": len(record.attempts),
         "seconds": f"{seconds:,.0f}",
     }  # fmt: skip
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("*", "\\*")
-
-
-def _markdown_quote(text: str) -> str:
-    # a fence of four, for texts may hold one of three
-    return f"````text\n{text.strip()}\n````"

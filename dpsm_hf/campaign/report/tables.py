@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from ...statistics import holm, paired_difference, summarize
+from ..runner.records import Record
 from ..verdict.results import Results, Setting, setting_of
 
 ALPHA = 0.05
-#: Relative spread of the reference's own speed from which a table says so.
+#: If the reference's own speed varies by more than this share, the table carries a warning.
 _UNSTEADY = 0.05
 
 
@@ -73,6 +75,24 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = field(default_factory=list)
+
+
+def as_text(table: Table) -> str:
+    """Lay a table out for a terminal, its caption above it, the best of each column marked with ``*``.
+
+    Args:
+        table: the table; its notes are left out.
+    """
+    rows = [[table.headings[0], *(f"{heading} " for heading in table.headings[1:])]]
+    # The marks of the best hang outside the columns, so that the digits stay in line with the headings.
+    for name, *cells in table.rows:
+        rows.append([name.text, *(f"{cell.text}{'*' if cell.state == 'best' else ' '}" for cell in cells)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
+        for name, *cells in rows
+    ]
+    return "\n".join([table.caption, "-" * len(lines[0]), *(line.rstrip() for line in lines)])
 
 
 QUALITY = {
@@ -150,7 +170,7 @@ def comparison(
 
 
 def cost(results: Results, setting: Setting) -> Table:
-    """Show what training cost: figures without tests, which the claims make where they are meant.
+    """Show what training cost: figures without tests; the claims test throughput and memory.
 
     Seconds and memory depend on what else the machine did, and the memory of a run that was paused at a rung on its
     having been several processes: neither stars nor a best one would tell of the losses.
@@ -267,6 +287,61 @@ def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Tab
     return Table(caption, ["", *(c.heading for c in columns)], filled)
 
 
+def stopped_early(results: Results) -> Table | None:
+    """List the ablations that were stopped early: for each seed the step and the figure that decided; None if none.
+
+    Args:
+        results: of the campaign.
+    """
+    found: dict[str, tuple[str, str, int, Record]] = {}
+    for point in results.campaign.points:
+        record = results.record(point)
+        if record is not None and record.status == "pruned":  # a run that several studies share is listed once
+            title = results.campaign.variation(point.variation).title
+            found.setdefault(point.run_id, (title, describe(results, setting_of(point)), point.seed, record))
+    if not found:
+        return None
+    settings = list(dict.fromkeys(setting for _, setting, _, _ in found.values()))
+    seeds = sorted({seed for _, _, seed, _ in found.values()})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for title, setting, seed, record in found.values():
+        cells.setdefault((title, setting), {})[seed] = _why(record)
+    rows = [
+        [
+            Cell(title if len(settings) == 1 else f"{title}; {setting}"),
+            *(Cell(by_seed.get(seed, "–")) for seed in seeds),
+        ]
+        for (title, setting), by_seed in cells.items()
+    ]
+    decided = [record.decision for *_, record in found.values()]
+    notes = [f"{rule[:1].upper()}{rule[1:]}." for rule in dict.fromkeys(d["rule"] for d in decided if "rule" in d)]
+    if any(d.get("kind") == "halving" for d in decided):
+        notes.append("A mean over the seeds of an ablation that were not stopped is one over those that did better.")
+    return Table(
+        "Stopped early by the budget's rule",
+        ["", *(f"seed {seed}" for seed in seeds)],
+        rows,
+        notes,
+    )
+
+
+def _why(record: Record) -> str:
+    decided: Mapping[str, Any] = record.decision
+    if decided.get("kind") == "halving":
+        own = decided["figures"].get(record.name)
+        kept = [decided["figures"][name] for name in decided["kept"]]
+        limit = max((value for value in kept if value is not None), default=None)
+        went_on = f"{len(kept)} of {len(decided['figures'])} went on, up to {_shown(limit)}"
+        return f"step {decided['step']}: {_shown(own)} ({went_on})"
+    if decided.get("kind") == "limit":
+        return f"no time left for its {decided['needed_seconds']:,.0f} s"
+    return record.message
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.5g}"
+
+
 def clean_setting(results: Results, setting: Setting, main: str = "main") -> Setting | None:
     """Return the main study's setting of the same size and data, else its first one; None without a main study."""
     settings = results.settings(main)
@@ -312,7 +387,7 @@ def _best(results: Results, setting: Setting, names: Sequence[str], column: Colu
     means = {}
     for name in names:
         values = list(_values(results, setting, name, column).values())
-        # of all its seeds: those that are missing may be the bad ones
+        # compare only variations with all seeds: the missing ones may be the bad ones
         complete = len(values) == len(results.points(setting, name))
         if values and complete and np.isfinite(values).all():
             means[name] = round(float(np.mean(values)) * column.scale, column.decimals)

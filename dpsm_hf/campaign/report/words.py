@@ -67,7 +67,7 @@ def claim_line(finding: Finding) -> str:
     if finding.unit:
         text += f" {finding.unit}"
     if finding.low is not None or finding.high is not None:
-        least = "(0" if finding.scale == "ratio" else "(-∞"  # where there is no bound
+        least = "(0" if finding.scale == "ratio" else "(-∞"  # an open end of the interval
         low = least if finding.low is None else f"[{_digits(finding.low, decimals)}"
         high = "∞)" if finding.high is None else f"{_digits(finding.high, decimals)}]"
         text += f" {low}, {high}"
@@ -78,7 +78,7 @@ def claim_line(finding: Finding) -> str:
     ]
     what = {"ratio": "ratio", "share": "share"}.get(finding.scale, "difference")
     text += f"; claimed: {what} {' and '.join(limits)}; n = {finding.pairs}"
-    # of a claim that cannot be told the p-value of the end that is nearer
+    # where the claim is undecided, show the smaller of the two p-values
     nearer = finding.p_fails is not None and (finding.p_value is None or finding.p_fails < finding.p_value)
     fails = finding.decision == "fails" or (finding.decision != "holds" and nearer)
     p, adjusted = (finding.p_fails, finding.p_fails_adjusted) if fails else (finding.p_value, finding.p_adjusted)

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import strict
+from ...runtime.files import read_json, strict
 from ...training.clock import seconds_trained
-from ..comparison.records import read_json
-from .records import Record
+from .records import RECORD_NAME, STATUSES, Record, read_record
 
 OUTCOME_NAME = "outcome.json"
 RESULTS_NAME = "all_results.json"
@@ -47,10 +46,7 @@ def newest_state(folder: Path) -> Mapping[str, Any]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    content = _readable(folder / STATE_NAME)
     return content if isinstance(content, dict) else {}
 
 
@@ -108,18 +104,25 @@ def clean_folder(folder: Path, *, keep_checkpoints: bool, keep_model: bool) -> N
                 path.unlink(missing_ok=True)
 
 
-def collect(record: Record, folder: Path) -> Record:
+def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
 
     Args:
         record: of the run; what is measured by the runner is kept.
         folder: of the run.
+        logged: take the last evaluation of the log for that of the end where there is none.
 
     Raises:
         ValueError: a file is no JSON.
     """
     history = newest_state(folder).get("log_history", [])
-    outcome = read_json(folder / OUTCOME_NAME) if is_finished(folder) else _outcome_of_files(folder, history)
+    if is_finished(folder):
+        outcome = read_json(folder / OUTCOME_NAME)
+    elif (folder / RESULTS_NAME).exists() and (folder / STATE_NAME).exists():
+        outcome = _outcome_of_files(folder, _readable(folder / RESULTS_NAME), history)
+    else:
+        evaluated = (entry for entry in reversed(history) if "eval_nll" in entry or "eval_loss" in entry)
+        outcome = _outcome_of_files(folder, next(evaluated, {}), history) if logged else {}
     efficiency = {"train_seconds": seconds_trained(history), **_numbers(outcome.get("efficiency"))}
     return replace(
         record,
@@ -134,16 +137,56 @@ def collect(record: Record, folder: Path) -> Record:
     )
 
 
+def read_run(folder: str | Path) -> Record:
+    """Read the folder of a run, one of a campaign or the ``output_dir`` of any Trainer.
+
+    Of a run that no campaign has started, the log history, the results and the calibration files are read, and a
+    ``run.json`` where whoever started it has written one: ``name``, ``loss_type``, ``status`` (``finished`` or
+    ``failed``), ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: the folder does not exist, holds no run, or holds a file that is not JSON.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a directory; give the output_dir of a finished run.")
+    if (folder / RECORD_NAME).exists():
+        return read_record(folder / RECORD_NAME)
+    run, state = (read_json(folder / name) if (folder / name).exists() else {} for name in ("run.json", STATE_NAME))
+    if not run and not state:
+        raise ValueError(f"{folder} holds neither {STATE_NAME} nor run.json; give the output_dir of a run.")
+    name = str(run.get("name", folder.name))
+    ended = str(run.get("status", "finished"))
+    record = Record(
+        run_id=name,
+        name=name,
+        task="",
+        arguments={"loss_type": str(run.get("loss_type", name)), "seed": run.get("seed")},
+        status="ok" if ended == "finished" else ended if ended in STATUSES else "failed",
+        message=str(run.get("message", "")),
+        command=run.get("command", ()),
+        attempts=[{key: run.get(key) for key in ("seconds", "exit_code")}],
+        machine={"versions": run.get("versions", {})},
+        efficiency={key: run.get(key) for key in ("cpu_seconds", "peak_memory_mb")},
+    )
+    record = collect(record, folder, logged=True)
+    why = diverged(record) if record.status == "ok" else None
+    return record if why is None else replace(record, status="diverged", message=why)
+
+
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (values or {}).items() if value is not None}
 
 
-def _outcome_of_files(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _outcome_of_files(
+    folder: Path, results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return what an outcome would hold, as far as the files of the Trainer and of the callbacks tell."""
-    if not (folder / RESULTS_NAME).exists() or not (folder / STATE_NAME).exists():
-        return {}
     metrics: dict[str, dict[str, Any]] = {}
-    for key, value in _readable(folder / RESULTS_NAME).items():
+    for key, value in results.items():
         prefix, _, name = key.partition("_")
         if prefix in _SPLITS and isinstance(value, (int, float)):
             metrics.setdefault(_SPLITS[prefix], {})[name] = value
@@ -163,7 +206,7 @@ def _outcome_of_files(folder: Path, history: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _readable(path: Path) -> Any:
-    """Parse a JSON file that somebody else writes, in place: what a kill has left of it is as good as nothing."""
+    """Parse a JSON file that the Trainer writes in place; one that a kill has left incomplete counts as missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

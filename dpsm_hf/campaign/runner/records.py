@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import strict, write_json
-from ..comparison.records import read_json
+from ...runtime.files import read_json, strict, write_json
 
 SCHEMA = 1
 RECORD_NAME = "record.json"

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,6 +51,7 @@ def run_campaign(
     retry: Collection[str] = (),
     keep: str = "model",
     stream: TextIO | None = None,
+    progress: Callable[..., Progress] = Progress,
 ) -> int:
     """Do the runs of a campaign that are not done, and write a record of each.
 
@@ -63,6 +64,7 @@ def run_campaign(
         retry: statuses to take up again, of `RETRIES`; for ``failed`` beyond the `MAX_FAILURES` attempts.
         keep: what is left of finished runs, of `KEEP`.
         stream: where lines about the progress go; standard error by default.
+        progress: makes what a person sees, from campaign, order, names and stream.
 
     Returns:
         An exit code: 0 if all runs are ok or were left out by the budget, 1 if some are not, 2 if nothing could be
@@ -82,7 +84,7 @@ def run_campaign(
         with campaign_lock(directory):
             if campaign.source:
                 (directory / "campaign.yaml").write_text(campaign.source, encoding="utf-8")
-            return _Runner(campaign, directory, jobs, devices, only, retry, keep, stream).run()
+            return _Runner(campaign, directory, jobs, devices, only, retry, keep, stream, progress).run()
     except (RunnerError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=stream or sys.stderr)
         return 2
@@ -111,6 +113,7 @@ class _Runner:
         retry: Collection[str],
         keep: str,
         stream: TextIO | None,
+        progress: Callable[..., Progress],
     ) -> None:
         self.campaign, self.directory, self.jobs, self.keep = campaign, directory, jobs, keep
         names = run_names(campaign)
@@ -118,7 +121,7 @@ class _Runner:
         self.order = _chosen(campaign, order, names, only) if only is not None else order
         self.names = names
         self.records = read_records(directory, order)
-        self.progress = Progress(campaign, order, names, stream)
+        self.progress = progress(campaign, order, names, stream)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
         self.place = Workplace(campaign, directory, names, threads)
         self.devices = self._pool(devices)

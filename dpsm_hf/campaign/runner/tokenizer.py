@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import write_json
-from ..comparison.records import read_json
+from ...runtime.files import read_json, write_json
 from ..spec.design import Run
 from .launching import fill_in
 

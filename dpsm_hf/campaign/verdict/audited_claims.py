@@ -13,7 +13,7 @@ from ...statistics import Decision, claim_test
 from ..audit.audit import audited_runs
 from ..spec.design import Campaign
 from .claims import Claim
-from .finding import ALPHA, Finding, Judged, corrected, finite
+from .finding import ALPHA, Finding, Judged, corrected, finite, undecided
 
 THROUGHPUT = Claim(
     "audited-throughput", "efficiency",
@@ -52,18 +52,13 @@ def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding
             continue
         if variation.name in (campaign.reference, campaign.brier):
             continue
-        speed.setdefault(variation.role, []).append(
-            _speed(entry, _empty(THROUGHPUT, variation.name, setting, variation.role))
+        throughput, need = (
+            undecided(claim, variation.name, setting, variation.role, note="not measured")
+            for claim in (THROUGHPUT, MEMORY)
         )
-        memory.append(_memory(entry, _empty(MEMORY, variation.name, setting, variation.role)))
+        speed.setdefault(variation.role, []).append(_speed(entry, throughput))
+        memory.append(_memory(entry, need))
     return [finding for family in speed.values() for finding in corrected(family)] + memory
-
-
-def _empty(claim: Claim, variation: str, setting: str, role: str) -> Finding:
-    return Finding(
-        claim.key, claim.family, claim.words, variation, setting, role, Decision.CANNOT_TELL.value, None, None, None,
-        claim.at_least, claim.at_most, claim.scale, claim.unit, 0, note="not measured",
-    )  # fmt: skip
 
 
 def _speed(entry: Mapping[str, Any], finding: Finding) -> Judged:

@@ -1,4 +1,4 @@
-"""What is found out about a claim, and the correction for having asked several times."""
+"""The result of testing a claim, and Holm's correction over a family of claims."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...statistics import Decision, holm
+from .claims import Claim
 
-#: Chance of saying "holds" of a claim that is wrong, over a family of claims.
+#: Family-wise error rate: the chance that any wrong claim of a family is said to hold.
 ALPHA = 0.05
 
 
@@ -59,6 +60,19 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         return asdict(self)
+
+
+def undecided(claim: Claim, variation: str, setting: str, role: str, pairs: int = 0, note: str = "") -> Finding:
+    """Return the finding on a claim before anything is tested: it cannot be told.
+
+    Args:
+        claim: the claim.
+        variation, setting, role, pairs, note: of the finding.
+    """
+    return Finding(
+        claim.key, claim.family, claim.words, variation, setting, role, Decision.CANNOT_TELL.value, None, None, None,
+        claim.at_least, claim.at_most, claim.scale, claim.unit, pairs, note=note,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

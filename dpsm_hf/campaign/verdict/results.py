@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 from ..runner.records import Record
 from ..spec.design import Campaign, Point
 
-#: Share of what the reference gains on its way that counts as having arrived.
+#: Share of the reference's improvement during training after which its final quality counts as reached.
 ARRIVED = 0.95
 
-# names of figures that are not those of an evaluation
+# figures of `Record.efficiency`, as opposed to metrics of an evaluation
 _EFFICIENCY = frozenset(
     {
         "train_seconds", "tokens_per_second", "peak_memory_mb", "peak_device_memory_mb", "flops_per_step", "steps",
@@ -203,14 +203,3 @@ def series(record: Record, key: str) -> list[tuple[float, float, float]]:
 def setting_of(point: Point) -> Setting:
     """Return the setting of a point."""
     return Setting(*point.setting)
-
-
-def pooled(results: Results, settings: Sequence[Setting], take: Callable[[Setting], Pairs]) -> Pairs:
-    """Return the pairs of several settings together."""
-    parts = [take(setting) for setting in settings]
-    return Pairs(
-        tuple(seed for part in parts for seed in part.seeds),
-        np.concatenate([part.ours for part in parts]) if parts else np.array([]),
-        np.concatenate([part.theirs for part in parts]) if parts else np.array([]),
-        tuple(seed for part in parts for seed in part.missing),
-    )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...statistics import ClaimTest, Decision, claim_test, decide, power_note, sign_agreement
 from .claims import Claim, claims_of
-from .finding import ALPHA, Finding, Judged, corrected, finite, join
+from .finding import ALPHA, Finding, Judged, corrected, finite, join, undecided
 from .results import Pairs, Results, Setting
 
 #: Share of settings and seeds that have to agree.
@@ -74,11 +74,11 @@ def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN
             for setting in results.settings():
                 if setting == first or variation.name not in results.variations(setting):
                     continue
-                # a run that the first setting shares would agree with itself
+                # leave out runs that belong to the first setting too: they would agree with themselves
                 seeds = {p.seed for p in results.points(setting, variation.name) if p.run_id not in known}
                 found_there = _differences(results, claim, setting, variation.name)
                 cell: dict[Hashable, float | None] = {s: x for s, x in found_there.items() if s in seeds}
-                if cell:  # empty without a reference to differ from
+                if cell:  # empty where the setting has no reference runs
                     cells[setting.label] = cell
             if cells:
                 main = list(_differences(results, claim, first, variation.name).values())
@@ -115,13 +115,13 @@ def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
 
 
 def _about_scaling(claim: Claim) -> bool:
-    """Return whether a claim says anything of runs that are read after scaling: not of their training."""
+    """Return whether a claim applies to variations that read figures after scaling: only unscaled calibration."""
     return claim.family == "calibration" and claim.scaled is False
 
 
 def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> Pairs:
     campaign = results.campaign
-    # a variation that reads figures after scaling is held against the others' before it
+    # a variation that reads figures after scaling is compared with the others' before scaling
     read = None if campaign.variation(variation).of is not None else claim.scaled
     how: dict[str, Any] = {} if read is None else {"scaled": read}
     if claim.against != "worse of both":
@@ -150,10 +150,8 @@ def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> 
 
 def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> Judged:
     pairs = _pairs(results, claim, setting, variation)
-    finding = Finding(
-        claim.key, claim.family, claim.words, variation, setting.label, role, Decision.CANNOT_TELL.value, None, None,
-        None, claim.at_least, claim.at_most, claim.scale, claim.unit, len(pairs.seeds), note=_missing(pairs),
-    )  # fmt: skip
+    missing = f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
+    finding = undecided(claim, variation, setting.label, role, len(pairs.seeds), missing)
     if not len(pairs.seeds):
         return Judged(finding, math.nan, math.nan)
     if not (np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()):
@@ -163,7 +161,7 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
             claim_test(pairs.ours, pairs.theirs, at_least=low, at_most=high, scale=claim.scale, alpha=ALPHA)
             for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
         )
-    except ValueError as error:  # a ratio of what is not positive
+    except ValueError as error:  # a ratio needs positive figures
         return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     note = finding.note
     if len(pairs.seeds) < 2:
@@ -182,7 +180,7 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: str, rol
 
 
 def _p_of(test: ClaimTest) -> float:
-    """Return the p-value that decides: figures without variance, exactly on the limit, leave no doubt of the claim."""
+    """Return the p-value that decides; 0 where the figures have no variance and lie exactly on the limit."""
     return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
 
 
@@ -218,10 +216,10 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     try:
         test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
         opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
-    except ValueError as error:  # a run that had the quality before it began
+    except ValueError as error:  # a run had the quality before its first step, so a time is 0
         return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
-    bound = "at most" if may_hold else "at least"  # whole trainings stand in for times that are longer
+    bound = "at most" if may_hold else "at least"  # the training time stands in for an unknown, longer one
     finding = replace(
         finding,
         estimate=test.estimate if may_hold != may_fail else None,
@@ -242,14 +240,17 @@ def _agreement(
 ) -> Finding:
     known = [value for value in main if value is not None]
     mean = float(np.mean(known)) if known else math.nan
-    finding = Finding(
-        f"same-sign-{claim.key}", "robustness",
+    same_sign = Claim(
+        f"same-sign-{claim.key}",
+        "robustness",
         f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
         f"of the main study, in at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
-        variation, "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings", role,
-        Decision.CANNOT_TELL.value, None, None, None, AGREEMENT, None,
-        "share", "", 0,
-    )  # fmt: skip
+        claim.metric,
+        scale="share",
+        at_least=AGREEMENT,
+    )
+    settings = "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings"
+    finding = undecided(same_sign, variation, settings, role)
     if math.isnan(mean) or mean == 0:
         return replace(finding, note="the main study has no difference whose sign could return")
     agreement = sign_agreement(cells, 1 if mean > 0 else -1)
@@ -273,7 +274,3 @@ def _agreement(
 
 def _metric_words(metric: str) -> str:
     return metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-") if "_" in metric or "rouge" in metric else metric
-
-
-def _missing(pairs: Pairs) -> str:
-    return f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""

@@ -1,1 +1,0 @@
-"""A few finished runs compared in one page; the demo."""

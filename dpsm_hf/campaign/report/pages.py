@@ -1,0 +1,76 @@
+"""What the pages are made with: templates, and pictures that stand in the page itself."""
+
+from __future__ import annotations
+
+import base64
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from ...plots.figures import save_figure
+
+_LONGEST_NAME = 100  # of a file, in characters
+
+
+def render(template: str, path: Path, **context: Any) -> Path:
+    """Fill a template in and write it to a file.
+
+    Args:
+        template: file name in ``dpsm_hf/templates``; the ones of HTML escape what is filled in.
+        path: where to.
+        context: what the template asks for.
+
+    Returns:
+        The file.
+    """
+    html = template.endswith(".html.j2")
+    environment = Environment(loader=PackageLoader("dpsm_hf"), autoescape=html, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote}
+    path.write_text(environment.get_template(template).render(**context), encoding="utf-8")
+    return path
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|").replace("*", "\\*")
+
+
+def _markdown_quote(text: str) -> str:
+    # four backticks, because the text may itself contain a fence of three
+    return f"````text\n{text.strip()}\n````"
+
+
+class Pictures:
+    """Saves each figure as PNG beside the page and hands it to the page as an inlined SVG.
+
+    Args:
+        directory: where the files go; those of an earlier page are deleted, for its variations may be gone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.paths: list[Path] = []
+        for path in directory.glob("*.png"):
+            path.unlink()
+
+    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
+        """Save a figure and return it in a list, an empty one for None.
+
+        Args:
+            name: of the file, without ending.
+            figure: None is left out.
+            caption: below it.
+        """
+        if figure is None:
+            return []
+        name = re.sub(r"[^\w.-]+", "_", name)
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
+        self.paths.append(save_figure(figure, self.directory / f"{name}.png", dpi=110))
+        vector = save_figure(figure, self.directory / f"{name}.svg")
+        data = base64.b64encode(vector.read_bytes()).decode("ascii")
+        vector.unlink()
+        return [{"data": f"data:image/svg+xml;base64,{data}", "caption": caption, "png": f"plots/{name}.png"}]
