@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.campaigns import make_campaign, run_of
 
 from dpsm_hf.campaign import demo
 from dpsm_hf.campaign.runner.launching import run_folder
@@ -15,7 +16,6 @@ from dpsm_hf.campaign.runner.progress import run_names
 from dpsm_hf.campaign.runner.records import read_records
 from dpsm_hf.campaign.spec.design import Campaign
 from dpsm_hf.runtime import environment
-from tests.campaigns import make_campaign, run_of
 
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
