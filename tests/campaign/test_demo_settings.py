@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from dpsm_hf.campaign.comparison import demo
-from dpsm_hf.runtime import environment
 from dpsm_hf.runtime.child_process import run_child
 
 SCRIPT = """
 import json, os, pathlib, signal, sys
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 out, loss = pathlib.Path(options["--output_dir"]), options["--loss_type"]
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(loss + " ")
@@ -40,9 +39,10 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "calls").write_text("")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "PROGRAM", (str(tmp_path / "train.py"),))
+    monkeypatch.setattr(demo, "PACKAGE", tmp_path)
     monkeypatch.setattr(demo, "make_tokenizer", lambda preset, directory: directory / "tokenizer")
-    return demo.Preset("train.py", "title", "subtitle", "python-docs", ("text",), 300, 3, {"learning_rate": "1"})
+    return demo.Preset("clm", "title", "subtitle", "python-docs", ("text",), 300, 3, {"learning_rate": "1"})
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -140,15 +140,10 @@ def test_commands_differ_in_the_loss_alone(tmp_path: Path, job: Any) -> None:
     assert commands[0][:2] == [sys.executable, str(tmp_path / "train.py")] and commands[0][-1] == "linear"
 
 
-def test_wrong_options_end_with_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_options_end_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--steps", "0"])
     assert "at least one step" in capsys.readouterr().err
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    assert demo.main(["--output_dir", str(tmp_path)]) == 2
-    assert "run_clm_dpsm.py is not in" in capsys.readouterr().err
 
 
 def test_what_is_seen_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,8 @@ from typing import Any
 from ...data.loading import load_text_datasets
 from ...data.tokenizer import TRAIN_BPE, column_texts, resolve_tokenizer
 from ...runtime.child_process import run_child
-from ...runtime.environment import PACKAGE, find_script, versions
+from ...runtime.environment import PACKAGE, versions
+from ..runner.launching import PROGRAM
 from .records import LOSS_TITLES, RunRecord, read_json, read_run
 from .report import Report, write_report
 
@@ -56,17 +57,17 @@ class Preset:
     """One job of the demo.
 
     Args:
-        script: training script in the root of the clone.
+        command: word behind ``dpsm`` that trains.
         title: heading of the report.
         subtitle: what is trained on what, in a sentence.
         dataset: name of the built-in real text.
         columns: its columns of text, for the tokenizer.
         vocabulary: size of the tokenizer trained on its train split.
         steps: optimizer steps.
-        arguments: the script's other arguments.
+        arguments: its other arguments.
     """
 
-    script: str
+    command: str
     title: str
     subtitle: str
     dataset: str
@@ -93,7 +94,7 @@ _COMMON = {
 
 PRESETS: Mapping[str, Preset] = {
     "clm": Preset(
-        script="run_clm_dpsm.py",
+        command="clm",
         title="Cross-entropy, Brier and DPSM on the Python documentation",
         subtitle="A small GPT-2, trained from scratch as a language model on python-docs (the Python language "
         "reference and the docstrings of the standard library).",
@@ -118,7 +119,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "summarization": Preset(
-        script="run_summarization_dpsm.py",
+        command="summarization",
         title="Cross-entropy, Brier and DPSM on docstring summaries",
         subtitle="A small BART, trained from scratch to write the summary line of a docstring from its body "
         "(python-docstrings, the standard library).",
@@ -170,18 +171,14 @@ def build_command(
         "output_dir": str(output_dir),
     }
     pairs = [part for name, value in arguments.items() for part in (f"--{name}", value)]
-    return [sys.executable, str(find_script(preset.script)), *pairs, *extra]
+    return [sys.executable, *PROGRAM, preset.command, *pairs, *extra]
 
 
-def source_digest(script: str) -> str:
-    """Hash the sources that a run depends on, so that runs of other code are not taken for these.
-
-    Args:
-        script: file name of the training script.
-    """
+def source_digest() -> str:
+    """Hash the sources that a run depends on, so that runs of other code are not taken for these."""
     digest = hashlib.sha256()
-    sources = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-    for name, path in {**sources, script: find_script(script)}.items():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
         if name not in _READERS:
             digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -312,7 +309,7 @@ def run_demo(
         Exit code: 0 when every run finished, 1 when one failed, 130 after an interrupt.
     """
     started = time.perf_counter()
-    digest = source_digest(preset.script)
+    digest = source_digest()
     directory.mkdir(parents=True, exist_ok=True)
     records: list[RunRecord] = []
     code = 0

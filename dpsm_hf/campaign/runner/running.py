@@ -19,9 +19,8 @@ from types import FrameType
 from typing import TextIO
 
 from ...runtime.child_process import Child
-from ...runtime.environment import find_script
 from ...runtime.files import write_json
-from ..spec.design import SCRIPTS, Campaign
+from ..spec.design import Campaign
 from .attempts import Attempt, Workplace, recover
 from .collecting import clean_folder
 from .endings import Ending
@@ -332,7 +331,7 @@ class _Runner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         settings = folder.with_suffix(".json")
         write_json(tokenizer_settings(run, self.directory), settings)
-        command = tokenizer_command(find_script(SCRIPTS[run.task]), settings, folder)
+        command = tokenizer_command(run.task, settings, folder)
         kill_run(settings)  # that of a killed runner would write into the same folder
         environment = launch_environment(self.campaign, run, "tokenizer", self.directory, threads=self.place.threads)
         self.tokenizers[folder] = Child(command, folder.with_suffix(".log"), environment)
