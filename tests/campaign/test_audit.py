@@ -21,7 +21,7 @@ from dpsm_hf.campaign.audit import worker as audit_worker
 from dpsm_hf.campaign.audit.audit import AuditSettings, audited_runs, run_audit, table
 from dpsm_hf.campaign.audit.step import Shape, make_batches, parse_arguments
 from dpsm_hf.campaign.spec.design import Campaign, Point, Run, Variation
-from dpsm_hf.campaign.spec.loading import load_campaign
+from dpsm_hf.campaign.spec.loading import SHIPPED, load_campaign
 from dpsm_hf.data.python_text import load_python_docs
 from dpsm_hf.runtime.ranges import RANGES
 
@@ -367,7 +367,7 @@ def test_the_runs_differ_in_the_variation_alone() -> None:
         audited_runs(campaign, "huge")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "campaigns").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=str)
 def test_the_shipped_campaigns_can_be_audited(path: Path, tmp_path: Path) -> None:
     campaign = load_campaign(path, "small", only=["study=main", "seed=1"])
     runs = audited_runs(campaign)

@@ -78,8 +78,11 @@ def test_a_third_task_is_a_file_and_a_line(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.usefixtures("translation")
 def test_a_campaign_of_a_third_task(tmp_path: Path) -> None:
-    base = {"dataset_name": "python-docstrings", "model_type": "bart", "config_overrides": TINY, "do_train": True, "do_eval": True,
-            "do_predict": True, "eval_strategy": "steps", "fit_temperature": True, "tokenizer_name": "train-bpe", "max_steps": 10, "max_target_length": 20}  # fmt: skip
+    base = {
+        "dataset_name": "python-docstrings", "model_type": "bart", "config_overrides": TINY,
+        "tokenizer_name": "train-bpe", "do_train": True, "do_eval": True, "do_predict": True,
+        "eval_strategy": "steps", "eval_steps": 5, "fit_temperature": True, "max_steps": 10, "max_target_length": 20,
+    }  # fmt: skip
     content = {
         "name": "third", "task": "translation", "seeds": [1], "base": base, "sizes": {"tiny": {}},
         "data": {"docstrings": {"arguments": {"direction": "de-en"}}}, "reference": "ce", "brier": "brier",

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +26,7 @@ from torch import Tensor
 from ...measuring.energy import GpuMeter
 from ...measuring.processes import peak_above, spread
 from ...measuring.profiling import count_flops, profile_by_range
+from ...runtime.child_process import end_with_parent
 from .step import Shape, Steps, make_batches
 
 # A sample of time is of as many steps as this many seconds hold: the clock, and what else happens, count for less.
@@ -38,7 +37,6 @@ _MOST_STEPS = 50
 _GPU_SECONDS = 5.0
 
 _PROGRESS_SECONDS = 20.0
-_PR_SET_PDEATHSIG = 1
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -187,13 +185,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends: left alone it would disturb the next measurement."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _reporter(stream: TextIO) -> Report:
     def report(finding: Mapping[str, Any]) -> None:
         stream.write(json.dumps(finding) + "\n")
@@ -217,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", help="variations")
     parser.add_argument("--rounds", type=int, default=5, help="of kind time: samples of each variation")
     arguments = parser.parse_args(argv)
-    _die_with_parent()
+    end_with_parent()  # left alone it would disturb the next measurement
     report = _reporter(sys.stdout)
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(sys.stderr):

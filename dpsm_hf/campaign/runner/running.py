@@ -180,7 +180,7 @@ class _Runner:
         def handle(number: int, frame: FrameType | None) -> None:
             self.signals += 1
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
         before = [signal.signal(number, handle) for number in numbers]
         try:
             yield

@@ -13,7 +13,10 @@ from .spec import SCALED, SCALES
 from .spec_reader import SpecReader
 from .yaml_lines import Located, Place, Problems, SpecError, read_yaml
 
-__all__ = ["SpecError", "load_campaign"]
+__all__ = ["SHIPPED", "SpecError", "campaign_file", "load_campaign"]
+
+#: Folder of the campaigns that come with the package.
+SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
 
 def load_campaign(
@@ -22,7 +25,7 @@ def load_campaign(
     """Read a campaign's file and lay out its runs.
 
     Args:
-        path: of the YAML file; docs/campaigns.md describes its keys.
+        path: of the YAML file, or the name of a shipped campaign; docs/campaigns.md describes the keys.
         scale: ``small`` or ``paper``.
         only: leave out all points but those that match, see `selection.select`.
         overrides: changes to the file, see `overrides.apply_override`.
@@ -34,7 +37,7 @@ def load_campaign(
     Raises:
         SpecError: everything that is wrong with the file, a line each: ``FILE:LINE: key: what is wrong; remedy``.
     """
-    path = Path(path)
+    path = campaign_file(path)
     problems = Problems()
     text = _read(path, problems)
     tree = read_yaml(text, path.name, problems)
@@ -49,11 +52,24 @@ def load_campaign(
     return select(expand(spec, scale, text, problems), only or ())
 
 
+def campaign_file(path: str | Path) -> Path:
+    """Return the file of a campaign, which may be named like one of those in the folder `SHIPPED`.
+
+    Args:
+        path: of a file, or a shipped name with or without its ending. A file of that name in the working directory
+            goes first.
+    """
+    shipped = SHIPPED / f"{str(path).removesuffix('.yaml')}.yaml"
+    bare = Path(path).name == str(path)
+    return shipped if bare and shipped.is_file() and not Path(path).exists() else Path(path)
+
+
 def _read(path: Path, problems: Problems) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        problems.add(Place(str(path)), "", "there is no such file; the shipped ones are in the folder campaigns")
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        problems.add(Place(str(path)), "", f"there is no such file; campaigns that come with dpsm are {names}")
     except IsADirectoryError:
         problems.add(Place(str(path)), "", "this is a folder; name a file in it")
     except UnicodeDecodeError as error:
