@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .tasks import TASKS, get_task
 from .version import __version__
 
 _COMMANDS = {
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, 2 for an unknown command.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    tasks = {entry.command: name for name, entry in TASKS.items()}
+    if words and words[0] in tasks:
+        get_task(tasks[words[0]]).main(words[1:], prog=f"dpsm {words[0]}")
+        return 0
     if words and words[0] in _COMMANDS:
         module, _ = _COMMANDS[words[0]]
         return int(importlib.import_module(module).main(words[1:]) or 0)
@@ -39,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpsm_hf {__version__}")
         return 0
     asked = not words or words[0] in ("-h", "--help")
-    listed = "\n".join(f"  {name:<12}{what}" for name, (_, what) in _COMMANDS.items())
+    commands = {name: what for name, (_, what) in _COMMANDS.items()}
+    commands |= {entry.command: entry.summary for entry in TASKS.values()}
+    listed = "\n".join(f"  {name:<15}{what}" for name, what in sorted(commands.items()))
     text = f"usage: dpsm COMMAND ...\n\n{listed}\n\ndpsm COMMAND --help says more; dpsm --version gives the version."
     if not asked:
         print(f"dpsm: there is no command {words[0]!r}.\n\n{text}", file=sys.stderr)

@@ -39,7 +39,7 @@ def data_root() -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
     """Undo what a script that ran in this process did to log levels, so that no file depends on those before it."""
-    names = ("dpsm_hf", "__main__", "run_clm_dpsm", "run_summarization_dpsm", "transformers", "datasets")
+    names = ("dpsm_hf", "transformers", "datasets")
     loggers = [logging.getLogger(), *map(logging.getLogger, names)]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     yield

@@ -26,8 +26,8 @@ _STEPS = {
 }
 _EPILOG = """\
 examples:
-  dpsm campaign plan campaigns/exp-1-language-modelling-scaling.yaml --scale paper
-  dpsm campaign run campaigns/exp-1-language-modelling-scaling.yaml --only role=main --only seed=1,2
+  dpsm campaign plan exp-1-language-modelling-scaling --scale paper
+  dpsm campaign run exp-1-language-modelling-scaling --only role=main --only seed=1,2
   dpsm campaign run FILE --data train=mine/train.txt,validation=mine/valid.txt,test=mine/test.txt
   dpsm campaign run FILE --set base.max_steps=1000 --set seeds=[1,2,3,4,5]
 
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("file", metavar="FILE", help="the campaign, a YAML file")
+    common.add_argument("file", metavar="FILE", help="the campaign: a YAML file, or the name of a shipped one")
     common.add_argument(
         "--scale", choices=SCALES, default="small", help="small: two CPU cores; paper: as published (default: small)"
     )

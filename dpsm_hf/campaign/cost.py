@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..data.tokenizer import DEFAULT_VOCAB_SIZE, TRAIN_BPE
-from ..tasks.scratch_config import build_config_from_scratch
+from ..tasks import get_task, task_of_model
+from ..tasks.model_building import build_config_from_scratch
 from .spec.design import Campaign, Run
 from .spec.script_arguments import quiet
 
@@ -107,9 +108,7 @@ def run_cost(campaign: Campaign, run: Run, size: str | None = None, data: str | 
 
 def row_tokens(run: Run) -> tuple[int, int]:
     """Return the tokens of a row at most: of the source (0 for a language model) and of the target."""
-    if run.task == "summarization":
-        return int(run.arguments.get("max_source_length", 1024)), int(run.arguments.get("max_target_length", 128))
-    return 0, int(run.arguments.get("block_size", 1024))
+    return get_task(run.task).row_tokens(run.arguments)
 
 
 def _rows_of_a_step(run: Run) -> int:
@@ -187,9 +186,8 @@ def measure(config: PreTrainedConfig) -> ModelSize:
     Args:
         config: of the model.
     """
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = task_of_model(config).auto_model.from_config(config)
     model.tie_weights()
     inside: set[int] = set()
     if config.is_encoder_decoder:

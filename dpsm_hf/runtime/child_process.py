@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TAIL_LINES = 20
 #: Environment variable that names the process that started a run; the run ends when that process does.
 RUNNER_VARIABLE = "DPSM_RUNNER_PID"
@@ -83,7 +85,10 @@ class Child:
     def poll(self) -> ChildResult | None:
         """Return how it ended, None while it runs."""
         usage: Any = None
-        if self._process.returncode is None:
+        if not hasattr(os, "wait4"):
+            if self._process.poll() is None:
+                return None
+        elif self._process.returncode is None:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid == 0:
                 return None
@@ -99,7 +104,10 @@ class Child:
     def kill(self) -> None:
         """Kill it and what is left of its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
 
 
 def tail_of(log: Path, start: int = 0, lines: int = TAIL_LINES, longest: int = 2**18) -> tuple[str, ...]:
@@ -136,12 +144,8 @@ def end_with_runner() -> None:
         return
     end_with_parent()
     # It may have ended before the line above took effect.
-    try:
-        os.kill(int(runner), 0)
-    except ProcessLookupError:
+    if not psutil.pid_exists(int(runner)):
         sys.exit(f"The runner (process {runner}) has ended: so does this run, which the next runner continues.")
-    except PermissionError:
-        pass  # It is there, and another user's.
 
 
 def _load_libc() -> Any:

@@ -1,4 +1,4 @@
-"""Where the training scripts are, and which versions of what they need: known without importing any of it."""
+"""Where the package is, and which versions of what decides a run's numbers: known without importing any of it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,8 @@ from ..version import __version__
 #: Folder of the package.
 PACKAGE = Path(__file__).resolve().parents[1]
 
-#: Folder of the clone: the training scripts lie in it, beside the package.
+#: Folder that holds the package; in a clone, the clone's.
 ROOT = PACKAGE.parent
-
-
-def find_script(name: str) -> Path:
-    """Find a training script beside the package, as in a clone or an editable installation.
-
-    Args:
-        name: file name of the script.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-    """
-    path = ROOT / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{name} is not in {ROOT}. Only a clone has the scripts: install the package from there with "
-            "'pip install -e .'."
-        )
-    return path
 
 
 def versions() -> dict[str, str]:

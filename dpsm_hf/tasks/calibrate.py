@@ -17,23 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-)
+from transformers import AutoConfig, AutoTokenizer
 
-from ..data.clm import ClmCollator, ClmPreprocessing, prepare_clm_datasets
-from ..data.loading import EMBEDDED_DATASETS, load_text_datasets
-from ..data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
+from ..data.loading import load_text_datasets
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
-from ..training.arguments import DPSMConfig, DPSMSeq2SeqConfig
-from ..training.trainer import DPSMSeq2SeqTrainer, DPSMTrainer
-from .positions import position_limit
+from . import task_of_model
 from .scaled_model import PLACES, check_target, save_scaled
-from .scratch_config import check_block_size
 
 APPLICATIONS = ("none", *PLACES)
 
@@ -129,17 +118,17 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     _check(options)
     _check_model(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-    seq2seq = bool(config.is_encoder_decoder)
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    task = task_of_model(config)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-    model = auto.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
-    _check_kind(options, type(model).__name__, seq2seq)
-    raw = _splits(options)
-    rows, collator = (_pairs if seq2seq else _texts)(options, raw, tokenizer, model)
+    model = task.auto_model.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
+    for name, remedy in task.without_effect.items():
+        if getattr(options, name) not in (None, ""):
+            raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {type(model).__name__}: {remedy}.")
+    rows, collator = task.calibration_rows(options, _splits(options), tokenizer, model)
     # only what is exact may be asked for: find out before the long part
     if options.apply == "weights":
         TemperatureScaler().fold_into(model)
-    args = (DPSMSeq2SeqConfig if seq2seq else DPSMConfig)(
+    args: Any = task.training_class(
         output_dir=options.output_dir,
         loss_type="ce",
         fit_temperature=True,
@@ -150,7 +139,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
-    trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(
+    trainer = task.trainer_class(
         model=model,
         args=args,
         calibration_dataset=rows["calibration"],
@@ -223,19 +212,6 @@ def _target(options: argparse.Namespace) -> Path:
     return Path(options.output_dir) / "model"
 
 
-def _check_kind(options: argparse.Namespace, model: str, seq2seq: bool) -> None:
-    """Refuse what has no effect on a model of this kind."""
-    if seq2seq:
-        others = {"block_size": "its rows have --max_source_length and --max_target_length tokens; leave it out"}
-    else:
-        others = dict.fromkeys(
-            ("summary_column", "source_prefix", *_MOST_TOKENS), "a language model has one text a row; leave it out"
-        )
-    for name, remedy in others.items():
-        if getattr(options, name) not in (None, ""):
-            raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {model}: {remedy}.")
-
-
 def _splits(options: argparse.Namespace) -> dict[str, Any]:
     if options.dataset is None:
         raw: Mapping[str, Any] = load_text_datasets(
@@ -259,53 +235,6 @@ def _splits(options: argparse.Namespace) -> dict[str, Any]:
                 f"--{name}_split."
             )
     return {name: raw[split] for name, split in names.items()}
-
-
-def _texts(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
-    positions = getattr(model.config, "max_position_embeddings", None) or 1024
-    check_block_size(model.config, options.block_size)
-    block_size = options.block_size or min(1024, positions, tokenizer.model_max_length)
-    rows: Any = prepare_clm_datasets(
-        raw,
-        tokenizer,
-        ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
-        text_column=options.text_column,
-        text_column_option="--text_column",
-    )
-    if options.max_samples is not None:
-        rows = {split: part.take(min(options.max_samples, len(part))) for split, part in rows.items()}
-    return rows, ClmCollator(block_size, tokenizer.pad_token_id or 0)
-
-
-def _pairs(options: argparse.Namespace, raw: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[Any, Any]:
-    lengths: dict[str, Any] = {
-        name: _length(options, name, most, position_limit(model)) for name, most in _MOST_TOKENS.items()
-    }
-    rows = {}
-    for split, pairs in raw.items():
-        columns = resolve_columns(pairs.column_names, options.dataset, options.text_column, options.summary_column)
-        settings = TokenizationSettings(
-            *columns,
-            max_source_length=lengths["max_source_length"],
-            max_target_length=lengths["max_target_length"],
-            source_prefix=options.source_prefix,
-        )
-        kept, _ = filter_pairs(pairs, *columns, split=split)
-        chosen = kept if options.max_samples is None else kept.take(min(options.max_samples, len(kept)))
-        rows[split] = tokenize_split(chosen, tokenizer, settings, split=split)
-    return rows, DataCollatorForSeq2Seq(tokenizer, model=model)
-
-
-def _length(options: argparse.Namespace, name: str, most: int, positions: int | None) -> int:
-    """Return how many tokens a row may have: what was asked for, or as many as the model has positions for."""
-    wanted: int | None = getattr(options, name)
-    if wanted is None:
-        return most if positions is None else min(most, positions)
-    if positions is not None and wanted > positions:
-        raise ValueError(
-            f"--{name} {wanted} is more than the model's {positions} positions: give {positions} or less."
-        )
-    return wanted
 
 
 def _table(

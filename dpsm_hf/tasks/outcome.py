@@ -23,7 +23,7 @@ from ..runtime.files import strict, write_arrays, write_json
 from ..training.callbacks import CalibrationCallback, calibration_record
 from ..training.clock import seconds_trained
 from ..training.trainer import DPSMMixin
-from .best_checkpoint import best_step
+from .checkpoints import best_step
 from .flops import model_flops
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,19 @@
-"""Stopping a training run at a step before its end, to go on later."""
+"""What ends training before its last step: a step that was named, Ctrl-C, or no progress any more."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .steps import stop_step
@@ -94,3 +101,111 @@ def stopping(stop_at_step: float | None) -> list[TrainerCallback]:
         stop_at_step: the argument, or None.
     """
     return [] if stop_at_step is None else [StopAtStep(stop_at_step)]
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turn the first Ctrl-C into "finish this step, save a checkpoint, stop", so that nothing is lost.
+
+    Across processes the wish is agreed on every ``sync_every`` steps, because ranks that stop at different
+    steps would wait for each other for ever.
+    """
+
+    sync_every = 10
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask the Trainer to save and stop once the wish is known to every process."""
+        wanted = self.requested
+        if args.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if state.global_step % self.sync_every:
+                return control
+            flag = torch.tensor(int(wanted), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            wanted = bool(flag.item())
+        if wanted:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
+    """Let the first Ctrl-C ask for a stop after the current step, and the second stop at once.
+
+    Args:
+        callback: Is told of the first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread alone; elsewhere Ctrl-C stays what it was.
+        return
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        if callback.requested:
+            raise KeyboardInterrupt
+        callback.requested = True
+        logger.warning("Interrupted: finishing this step and saving a checkpoint. Press Ctrl-C again to stop at once.")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' early stopping, which counts anew after a resume, with the count taken from the log instead."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what the checkpoint had evaluated; one that training had stopped at is not trained on."""
+        # Trainer writes a callback's state into a place that a checkpoint made without the callback does not have
+        states: Any = state.stateful_callbacks  # a dict once training has begun
+        states.setdefault(type(self).__name__, self.state())
+        metric = str(args.metric_for_best_model)
+        key = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.early_stopping_patience_counter = evaluations_since_best(
+            [entry[key] for entry in state.log_history if key in entry], greater=bool(args.greater_is_better)
+        )
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where training ended early."""
+        if self.early_stopping_patience_counter >= self.early_stopping_patience and state.is_world_process_zero:
+            logger.info(
+                "Stopped early at step %s of %s: %s evaluations in a row without a new best %s.",
+                state.global_step,
+                state.max_steps,
+                self.early_stopping_patience_counter,
+                args.metric_for_best_model,
+            )
+
+
+def early_stopping(patience: int | None) -> list[TrainerCallback]:
+    """Return the callback of --early_stopping_patience, if there is to be one."""
+    return [] if patience is None else [EarlyStopping(patience)]
+
+
+def evaluations_since_best(values: list[float], *, greater: bool) -> int:
+    """Count the evaluations behind the one with the best value; one that is NaN is never the best.
+
+    Args:
+        values: of the metric, in the order of the evaluations.
+        greater: whether more is better.
+    """
+    better = np.greater if greater else np.less
+    best, since = float("-inf") if greater else float("inf"), 0
+    for i, value in enumerate(values):
+        # transformers counts from the second on
+        since = 0 if i == 0 or better(value, best) else since + 1
+        best = value if better(value, best) else best
+    return since

@@ -19,9 +19,9 @@ import torch
 from dpsm_hf.campaign.audit import audit
 from dpsm_hf.campaign.audit import worker as audit_worker
 from dpsm_hf.campaign.audit.audit import AuditSettings, audited_runs, run_audit, table
-from dpsm_hf.campaign.audit.step import Shape, make_batches, make_tokenizer, parse_arguments
+from dpsm_hf.campaign.audit.step import Shape, make_batches, parse_arguments
 from dpsm_hf.campaign.spec.design import Campaign, Point, Run, Variation
-from dpsm_hf.campaign.spec.loading import load_campaign
+from dpsm_hf.campaign.spec.loading import SHIPPED, load_campaign
 from dpsm_hf.data.python_text import load_python_docs
 from dpsm_hf.runtime.ranges import RANGES
 
@@ -188,9 +188,9 @@ run_audit(make_campaign(variations={{name: VARIATIONS[name] for name in ("ce", "
 
 def make_spec(task: str, folder: Path, variations: Mapping[str, Mapping[str, Any]] = VARIATIONS) -> dict[str, Any]:
     runs = {name: run.arguments for name, run in audited_runs(make_campaign(task, variations)).items()}
-    parsed = parse_arguments(task, runs["ce"], folder)
+    run = parse_arguments(task, runs["ce"], folder)
     texts = load_python_docs()["train"]["text"][:50]
-    tokenizer = make_tokenizer(parsed, folder, lambda: texts)
+    tokenizer = run.load_tokenizer(lambda: texts)
     tokenizer.save_pretrained(folder / "saved")
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     np.save(folder / "ids.npy", np.asarray(ids[:2000], dtype=np.int32))
@@ -276,7 +276,7 @@ def test_a_step_is_that_of_the_trainer(max_grad_norm: float, specs: Callable[[st
             steps.step("ce", parts[:2])
             steps.step("ce", parts[2:])
         else:
-            args = steps.parsed["ce"].training
+            args = steps.runs["ce"].training_args
             args.max_steps, args.gradient_accumulation_steps = 2, 2
             args.train_sampling_strategy, args.lr_scheduler_type = "sequential", "constant"
             data = [{name: value[i] for name, value in rows.items()} for i in range(8)]
@@ -367,15 +367,15 @@ def test_the_runs_differ_in_the_variation_alone() -> None:
         audited_runs(campaign, "huge")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "campaigns").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=str)
 def test_the_shipped_campaigns_can_be_audited(path: Path, tmp_path: Path) -> None:
     campaign = load_campaign(path, "small", only=["study=main", "seed=1"])
     runs = audited_runs(campaign)
     assert list(runs) == [v.name for v in campaign.variations if v.of is None]
     for run in runs.values():
-        parsed = parse_arguments(campaign.task, run.arguments, tmp_path)
-        assert parsed.model.model_name_or_path is None and parsed.model.model_type in ("gpt2", "bart")
-        assert parsed.model.tokenizer_name == "train-bpe"
+        model = parse_arguments(campaign.task, run.arguments, tmp_path).model_args
+        assert model.model_name_or_path is None and model.model_type in ("gpt2", "bart")
+        assert model.tokenizer_name == "train-bpe"
 
 
 def test_variations_of_different_models_are_refused(specs: Callable[[str], dict[str, Any]]) -> None:

@@ -203,6 +203,49 @@ _HOLD = (
 )
 
 
+def test_the_lock_without_fcntl(tmp_path: Path) -> None:
+    """Elsewhere than on Unix there is no fcntl; a killed runner leaves no lock behind there either."""
+    without = f"import sys; sys.modules['fcntl'] = None\n{_HOLD}"
+    command = [sys.executable, "-W", "ignore", "-c", without, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert f"RunnerError: A runner (process {holder.pid} " in refused.stderr and "already" in refused.stderr
+        holder.kill()
+        holder.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as next_one:
+        assert next_one.stdout is not None and next_one.stdout.readline() == "held\n"
+        next_one.kill()
+
+
+# What Windows lacks of these modules, and a campaign of one run of a script that needs no torch.
+_ELSEWHERE = """
+import sys; sys.modules["fcntl"] = None
+import os, signal
+for name in ("wait4", "killpg", "sched_getaffinity"): delattr(os, name)
+signal.Signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM")]
+for name in ("SIGHUP", "SIGQUIT"): delattr(signal, name)
+import pathlib
+from dpsm_hf.campaign.runner import launching, running
+from tests.campaign.campaigns import make_campaign
+from dpsm_hf.runtime.child_process import Child
+folder = pathlib.Path(sys.argv[1])
+(folder / "fake.py").write_text("raise ValueError('made up')")
+launching.PROGRAM = (str(folder / "fake.py"),)
+assert running.run_campaign(make_campaign({}, ("ce",)), folder / "out", devices=()) == 1
+child = Child([sys.executable, "-c", "import time; time.sleep(60)"], folder / "log")
+assert child.poll() is None
+child.kill()
+while child.poll() is None: pass
+"""
+
+
+def test_a_campaign_where_the_system_is_not_linux(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", _ELSEWHERE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 0 and "exit code 1: ValueError: made up" in done.stderr, done.stderr
+
+
 def test_one_runner_at_a_time_and_none_after_a_kill(tmp_path: Path) -> None:
     assert runner_at_work(tmp_path) is None
     with subprocess.Popen(

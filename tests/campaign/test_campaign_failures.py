@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from dpsm_hf.campaign.runner import launching
 from dpsm_hf.campaign.runner.launching import run_folder
 from dpsm_hf.campaign.runner.lock import campaign_lock
 from dpsm_hf.campaign.runner.records import Record, read_records, write_record
 from dpsm_hf.campaign.runner.running import run_campaign
 from dpsm_hf.campaign.runner.status import campaign_status
 from dpsm_hf.campaign.spec.design import Budget, Campaign
-from dpsm_hf.runtime import environment
 from tests.campaign.campaigns import make_campaign, run_of
 
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
-settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+settings = json.loads(pathlib.Path(sys.argv[2]).read_text())
 out = pathlib.Path(settings["output_dir"])
 way = pathlib.Path(settings["ways"]).read_text() if "ways" in settings else settings["way"]
 print("the way is", way, flush=True)
@@ -46,8 +46,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def fake_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run_clm_dpsm.py").write_text(SCRIPT)
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    (tmp_path / "fake.py").write_text(SCRIPT)
+    monkeypatch.setattr(launching, "PROGRAM", (str(tmp_path / "fake.py"),))
 
 
 def campaign_of(*ways: str, **more: Any) -> Campaign:

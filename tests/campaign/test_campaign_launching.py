@@ -87,11 +87,11 @@ def test_settings_keep_checkpoints_to_go_on_from(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     command = launch_command(Run("language-modelling", {}, processes=1), tmp_path / "settings.json", 2)
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
-    assert command[-2].endswith("run_clm_dpsm.py") and command[-1] == str(tmp_path / "settings.json")
+    assert command[-4:] == ["-m", "dpsm_hf", "clm", str(tmp_path / "settings.json")]
     assert command[command.index("--num_processes") + 1] == "1" and "--multi_gpu" not in command
     two = launch_command(Run("summarization", {}, processes=2), tmp_path / "settings.json", 2)
     assert "--multi_gpu" in two and two[two.index("--num_processes") + 1] == "2"
-    assert two[-2].endswith("run_summarization_dpsm.py")
+    assert two[-4:-1] == ["-m", "dpsm_hf", "summarization"]
 
 
 def test_trackers_get_one_group_a_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

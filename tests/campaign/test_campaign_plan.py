@@ -17,11 +17,9 @@ from dpsm_hf.campaign.cost import Cost, measure, run_cost
 from dpsm_hf.campaign.plan import Speed, calibrate, in_hours, in_units, make_plan, render_plan
 from dpsm_hf.campaign.runner.records import Record, write_record
 from dpsm_hf.campaign.spec.design import Campaign, Run
-from dpsm_hf.campaign.spec.loading import load_campaign
+from dpsm_hf.campaign.spec.loading import SHIPPED, load_campaign
 from tests.campaign.files import FILE, edit
 from tests.tiny import make_model
-
-CAMPAIGNS = Path(__file__).resolve().parents[2] / "campaigns"
 
 
 def load(tmp_path: Path, text: str = FILE, *args: Any, **options: Any) -> Campaign:
@@ -355,7 +353,7 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["exp-1-language-modelling-scaling", "exp-2-seq2seq-finetune-robustness"])
 @pytest.mark.parametrize("scale", ["small", "paper"])
 def test_plans_of_the_shipped_campaigns(name: str, scale: str) -> None:
-    campaign = load_campaign(CAMPAIGNS / f"{name}.yaml", scale)
+    campaign = load_campaign(SHIPPED / f"{name}.yaml", scale)
     plan = make_plan(campaign, flops_per_second=1e14)
     assert all(run[key] for run in plan["runs"] for key in ("parameters", "steps", "tokens", "flops", "hours"))
     assert sum(study["runs"] for study in plan["studies"]) + len(plan["preparations"]) == len(campaign.runs)

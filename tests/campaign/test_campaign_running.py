@@ -73,7 +73,7 @@ def test_what_a_record_holds(done: tuple[Campaign, Path, str]) -> None:
         assert record.status == "ok" and record.message == ""
         assert record.arguments == campaign.runs[run_id].arguments
         assert record.command[0] == "python"  # no path of the machine: records are handed on
-        assert record.command[-2:] == ["run_clm_dpsm.py", f"runs/{record.run_id}/settings.json"]
+        assert record.command[-4:] == ["-m", "dpsm_hf", "clm", f"runs/{record.run_id}/settings.json"]
         (attempt,) = record.attempts
         assert attempt["exit_code"] == 0 and attempt["from_step"] == 0
         assert attempt["to_step"] == campaign.runs[run_id].arguments["max_steps"]

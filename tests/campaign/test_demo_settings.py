@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.campaigns import make_campaign, run_of
 
 from dpsm_hf.campaign import demo
+from dpsm_hf.campaign.runner import launching
 from dpsm_hf.campaign.runner.launching import run_folder
 from dpsm_hf.campaign.runner.lock import campaign_lock
 from dpsm_hf.campaign.runner.progress import run_names
 from dpsm_hf.campaign.runner.records import read_records
 from dpsm_hf.campaign.spec.design import Campaign
-from dpsm_hf.runtime import environment
+from tests.campaign.campaigns import make_campaign, run_of
 
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
-settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+settings = json.loads(pathlib.Path(sys.argv[2]).read_text())
 out, loss = pathlib.Path(settings["output_dir"]), settings["loss_type"]
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(loss + " ")
@@ -41,10 +41,10 @@ outcome = {"metrics": {"last": {"validation": {"nll": nll, "perplexity": 2.0**nl
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:
-    (tmp_path / "run_clm_dpsm.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "calls").write_text("")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(launching, "PROGRAM", (str(tmp_path / "train.py"),))
     made = make_campaign({"max_steps": 3})
     words = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM"}
     variations = tuple(replace(v, title=words[v.name]) for v in made.variations)

@@ -11,7 +11,7 @@ import pytest
 
 from dpsm_hf.campaign.audit.audit import AUDIT_NAME
 from dpsm_hf.campaign.runner.records import read_records
-from dpsm_hf.campaign.spec.loading import SpecError, load_campaign
+from dpsm_hf.campaign.spec.loading import SHIPPED, SpecError, load_campaign
 from dpsm_hf.campaign.verdict.audited_claims import audited_claims
 from dpsm_hf.campaign.verdict.results import Results
 from dpsm_hf.campaign.verdict.verdict import verdict
@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("verdict.json"))
 
 
 def test_there_are_some() -> None:
-    assert {path.parent.name.rsplit("-", 1)[0] for path in EXAMPLES} == {p.stem for p in ROOT.glob("campaigns/*.yaml")}
+    assert {path.parent.name.rsplit("-", 1)[0] for path in EXAMPLES} == {p.stem for p in SHIPPED.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.parent.relative_to(ROOT / "docs" / "examples")))
@@ -33,7 +33,7 @@ def test_the_records_give_the_verdict(path: Path) -> None:
     command.add_argument("--scale", default="small")
     words = shlex.split(json.loads((folder / "plan.json").read_text())["command"])
     chosen, _ = command.parse_known_args(words)
-    file = ROOT / "campaigns" / f"{folder.name.removesuffix(f'-{chosen.scale}')}.yaml"
+    file = folder.name.removesuffix(f"-{chosen.scale}")
     changes = [] if chosen.data is None else [f"data={chosen.data}"]
     try:
         campaign = load_campaign(file, chosen.scale, only=chosen.only, overrides=changes)

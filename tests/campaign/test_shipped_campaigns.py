@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from dpsm_hf.campaign.spec.loading import load_campaign
+from dpsm_hf.campaign.spec.loading import SHIPPED, SpecError, load_campaign
 from tests.campaign.files import load, wrong
 
-CAMPAIGNS = Path(__file__).resolve().parents[2] / "campaigns"
+ROOT = Path(__file__).resolve().parents[2]
 EXP_1, EXP_2 = (
-    CAMPAIGNS / "exp-1-language-modelling-scaling.yaml",
-    CAMPAIGNS / "exp-2-seq2seq-finetune-robustness.yaml",
+    SHIPPED / "exp-1-language-modelling-scaling.yaml",
+    SHIPPED / "exp-2-seq2seq-finetune-robustness.yaml",
 )
 
 
@@ -57,6 +57,18 @@ def test_shipped_campaigns(path: Path, scale: str, points: dict[str, int], runs:
     assert {run.arguments["loss_type"] for run in campaign.runs.values()} >= {"ce", "brier", "dpsm"}
     for run in campaign.runs.values():
         assert run.arguments["fit_temperature"] and run.id in campaign.runs
+
+
+def test_a_shipped_campaign_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (EXP_1.stem, EXP_1.name):
+        assert load_campaign(name).runs == load_campaign(EXP_1).runs
+    for name in (f"there/{EXP_1.name}", "exp-3"):
+        with pytest.raises(SpecError, match=f"come with dpsm are {EXP_1.stem}, {EXP_2.stem}"):
+            load_campaign(name)
+    # a file of that name in the working directory is meant where there is one
+    (tmp_path / EXP_1.name).write_text(EXP_2.read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_campaign(EXP_1.name).name == EXP_2.stem
 
 
 def test_variations_of_the_shipped_campaigns() -> None:
@@ -103,9 +115,7 @@ def test_a_step_has_the_same_tokens_at_every_size_at_paper_scale() -> None:
 
 
 def documented() -> str:
-    return (
-        (CAMPAIGNS.parent / "docs" / "campaigns.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-    )
+    return (ROOT / "docs" / "campaigns.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
 
 
 def test_the_documented_file_is_one(tmp_path: Path) -> None:
@@ -121,7 +131,7 @@ def test_the_documented_mistakes_are_what_is_said(tmp_path: Path) -> None:
         .replace("  max_steps: 400\n", "  max_stepz: 400\n")
         .replace("variations: [dpsm]", "variations: [dspm]")
     )
-    text = (CAMPAIGNS.parent / "docs" / "campaigns.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "campaigns.md").read_text(encoding="utf-8")
     shown = [line.replace("mine.yaml", "try.yaml") for line in text.splitlines() if line.startswith("mine.yaml:")]
     second = documented().replace("alpha_hold: 0.8", "alpha_hold: -0.5")
     assert (

@@ -11,10 +11,10 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
 from dpsm_hf import DPSMConfig
-from dpsm_hf.tasks.best_checkpoint import evaluations_since_best
+from dpsm_hf.tasks.arguments import OutcomeArguments, settle_best_checkpoint
+from dpsm_hf.tasks.command_line import parse_script_arguments
 from dpsm_hf.tasks.extra_datasets import ExtraDataset, parse_extra_datasets
-from dpsm_hf.tasks.outcome_arguments import OutcomeArguments, settle_best_checkpoint
-from dpsm_hf.tasks.script_utils import parse_script_arguments
+from dpsm_hf.tasks.stopping import evaluations_since_best
 
 
 def test_the_syntax_of_extra_sets(tmp_path: Path) -> None:

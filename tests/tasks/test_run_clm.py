@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import run_clm_dpsm
 from dpsm_hf import DPSMTrainer
+from dpsm_hf.tasks import language_modelling
 from tests.clm_run import TINY, argv, real_texts, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,13 +239,13 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, texts, monkeypatch, caplog):
 
 def test_options_reach_the_rows(tmp_path, texts, monkeypatch, cache):
     seen = {}
-    original = run_clm_dpsm.prepare_clm_datasets
+    original = language_modelling.prepare_clm_datasets
 
     def spy(raw, tokenizer, options, **kwargs):
         seen.update(dataclasses.asdict(options))
         return original(raw, tokenizer, options, **kwargs)
 
-    monkeypatch.setattr(run_clm_dpsm, "prepare_clm_datasets", spy)
+    monkeypatch.setattr(language_modelling, "prepare_clm_datasets", spy)
     common = {"train_file": write(tmp_path, "txt", texts), "do_train": True, "max_steps": 1, "cache_dir": cache}
     run_clm_dpsm.main(
         argv(

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import run_clm_dpsm
-from dpsm_hf.tasks.clm_arguments import DataTrainingArguments, ModelArguments
+from dpsm_hf.tasks import task
+from dpsm_hf.tasks.language_modelling import DataTrainingArguments, ModelArguments
 from tests.clm_run import argv, real_texts, write
 
 
@@ -65,7 +66,7 @@ WORK = {"do_train": True, "max_steps": 1}
     ],
 )
 def test_contradictions_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(run_clm_dpsm, "load_text_datasets", None)
+    monkeypatch.setattr(task, "load_text_datasets", None)
     with pytest.raises(ValueError, match=message):
         run_clm_dpsm.main(argv(tmp_path, **{"dataset_name": "python-docs", **WORK, **options}))
 

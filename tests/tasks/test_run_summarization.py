@@ -17,10 +17,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-import run_summarization_dpsm
 from dpsm_hf import DPSMSeq2SeqTrainer
 from dpsm_hf.data.python_text import load_python_docstrings
-from dpsm_hf.tasks.summarization_arguments import DataTrainingArguments, ModelArguments
+from dpsm_hf.tasks import task
+from dpsm_hf.tasks.summarization import DataTrainingArguments, ModelArguments
 from run_summarization_dpsm import main
 from tests.summarization_run import DOCSTRINGS, FRESH_BART, TRAIN_BPE, arguments
 
@@ -153,7 +153,7 @@ def test_push_to_hub_sends_the_card_and_nothing_to_do_says_so(
     with caplog.at_level(logging.WARNING):
         assert main([*common, "--model_name_or_path", str(folder)]) == {}
     assert "nothing to do" in caplog.text
-    monkeypatch.setattr(run_summarization_dpsm, "load_text_datasets", lambda *_, **__: load_python_docstrings())
+    monkeypatch.setattr(task, "load_text_datasets", lambda *_, **__: load_python_docstrings())
     main([*common, "--model_name_or_path", str(folder), "--do_eval", "--push_to_hub", "--lang", "en"])
     assert sent == {
         "tasks": "summarization",

@@ -17,6 +17,7 @@ import run_clm_dpsm
 import run_summarization_dpsm
 from dpsm_hf import TemperatureScaler
 from dpsm_hf.data.python_text import load_python_docstrings
+from dpsm_hf.tasks.language_modelling import LanguageModelling
 
 COMMON: dict[str, Any] = {
     "tokenizer_name": "train-bpe",
@@ -184,7 +185,7 @@ def test_the_efficiency(clm: Run, summaries: Run) -> None:
 
 def test_an_outcome_belongs_to_a_run_that_ended(clm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outcome.json").write_text("{}")
-    monkeypatch.setattr(run_clm_dpsm, "describe", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(LanguageModelling, "model_card", lambda *arguments: 1 / 0)
     options = {**CLM, "max_steps": 1, "evaluate_best": None, "extra_eval_datasets": None, "do_predict": None}
     with pytest.raises(ZeroDivisionError):
         run_clm_dpsm.main(words(tmp_path, options))
@@ -272,7 +273,7 @@ def test_a_kill_between_training_and_evaluation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_clm_dpsm, "evaluate", killed)
+        patch.setattr(LanguageModelling, "evaluate", killed)
         run_clm_dpsm.main(words(tmp_path / "killed", wanted))
     before = json.loads((tmp_path / "killed" / "all_results.json").read_text(encoding="utf-8"))
     # a folder that was moved in between: the path of the best checkpoint in the state is of no use
@@ -396,8 +397,8 @@ def test_blocks_of_two_runs_belong_together(clm: Run, summaries: Run) -> None:
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = run_clm_dpsm.evaluate
-    monkeypatch.setattr(run_clm_dpsm, "evaluate", lambda *a: evaluate(*a) | {"eval_perplexity": math.inf})
+    evaluate = LanguageModelling.evaluate
+    monkeypatch.setattr(LanguageModelling, "evaluate", lambda *a: evaluate(*a) | {"eval_perplexity": math.inf})
     options = {**CLM, "max_steps": 1, "evaluate_best": None, "extra_eval_datasets": None, "do_predict": None}
     found = run(run_clm_dpsm.main, tmp_path, {**options, "sample_outputs": 0})
     assert found.outcome["metrics"]["last"]["validation"]["perplexity"] is None

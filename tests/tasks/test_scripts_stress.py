@@ -13,6 +13,7 @@ import run_clm_dpsm
 import run_summarization_dpsm
 from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
 from dpsm_hf.data.subsets import fold_of, low_resource
+from dpsm_hf.tasks import language_modelling, summarization, task
 
 COMMON = {
     "tokenizer_name": "train-bpe", "tokenizer_vocab_size": 300, "max_steps": 4, "logging_steps": 2, "seed": 3,
@@ -42,14 +43,14 @@ def words(folder: Path, options: dict[str, Any]) -> list[str]:
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The trainers that the scripts make."""
     made: list[Any] = []
-    for module, name in ((run_clm_dpsm, "DPSMTrainer"), (run_summarization_dpsm, "DPSMSeq2SeqTrainer")):
-        kind = getattr(module, name)
+    for owner in (language_modelling.LanguageModelling, summarization.Summarization):
+        kind = owner.trainer_class
 
         def keep(*args: Any, kind: Any = kind, **kwargs: Any) -> Any:
             made.append(kind(*args, **kwargs))
             return made[-1]
 
-        monkeypatch.setattr(module, name, keep)
+        monkeypatch.setattr(owner, "trainer_class", staticmethod(keep))
     return made
 
 
@@ -57,13 +58,13 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The texts of each split that the language-modelling script tokenises."""
     found: dict[str, list[str]] = {}
-    original = run_clm_dpsm.prepare_clm_datasets
+    original = language_modelling.prepare_clm_datasets
 
     def spy(raw: Any, *args: Any, **kwargs: Any) -> Any:
         found.update({split: [row["text"] for row in part] for split, part in raw.items()})
         return original(raw, *args, **kwargs)
 
-    monkeypatch.setattr(run_clm_dpsm, "prepare_clm_datasets", spy)
+    monkeypatch.setattr(language_modelling, "prepare_clm_datasets", spy)
     return found
 
 
@@ -209,7 +210,6 @@ def test_lines_of_a_document_stay_together(tmp_path: Path, texts: list[str], see
 def test_errors_come_before_anything_is_loaded(
     main: Any, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (run_clm_dpsm, run_summarization_dpsm):
-        monkeypatch.setattr(module, "load_text_datasets", None)
+    monkeypatch.setattr(task, "load_text_datasets", None)
     with pytest.raises(ValueError, match=message):
         main(words(tmp_path, {**options, "dataset_name": "python-docs"}))

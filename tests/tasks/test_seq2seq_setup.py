@@ -30,12 +30,14 @@ from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
 from dpsm_hf.data.summarization import tokenize_pairs
 from dpsm_hf.tasks.generation_metrics import decode_ids, summary_metrics, write_predictions
-from dpsm_hf.tasks.positions import fit_positions, position_limit, resize_positions
 from dpsm_hf.tasks.seq2seq_setup import (
     check_decoder_start,
     check_source_prefix,
     check_tokenizer,
+    fit_positions,
     fit_vocabulary,
+    position_limit,
+    resize_positions,
     set_languages,
 )
 from tests.small_seq2seq import SETTINGS, SMALL, WORDS, bart, word_tokenizer
@@ -116,7 +118,7 @@ def test_fit_positions_follows_the_argument(caplog: pytest.LogCaptureFixture) ->
     for resize in (None, True):
         model = bart()
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="dpsm_hf.tasks.positions"):
+        with caplog.at_level(logging.WARNING, logger="dpsm_hf.tasks.seq2seq_setup"):
             fit_positions(model, 40, resize)
         assert position_limit(model) == 40
         assert ("from 16 to 40" in caplog.text) is (resize is None)

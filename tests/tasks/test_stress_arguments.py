@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
-from dpsm_hf.tasks.clm_arguments import DataTrainingArguments as ClmArguments
+from dpsm_hf.tasks.language_modelling import DataTrainingArguments as ClmArguments
 from dpsm_hf.tasks.stress_arguments import StressArguments, SummaryStressArguments, never_drawn
-from dpsm_hf.tasks.summarization_arguments import DataTrainingArguments as SummaryArguments
+from dpsm_hf.tasks.summarization import DataTrainingArguments as SummaryArguments
 from tests.tiny import VOCAB, make_data, make_model
 
 

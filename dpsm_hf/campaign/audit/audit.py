@@ -216,12 +216,12 @@ class _Audit:
         """Write what the processes need: arguments, tokenizer and the text as ids; the same at every call."""
         import numpy as np
 
-        from .step import make_tokenizer, parse_arguments
+        from .step import parse_arguments
 
         first = self.runs[self.campaign.reference]
-        parsed = parse_arguments(self.campaign.task, first.arguments, self.folder)
+        run = parse_arguments(self.campaign.task, first.arguments, self.folder)
         texts = _texts()
-        tokenizer = make_tokenizer(parsed, self.folder, lambda: texts)
+        tokenizer = run.load_tokenizer(lambda: texts)  # train-bpe at the run's size, on the audit's own text
         tokenizer.save_pretrained(self.folder / "text-tokenizer")
         large = self.settings.sequences * self.settings.length
         # the large steps move on through the text; ten different ones are enough of a change

@@ -8,34 +8,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ...data.tokenizer import DEFAULT_MAX_LENGTH, resolve_tokenizer
-from ...tasks import clm_arguments, summarization_arguments
-from ...tasks.outcome_arguments import OutcomeArguments
-from ...tasks.positions import fit_positions
-from ...tasks.scratch_config import build_config_from_scratch
-from ...tasks.script_utils import parse_script_arguments
-from ...tasks.seq2seq_setup import check_decoder_start
-from ...training.arguments import DPSMConfig, DPSMSeq2SeqConfig
-from ...training.trainer import DPSMSeq2SeqTrainer, DPSMTrainer
+from ...tasks import get_task
+from ...tasks.task import Task
 
 #: Where in training a step is measured, as a share of its steps: late enough that every schedule mixes both scores.
 PLACE = 0.75
@@ -49,28 +33,8 @@ _LEFT_OUT = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class ParsedArguments:
-    """The arguments of a run as its script reads them."""
-
-    task: str
-    model: Any
-    data: Any
-    training: Any
-
-    @property
-    def seq2seq(self) -> bool:
-        """Return whether the task has sources and targets."""
-        return self.task == "summarization"
-
-    @property
-    def max_steps(self) -> int:
-        """Return the number of optimizer steps that the schedule is laid over."""
-        return self.training.max_steps if self.training.max_steps > 0 else _STEPS
-
-
-def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> ParsedArguments:
-    """Read a run's arguments as its script does, for a trainer that trains nothing and saves nothing.
+def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> Task:
+    """Read a run's arguments as the task does, for a trainer that trains nothing and saves nothing.
 
     Args:
         task: of the campaign.
@@ -78,26 +42,16 @@ def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) ->
         directory: folder that stands in for its output.
 
     Raises:
-        ValueError: for an argument that the script does not have, or does not take.
+        ValueError: for an argument that the task does not have, or does not take.
     """
-    kinds: tuple[type, ...] = (
-        (
-            summarization_arguments.ModelArguments,
-            summarization_arguments.DataTrainingArguments,
-            OutcomeArguments,
-            DPSMSeq2SeqConfig,
-        )
-        if task == "summarization"
-        else (clm_arguments.ModelArguments, clm_arguments.DataTrainingArguments, OutcomeArguments, DPSMConfig)
-    )
     kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
-    words = [*command_line(kept), "--output_dir", str(directory), "--report_to", "none"]
-    model, data, _, training = parse_script_arguments(kinds, words)
+    run = get_task(task).parse([*command_line(kept), "--output_dir", str(directory), "--report_to", "none"])
+    training = run.training_args
     training.eval_strategy = IntervalStrategy.NO
     training.load_best_model_at_end = training.fit_temperature = training.push_to_hub = False
     training.log_component_grad_norms = False
     training.disable_tqdm = True
-    return ParsedArguments(task, model, data, training)
+    return run
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
@@ -109,62 +63,6 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
         values = value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
     return words
-
-
-def make_tokenizer(parsed: ParsedArguments, directory: Path, texts: Callable[[], Sequence[str]]) -> Any:
-    """Return the tokenizer of a run; ``train-bpe`` is trained on the audit's own text, at the run's size.
-
-    Args:
-        parsed: the run's arguments.
-        directory: where a trained one is kept.
-        texts: the text.
-    """
-    model = parsed.model
-    longest = parsed.data.max_source_length if parsed.seq2seq else parsed.data.block_size
-    return resolve_tokenizer(
-        model.tokenizer_name or model.model_name_or_path or "",
-        output_dir=directory,
-        training_texts=texts,
-        vocab_size=model.tokenizer_vocab_size,
-        sequence_template=parsed.seq2seq,
-        model_max_length=longest or DEFAULT_MAX_LENGTH,
-        cache_dir=model.cache_dir,
-        revision=model.model_revision,
-        token=model.token,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def make_model(parsed: ParsedArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the model of a run, with the weights that it would start from."""
-    source = parsed.model.config_name or parsed.model.model_name_or_path
-    options = {
-        "cache_dir": parsed.model.cache_dir,
-        "revision": parsed.model.model_revision,
-        "token": parsed.model.token,
-        "trust_remote_code": parsed.model.trust_remote_code,
-    }
-    if source is not None:
-        config = AutoConfig.from_pretrained(source, **options)
-    else:
-        block_size = None if parsed.seq2seq else parsed.data.block_size
-        config = build_config_from_scratch(
-            parsed.model.model_type, parsed.model.config_overrides, tokenizer, block_size=block_size
-        )
-    auto: Any = AutoModelForSeq2SeqLM if parsed.seq2seq else AutoModelForCausalLM
-    dtype = getattr(parsed.model, "dtype", None)
-    if parsed.model.model_name_or_path is not None:
-        model = auto.from_pretrained(parsed.model.model_name_or_path, config=config, dtype=dtype, **options)
-    else:
-        dtype = None if dtype == "auto" else dtype
-        model = auto.from_config(config, dtype=dtype, trust_remote_code=parsed.model.trust_remote_code)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    if parsed.seq2seq:
-        check_decoder_start(model, tokenizer)
-        longest = max(parsed.data.max_source_length, parsed.data.max_target_length)
-        fit_positions(model, longest, parsed.model.resize_position_embeddings)
-    return model
 
 
 @dataclass(frozen=True)
@@ -184,23 +82,23 @@ class Shape:
     tokens: int
 
     @classmethod
-    def of(cls, parsed: ParsedArguments, longest: int, tokens: int) -> Shape:
+    def of(cls, run: Task, longest: int, tokens: int) -> Shape:
         """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes.
 
         Args:
-            parsed: a run's arguments. A summary has the share of its row that the run's longest summary has.
-            longest: tokens of a row, see `longest_row`.
+            run: the run. A summary has the share of its row that the run's longest summary has.
+            longest: tokens of a row, see `Task.longest_row`.
             tokens: of the batch.
         """
         sequences = -(-tokens // longest)
-        return cls.rows(parsed, sequences, -(-tokens // sequences), tokens)
+        return cls.rows(run, sequences, -(-tokens // sequences), tokens)
 
     @classmethod
-    def rows(cls, parsed: ParsedArguments, sequences: int, length: int, tokens: int | None = None) -> Shape:
+    def rows(cls, run: Task, sequences: int, length: int, tokens: int | None = None) -> Shape:
         """Return the shape of so many rows of a length; ``tokens`` where the last row is not full."""
         target = 0
-        if parsed.seq2seq:
-            data = parsed.data
+        if run.encoder_decoder:
+            data = run.data_args
             share = data.max_target_length / (data.max_source_length + data.max_target_length)
             target = min(length - 1, max(1, round(length * share)))
         return cls(sequences, length - target, target, sequences * length if tokens is None else tokens)
@@ -209,13 +107,6 @@ class Shape:
     def length(self) -> int:
         """Return the tokens of a row, its summary included."""
         return self.source + self.target
-
-
-def longest_row(parsed: ParsedArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Return the tokens of a run's longest row, its summary included."""
-    if parsed.seq2seq:
-        return int(parsed.data.max_source_length + parsed.data.max_target_length)
-    return clm_arguments.resolve_block_size(parsed.data.block_size, tokenizer, config)
 
 
 def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.device) -> list[dict[str, Tensor]]:
@@ -257,27 +148,28 @@ class Steps:
     def __init__(self, task: str, runs: Mapping[str, Mapping[str, Any]], tokenizer_folder: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        self._parsed = {name: parse_arguments(task, arguments, folder) for name, arguments in runs.items()}
-        first = next(iter(self._parsed.values()))
+        #: The run of each variation.
+        self.runs = {name: parse_arguments(task, arguments, folder) for name, arguments in runs.items()}
+        first = next(iter(self.runs.values()))
         self._check_common()
         self.tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, trust_remote_code=first.model.trust_remote_code
+            tokenizer_folder, trust_remote_code=first.model_args.trust_remote_code
         )
-        set_seed(first.training.seed)
-        self.model = make_model(first, self.tokenizer)
-        if first.training.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(first.training.gradient_checkpointing_kwargs)
+        set_seed(first.training_args.seed)
+        self.model = first.load_model(self.tokenizer)
+        if first.training_args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(first.training_args.gradient_checkpointing_kwargs)
         self._trainers: dict[str, Any] = {}
         self._first: Any = None
-        for name in self._parsed:
-            self._trainers[name] = self._trainer(self._parsed[name])
-        self.device: torch.device = first.training.device
+        for name, run in self.runs.items():
+            self._trainers[name] = self._trainer(run)
+        self.device: torch.device = first.training_args.device
 
     def _check_common(self) -> None:
         names = ("bf16", "fp16", "optim", "gradient_checkpointing", "torch_compile", "use_cpu")
         seen: dict[str, str] = {}
-        for name, parsed in self._parsed.items():
-            key = repr((parsed.model, [getattr(parsed.training, field) for field in names]))
+        for name, run in self.runs.items():
+            key = repr((run.model_args, [getattr(run.training_args, field) for field in names]))
             seen.setdefault(key, name)
         if len(seen) > 1:
             raise ValueError(
@@ -285,9 +177,9 @@ class Steps:
                 "steps cannot be compared; let variations differ in the arguments of the loss alone."
             )
 
-    def _trainer(self, parsed: ParsedArguments) -> Any:
-        kind: Any = DPSMSeq2SeqTrainer if parsed.seq2seq else DPSMTrainer
-        trainer = kind(model=self.model, args=parsed.training, processing_class=self.tokenizer)
+    def _trainer(self, run: Task) -> Any:
+        args = run.training_args
+        trainer = run.trainer_class(model=self.model, args=args, processing_class=self.tokenizer)
         if self._first is None:
             self._first = trainer
             trainer.create_optimizer()
@@ -295,19 +187,14 @@ class Steps:
         # one accelerator: a second would wrap the model once more
         trainer.accelerator, trainer.optimizer = self._first.accelerator, self.optimizer
         trainer.model_wrapped = self.wrapped
-        trainer.state.max_steps = parsed.max_steps
-        trainer.state.global_step = int(PLACE * parsed.max_steps)
+        trainer.state.max_steps = args.max_steps if args.max_steps > 0 else _STEPS
+        trainer.state.global_step = int(PLACE * trainer.state.max_steps)
         return trainer
-
-    @property
-    def parsed(self) -> Mapping[str, ParsedArguments]:
-        """Return the arguments of each variation."""
-        return self._parsed
 
     @property
     def compiled(self) -> bool:
         """Return whether the model is compiled."""
-        return bool(next(iter(self._parsed.values())).training.torch_compile)
+        return bool(next(iter(self.runs.values())).training_args.torch_compile)
 
     def alpha(self, name: str) -> float | None:
         """Return the weight of the Brier score in a variation's step; None where nothing is mixed."""

@@ -27,7 +27,7 @@ from ...measuring.energy import GpuMeter
 from ...measuring.processes import peak_above, spread
 from ...measuring.profiling import count_flops, profile_by_range
 from ...runtime.child_process import end_with_parent
-from .step import Shape, Steps, longest_row, make_batches
+from .step import Shape, Steps, make_batches
 
 # A sample of time is of as many steps as this many seconds hold: the clock, and what else happens, count for less.
 _SAMPLE_SECONDS = 0.2
@@ -55,8 +55,8 @@ class Measurement:
         self.steps = Steps(spec["task"], {name: spec["runs"][name] for name in names}, spec["tokenizer"])
         self.names = list(names)
         self.ids = torch.from_numpy(np.load(spec["ids"])).long()
-        first = self.steps.parsed[self.names[0]]
-        longest = longest_row(first, self.steps.tokenizer, self.steps.model.config)
+        first = self.steps.runs[self.names[0]]
+        longest = first.longest_row(self.steps.tokenizer, self.steps.model.config)
         self.shape = Shape.of(first, longest, self.settings["tokens"])
 
     def fixed_batch(self) -> list[dict[str, Tensor]]:
@@ -144,9 +144,9 @@ class Measurement:
 
     def _sustain(self, name: str) -> None:
         settings = self.settings
-        parsed = self.steps.parsed[name]
-        longest = longest_row(parsed, self.steps.tokenizer, self.steps.model.config)
-        shape = Shape.rows(parsed, settings["sequences"], min(settings["length"], longest))
+        run = self.steps.runs[name]
+        longest = run.longest_row(self.steps.tokenizer, self.steps.model.config)
+        shape = Shape.rows(run, settings["sequences"], min(settings["length"], longest))
         size = shape.sequences * shape.length
         text = self.ids if len(self.ids) >= size else self.ids.repeat(-(-size // len(self.ids)))
         places = max(1, len(text) // size)
@@ -155,7 +155,7 @@ class Measurement:
 
         def step(number: int) -> None:
             start = (number % places) * size
-            rows = parsed.training.per_device_train_batch_size
+            rows = run.training_args.per_device_train_batch_size
             self.steps.step(name, make_batches(text[start : start + size], shape, rows, self.steps.device))
             self.steps.wait()
 

@@ -86,7 +86,7 @@ def _context(
 ) -> dict[str, Any]:
     pictures = Pictures(directory / "plots")
     settings = results.settings(MAIN_STUDY) or results.settings()[:1]
-    quality = tables.QUALITY[campaign.task]
+    quality = tables.QUALITY.get(campaign.task, tables.QUALITY["language-modelling"])
     best = Results(campaign, results.records, checkpoint="best")
     blocks: dict[str, list[tables.Table | None]] = {"final": [], "efficiency": [], "robustness": []}
     for setting in settings:

@@ -52,7 +52,9 @@ _CODES = (
     re.compile(r"^\s*exitcode\s*:\s*(-?\d+)"),
 )
 _LITTLE_SPACE = 2**20
-_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL)
+# Windows has not all of them.
+_SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGKILL"))
+_SIGKILL = 9
 # a shell's codes for an interrupt and for SIGTERM, and what somebody may send; other signals are crashes
 _STOPPED = frozenset({130, 143, *(-number for number in _SIGNALS)})
 
@@ -295,7 +297,7 @@ def classify(
         return Ending("failed", f"the disk is full: {full}", disk_full=True)
     if memory := _first(errors, _OUT_OF_MEMORY):
         return Ending("oom", memory)
-    if code == -signal.SIGKILL and memory_kills:
+    if code == -_SIGKILL and memory_kills:
         return Ending("oom", f"killed by the kernel for want of memory (it has killed {memory_kills} meanwhile)")
     if last.startswith("FloatingPointError"):
         return Ending("diverged", last.partition(": ")[2] or last)
@@ -331,7 +333,7 @@ def real_exit_code(exit_code: int, lines: Sequence[str]) -> int:
 def _signalled(code: int, memory_kills: int | None) -> str:
     if code in (130, 143):
         return f"stopped by {'an interrupt' if code == 130 else 'SIGTERM'} that did not come from the runner"
-    if code != -signal.SIGKILL:
+    if code != -_SIGKILL:
         return f"ended by signal {-code} ({signal.Signals(-code).name})"
     if memory_kills is None:
         return "killed (signal 9): by somebody, or by the kernel for want of memory, which does not say so here"

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.child_process import RUNNER_VARIABLE
-from ...runtime.environment import find_script
-from ..spec.design import SCRIPTS, TRACKERS, Campaign, Run
+from ...tasks import TASKS
+from ..spec.design import TRACKERS, Campaign, Run
 from .lock import LAUNCHER, RunnerError
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "log.txt"
+
+#: How Python is to start the program whose commands are the tasks.
+PROGRAM = ("-m", "dpsm_hf")
 
 _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
 
@@ -112,7 +115,8 @@ def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
         "main_process_port": 0,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", LAUNCHER, *several, *words, str(find_script(SCRIPTS[run.task])), str(settings)]
+    program = [*PROGRAM, TASKS[run.task].command, str(settings)]
+    return [sys.executable, "-m", LAUNCHER, *several, *words, *program]
 
 
 def shown_command(command: Sequence[str], directory: Path) -> list[str]:
@@ -179,7 +183,6 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
 
     Raises:
         RunnerError: an unknown tracker, or a run that needs one that is not there.
-        FileNotFoundError: the scripts are not there.
     """
     for tracker in campaign.track:
         if tracker not in TRACKERS:
@@ -187,7 +190,6 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
     if any(character in str(directory) for character in "{}"):
         raise RunnerError(f"{directory} has braces in its name, which mark placeholders in arguments: rename it.")
     for run_id, run in campaign.runs.items():
-        find_script(SCRIPTS[run.task])
         for needed in run.needs:
             if needed not in campaign.runs:
                 raise RunnerError(f"Run {run_id} starts from {{run:{needed}}}, which this campaign does not have.")

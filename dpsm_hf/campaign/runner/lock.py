@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -16,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 LOCK_NAME = "runner.lock"
 LAUNCHER = "accelerate.commands.launch"
 #: What an orphan gets to save a checkpoint before it is killed.
 ORPHAN_SECONDS = 60.0
 _KILL_SECONDS = 10.0
+# Enough for a second look at a lock whose holder has ended.
+_LOCK_SECONDS = 0.5
 
 
 class RunnerError(RuntimeError):
@@ -32,7 +34,8 @@ class RunnerError(RuntimeError):
 def campaign_lock(directory: Path) -> Iterator[None]:
     """Hold a campaign's folder for this process alone, until the block ends or the process does.
 
-    The lock is the operating system's (``flock``), so a killed runner leaves none behind; the file says who holds it.
+    The lock is the operating system's where it has one, so a killed runner leaves none behind; where it has none, the
+    lock says which process holds it, and one that has ended holds it no more. ``runner.lock`` names the holder.
 
     Args:
         directory: of the campaign.
@@ -41,11 +44,13 @@ def campaign_lock(directory: Path) -> Iterator[None]:
         RunnerError: another runner holds it, or one on another machine has not taken its name off.
     """
     path = directory / LOCK_NAME
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunnerError(f"{_describe(_holder(path))} works in {directory} already: wait for it.") from None
+    # in a file of its own: some systems let nobody read a locked file, and the holder's name is there to be read
+    lock = FileLock(path.with_name(f".{LOCK_NAME}"), timeout=_LOCK_SECONDS)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise RunnerError(f"{_describe(_holder(path))} works in {directory} already: wait for it.") from None
+    with held, path.open("a+", encoding="utf-8") as file:
         found = _holder(path)
         # Not every shared file system takes a lock of one machine to the others.
         if found and found.get("host") != socket.gethostname():

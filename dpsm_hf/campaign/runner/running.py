@@ -19,9 +19,8 @@ from types import FrameType
 from typing import TextIO
 
 from ...runtime.child_process import Child
-from ...runtime.environment import find_script
 from ...runtime.files import write_json
-from ..spec.design import SCRIPTS, Campaign
+from ..spec.design import Campaign
 from .attempts import Attempt, Ending, Workplace, recover
 from .budget import Pruning, check_halving
 from .collecting import clean_folder
@@ -182,7 +181,7 @@ class _Runner:
         def handle(number: int, frame: FrameType | None) -> None:
             self.signals += 1
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
         before = [signal.signal(number, handle) for number in numbers]
         try:
             yield
@@ -333,7 +332,7 @@ class _Runner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         settings = folder.with_suffix(".json")
         write_json(tokenizer_settings(run, self.directory), settings)
-        command = tokenizer_command(find_script(SCRIPTS[run.task]), settings, folder)
+        command = tokenizer_command(run.task, settings, folder)
         kill_run(settings)  # that of a killed runner would write into the same folder
         environment = launch_environment(self.campaign, run, "tokenizer", self.directory, threads=self.place.threads)
         self.tokenizers[folder] = Child(command, folder.with_suffix(".log"), environment)

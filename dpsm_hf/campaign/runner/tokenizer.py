@@ -1,14 +1,13 @@
 """The tokenizer that the runs of a campaign share where their arguments say ``train-bpe``: trained once, before them.
 
-    python -m dpsm_hf.campaign.runner.tokenizer SCRIPT SETTINGS FOLDER
+    python -m dpsm_hf.campaign.runner.tokenizer TASK SETTINGS FOLDER
 
-trains one in a process of its own, with the training script's own functions: it is the one that a run would train.
+trains one in a process of its own, as the task's own runs do: it is the one that a run would train.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -16,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...runtime.child_process import end_with_runner
 from ...runtime.files import read_json, write_json
+from ...tasks import get_task
 from ..spec.design import Run
 from .launching import fill_in
 
@@ -78,49 +79,33 @@ def tokenizer_settings(run: Run, directory: Path) -> dict[str, Any]:
     return {"tokenizer_name": TRAIN_BPE, **{key: own[key] for key in _DECIDING if key in own}}
 
 
-def tokenizer_command(script: Path, settings: Path, folder: Path) -> list[str]:
+def tokenizer_command(task: str, settings: Path, folder: Path) -> list[str]:
     """Return the command line that trains a tokenizer.
 
     Args:
-        script: training script of the runs.
+        task: of the runs.
         settings: file with `tokenizer_settings`.
         folder: where it goes.
     """
-    return [sys.executable, "-m", "dpsm_hf.campaign.runner.tokenizer", str(script), str(settings), str(folder)]
+    return [sys.executable, "-m", "dpsm_hf.campaign.runner.tokenizer", task, str(settings), str(folder)]
 
 
-def train_tokenizer(script: Path, settings: Path, folder: Path) -> None:
-    """Train a tokenizer with the functions of a training script; its folder appears whole or not at all.
+def train_tokenizer(task: str, settings: Path, folder: Path) -> None:
+    """Train a tokenizer as a run of the task would; its folder appears whole or not at all.
 
     Args:
-        script: the training script.
+        task: of the runs.
         settings: file with `tokenizer_settings`.
         folder: where it goes.
     """
-    from ...tasks.script_utils import parse_script_arguments  # needs torch
-
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None and spec.loader is not None  # it is a file with the suffix .py
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     whole = {**read_json(settings), "output_dir": str(draft), "do_train": True, "report_to": "none"}
     write_json(whole, draft / "settings.json")
-    words = [str(draft / "settings.json")]
-    if hasattr(module, "DPSMConfig"):
-        kinds = (module.ModelArguments, module.DataTrainingArguments, module.DPSMConfig)
-        model_args, data_args, training_args = parse_script_arguments(kinds, words)
-        splits = ["train", "calibration"] if training_args.fit_temperature else ["train"]
-        texts = module.load_texts(model_args, data_args, training_args, splits)
-        tokenizer = module.load_tokenizer(model_args, data_args, training_args, texts, resuming=False)
-    else:
-        kinds = (module.ModelArguments, module.DataTrainingArguments, module.DPSMSeq2SeqConfig)
-        model_args, data_args, training_args = parse_script_arguments(kinds, words)
-        pairs, columns = module.load_pairs(model_args, data_args, training_args)
-        tokenizer = module.load_tokenizer(model_args, data_args, training_args, pairs, columns, resuming=False)
+    run = get_task(task).parse([str(draft / "settings.json")])
+    run.load_data()
+    tokenizer = run.load_tokenizer(run.training_texts)
     # A run takes the limit from the files; a saved tokenizer has that of its training.
     tokenizer.save_pretrained(draft / "tokenizer")
     (draft / "tokenizer").replace(folder)
@@ -131,13 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a tokenizer as the command line says.
 
     Args:
-        arguments: script, settings and folder; ``sys.argv[1:]`` when None.
+        arguments: task, settings and folder; ``sys.argv[1:]`` when None.
     """
-    from ...runtime.child_process import end_with_runner
-
     end_with_runner()
-    script, settings, folder = map(Path, sys.argv[1:] if arguments is None else arguments)
-    train_tokenizer(script, settings, folder)
+    task, settings, folder = sys.argv[1:] if arguments is None else arguments
+    train_tokenizer(task, Path(settings), Path(folder))
     return 0
 
 

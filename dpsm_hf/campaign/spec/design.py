@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-#: Tasks, and the training script of each.
-SCRIPTS = {"language-modelling": "run_clm_dpsm.py", "summarization": "run_summarization_dpsm.py"}
-
 SCALES = ("small", "paper")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
@@ -62,7 +59,7 @@ class Run:
     """One training run: everything that decides its numbers.
 
     Args:
-        task: a key of `SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         arguments: of the script, without ``output_dir`` and trackers. ``{run:ID}`` in one stands for the output folder
             of another run, whose model this one starts from.
         processes: that it is launched on.
@@ -157,7 +154,7 @@ class Campaign:
     Args:
         name, title: of the campaign.
         scale: ``paper`` or ``small``.
-        task: a key of `SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         variations: in the order of the tables.
         points: in the order in which they are run: seed by seed, the reference first.
         runs: by `Run.id`.

@@ -14,7 +14,10 @@ from .expansion import expand
 from .spec import ENTRY_KEYS, KEYS, SCALED, SpecReader
 from .yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 
-__all__ = ["SpecError", "apply_override", "load_campaign", "select"]
+__all__ = ["SHIPPED", "SpecError", "apply_override", "campaign_file", "load_campaign", "select"]
+
+#: Folder of the campaigns that come with the package.
+SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
 #: What ``--only`` may ask for.
 POINT_KEYS = ("study", "variation", "role", "size", "data", "seed")
@@ -29,7 +32,7 @@ def load_campaign(
     """Read a campaign's file and lay out its runs.
 
     Args:
-        path: of the YAML file; docs/campaigns.md describes its keys.
+        path: of the YAML file, or the name of a shipped campaign; docs/campaigns.md describes the keys.
         scale: ``small`` or ``paper``.
         only: leave out all points but those that match, see `select`.
         overrides: changes to the file, see `apply_override`.
@@ -41,7 +44,7 @@ def load_campaign(
     Raises:
         SpecError: everything that is wrong with the file, a line each: ``FILE:LINE: key: what is wrong; remedy``.
     """
-    path = Path(path)
+    path = campaign_file(path)
     problems = Problems()
     text = _read(path, problems)
     tree = read_yaml(text, path.name, problems)
@@ -56,11 +59,24 @@ def load_campaign(
     return select(expand(spec, scale, text, problems), only or ())
 
 
+def campaign_file(path: str | Path) -> Path:
+    """Return the file of a campaign, which may be named like one of those in the folder `SHIPPED`.
+
+    Args:
+        path: of a file, or a shipped name with or without its ending. A file of that name in the working directory
+            goes first.
+    """
+    shipped = SHIPPED / f"{str(path).removesuffix('.yaml')}.yaml"
+    bare = Path(path).name == str(path)
+    return shipped if bare and shipped.is_file() and not Path(path).exists() else Path(path)
+
+
 def _read(path: Path, problems: Problems) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        problems.add(Place(str(path)), "", "there is no such file; the shipped ones are in the folder campaigns")
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        problems.add(Place(str(path)), "", f"there is no such file; campaigns that come with dpsm are {names}")
     except IsADirectoryError:
         problems.add(Place(str(path)), "", "this is a folder; name a file in it")
     except UnicodeDecodeError as error:

@@ -16,12 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from ...tasks import clm_arguments, summarization_arguments
-from ...tasks.outcome_arguments import OutcomeArguments, check_samples, settle_best_checkpoint
-from ...tasks.scratch_config import build_config_from_scratch
-from ...tasks.script_utils import REMOVED_ARGUMENTS
-from ...training.arguments import DPSMConfig, DPSMSeq2SeqConfig
-from .design import SCRIPTS
+from ...tasks import TASKS, get_task
+from ...tasks.command_line import REMOVED_ARGUMENTS
 from .yaml_lines import Located, suggestion
 
 #: What the campaign itself gives to every run, and why a file cannot.
@@ -37,30 +33,15 @@ RESERVED = {
 }
 
 
-class _LanguageModelling(DPSMConfig):
-    """`DPSMConfig` that can be checked without looking for a device."""
-
-    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
-
-
-class _Summarization(DPSMSeq2SeqConfig):
-    """`DPSMSeq2SeqConfig` that can be checked without looking for a device."""
-
-    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
-
-
 @functools.cache
 def argument_classes(task: str) -> tuple[type, ...]:
-    """Return the dataclasses of a task's script, those of training last.
+    """Return the dataclasses of a task's arguments, those of training last, checked without looking for a device.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
     """
-    given: Any = summarization_arguments
-    if task == "summarization":
-        return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _Summarization)
-    given = clm_arguments
-    return (given.ModelArguments, given.DataTrainingArguments, OutcomeArguments, _LanguageModelling)
+    *others, training = get_task(task).argument_classes()
+    return (*others, type(training.__name__, (training,), {"device": property(lambda self: torch.device("cpu"))}))
 
 
 @functools.cache
@@ -68,7 +49,7 @@ def argument_fields(task: str) -> Mapping[str, tuple[Any, dataclasses.Field[Any]
     """Return the type and the field of every argument of a task's script, by name.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
     """
     found = {}
     for kind in argument_classes(task):
@@ -81,7 +62,7 @@ def check_name(task: str, name: str) -> str | None:
     """Say what is wrong with the name of an argument, None where nothing is.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         name: of the argument.
     """
     if name in RESERVED:
@@ -89,7 +70,9 @@ def check_name(task: str, name: str) -> str | None:
     if name in REMOVED_ARGUMENTS:
         return f"this argument is gone from transformers 5; {REMOVED_ARGUMENTS[name]}"
     if name not in argument_fields(task):
-        known = suggestion(name, argument_fields(task)).replace("look it up", f"{SCRIPTS[task]} --help lists them")
+        known = suggestion(name, argument_fields(task)).replace(
+            "look it up", f"dpsm {TASKS[task].command} --help lists them"
+        )
         return f"{name!r} is not an argument of the script; {known}"
     return None
 
@@ -98,7 +81,7 @@ def typed_value(task: str, name: str, given: Located) -> Any:
     """Return the value of an argument in the type that the script wants, so that equal values are written equally.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         name: of the argument, a known one.
         given: the value.
 
@@ -173,43 +156,33 @@ def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
     """Say what the script would refuse about a run's arguments; no device, file or hub is looked at.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         arguments: of the script, known and typed.
 
     Returns:
         Messages; none where the script would start.
     """
-    classes, built, found = argument_classes(task), [], []
+    kind, built, found = get_task(task), [], []
     # a run for another machine is checked on this one: precision and sharding are that machine's business
     elsewhere = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
     given = {k: v for k, v in arguments.items() if k not in ("tf32", "fsdp", "fsdp_config", "deepspeed")}
     with quiet():
-        for kind in classes:
-            names = {field.name for field in dataclasses.fields(kind) if field.init}
-            values = {**given, **elsewhere} if issubclass(kind, DPSMConfig | DPSMSeq2SeqConfig) else given
+        for arguments_class in argument_classes(task):
+            names = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+            values = {**given, **elsewhere} if issubclass(arguments_class, kind.training_class) else given
             try:
-                built.append(kind(**{name: value for name, value in values.items() if name in names}))
+                built.append(arguments_class(**{name: value for name, value in values.items() if name in names}))
             except (ValueError, TypeError) as error:
                 found.append(str(error))
         if not found:
+            run = kind(*built)
             try:
-                _check_together(task, built)
+                run.check()
+                if run.model_args.model_type is not None and run.model_args.model_name_or_path is None:
+                    run.scratch_config(None)
             except ValueError as error:
                 found.append(str(error))
     return [" ".join(message.split()) for message in found]
-
-
-def _check_together(task: str, built: Sequence[Any]) -> None:
-    module = summarization_arguments if task == "summarization" else clm_arguments
-    model, data, outcome, training = built
-    module.check_contradictions(model, data, training)
-    settle_best_checkpoint(outcome, training)
-    if task == "summarization":
-        check_samples(outcome, training)
-    if model.model_type is not None and model.model_name_or_path is None:
-        build_config_from_scratch(
-            model.model_type, model.config_overrides, None, block_size=getattr(data, "block_size", None)
-        )
 
 
 @contextmanager
@@ -229,7 +202,7 @@ def defaults_among(task: str, arguments: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of arguments that have the script's own default, which leaving them out would give too.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         arguments: of the script, known and typed.
     """
     fields = argument_fields(task)
@@ -245,7 +218,7 @@ def effective(task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without those that have no effect: alpha's, where the loss mixes nothing.
 
     Args:
-        task: a key of `design.SCRIPTS`.
+        task: a key of `tasks.TASKS`.
         arguments: of the script.
     """
     if arguments.get("loss_type", "dpsm") == "dpsm":

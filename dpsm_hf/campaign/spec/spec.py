@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .design import ROLES, SCRIPTS, TRACKERS, Budget
+from ...tasks import TASKS
+from .design import ROLES, TRACKERS, Budget
 from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
 from .script_arguments import check_name, typed_value
 from .yaml_lines import Located, Place, Problems, located, suggestion
@@ -167,7 +168,7 @@ class SpecReader:
     def read(self) -> Spec:
         """Return what the tree says; only of use where `problems` stayed empty."""
         top = self.keys(self.tree, "", (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
-        self.task = self.choice(top.get("task"), "task", SCRIPTS, self.task)
+        self.task = self.choice(top.get("task"), "task", TASKS, self.task)
         seeds = self.seeds(top.get("seeds"), "seeds")
         base = self.arguments(top.get("base"), "base")
         variations = self.entries(top, "variations", self.variation)

@@ -36,35 +36,38 @@ class Claim:
     scaled: bool | None = None
 
 
+_PERPLEXITY = (
+    Claim(
+        "perplexity-gap", "quality", "has a perplexity at most 0.3 above cross-entropy's", "perplexity",
+        at_most=0.3, scaled=False,
+    ),
+    Claim(
+        "not-worst", "quality", "has a perplexity not above both cross-entropy's and Brier's", "perplexity",
+        against="worse of both", at_most=0.0, scaled=False,
+    ),
+)  # fmt: skip
+# Tasks whose quality is not stated in perplexity.
+_QUALITY = {
+    "summarization": (
+        Claim(
+            "rouge-gain", "quality", "gains at least 0.3 points of ROUGE-L over cross-entropy", "rougeL",
+            at_least=0.3, unit="points",
+        ),
+        Claim(
+            "not-worst", "quality", "has a ROUGE-L not below both cross-entropy's and Brier's", "rougeL",
+            against="worse of both", at_least=0.0, unit="points",
+        ),
+    ),
+}  # fmt: skip
+
+
 def claims_of(task: str, ece: str = "ece_15") -> tuple[Claim, ...]:
     """Return the claims of the method for a task.
 
     Args:
-        task: ``language-modelling`` or ``summarization``.
+        task: a key of `tasks.TASKS`.
         ece: the calibration error they are stated in.
     """
-    if task == "summarization":
-        quality: tuple[Claim, ...] = (
-            Claim(
-                "rouge-gain", "quality", "gains at least 0.3 points of ROUGE-L over cross-entropy", "rougeL",
-                at_least=0.3, unit="points",
-            ),
-            Claim(
-                "not-worst", "quality", "has a ROUGE-L not below both cross-entropy's and Brier's", "rougeL",
-                against="worse of both", at_least=0.0, unit="points",
-            ),
-        )  # fmt: skip
-    else:
-        quality = (
-            Claim(
-                "perplexity-gap", "quality", "has a perplexity at most 0.3 above cross-entropy's", "perplexity",
-                at_most=0.3, scaled=False,
-            ),
-            Claim(
-                "not-worst", "quality", "has a perplexity not above both cross-entropy's and Brier's", "perplexity",
-                against="worse of both", at_most=0.0, scaled=False,
-            ),
-        )  # fmt: skip
     calibration = []
     for scaled in (False, True):
         suffix, words = ("-scaled", ", both after temperature scaling") if scaled else ("", "")
@@ -101,7 +104,7 @@ def claims_of(task: str, ece: str = "ece_15") -> tuple[Claim, ...]:
             at_most=500.0, unit="MB",
         ),
     )  # fmt: skip
-    return (*quality, *calibration, *convergence, *efficiency)
+    return (*_QUALITY.get(task, _PERPLEXITY), *calibration, *convergence, *efficiency)
 
 
 def ece_words(ece: str) -> str:

@@ -7,14 +7,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainingArguments
 
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
-from dpsm_hf.tasks.scratch_config import parse_config_overrides
-from dpsm_hf.tasks.script_utils import (
-    build_config_from_scratch,
-    check_block_size,
-    detect_checkpoint,
-    last_complete_checkpoint,
-    parse_script_arguments,
-)
+from dpsm_hf.tasks.checkpoints import detect_checkpoint, last_complete_checkpoint
+from dpsm_hf.tasks.command_line import parse_script_arguments
+from dpsm_hf.tasks.model_building import build_config_from_scratch, check_block_size, parse_config_overrides
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The arguments of both scripts that say what a run is to leave behind, and when it may end early."""
+"""The arguments that all tasks have: where model and rows come from, and what a run is to leave behind."""
 
 from __future__ import annotations
 
@@ -8,10 +8,108 @@ from typing import Any
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..calibration import lower_is_better
+from ..data.loading import check_percentage, check_sources
 from .extra_datasets import ExtraDataset, parse_extra_datasets
 
 #: What the best checkpoint is best in where nothing is said.
 DEFAULT_METRIC = "eval_nll"
+
+
+@dataclass
+class ModelSource:
+    """Where model, configuration and tokenizer come from; the names are those of the Hugging Face examples."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."},
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "Type of a model to train from scratch: gpt2, llama, opt ...; bart, t5, pegasus, mbart ..."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to --model_type's configuration, for instance n_embd=128,n_layer=4 or d_model=128."
+        },
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration (hub name or folder), where it is not the model's own."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer (hub name or folder), where it is not the model's own; train-bpe trains a byte-level "
+            "BPE on the train split (dpsm_hf)."
+        },
+    )
+    tokenizer_vocab_size: int | None = field(
+        default=None, metadata={"help": "dpsm_hf: vocabulary size of --tokenizer_name train-bpe (4096)."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the hub."})
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Ask for the tokenizer that is backed by the tokenizers library."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with a model. Only for code you have read."}
+    )
+
+
+@dataclass
+class DataSource:
+    """Where the rows of each split come from; the names are those of the Hugging Face examples."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set: a hub name, a folder, or text that comes with Python (dpsm_hf): python-docs, the "
+            "language reference and docstrings, or python-docstrings, docstrings and their summary lines."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the data set; for Python's own, site-packages adds installed packages."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "File to train on: csv, json, jsonl or parquet, for language modelling also txt; also .gz."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on, of the same kind."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "File that --do_predict evaluates on, of the same kind."}
+    )
+    calibration_file: str | None = field(
+        default=None, metadata={"help": "dpsm_hf: file that --fit_temperature fits on, of the same kind."}
+    )
+    calibration_split_percentage: int = field(
+        default=5,
+        metadata={
+            "help": "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
+            "where there is no calibration split."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_sources(self.dataset_name, self.files())
+        check_percentage("calibration", self.calibration_split_percentage)
+
+    def files(self) -> dict[str, str]:
+        """Give the local files by split."""
+        given = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
+        return {split: path for split, path in given.items() if path is not None}
+
+    def check_calibration(self, fit_temperature: bool) -> None:
+        """Refuse a file to fit on where nothing is fitted.
+
+        Raises:
+            ValueError: naming the option that is missing.
+        """
+        if self.calibration_file is not None and not fit_temperature:
+            raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
 
 
 @dataclass
@@ -67,16 +165,6 @@ class OutcomeArguments:
             ValueError: as `parse_extra_datasets`.
         """
         return parse_extra_datasets(self.extra_eval_datasets or [])
-
-
-def check_samples(outcome_args: OutcomeArguments, training_args: Any) -> None:
-    """Refuse sample summaries where none are generated.
-
-    Raises:
-        ValueError: Naming the option that is missing.
-    """
-    if outcome_args.sample_outputs and not training_args.predict_with_generate:
-        raise ValueError("--sample_outputs shows generated summaries: pass --predict_with_generate too.")
 
 
 def settle_best_checkpoint(outcome_args: OutcomeArguments, training_args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Configurations for models that are trained from nothing, consistent with their tokenizer and row length."""
+"""The configuration of a run's model: that of a saved model, or one made for training from nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ import difflib
 import logging
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .arguments import ModelSource
 
 logger = logging.getLogger(__name__)
+
+
+def hub_options(model_args: ModelSource) -> dict[str, Any]:
+    """Return the options that every ``from_pretrained`` takes."""
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+def load_config(model_args: ModelSource) -> PreTrainedConfig | None:
+    """Load the configuration of --config_name or --model_name_or_path; None where neither is given.
+
+    Args:
+        model_args: Of the run.
+    """
+    source = model_args.config_name or model_args.model_name_or_path
+    if source is None:
+        return None
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, **hub_options(model_args))
+    return config
 
 
 def build_config_from_scratch(

@@ -1,0 +1,230 @@
+"""Training with checkpoints: where a run goes on from, what it saves, and the best checkpoint in place of the last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..training.trainer import DPSMMixin
+from .stopping import StopAtStep, StopOnInterrupt, graceful_interrupt
+
+logger = logging.getLogger(__name__)
+
+_START_AFRESH = ("none", "false", "no")
+_RESUME_LAST = ("true", "yes", "last")
+
+
+def detect_checkpoint(training_args: TrainingArguments) -> str | None:
+    """Find the checkpoint a training run has to start from, and say so.
+
+    ``--resume_from_checkpoint PATH`` is used as it is; ``last`` (or ``true``) insists on a checkpoint in
+    ``output_dir``; ``none`` starts afresh. Left out, the newest complete checkpoint in ``output_dir`` is
+    continued with a warning. A checkpoint that a killed process left half-written is passed over.
+
+    Args:
+        training_args: The arguments of the run.
+
+    Returns:
+        The path of a checkpoint, or None to start from step 0.
+
+    Raises:
+        ValueError: The named checkpoint does not exist or is incomplete, or ``last`` finds none.
+    """
+    if not training_args.do_train:
+        return None
+    wanted = training_args.resume_from_checkpoint
+    word = str(wanted).lower() if wanted is not None else ""
+    if wanted is not None and word in _START_AFRESH:
+        return None
+    if wanted is not None and word not in _RESUME_LAST:
+        path = Path(wanted)
+        if not path.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {wanted!r}: there is no such folder.")
+        if not _is_complete(path):
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted!r} has no readable trainer_state.json, so it is not a complete "
+                "checkpoint. Name another one, or leave the option out to take the newest complete one."
+            )
+        return str(path)
+    output_dir = training_args.output_dir
+    if output_dir is None:
+        return None
+    last = last_complete_checkpoint(output_dir)
+    if last is None and wanted is not None:
+        raise ValueError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir!r}.")
+    if last is not None and wanted is None:
+        logger.warning(
+            "Found %s: training continues from there. To start afresh instead, use another --output_dir or "
+            "--resume_from_checkpoint none.",
+            last,
+        )
+    return last
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Give the newest checkpoint folder whose trainer state, the last file written, can be read.
+
+    Args:
+        output_dir: Folder that holds ``checkpoint-<step>`` folders; may be absent.
+
+    Returns:
+        Its path, or None.
+    """
+    root = Path(output_dir)
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = {
+        int(path.name[len(prefix) :]): path
+        for path in (root.glob(f"{prefix}*") if root.is_dir() else ())
+        if path.is_dir() and path.name[len(prefix) :].isdigit()
+    }
+    for step in sorted(steps, reverse=True):
+        if _is_complete(steps[step]):
+            return str(steps[step])
+        logger.warning("%s is incomplete (interrupted while it was written) and is passed over.", steps[step])
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return _step(checkpoint) is not None
+
+
+def _step(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if it is not complete."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state.get("global_step") if isinstance(state, dict) else None
+
+
+def train_and_save(
+    trainer: Trainer,
+    checkpoint: str | None,
+    train_samples: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
+    """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
+
+    A checkpoint of a run whose training had ended is loaded and saved, not trained on.
+
+    Args:
+        trainer: A ready Trainer.
+        checkpoint: Path to continue from, or None.
+        train_samples: Rows of the training set, reported as ``train_samples``; None when unknown (streaming).
+        callbacks: For the training alone, not for the evaluations after it.
+
+    Returns:
+        The metrics of the training.
+
+    Raises:
+        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 where a
+            `StopAtStep` among the callbacks has stopped it.
+    """
+    if checkpoint is not None:
+        # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
+        trainer.args.eval_on_start = False
+    callback = StopOnInterrupt()
+    for added in (callback, *callbacks):
+        trainer.add_callback(added)
+    try:
+        with graceful_interrupt(callback):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        _say_how_to_resume(trainer)
+        raise SystemExit(130) from None
+    finally:
+        for added in (callback, *callbacks):
+            trainer.remove_callback(added)
+    if callback.stopped and trainer.state.global_step < trainer.state.max_steps:
+        # A launcher ends all processes when the first one fails, and one of them may still be writing.
+        trainer.accelerator.wait_for_everyone()
+        _say_how_to_resume(trainer)
+        raise SystemExit(130)
+    if any(isinstance(added, StopAtStep) and added.stopped for added in callbacks):
+        raise SystemExit(0)
+    trainer.save_model()
+    metrics = dict(result.metrics)
+    if checkpoint is not None and _step(Path(checkpoint)) == trainer.state.global_step:
+        # nothing was left to train: the mean loss and the speed of no step are no figures
+        metrics = {name: metrics[name] for name in ("total_flos", "train_seconds", "epoch") if name in metrics}
+    if train_samples is not None:
+        metrics["train_samples"] = train_samples
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def _say_how_to_resume(trainer: Trainer) -> None:
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = trainer.args.output_dir
+    last = last_complete_checkpoint(output_dir) if output_dir is not None else None
+    if last is None:
+        logger.warning("Training was interrupted at step %s; no checkpoint was saved.", trainer.state.global_step)
+        return
+    logger.warning(
+        "Training was interrupted at step %s of %s. The newest checkpoint is %s: run the same command again to "
+        "continue from there.",
+        trainer.state.global_step,
+        trainer.state.max_steps,
+        last,
+    )
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """Return the step of the best checkpoint that there is; None where none was kept track of.
+
+    By step, not by the path that a checkpoint noted: the output folder may have been moved before a resume.
+    """
+    step = trainer.state.best_global_step
+    return step if step and _checkpoint(trainer, step).is_dir() else None
+
+
+def _checkpoint(trainer: Trainer, step: int) -> Path:
+    return Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+@contextmanager
+def best_weights(trainer: Trainer) -> Iterator[bool]:
+    """Put the weights of the best checkpoint into the model and let what is evaluated meanwhile carry its step.
+
+    Afterwards the model keeps them, but ``temperature.json`` in ``output_dir`` is again that of the last weights, the
+    ones that are saved there; the best checkpoint's own is in its folder.
+
+    Args:
+        trainer: after training, with ``metric_for_best_model``.
+
+    Yields:
+        Whether there is a best checkpoint.
+    """
+    step = best_step(trainer)
+    if step is None:
+        logger.warning(
+            "There is no best checkpoint: no evaluation during training had a finite %s.",
+            trainer.args.metric_for_best_model,
+        )
+        yield False
+        return
+    scaler = trainer.temperature_scaler if isinstance(trainer, DPSMMixin) else None
+    last, folder = trainer.state.global_step, _checkpoint(trainer, step)
+    if step != last:  # else these are its weights
+        trainer.state.best_model_checkpoint = str(folder)
+        trainer._load_best_model()
+    trainer.state.global_step = step
+    try:
+        yield True
+    finally:
+        trainer.state.global_step = last
+    if scaler is not None and trainer.is_world_process_zero():
+        assert isinstance(trainer, DPSMMixin)
+        if (of_best := trainer.temperature_scaler) is not None:
+            of_best.save(folder)
+        scaler.save(str(trainer.args.output_dir))
