@@ -421,7 +421,7 @@ class Task(ABC):
         """Write the model card, and push to the hub where --push_to_hub asks for it."""
         if self.model_args.model_name_or_path is None:
             # The card says "trained from scratch" where the config names a folder; without a name it names model "".
-            trainer.model.config._name_or_path = self.training_args.output_dir
+            trainer.model.config.name_or_path = self.training_args.output_dir
         if self.training_args.push_to_hub:
             trainer.push_to_hub(**self.model_card())
         else:
