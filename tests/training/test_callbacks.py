@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +380,8 @@ def test_an_infinite_perplexity_is_null(tmp_path: Path) -> None:
     callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics={})
     saved = record(tmp_path, "eval-step-000000.json")
     assert saved["metrics"]["perplexity"] is None and saved["metrics"]["nll"] == 1e4
+
+
+def test_a_trainer_needs_no_matplotlib_until_it_draws() -> None:
+    code = "import sys; from dpsm_hf import DPSMTrainer; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
