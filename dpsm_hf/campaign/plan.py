@@ -135,7 +135,7 @@ def _speeds(
     if all(size in measured for size in sizes):
         return {size: measured[size] for size in sizes}
     bf16 = any(run.arguments.get("bf16") for run in campaign.runs.values())
-    guess = calibrate(torch.bfloat16 if bf16 else torch.float32)
+    guess = measure_speed(torch.bfloat16 if bf16 else torch.float32)
     return {size: measured.get(size, guess) for size in sizes}
 
 
@@ -160,7 +160,7 @@ def _measured(costs: Mapping[str, tuple[Cost, str]], directory: Path | None) -> 
     }
 
 
-def calibrate(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
+def measure_speed(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
     """Measure this machine's matrix products for half a second, and take a share of that for training.
 
     Args:

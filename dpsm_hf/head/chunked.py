@@ -142,7 +142,7 @@ def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
 
 
 def _keeps_graph() -> bool:
-    """Return whether the backward pass that is running may be followed by another through the same graph."""
+    """Return whether the running backward pass was called with ``retain_graph=True``."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 

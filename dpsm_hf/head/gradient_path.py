@@ -1,9 +1,9 @@
-"""The way back of a loss that leaves a module beside its output: the output's own way is gone first.
+"""Make the backward pass visit the output of the output layer before the loss that was computed inside it.
 
-A head that scores tokens returns its loss aside, and its module an output that nobody needs. Whoever waits for the
-gradient of that output (ZeRO-3, which gathers the weight there; FSDP2; a backward hook) would wait in vain, and the
-weight's gradient would meet a weight that is not there. So the output is made to depend on the loss, and the loss that
-goes on to depend on what the model made of the output; the gradient that goes that way is zero.
+A head that scores tokens returns its loss aside, and its module an output that nobody needs. But ZeRO-3, FSDP2 and
+backward hooks act when the gradient of that output arrives; without it ZeRO-3 would not have gathered the weight when
+its gradient is computed. So the output is made to depend on the loss, and the loss to depend on what the model made of
+the output. The gradient along that path is zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def output_of(loss: Tensor | None, values: Tensor) -> Tensor:
 
 
 def loss_after(loss: Tensor | None, output: Any) -> Tensor | None:
-    """Return a loss whose gradient is there only when that of an output is: equal to it in value and in gradient.
+    """Return the same loss, tied to an output, so that the backward pass visits the output first.
 
     Args:
         loss: 0-d.
@@ -45,8 +45,8 @@ def loss_after(loss: Tensor | None, output: Any) -> Tensor | None:
 def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
     """Yield the tensors that an output's graph begins with.
 
-    Of a region that torch.compile has made one node only those are known that go into it at once: every output of the
-    region seems to depend on all of its inputs, and so on everything before it.
+    A region compiled by torch.compile is one node of the graph. Only its direct inputs are yielded: which of its
+    outputs uses which of them cannot be seen.
 
     Args:
         output: a tensor.

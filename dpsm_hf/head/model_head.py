@@ -4,8 +4,8 @@ The forward of the language model and of its output layer are replaced on the *i
 put back right after, so that nothing else (saving, generating, a user's own call) ever meets the replacement. The call
 itself goes through the wrapped model, so the hooks of DDP, FSDP and PEFT fire as always.
 
-The first batch is the check: there the output layer returns real logits for a few rows, the model goes on with them to
-whatever it does after its head, and what comes out is compared with what the fused head takes the logits to be.
+The first batch is checked: the output layer returns real logits for a few rows, the model finishes its forward with
+them, and the result must be the logits that the fused head assumed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FusedHeadError(RuntimeError):
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a model returns while its head scores; declared, because wrappers only look into outputs they know."""
+    """What a model returns while its head scores; a declared class, because DDP and FSDP look into known ones only."""
 
     loss: Tensor | None = None
     scored: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What is scored, an output layer of one kind or another, and how: the rule, the post-ops, the size of a chunk."""
+"""The two kinds of output layer, a linear one and any other module, and the options for scoring inside them."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
 
 
 class ScoredRows:
-    """Which tokens of a batch are scored, asked of the device ahead of need so that nobody waits for it.
+    """Find the scored tokens of a batch; on a GPU the count is started before the forward, so that no one waits later.
 
     How many there are decides the shapes of the matrix products, so the host has to know. Asked before the model's
     forward and answered by the time its head is reached, the device has that whole forward queued meanwhile.

@@ -1,4 +1,4 @@
-"""What an evaluation may ask of the logits beside the usual statistics, while they are there a chunk at a time."""
+"""Further numbers of each token for an evaluation, taken from a chunk of logits before it is freed."""
 
 from __future__ import annotations
 

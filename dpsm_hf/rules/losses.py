@@ -1,4 +1,4 @@
-"""Scoring of tokens from logits: the functional seam that trainers use, and `DPSMLoss` for hand-written loops."""
+"""`score_tokens`: loss and statistics of each token from its logits; `DPSMLoss` for a training loop of your own."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def rule_parameter(name: str) -> Any:
 
 
 def with_rule_parameters(cls: _Class) -> _Class:
-    """Give a class, before ``@dataclass`` reads it, a field for each parameter of a rule that it does not name."""
+    """Add a field for every parameter of a rule that a class does not declare itself; stands below ``@dataclass``."""
     for name in PARAMETERS:
         if name not in cls.__annotations__:
             cls.__annotations__[name] = float

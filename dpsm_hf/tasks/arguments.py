@@ -168,7 +168,7 @@ class OutcomeArguments:
 
 
 def settle_best_checkpoint(outcome_args: OutcomeArguments, training_args: Any) -> None:
-    """Refuse options under which no best checkpoint can be told, and fill in what it is best in.
+    """Check that a best checkpoint can be chosen, and fill in the metric and its direction.
 
     Args:
         outcome_args: Of the run.

@@ -197,7 +197,7 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
 
 
 def natural_boundary(files: Iterable[str]) -> str:
-    """Return what ends a document of data from these files, none for a data set: ``row`` or ``blank_line``."""
+    """Return what separates documents: ``blank_line`` in text files, else ``row``; a named data set has no files."""
     return "blank_line" if any(file_builder(path) == "text" for path in files) else "row"
 
 

@@ -53,7 +53,8 @@ class Outcome:
     Every process makes one and calls every method; the main process writes.
 
     Args:
-        trainer: of the run; after training, so that what evaluation needs of device memory is not training's.
+        trainer: The run's. Make this right after training: the peak of memory is read now, before evaluation adds to
+            it.
     """
 
     def __init__(self, trainer: DPSMMixin) -> None:

@@ -1,4 +1,4 @@
-"""A saved model with its temperature applied: written whole or not at all, over nobody's model, and never twice."""
+"""Save a temperature-scaled copy of a model: in one step, never over another model, never scaled twice."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def save_scaled(
 ) -> None:
     """Apply a temperature to a model, in memory, and save that in the place of what an earlier call has saved there.
 
-    Where the source carries a temperature for sampling that an earlier call has put there, folded weights make it 1
-    again; one of the user's own stays, with a warning.
+    When the temperature is folded into the weights, a sampling temperature that an earlier call had set becomes 1
+    again; one that the user had set stays, with a warning.
 
     Args:
         model: changed in place.

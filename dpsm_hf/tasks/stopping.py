@@ -159,12 +159,12 @@ def graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' early stopping, which counts anew after a resume, with the count taken from the log instead."""
+    """Early stopping that survives a resume: the patience is counted from the log, where Transformers starts at 0."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count what the checkpoint had evaluated; one that training had stopped at is not trained on."""
+        """Count the patience from the checkpoint's log; a run that had stopped early does not train further."""
         # Trainer writes a callback's state into a place that a checkpoint made without the callback does not have
         states: Any = state.stateful_callbacks  # a dict once training has begun
         states.setdefault(type(self).__name__, self.state())

@@ -137,7 +137,7 @@ class CalibrationCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the batch that the model was just called with; one that no evaluation called it with never is."""
+        """Add the batch that was just scored; calls of the model outside of an evaluation are not counted."""
         loader = kwargs.get("eval_dataloader")
         if self._loader is not loader:  # the evaluation before this one may have been interrupted
             self._panel, self._loader = None, loader

@@ -14,7 +14,7 @@ _History = Iterable[Mapping[str, Any]]
 
 
 class TrainingClock:
-    """Count the seconds of training; the parts of a resumed run add up."""
+    """Measure the time of training without evaluation; a resumed run goes on from the seconds in its log."""
 
     def __init__(self) -> None:
         self._started: float | None = None

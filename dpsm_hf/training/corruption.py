@@ -48,7 +48,7 @@ class Corruptor:
     accumulation steps, and after a resume.
 
     Args:
-        what: is corrupted.
+        what: the kinds of corruption to apply.
     """
 
     def __init__(self, what: Corruption) -> None:

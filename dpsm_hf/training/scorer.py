@@ -48,7 +48,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Rule:
+class BatchRule:
     """What a batch is scored with.
 
     Args:
@@ -144,7 +144,7 @@ class Scorer:
         self,
         model: nn.Module,
         batch: Batch,
-        rule: Rule,
+        rule: BatchRule,
         *,
         logits_needed: bool = False,
         extra: ExtraStatistics | None = None,
@@ -180,7 +180,7 @@ class Scorer:
         return self._not_fused is None or self._not_fused() is not core
 
     def _score_in_head(
-        self, model: nn.Module, batch: Batch, rule: Rule, extra: ExtraStatistics | None
+        self, model: nn.Module, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
     ) -> tuple[ScoredBatch | None, Exception | None]:
         """Return the scores of a batch without its logits ever existing; None, and why, where that failed."""
         core = core_model(model)
@@ -234,7 +234,7 @@ class Scorer:
     # ---- from logits -----------------------------------------------------------------------------------------------
 
     def _score_from_logits(
-        self, model: nn.Module, batch: Batch, rule: Rule, extra: ExtraStatistics | None
+        self, model: nn.Module, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
     ) -> ScoredBatch:
         # a hook on the layer would be another program to torch.compile, and replicas would share it
         seen = active() and self._args.n_gpu <= 1 and not is_compiled(model)
@@ -259,7 +259,7 @@ def with_router_loss(scored: ScoredBatch, batch: Batch) -> Tensor:
 
 
 def _score_logits(
-    logits: Tensor, batch: Batch, rule: Rule, extra: ExtraStatistics | None
+    logits: Tensor, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
 ) -> tuple[Tensor, TokenScores, Tensor]:
     labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
     targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels

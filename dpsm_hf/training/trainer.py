@@ -37,7 +37,7 @@ from .clock import TrainingClock, tells_time
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import Batch, Rule, Scorer, with_router_loss
+from .scorer import Batch, BatchRule, Scorer, with_router_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -186,13 +186,15 @@ class DPSMMixin(_Base):
         )
         return replace(batch, labels=labels, shift_labels=shift_labels)
 
-    def _rule(self, training: bool) -> Rule:
+    def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
         smoother: Any = self.label_smoother
         if training:
             plain = self.dpsm.loss_type == "ce" and not self.dpsm.z_loss
-            return Rule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
-        return Rule(Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother)
+            return BatchRule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
+        return BatchRule(
+            Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother
+        )
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class DPSMMixin(_Base):
 
         def loss_under(rule: Objective) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.scorer.score(self.model, batch, Rule(rule)).loss
+                return self.scorer.score(self.model, batch, BatchRule(rule)).loss
 
         self.model.train()
         self._training_log.component_norms = component_norms(
@@ -366,7 +368,7 @@ class DPSMMixin(_Base):
     ) -> tuple[Any, Any, Any]:
         """Predict as the trainer does and add the batch's tokens to the evaluation in progress.
 
-        Where it generates, the trainer class behind this one is asked for the generated tokens alone.
+        With ``predict_with_generate`` the parent class only generates; loss and scores are computed here.
         """
         generates = self._predicts_with_generate() and not prediction_loss_only
         evaluation = self._evaluation or Collector()
@@ -545,7 +547,7 @@ class DPSMMixin(_Base):
 
     @property
     def calibration_dataset(self) -> Any:
-        """Return where a temperature is fitted; neither trained nor tested on. Another set makes another one."""
+        """Return the data a temperature is fitted on. Setting another set discards the temperature that was fitted."""
         return self._calibration_dataset
 
     @calibration_dataset.setter

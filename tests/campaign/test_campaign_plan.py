@@ -14,7 +14,7 @@ from transformers import BartConfig, GPT2Config, LlamaConfig, PegasusConfig, T5C
 from dpsm_hf.__main__ import main
 from dpsm_hf.campaign import plan as plan_module
 from dpsm_hf.campaign.cost import Cost, measure, run_cost
-from dpsm_hf.campaign.plan import Speed, calibrate, in_hours, in_units, make_plan, render_plan
+from dpsm_hf.campaign.plan import Speed, in_hours, in_units, make_plan, measure_speed, render_plan
 from dpsm_hf.campaign.runner.records import Record, write_record
 from dpsm_hf.campaign.spec.design import Campaign, Run
 from dpsm_hf.campaign.spec.loading import SHIPPED, load_campaign
@@ -191,7 +191,7 @@ def finished(
 
 
 def test_hours_from_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "calibrate", lambda dtype: Speed(1.0, "a guess"))
+    monkeypatch.setattr(plan_module, "measure_speed", lambda dtype: Speed(1.0, "a guess"))
     campaign = load(tmp_path)
     first, second, third = campaign.order[:3]
     finished(campaign, tmp_path, first, 100.0, efficiency={"steps": 10})
@@ -205,13 +205,13 @@ def test_hours_from_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_guess_from_this_machine() -> None:
-    speed = calibrate(torch.float32)
+    speed = measure_speed(torch.float32)
     assert speed is not None and 1e7 < speed.flops_per_second < 1e16 and "a guess: 35% of the" in speed.source
 
 
 def test_the_guess_is_a_share_of_what_the_clock_says() -> None:
     ticks = iter(range(100))
-    speed = calibrate(torch.float32, clock=lambda: float(next(ticks)))
+    speed = measure_speed(torch.float32, clock=lambda: float(next(ticks)))
     assert speed is not None and speed.flops_per_second == pytest.approx(0.35 * 2 * 1024**3)
 
 
@@ -319,7 +319,7 @@ def test_run_does_everything_in_order(
     monkeypatch.setattr(running, "run_campaign", run)
     monkeypatch.setattr(audit, "run_audit", fail)
     monkeypatch.setattr(report, "write_campaign_report", write)
-    monkeypatch.setattr(plan_module, "calibrate", lambda dtype: None)
+    monkeypatch.setattr(plan_module, "measure_speed", lambda dtype: None)
     (tmp_path / "try.yaml").write_text(edit("budget:\n", "audit: {size: tiny}\nbudget:\n"))
     words = ["campaign", "run", str(tmp_path / "try.yaml"), "--output_dir", str(tmp_path), "--only", "study=main"]
     assert main([*words, "--jobs", "2", "--devices", "0,1", "--retry", "oom"]) == 1

@@ -83,9 +83,9 @@ class Ledger:
 
 
 def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict[str, float]:
-    """Return what the reference took where a run stands: its mean over seeds, by run id; only what is measured.
+    """Return, for each run, the mean measured training time of the reference in the same setting, by run id.
 
-    That of the same setting, else that of the same size, data and length.
+    Where that was not measured, at the same size, data and length; a run without either is left out.
 
     Args:
         campaign: with the points of the reference.

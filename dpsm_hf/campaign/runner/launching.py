@@ -175,7 +175,7 @@ def _group(campaign: Campaign) -> str:
 
 
 def check_campaign(campaign: Campaign, directory: Path) -> None:
-    """Look for what would make every run, or one that is far behind, fail.
+    """Check, before the first run starts, for mistakes that would fail all runs, or one of them hours later.
 
     Args:
         campaign: the campaign.

@@ -272,9 +272,9 @@ class _Runner:
         )
 
     def _may_come(self, run_id: str) -> bool:
-        """Return whether a run is still to come in this call, or in the next, for it was stopped from outside.
+        """Return whether a run will still be done, now or after a restart.
 
-        What is compared at a rung must not hang on who was killed.
+        Halving waits for runs that were interrupted: which ablations it stops must not depend on what was killed.
         """
         stopped = run_id in self.tried and self.records[run_id].status == "interrupted"
         return stopped or self._may_start(run_id)

@@ -1,4 +1,4 @@
-"""What contradicts in a campaign's file, and what a campaign wants of every run beyond what its script does."""
+"""Check a campaign's file for contradictions, and for settings that a campaign needs though its task does not."""
 
 from __future__ import annotations
 

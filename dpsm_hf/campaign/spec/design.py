@@ -63,8 +63,8 @@ class Run:
         arguments: of the script, without ``output_dir`` and trackers. ``{run:ID}`` in one stands for the output folder
             of another run, whose model this one starts from.
         processes: that it is launched on.
-        contents: what stands in the id for arguments that name local files, by argument: a hash of the files, so that
-            a folder can move without its runs being repeated, and cannot change without that.
+        contents: for arguments that name local files, the hash of their content, which stands in the id: moving the
+            files keeps the id, changing them makes a new run.
         neutral: arguments that were given the script's own default; no part of the id.
     """
 
