@@ -30,7 +30,11 @@ def dpsm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "dpsm_hf"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = tracked.stdout.split() if tracked.returncode == 0 else [str(p) for p in Path("dpsm_hf").rglob("*.*")]
+    names = (
+        tracked.stdout.split()
+        if tracked.returncode == 0
+        else [path.relative_to(ROOT).as_posix() for path in (ROOT / "dpsm_hf").rglob("*.*")]
+    )
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *names):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def test_every_command_works_from_the_wheel(dpsm: list[str], tmp_path: Path) -> 
     python, command = dpsm
     package = Path(run([python, "-c", "import dpsm_hf; print(dpsm_hf.__file__)"], tmp_path).strip()).parent
     assert package.is_relative_to(Path(python).parents[1]), "the tests would see the clone"
-    assert len(list(package.glob("campaign/shipped/*.yaml"))) == 2
+    assert len(list(package.glob("campaign/shipped/*.yaml"))) == 4
     checked = run([sys.executable, "-m", "pip", "--python", python, "check"], tmp_path)
     assert "No broken requirements" in checked
     said = run([command, "--help"], tmp_path)
