@@ -41,7 +41,6 @@ THIRD_PARTY: Mapping[str, str] = {
     "_prepare_inputs": "Trainer's hook for moving a batch to the device, which subclasses override",
     "_get_num_items_in_batch": "Trainer's own denominator, which subclasses override",
     "_get_output_dir": "Trainer's folder of a hyper-parameter trial",
-    "_pad_tensors_to_max_len": "Seq2SeqTrainer's padding of generated tokens, which it has for subclasses",
     "_load_best_model": "Trainer loads the best checkpoint at the end of training alone",
     "scorer._model": "bert_score keeps the model that it has loaded to itself",
     "scorer._tokenizer": "bert_score keeps the tokenizer that it has loaded to itself",

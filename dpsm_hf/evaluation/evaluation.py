@@ -35,6 +35,8 @@ class Collector:
     extra: ExtraStatistics | None = None
     #: Scores what is generated; None where that is not wanted.
     generated: FreeRunning | None = None
+    #: Whether `add` needs the whole batch on the device, not its labels alone.
+    reads_inputs: bool = False
 
     def __init__(self) -> None:
         #: Whether somebody reads the logits of the batch in progress.
@@ -65,7 +67,7 @@ class Collector:
         Args:
             scores: of this process's batch, flattened.
             targets: the labels they were scored against.
-            inputs: the batch on the device, with ``labels``.
+            inputs: the batch, with ``labels``; on the device where `reads_inputs` says so.
 
         Raises:
             FloatingPointError: if the logits of a scored token are NaN or infinite.
@@ -103,6 +105,7 @@ class Evaluation(Collector):
         self._reader = DepthReader(model) if depth else None
         if generated and getattr(getattr(core, "config", None), "is_encoder_decoder", False):
             self.generated = FreeRunning(model, tokenizer)
+        self.reads_inputs = self._reader is not None or self.generated is not None
         unscored = 1 if label_alignment(model) == "shifted" else 0
         self._panel = EvaluationPanel(
             eos_tokens=end_tokens(core, tokenizer),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
 from ..rules.post_ops import PostOps
+from ..rules.registry import further_parameters
 from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import HEAD, ranged
@@ -91,7 +92,7 @@ def linear_scoring_loss(
         raise ValueError(
             f"num_items_in_batch is the denominator of a mean, which reduction={reduction!r} has not; leave one out."
         )
-    own = rule_parameters or {}
+    own = further_parameters(loss_type, rule_parameters)
     objective = Objective(loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
     options = HeadOptions(objective, PostOps(logit_scale, logit_softcap), entropy, chunk_tokens, impl)
     tokens = TokenLabels.of(labels, lm_head_weight.shape[0], ignore_index)

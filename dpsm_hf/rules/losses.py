@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
+from .registry import further_parameters
 from .rows import RowScore, logits_gradient, row_statistics, statistics_columns, tail_statistics
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
@@ -244,7 +245,7 @@ class DPSMLoss(nn.Module):
             "score_smoothing": score_smoothing,
             "focal_gamma": focal_gamma,
             "z_loss": z_loss,
-            **(rule_parameters or {}),
+            **further_parameters(loss_type, rule_parameters),
         }
         Objective(**self.options)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))

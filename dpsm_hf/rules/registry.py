@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,26 @@ def with_rule_parameters(cls: _Class) -> _Class:
             cls.__annotations__[name] = float
             setattr(cls, name, rule_parameter(name))
     return cls
+
+
+def further_parameters(loss_type: str, given: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the parameters of a rule that a function has no argument of its own for, after a look at their names.
+
+    Args:
+        loss_type: the rule.
+        given: values by name.
+
+    Raises:
+        ValueError: naming a parameter that the rule does not have.
+    """
+    known = [p.name for p in RULES[loss_type].parameters if p.name != "focal_gamma"] if loss_type in RULES else []
+    for name in given or {}:
+        if name not in known:
+            raise ValueError(
+                f"rule_parameters: loss_type={loss_type!r} has no {name!r} to be given here; it has "
+                f"{', '.join(known) or 'none'}."
+            )
+    return dict(given or {})
 
 
 def documented(text: str) -> str:

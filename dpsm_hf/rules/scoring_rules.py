@@ -7,6 +7,7 @@ Scoring Rules" (ICML 2024) for the spherical score on tokens and for score smoot
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,7 +74,7 @@ class Objective:
                 raise ValueError(f"{name}={value} lies outside [0, 1); 0 turns it off, 0.1 is a usual value.")
         for parameter in PARAMETERS.values():
             value = getattr(self, parameter.name)
-            if not parameter.allowed(value):
+            if not isinstance(value, numbers.Real) or not parameter.allowed(float(value)):
                 raise ValueError(f"{parameter.name}={value} must {parameter.must}.")
         if not 0.0 <= self.z_loss < float("inf"):
             raise ValueError(f"z_loss={self.z_loss} must be a finite number of at least 0.")

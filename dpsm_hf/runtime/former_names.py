@@ -24,6 +24,7 @@ MOVED = {
     "files": "runtime.files",
     "losses": "rules.losses",
     "profiling": "measuring.profiling",
+    "reliability": "plots.reliability",
     "schedules": "rules.schedules",
     "scoring_rules": "rules.scoring_rules",
     "temperature": "evaluation.temperature",
@@ -39,13 +40,12 @@ class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        if package != _PACKAGE or name not in MOVED:
+        if _today(fullname) is None:
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        module = importlib.import_module(f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}")
+        module = importlib.import_module(str(_today(spec.name)))
         spec.loader_state = module.__spec__
         return module
 
@@ -55,7 +55,18 @@ class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__spec__ = spec.loader_state
 
 
+def _today(former: str) -> str | None:
+    """Return today's name of a module, or of one inside of a package that moved; None if it did not move."""
+    package, _, name = former.partition(".")
+    if package == _PACKAGE:
+        for old, new in MOVED.items():
+            if name == old or name.startswith(f"{old}."):
+                return f"{_PACKAGE}.{new}{name[len(old) :]}"
+    return None
+
+
 def install() -> None:
     """Let the import system know the former names, once."""
     if not any(isinstance(finder, _FormerNames) for finder in sys.meta_path):
-        sys.meta_path.append(_FormerNames())
+        # first: the files of a package that moved would be found below its former name, as other modules
+        sys.meta_path.insert(0, _FormerNames())

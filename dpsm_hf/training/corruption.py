@@ -52,7 +52,7 @@ class Corruptor:
     """
 
     def __init__(self, what: Corruption) -> None:
-        self.flips, self.swaps = what.flips, what.swaps
+        self.what, self.flips, self.swaps = what, what.flips, what.swaps
         self._forget()
 
     def _forget(self) -> None:

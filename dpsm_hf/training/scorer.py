@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..head.model_head import FusedHead, FusedHeadError, ScoringRequest
@@ -73,6 +74,22 @@ class ScoredBatch:
     targets: Tensor  #: the labels they were scored against, ``[B, T]``
 
 
+class ScoredLoss(dict[str, Tensor]):
+    """Outputs of a model that hold its loss, smoothed already where that is asked for, and no logits."""
+
+
+class SmoothedOnce(LabelSmoother):
+    """A trainer's label smoother that leaves a loss alone which is smoothed already."""
+
+    def __call__(
+        self, model_output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of the outputs; of any others what `LabelSmoother` makes of their logits."""
+        if isinstance(model_output, ScoredLoss):
+            return model_output["loss"]
+        return super().__call__(model_output, labels, shift_labels, num_items_in_batch)
+
+
 class Scorer:
     """Score the batches of one trainer, and decide for each whether that takes its logits.
 
@@ -83,7 +100,7 @@ class Scorer:
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, dpsm: DPSMArguments) -> None:
-        self._args, self._dpsm = args, dpsm
+        self.args, self.dpsm = args, dpsm
         #: Which label a row of the logits predicts; None until a model that is not known was given a label.
         self.alignment: Alignment | None = label_alignment(model)
         #: The head that scores; None before the first batch and where logits are made.
@@ -134,8 +151,8 @@ class Scorer:
             return (labels != IGNORE_INDEX).sum().clamp_min(1)
         if not isinstance(num_items_in_batch, Tensor):
             return max(1, num_items_in_batch)
-        if self._args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
-            replicas = 1 if self._args.average_tokens_across_devices else self._args.n_gpu
+        if self.args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
+            replicas = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
             num_items_in_batch = num_items_in_batch.reshape(-1)[0] * replicas
         # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
         return num_items_in_batch.clamp_min(1).to(labels.device)
@@ -175,7 +192,7 @@ class Scorer:
 
     def _may_fuse(self, model: nn.Module, batch: Batch) -> bool:
         core = core_model(model)
-        if self._dpsm.fused_head == "off" or core is not core_model(batch.own):
+        if self.dpsm.fused_head == "off" or core is not core_model(batch.own):
             return False
         return self._not_fused is None or self._not_fused() is not core
 
@@ -188,7 +205,7 @@ class Scorer:
         outputs: Any = None
         checked, random_state = False, torch.get_rng_state()
         try:
-            if self._args.n_gpu > 1:
+            if self.args.n_gpu > 1:
                 raise FusedHeadError("data parallelism in one process copies modules; start one process a GPU")
             if self.head is None or self.head.core is not core:
                 self.head = FusedHead(model)
@@ -198,7 +215,7 @@ class Scorer:
                 objective=rule.objective,
                 denominator=batch.denominator,
                 entropy=not model.training,
-                chunk_tokens=self._dpsm.chunk_tokens,
+                chunk_tokens=self.dpsm.chunk_tokens,
                 extra=extra,
             )
             checked = self.head.checked
@@ -209,10 +226,10 @@ class Scorer:
                 raise
             failure = error
         # every process goes the same way, or their collective operations would not match
-        if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self._args.device)):
+        if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self.args.device)):
             failure = failure or FusedHeadError("another process could not")
             torch.set_rng_state(random_state)  # the attempt has drawn its dropout; the batch draws it again
-            if isinstance(failure, FusedHeadError) and self._dpsm.fused_head == "on":
+            if isinstance(failure, FusedHeadError) and self.dpsm.fused_head == "on":
                 self._give_up_fusing(batch.own, failure)
             return None, failure
         scores = replace(outputs.scores(), loss=None)  # what is kept for the log and for errors is to hold no graph
@@ -220,7 +237,7 @@ class Scorer:
 
     def _give_up_fusing(self, own: nn.Module, failure: Exception) -> None:
         reason = str(failure) if isinstance(failure, FusedHeadError) else f"{type(failure).__name__}: {failure}"
-        if self._dpsm.fused_head == "on":
+        if self.dpsm.fused_head == "on":
             raise ValueError(
                 f"fused_head='on', but tokens cannot be scored inside the head of this model: {reason}. Use "
                 "fused_head='auto' to fall back to full logits."
@@ -237,7 +254,7 @@ class Scorer:
         self, model: nn.Module, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
     ) -> ScoredBatch:
         # a hook on the layer would be another program to torch.compile, and replicas would share it
-        seen = active() and self._args.n_gpu <= 1 and not is_compiled(model)
+        seen = active() and self.args.n_gpu <= 1 and not is_compiled(model)
         with HeadRanges(output_layer(core_model(model)) if seen else None) as head:
             outputs = model(**batch.inputs)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
@@ -37,7 +38,7 @@ from .clock import TrainingClock, tells_time
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import Batch, BatchRule, Scorer, with_router_loss
+from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -70,13 +71,12 @@ class DPSMMixin(_Base):
         self, *args: Any, calibration_dataset: Any = None, corruption: Corruption | None = None, **kwargs: Any
     ) -> None:
         _keep_liger_out_of_the_loss(kwargs.get("args", args[1] if len(args) > 1 else None))
-        self.corruption = corruption or Corruption()
-        self._corruptor = Corruptor(self.corruption)
-        self.clock = TrainingClock()
+        self._corruptor = Corruptor(corruption or Corruption())
+        self._clock = TrainingClock()
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
-        self.scorer = Scorer(self.model, self.args, self.dpsm)
+        self._scorer = Scorer(self.model, self.args, self.dpsm)
         self._training_log = TrainingLog()
         #: What the last evaluation saw, over all processes.
         self.panel: EvaluationPanel | None = None
@@ -86,6 +86,8 @@ class DPSMMixin(_Base):
         self._loaded_set: Any = None
         self._calibration_dataset = calibration_dataset
         self._check_arguments()
+        if type(self.label_smoother) is LabelSmoother:
+            self.label_smoother = SmoothedOnce(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         if self._owns_loss():
             # the denominator is ours whether or not the model's forward has a place for it
             self.model_accepts_loss_kwargs = True
@@ -122,9 +124,24 @@ class DPSMMixin(_Base):
             return None
         return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
 
+    @property
+    def corruption(self) -> Corruption:
+        """Return what of the training data is corrupted."""
+        return self._corruptor.what
+
+    @corruption.setter
+    def corruption(self, what: Corruption) -> None:
+        self._corruptor = Corruptor(what)
+        self._corruptor.check(self)
+
+    def _current_scorer(self) -> Scorer:
+        """Return the scorer with the arguments of now, which may have been replaced since it was made."""
+        self._scorer.args, self._scorer.dpsm = self.args, self.dpsm
+        return self._scorer
+
     def _owns_loss(self) -> bool:
         """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
-        known = self.scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        known = self._scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
         return self.compute_loss_func is None and known
 
     # ---- the loss of a batch ---------------------------------------------------------------------------------------
@@ -150,13 +167,13 @@ class DPSMMixin(_Base):
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training, evaluation = model.training, self._evaluation
-        batch = self.scorer.batch(self.model, inputs, num_items_in_batch)
+        batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
             batch = self._corrupted(batch)
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
-        scored = self.scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
+        scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
         loss = with_router_loss(scored, batch) if training else scored.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
             # data parallelism averages gradients over processes, but the denominator is already global
@@ -210,9 +227,9 @@ class DPSMMixin(_Base):
         self._temperature.forget()  # fused optimizers write without raising the version of what they write to
         begins = self._training_log.begin_micro_batch(self.state.global_step)
         # an alignment that is unknown, or a batch without labels, is for the step to find out or to refuse
-        measurable = self.scorer.alignment is not None and "labels" in inputs
+        measurable = self._scorer.alignment is not None and "labels" in inputs
         if self.dpsm.log_component_grad_norms and begins and measurable and next_step_is_logged(self.args, self.state):
-            with self.clock.evaluating():
+            with self._clock.evaluating():
                 self._measure_components(inputs)
         if active():
             name_steps(self.optimizer)
@@ -230,12 +247,12 @@ class DPSMMixin(_Base):
         """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
         prepared = self._prepare_inputs(dict(inputs))
         count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
-        batch = self._corrupted(self.scorer.batch(self.model, prepared, count), counted=False)
+        batch = self._corrupted(self._current_scorer().batch(self.model, prepared, count), counted=False)
         scaler = getattr(self.accelerator, "scaler", None)
 
         def loss_under(rule: Objective) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.scorer.score(self.model, batch, BatchRule(rule)).loss
+                return self._scorer.score(self.model, batch, BatchRule(rule)).loss
 
         self.model.train()
         self._training_log.component_norms = component_norms(
@@ -261,8 +278,8 @@ class DPSMMixin(_Base):
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
         self._training_log.reset()
-        self.scorer.release()  # it would keep a model alive that model_init is about to replace
-        self.clock.reset()
+        self._scorer.release()  # it would keep a model alive that model_init is about to replace
+        self._clock.reset()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -287,7 +304,7 @@ class DPSMMixin(_Base):
 
         Where summaries are corrupted, they are swapped here between the step's pairs on all processes.
         """
-        self.clock.start(self.state.log_history)
+        self._clock.start(self.state.log_history)
         batches, number = super().get_batch_samples(*args, **kwargs)
         if self._corruptor.swaps is None or not batches:
             return batches, number
@@ -299,7 +316,7 @@ class DPSMMixin(_Base):
         """Save a checkpoint as `Trainer` does, with the training clock in its log and the counts of corruption."""
         step, history = self.state.global_step, self.state.log_history
         if not any(entry.get("step") == step and tells_time(entry) for entry in history):
-            entry: dict[str, Any] = {"train_seconds": self.clock.seconds(history), "step": step}
+            entry: dict[str, Any] = {"train_seconds": self._clock.seconds(history), "step": step}
             history.append(entry)
         if self._corruptor.active:
             self._corruptor.gather(self.args.device)
@@ -334,14 +351,14 @@ class DPSMMixin(_Base):
             vocabulary = vocabulary_size(self.model)
             entry, tokens = self._training_log.entry(self.args.device, self.state.global_step, vocabulary)
             logs.update(entry)
-            seconds, since = self.clock.lap(history)
+            seconds, since = self._clock.lap(history)
             if tokens and since > 0:
                 logs["tokens_per_second"] = tokens / since
                 logs["train_seconds"] = seconds
             if self._corruptor.active:
                 logs.update(self._corruptor.entry(self.args.device))
         elif "train_runtime" in logs:  # the summary at the end
-            logs["train_seconds"] = self.clock.seconds(history)
+            logs["train_seconds"] = self._clock.seconds(history)
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -366,20 +383,15 @@ class DPSMMixin(_Base):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """Predict as the trainer does and add the batch's tokens to the evaluation in progress.
-
-        With ``predict_with_generate`` the parent class only generates; loss and scores are computed here.
-        """
+        """Predict as the trainer does and add the batch's tokens to the evaluation in progress."""
         generates = self._predicts_with_generate() and not prediction_loss_only
         evaluation = self._evaluation or Collector()
         with self._collecting(evaluation, logits_needed=not (generates or prediction_loss_only)):
-            if generates:
-                result = self._generate_and_score(model, inputs, ignore_keys, **gen_kwargs)
-            else:
-                result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+            called = self._scoring_model(model) if generates else model
+            result = super().prediction_step(called, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         if (scored := evaluation.take()) is None:
             return result
-        prepared = self._prepare_inputs(inputs)
+        prepared = self._prepare_inputs(inputs) if evaluation.reads_inputs else inputs
         try:
             evaluation.add(*scored, prepared)
         except FloatingPointError as error:
@@ -406,32 +418,15 @@ class DPSMMixin(_Base):
         finally:
             self._evaluation = outer
 
-    def _generate_and_score(
-        self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
-    ) -> tuple[Any, Any, Any]:
-        """Return the loss of a batch, what `Seq2SeqTrainer` generates from it, and its labels as that pads them."""
-        labels, fed = inputs.get("labels"), inputs.get("decoder_input_ids")
-        hidden = ["labels"]
-        if labels is not None and fed is not None and fed.shape == labels.shape:
-            hidden += ["decoder_input_ids", "decoder_attention_mask"]  # of the labels: generate would go on from them
-        given = {name: value for name, value in inputs.items() if name not in hidden}
-        _, generated, _ = super().prediction_step(model, given, False, ignore_keys, **gen_kwargs)
-        if labels is None:
-            return None, generated, None
-        prepared = self._prepare_inputs(inputs)
-        count = self._get_num_items_in_batch([prepared], self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, _ = self.compute_loss(model, dict(prepared), return_outputs=True, num_items_in_batch=count)
-        loss = loss.detach().mean()
-        if self.args.prediction_loss_only:
-            return loss, None, None
-        config: Any = self.model.generation_config
-        labels, width = prepared["labels"], config.max_length
-        if labels.shape[-1] >= width:
-            width = 0 if config.max_new_tokens is None else config.max_new_tokens + 1
-        if labels.shape[-1] < width:
-            labels = self._pad_tensors_to_max_len(labels, width)  # type: ignore[attr-defined]
-        return loss, generated, labels
+    def _scoring_model(self, model: nn.Module) -> Any:
+        """Return what `Seq2SeqTrainer` calls for the loss of a batch, after it has generated with ``self.model``."""
+
+        def call(**batch: Any) -> ScoredLoss:
+            count = self._get_num_items_in_batch([batch], self.args.device)
+            loss, _ = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
+            return ScoredLoss(loss=loss)
+
+        return call
 
     def _scores_of_generated(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """Return the scores of generated tokens, taken as labels of the model's own; None if nothing was scored."""
@@ -444,12 +439,12 @@ class DPSMMixin(_Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the trainer does; the training clock stands still until the last file and picture is written."""
-        with self.clock.evaluating():
+        with self._clock.evaluating():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict as the trainer does, with the training clock standing still."""
-        with self.clock.evaluating():
+        with self._clock.evaluating():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(
@@ -507,7 +502,7 @@ class DPSMMixin(_Base):
         if found := panel.metrics():
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
-                metrics[f"{prefix}_train_seconds"] = self.clock.seconds(self.state.log_history)
+                metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state.log_history)
             # a metric of the user's own compute_metrics keeps its name
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)

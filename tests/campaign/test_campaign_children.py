@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -262,6 +263,21 @@ def test_one_runner_at_a_time_and_none_after_a_kill(tmp_path: Path) -> None:
     with campaign_lock(tmp_path):
         assert f"process {os.getpid()} " in str(runner_at_work(tmp_path))
     assert runner_at_work(tmp_path) is None
+
+
+def test_a_living_runner_that_holds_another_lock_is_not_disturbed(tmp_path: Path) -> None:
+    """A runner of an earlier version locks another file, but says who it is in the same one."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        started = psutil.Process(other.pid).create_time()
+        name = json.dumps({"pid": other.pid, "started": started, "host": socket.gethostname()})
+        (tmp_path / LOCK_NAME).write_text(name)
+        with pytest.raises(RunnerError, match=f"process {other.pid} .* already"), campaign_lock(tmp_path):
+            pass
+        assert (tmp_path / LOCK_NAME).read_text() == name
+        other.kill()
+        other.wait()
+    with campaign_lock(tmp_path):
+        pass
 
 
 def test_a_runner_on_another_machine(tmp_path: Path) -> None:

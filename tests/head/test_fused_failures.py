@@ -130,9 +130,9 @@ def test_a_bad_batch_is_not_blamed_on_the_head(mode: str, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING), pytest.raises(IndexError):
         trainer.compute_loss(trainer.model, {"input_ids": ids() + VOCAB, "labels": ids()})
     assert "cannot be scored" not in caplog.text
-    assert not trainer.scorer.fell_back
+    assert not trainer._scorer.fell_back
     trainer.compute_loss(trainer.model, {"input_ids": ids(), "labels": ids()})
-    assert trainer.scorer.head is not None and trainer.scorer.head.checked
+    assert trainer._scorer.head is not None and trainer._scorer.head.checked
 
 
 def test_out_of_memory_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_out_of_memory_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FusedHead, "__call__", fail)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.compute_loss(trainer.model, {"input_ids": ids(), "labels": ids()})
-    assert not trainer.scorer.fell_back
+    assert not trainer._scorer.fell_back
 
 
 def test_falling_back_draws_the_same_dropout() -> None:
@@ -158,7 +158,7 @@ def test_falling_back_draws_the_same_dropout() -> None:
         trainer = cases.build("llama", max_steps=3, fused_head=mode, dropout=0.3, loss_type="ce")
         trainer.model.register_forward_hook(halve)
         trainer.train()
-        assert trainer.scorer.fell_back == (mode == "auto")
+        assert trainer._scorer.fell_back == (mode == "auto")
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]
 

@@ -56,7 +56,7 @@ def assert_same_training(
         assert mine.requires_grad or torch.equal(mine, before)
         moved += int(not torch.equal(mine, before))
     assert moved
-    assert fused.scorer.head is not None and fused.scorer.head.checked
+    assert fused._scorer.head is not None and fused._scorer.head.checked
     mine, theirs = fused.evaluate(), full.evaluate()
     for key in ("eval_loss", "eval_nll", "eval_brier", "eval_entropy", "eval_spherical"):
         if key in theirs:

@@ -65,3 +65,23 @@ def test_the_rules_import_torch_alone() -> None:
     code = "import sys, dpsm_hf.rules.scoring_rules; assert not {'triton', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [{"loss_type": 1.0}, {"z_loss": 1.0}, {"focal_gamma": 1.0}, {"alpha": 0.5}, {"nope": 1.0}]
+)
+def test_rule_parameters_that_the_rule_does_not_have_are_refused(given: dict[str, float]) -> None:
+    (name,) = given
+    message = f"loss_type='gce' has no '{name}' to be given here; it has gce_q"
+    with pytest.raises(ValueError, match=message):
+        DPSMLoss(12, loss_type="gce", warmup_steps=1, rule_parameters=given)
+    with pytest.raises(ValueError, match=message):
+        linear_scoring_loss(
+            torch.zeros(1, 2), torch.zeros(12, 2), torch.zeros(1).long(), loss_type="gce", rule_parameters=given
+        )
+
+
+@pytest.mark.parametrize("value", ["a", None])
+def test_a_parameter_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"gce_q={value} must lie in \(0, 1\]"):
+        Objective("gce", gce_q=value)

@@ -31,6 +31,19 @@ def test_former_names_work_in_every_form_of_an_import_and_before_the_new_ones() 
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_stood_in_a_module_that_is_a_room_today_is_found_there() -> None:
+    code = (
+        "from dpsm_hf.campaign.audit import run_audit, table; from dpsm_hf.head import linear_scoring_loss;"
+        "from dpsm_hf.plots import ReliabilityDisplay; import dpsm_hf, dpsm_hf.depth.reader;"
+        "import dpsm_hf.evaluation.depth.reader as reader;"
+        "assert callable(run_audit) and callable(table);"
+        "assert linear_scoring_loss is dpsm_hf.linear_scoring_loss;"
+        "assert ReliabilityDisplay is dpsm_hf.ReliabilityDisplay;"
+        "assert dpsm_hf.depth.reader is reader and reader.__name__ == 'dpsm_hf.evaluation.depth.reader'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_an_unknown_name_stays_an_error() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"dpsm_hf\.nowhere"):
         importlib.import_module("dpsm_hf.nowhere")

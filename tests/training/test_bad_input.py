@@ -144,4 +144,4 @@ def test_an_unknown_model_whose_first_batch_is_ignored_is_probed_on_the_next(tmp
     trainer = DPSMTrainer(model=Bigram(), args=arguments, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == 0.0 and losses[1] > 0 and trainer.scorer.alignment == "aligned"
+    assert losses[0] == 0.0 and losses[1] > 0 and trainer._scorer.alignment == "aligned"

@@ -70,7 +70,7 @@ def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.
     stopped = []
     measure = trainer._measure_components
     monkeypatch.setattr(
-        trainer, "_measure_components", lambda inputs: (stopped.append(trainer.clock.stopped), measure(inputs))
+        trainer, "_measure_components", lambda inputs: (stopped.append(trainer._clock.stopped), measure(inputs))
     )
     trainer.train()
     assert len(stopped) == 4 and all(stopped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMMixin, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
+from dpsm_hf.data.corruption import TargetFlips
+from dpsm_hf.training.corruption import Corruption
 from tests.tiny import LENGTH, SEQ2SEQ, VOCAB, make_data, make_model
 
 METHODS = ("compute_loss", "prediction_step", "evaluation_loop", "training_step", "log", "get_batch_samples",
@@ -171,3 +174,69 @@ def test_an_evaluation_inside_another_leaves_it_as_it_was(name: str, generates: 
     assert {"eval_tokens", "eval_nll", "eval_ece_15"} <= same and (not generates or "eval_summaries" in same)
     assert {key: found[key] for key in same} == {key: expected[key] for key in same}
     assert alone.panel.samples > 6
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_class_behind_the_mixin_sees_and_changes_what_is_generated(
+    name: str, smoothing: float, tmp_path: Path
+) -> None:
+    class Behind(Seq2SeqTrainer):
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = int((inputs["labels"] != -100).sum())
+            loss, generated, labels = super().prediction_step(model, inputs, *args, **kwargs)
+            return loss * 3, generated, torch.where(labels == -100, scored, labels)
+
+    class Mine(DPSMMixin, Behind):
+        pass
+
+    seen: list[Any] = []
+    options: dict[str, Any] = {"label_smoothing_factor": smoothing}
+    plain = build(DPSMSeq2SeqTrainer, name, True, tmp_path, **options)
+    mine = build(Mine, name, True, tmp_path, **options)
+    mine.compute_metrics = lambda prediction: seen.append(prediction.label_ids) or {}
+    expected, found = plain.evaluate(), mine.evaluate()
+    assert found["eval_loss"] == pytest.approx(3 * expected["eval_loss"], rel=1e-6)
+    assert found["eval_nll"] == expected["eval_nll"]
+    assert seen and (seen[0] != -100).any()
+    if not smoothing:
+        assert expected["eval_loss"] == pytest.approx(expected["eval_nll"], rel=0.2)
+    else:  # smoothed once, as the labels themselves are not
+        unsmoothed = build(DPSMSeq2SeqTrainer, name, True, tmp_path).evaluate()
+        assert expected["eval_nll"] == unsmoothed["eval_nll"] and expected["eval_loss"] != unsmoothed["eval_loss"]
+
+
+def test_a_batch_of_an_evaluation_is_prepared_once(tmp_path: Path) -> None:
+    class Mine(DPSMTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            prepared.append(inputs.pop("idx"))
+            return super()._prepare_inputs(inputs)
+
+    prepared: list[int] = []
+    trainer = build(Mine, "gpt2", False, tmp_path)
+    collate, count = trainer.data_collator, iter(range(100))
+    trainer.data_collator = lambda rows: {**collate(rows), "idx": next(count)}
+    assert trainer.evaluate()["eval_tokens"] and prepared == [0, 1]
+
+
+def test_arguments_and_corruption_may_be_replaced(tmp_path: Path) -> None:
+    trainer = build(DPSMTrainer, "gpt2", False, tmp_path)
+    replaced = copy.copy(trainer.args)
+    replaced.fused_head = "off"
+    trainer.args = replaced
+    found = everything(trainer)
+    assert_same(found, everything(build(DPSMTrainer, "gpt2", False, tmp_path, fused_head="off")))
+    flipped = build(DPSMTrainer, "gpt2", False, tmp_path)
+    flipped.corruption = Corruption(flips=TargetFlips(0.5, torch.ones(VOCAB, dtype=torch.int64), seed=1))
+    assert flipped.train().metrics["train_flipped_tokens"] > 0
+
+
+def test_a_subclass_may_have_attributes_of_any_name_that_is_no_part_of_the_trainer(tmp_path: Path) -> None:
+    class Mine(DPSMTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.scorer = self.clock = self.evaluation = self.panels = "rouge"
+
+    trainer = build(Mine, "gpt2", False, tmp_path)
+    trainer.train()
+    assert trainer.evaluate()["eval_tokens"] and trainer.scorer == "rouge"

@@ -160,7 +160,7 @@ def test_an_unknown_model_is_probed_once_and_an_incomprehensible_one_refused(tmp
     for shift in (True, False):
         trainer = DPSMTrainer(model=Bigram(shift), args=config(tmp_path), train_dataset=data)
         train(trainer)
-        assert trainer.scorer.alignment == ("shifted" if shift else "aligned")
+        assert trainer._scorer.alignment == ("shifted" if shift else "aligned")
     with pytest.raises(ValueError, match="Bigram is not a language model that DPSM knows"):
         DPSMTrainer(model=Bigram(True, scale=3.0), args=config(tmp_path), train_dataset=data).train()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ...runtime.files import strict, write_json
 from ..spec.design import Campaign, Point, Run
-from .table import summarise, table
+from .tables import summarise, table
 
 __all__ = ["AUDIT_NAME", "AuditSettings", "audited_runs", "run_audit", "table"]
 

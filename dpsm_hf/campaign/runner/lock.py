@@ -58,6 +58,9 @@ def campaign_lock(directory: Path) -> Iterator[None]:
                 f"{_describe(found)} has not signed off from {directory}, and whether it still works cannot be seen "
                 f"from here. If it does not, delete {path}."
             )
+        # one of an earlier version of this package holds another lock
+        if (working := runner_at_work(directory)) is not None:
+            raise RunnerError(f"{working} works in {directory} already: wait for it.")
         file.truncate(0)
         me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
         file.write(json.dumps(me) + "\n")
