@@ -16,7 +16,7 @@ from dpsm_hf import ReliabilityDisplay, TemperatureScaler
 from dpsm_hf.__main__ import main as dpsm
 from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
 from dpsm_hf.tasks.calibrate import main as calibrate
-from tests.saved_models import save_language_model, save_summarizer
+from tests.tasks.saved_models import save_language_model, save_summarizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

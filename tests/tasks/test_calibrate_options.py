@@ -19,7 +19,7 @@ from dpsm_hf import TemperatureScaler
 from dpsm_hf.data.clm import ClmCollator
 from dpsm_hf.data.python_text import load_python_docstrings
 from dpsm_hf.tasks.calibrate import main as calibrate
-from tests.saved_models import POSITIONS, SUMMARIZER_POSITIONS, save_language_model, save_summarizer
+from tests.tasks.saved_models import POSITIONS, SUMMARIZER_POSITIONS, save_language_model, save_summarizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import run_clm_dpsm
 from dpsm_hf import DPSMTrainer
 from dpsm_hf.tasks import language_modelling
-from tests.clm_run import TINY, argv, real_texts, write
+from tests.tasks.clm_run import TINY, argv, real_texts, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 import run_clm_dpsm
 from dpsm_hf.tasks import task
 from dpsm_hf.tasks.language_modelling import DataTrainingArguments, ModelArguments
-from tests.clm_run import argv, real_texts, write
+from tests.tasks.clm_run import argv, real_texts, write
 
 
 @pytest.fixture(scope="module")

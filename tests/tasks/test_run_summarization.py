@@ -22,7 +22,7 @@ from dpsm_hf.data.python_text import load_python_docstrings
 from dpsm_hf.tasks import task
 from dpsm_hf.tasks.summarization import DataTrainingArguments, ModelArguments
 from run_summarization_dpsm import main
-from tests.summarization_run import DOCSTRINGS, FRESH_BART, TRAIN_BPE, arguments
+from tests.tasks.summarization_run import DOCSTRINGS, FRESH_BART, TRAIN_BPE, arguments
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

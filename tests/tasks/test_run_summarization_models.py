@@ -15,7 +15,7 @@ from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CO
 
 from dpsm_hf.data.python_text import load_python_docstrings
 from run_summarization_dpsm import main
-from tests.summarization_run import DOCSTRINGS, TINY, arguments
+from tests.tasks.summarization_run import DOCSTRINGS, TINY, arguments
 
 TINY_T5 = "d_model=16,d_kv=8,d_ff=16,num_layers=1,num_heads=2"
 

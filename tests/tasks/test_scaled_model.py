@@ -13,7 +13,7 @@ from dpsm_hf import TemperatureScaler
 from dpsm_hf.runtime.files import write_json
 from dpsm_hf.tasks.calibrate import main as calibrate
 from dpsm_hf.tasks.scaled_model import RECORD_NAME, check_target, save_scaled
-from tests.saved_models import save_language_model
+from tests.tasks.saved_models import save_language_model
 
 T = 1.25
 

@@ -19,7 +19,7 @@ from dpsm_hf.campaign.spec.loading import load_campaign
 from dpsm_hf.campaign.verdict.claims import claims_of
 from dpsm_hf.tasks import TaskEntry, get_task
 from dpsm_hf.tasks.summarization import Summarization
-from tests.summarization_run import DOCSTRINGS, FRESH_BART, TINY, TRAIN_BPE, arguments
+from tests.tasks.summarization_run import DOCSTRINGS, FRESH_BART, TINY, TRAIN_BPE, arguments
 
 TRANSLATION = '''
 """Translation, for a test: pairs as in summarisation, with metrics of the test split under another name."""
