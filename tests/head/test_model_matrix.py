@@ -150,7 +150,7 @@ def test_loss_and_gradients(name: str) -> None:
         mine, theirs = step(fused, batch), step(full, batch)
         assert_equal(mine, theirs)
         assert all(float(g.norm()) > 0 for n, g in theirs[1].items() if "lm_head" in n)
-    assert fused.scorer.head.checked
+    assert fused._scorer.head.checked
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
@@ -329,7 +329,7 @@ def test_an_unknown_model_passes_the_check(kind: type[nn.Module], mode: str) -> 
     with Warnings() as warned:
         for seed in range(2):
             assert_equal(step(fused, make_batch(seed)), step(full, make_batch(seed)))
-    assert not warned and fused.scorer.head.checked
+    assert not warned and fused._scorer.head.checked
 
 
 STRANGE: dict[type[Own], str] = {
