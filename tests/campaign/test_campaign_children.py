@@ -271,11 +271,13 @@ def test_a_living_runner_that_holds_another_lock_is_not_disturbed(tmp_path: Path
         started = psutil.Process(other.pid).create_time()
         name = json.dumps({"pid": other.pid, "started": started, "host": socket.gethostname()})
         (tmp_path / LOCK_NAME).write_text(name)
-        with pytest.raises(RunnerError, match=f"process {other.pid} .* already"), campaign_lock(tmp_path):
-            pass
-        assert (tmp_path / LOCK_NAME).read_text() == name
-        other.kill()
-        other.wait()
+        try:
+            with pytest.raises(RunnerError, match=f"process {other.pid} .* already"), campaign_lock(tmp_path):
+                pass
+            assert (tmp_path / LOCK_NAME).read_text() == name
+        finally:
+            other.kill()
+            other.wait()
     with campaign_lock(tmp_path):
         pass
 
