@@ -82,11 +82,10 @@ def parameters_and_logs(name: str, *, stock: bool, **arguments: Any) -> dict[str
     """Train a few steps with evaluation and return every parameter and log entry that is not a duration."""
     trainer = build(name, stock=stock, **{"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, **arguments})
     trainer.train()
-    volatile = ("runtime", "per_second", "preparation", "seconds")
+    volatile = ("runtime", "per_second", "preparation", "seconds", "alpha_schedule")
     logs = [
         {key: value for key, value in entry.items() if not any(part in key for part in volatile)}
         for entry in trainer.state.log_history
-        if "alpha_schedule" not in entry
     ]
     return {"parameters": [p.detach().clone() for p in trainer.model.parameters()], "logs": logs}
 
@@ -155,3 +154,14 @@ def generate_uneven(rows: int, batch: int) -> int:
     trainer.compute_metrics = compute_metrics
     trainer.evaluate()
     return seen[0]
+
+
+def trained_after_evaluation(name: str) -> dict[str, Any]:
+    """Train after an evaluation and a prediction; return whether all processes have the same weights, and theirs."""
+    trainer = build(name, max_steps=3, per_device_train_batch_size=2)
+    trainer.evaluate()
+    trainer.predict(trainer.eval_dataset)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    everywhere = trainer.accelerator.gather(weights[None])
+    return {"equal": bool((everywhere == everywhere[0]).all()), "processes": len(everywhere)}

@@ -7,6 +7,7 @@ are resamples of the same tokens, and returns one number for each resample.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,10 @@ def lower_is_better(name: str) -> bool:
     """Return whether smaller values of a metric are better.
 
     Args:
-        name: with or without prefixes (``eval_``, ``eval_<set>_``) and with or without ``_scaled`` behind.
+        name: with or without prefixes (``eval_``, ``eval_<set>_``), of a scaled metric (``_scaled``) or of an end of
+            an interval (``_low``, ``_high``), too.
     """
-    bare = name.removesuffix("_scaled")
+    bare = re.sub("_(scaled|low|high)$", "", name)
     return any(bare == known or bare.endswith(f"_{known}") for known in _LOWER_IS_BETTER)
 
 

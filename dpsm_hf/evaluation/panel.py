@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration import METRICS, ClassCalibration, TokenCalibration
+from ..calibration import METRICS, ClassCalibration, TokenCalibration, lower_is_better
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import TokenScores
 from ..runtime.distributed import process_index, process_number, real_rows
@@ -25,6 +26,17 @@ WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
 
 #: Metrics of the tokens whose label ends a text, reported as ``eos_<name>``.
 OF_EOS = ("tokens", "nll", "brier", "label_probability", "token_accuracy", "confidence", "signed_gap", "ece_15")
+
+# Ends of the names of metrics of which more is better; of the others either less is, or neither.
+_HIGHER_IS_BETTER = (
+    "accuracy",
+    "label_probability",
+    "resolution",
+    "auroc",
+    "supported",
+    "quality",
+    "rank_correlation",
+)
 
 #: Not reported a second time after temperature scaling, which leaves them as they are.
 _UNSCALED = ("tokens", "token_accuracy", "uncertainty", "label_bytes")
@@ -204,6 +216,17 @@ def reported_names() -> tuple[str, ...]:
         *(f"expected_depth{end}" for end in ("", "_low", "_high")),
         *GENERATED_METRICS,
     )
+
+
+def better_direction(name: str) -> str | None:
+    """Return ``"lower"`` or ``"higher"``, whichever is better of a metric; None where neither is (`signed_gap`, say).
+
+    Args:
+        name: of `reported_names`.
+    """
+    if lower_is_better(name):
+        return "lower"
+    return "higher" if re.sub("_(scaled|low|high)$", "", name).endswith(_HIGHER_IS_BETTER) else None
 
 
 def real_tokens(scores: TokenScores, batch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Callbacks: what the alpha schedule resolves to, and calibration files and pictures at each evaluation."""
+"""Callbacks: what will be trained, in one line, and calibration files and pictures at each evaluation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..evaluation.panel import EvaluationPanel
 from ..models.language_model import align_targets, label_alignment
 from ..rules.losses import TokenScores, score_tokens
+from ..rules.schedules import AlphaSchedule
 from ..runtime.distributed import sum_over_processes
 from ..runtime.files import write_json
 from .arguments import dpsm_arguments
@@ -30,22 +31,43 @@ _LONGEST_NAME = 50
 
 
 class AlphaScheduleCallback(TrainerCallback):
-    """Print and log what the alpha schedule resolves to, and warn where it will not do what was meant.
+    """Say in one line what will be trained, and warn where the alpha schedule will not do what was meant.
 
     It warns when alpha never reaches ``alpha_end`` in this many steps, and when a resumed run resolves to another
-    schedule than the one its checkpoint was trained with. The resolved schedule is an entry of ``state.log_history``.
+    schedule than the one its checkpoint was trained with. The first entry of ``state.log_history`` that is written
+    afterwards holds the resolved schedule as ``alpha_schedule``.
     """
+
+    def __init__(self) -> None:
+        #: Whether the trainer calls `announce`, since only the first micro-batch shows whose loss is trained.
+        self.waits = False
+        self._said = ""
+        self._unlogged: str | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Describe the schedule of this run."""
+        if not self.waits:
+            self.announce(args, state)
+
+    def announce(self, args: TrainingArguments, state: TrainerState, loss_of: str | None = None) -> None:
+        """Print what is trained and warn of a schedule that is not what was meant.
+
+        Args:
+            args: of the trainer.
+            state: of the trainer.
+            loss_of: whose loss is trained, where it is not the one that the arguments describe.
+        """
+        if loss_of is not None:
+            self._print(state, f"the loss is that of {loss_of}: loss_type and the alpha schedule have no effect")
+            return
         dpsm = dpsm_arguments(args)
-        if dpsm.loss_type != "dpsm":
-            description = f"loss_type {dpsm.loss_type}: a fixed rule, the alpha schedule is not used"
-        else:
+        description, rest = f"loss_type {dpsm.loss_type}: a fixed rule, the alpha schedule is not used", ""
+        if dpsm.loss_type == "dpsm":
             schedule = dpsm.schedule()
             description = schedule.describe(state.max_steps)
+            rest = _after_the_ramp(schedule, state.max_steps)
             if not schedule.reaches_end(state.max_steps):
                 logger.warning(
                     f"alpha never reaches alpha_end={dpsm.alpha_end:g} in {state.max_steps} steps ({description}). "
@@ -57,11 +79,40 @@ class AlphaScheduleCallback(TrainerCallback):
                 f"the checkpoint was trained with another alpha schedule: it was '{earlier}' and goes on as "
                 f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
             )
-        if earlier != description:
-            entry: dict[str, Any] = {"alpha_schedule": description, "step": state.global_step}
-            state.log_history.append(entry)
-        if state.is_world_process_zero:
-            tqdm.write(f"DPSM | {description}")  # print would land behind the progress bar
+        self._unlogged = None if earlier == description else description
+        where = "" if dpsm is args else ". To change it: args=DPSMConfig(loss_type=..., alpha_schedule=...)"
+        self._print(state, description + rest + where)
+
+    def _print(self, state: TrainerState, sentence: str) -> None:
+        if state.is_world_process_zero and sentence != self._said:  # auto_find_batch_size begins again and again
+            tqdm.write(f"DPSM | {sentence}")  # print would land behind the progress bar
+        self._said = sentence
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the next training be announced too."""
+        self._said = ""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the schedule to the entry that was just written: not to what trackers draw as numbers."""
+        if self._unlogged is not None and state.log_history:
+            entry: dict[str, Any] = state.log_history[-1]
+            entry["alpha_schedule"], self._unlogged = self._unlogged, None
+
+
+def _after_the_ramp(schedule: AlphaSchedule, steps: int) -> str:
+    """Return in words what is trained once alpha has arrived and stays; nothing where it does not."""
+    end, span = schedule.options.end, schedule.resolve(steps)
+    if steps < 1 or schedule.name == "feedback" or schedule(steps - 1, steps) != end:
+        return ""
+    arrival = next(
+        (s for s in (0, span.hold, span.hold + span.warmup) if s < steps and schedule(s, steps) == end), None
+    )
+    if arrival is None:
+        return ""
+    kind = {0.0: "cross-entropy", 1.0: "the Brier score"}.get(end, f"{1 - end:g} * cross-entropy + {end:g} * Brier")
+    return f"; from step {arrival} on {kind} alone ({1 - arrival / steps:.0%} of training)"
 
 
 def _file_name(prefix: str) -> str:

@@ -8,16 +8,39 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..calibration import METRICS
+from ..evaluation.panel import better_direction, reported_names
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels
 from .arguments import DPSMArguments
+
+logger = logging.get_logger(__name__)
 
 # Reading is a pass over memory-mapped integers, about a second for this many; what lies beyond is checked batch by
 # batch while training.
 _MOST_TOKENS = 200_000_000
+
+
+def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
+    """Return labels as int64, whatever integers they were.
+
+    Raises:
+        ValueError: if they are no token ids: numbers of a regression, or booleans, of which every one that is ignored
+            would be token 1.
+    """
+    if labels.dtype == torch.int64:
+        return labels
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the labels of the batch are {kind}, but a scoring rule scores token ids, which are integers "
+            f"({IGNORE_INDEX} is not scored). If {type(model).__name__} is trained on something else (a regression, "
+            "several labels at once), DPSM has no meaning for it: train it with Trainer."
+        )
+    return labels.long()
 
 
 def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> None:
@@ -102,6 +125,37 @@ def check_other_losses(trainer: Trainer, loss_type: str) -> None:
             f"loss_type={loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
             "the loss itself; use loss_type='ce' or another parallelism."
         )
+
+
+def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Look whether the checkpoint that ``metric_for_best_model`` chooses is the best one.
+
+    With plain TrainingArguments, which take more to be better of all but a loss, the direction is put right.
+
+    Args:
+        args: of the trainer; ``greater_is_better`` may be changed.
+        eval_dataset: of the trainer; a dict evaluates each entry under ``eval_<name>``.
+
+    Raises:
+        ValueError: if neither more nor less of the metric is better.
+    """
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    name = metric.removeprefix("eval_")
+    for one in eval_dataset if isinstance(eval_dataset, dict) else ():
+        name = name.removeprefix(f"{one}_")
+    if name not in reported_names():
+        return
+    direction = better_direction(name)
+    if direction is None:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} cannot choose a checkpoint: neither more nor less of it is better. "
+            "Name one that can: eval_nll, eval_brier, eval_debiased_ece."
+        )
+    if direction == "lower" and args.greater_is_better and not isinstance(args, DPSMArguments):
+        args.greater_is_better = False
+        logger.warning(f"Less {metric} is better: greater_is_better is set to False, so that the best model is kept.")
 
 
 def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:

@@ -7,14 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import TrainerState
+
 #: Ends the names of the entries that tell it: ``train_seconds``, ``eval_train_seconds``, ``eval_<set>_train_seconds``.
 CLOCK = "train_seconds"
+
+# where a checkpoint tells it: its last log entry may be many steps old
+_SAVED_AS = "TrainingClock"
 
 _History = Iterable[Mapping[str, Any]]
 
 
 class TrainingClock:
-    """Measure the time of training without evaluation; a resumed run goes on from the seconds in its log."""
+    """Measure the time of training without evaluation; a resumed run goes on from the seconds of its checkpoint.
+
+    Every ``state`` is that of the trainer.
+    """
 
     def __init__(self) -> None:
         self._started: float | None = None
@@ -32,22 +40,28 @@ class TrainingClock:
         """Wait for the first batch of another training."""
         self._started = None
 
-    def start(self, log_history: _History) -> None:
-        """Start where the log left off, at the first batch of a training; does nothing at later ones."""
+    def start(self, state: TrainerState) -> None:
+        """Start where the state left off, at the first batch of a training; does nothing at later ones."""
         if self._started is None:
-            self._before = self._last_lap = self.seconds(log_history)
+            self._before = self._last_lap = self.seconds(state)
             self._started, self._evaluated = time.perf_counter(), 0.0
 
-    def seconds(self, log_history: _History) -> float:
-        """Return the seconds trained up to now; before the first batch, what the log tells."""
+    def seconds(self, state: TrainerState) -> float:
+        """Return the seconds trained up to now; before the first batch, what the state tells."""
         if self._started is None:
-            return seconds_trained(log_history) or 0.0
+            return _told(state)
         now = time.perf_counter() if self._stopped_at is None else self._stopped_at
         return self._before + now - self._started - self._evaluated
 
-    def lap(self, log_history: _History) -> tuple[float, float]:
+    def save(self, state: TrainerState) -> None:
+        """Write the seconds trained up to now into a state that is about to be saved."""
+        # beside the states of callbacks, which is the one place of a saved state that others may write to
+        callbacks: Any = state.stateful_callbacks
+        callbacks[_SAVED_AS] = {"args": {}, "attributes": {CLOCK: self.seconds(state)}}
+
+    def lap(self, state: TrainerState) -> tuple[float, float]:
         """Return the seconds trained up to now, and those since the last call."""
-        seconds = self.seconds(log_history)
+        seconds = self.seconds(state)
         since, self._last_lap = seconds - self._last_lap, seconds
         return seconds, since
 
@@ -65,11 +79,6 @@ class TrainingClock:
             self._stopped_at = None
 
 
-def tells_time(entry: Mapping[str, Any]) -> bool:
-    """Return whether a log entry says how long was trained."""
-    return any(key.endswith(CLOCK) for key in entry)
-
-
 def seconds_trained(log_history: _History) -> float | None:
     """Return the seconds trained up to the last entry that tells it; None if none does.
 
@@ -78,3 +87,9 @@ def seconds_trained(log_history: _History) -> float | None:
     """
     times = [float(value) for entry in log_history for key, value in entry.items() if key.endswith(CLOCK)]
     return max(times, default=None)
+
+
+def _told(state: TrainerState) -> float:
+    callbacks: Any = state.stateful_callbacks
+    saved = callbacks.get(_SAVED_AS, {})
+    return max(seconds_trained(state.log_history) or 0.0, saved.get("attributes", {}).get(CLOCK, 0.0))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_pt_utils import LabelSmoother
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
@@ -33,15 +33,26 @@ from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
-from .checks import check_calibration_dataset, check_dataset_labels, check_feedback_metric, check_other_losses
-from .clock import TrainingClock, tells_time
+from .checks import (
+    check_best_metric,
+    check_calibration_dataset,
+    check_dataset_labels,
+    check_feedback_metric,
+    check_other_losses,
+    integer_labels,
+)
+from .clock import TrainingClock
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
+from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
 from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
+
+_LABELS = ("labels", "shift_labels")
+_Callback = TypeVar("_Callback", bound=TrainerCallback)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -77,10 +88,14 @@ class DPSMMixin(_Base):
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
         self._scorer = Scorer(self.model, self.args, self.dpsm)
+        self._accumulation = LossAccumulation(self.model_accepts_loss_kwargs)
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # `train` sets it anew
         self._training_log = TrainingLog()
         #: What the last evaluation saw, over all processes.
         self.panel: EvaluationPanel | None = None
         self._evaluation: Collector | None = None  # the one in progress
+        self._batch_rows = 0  # of the batch that was evaluated last
+        self._unannounced = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
         self._loaded_set: Any = None
@@ -91,17 +106,18 @@ class DPSMMixin(_Base):
         if self._owns_loss():
             # the denominator is ours whether or not the model's forward has a place for it
             self.model_accepts_loss_kwargs = True
-            self.loss_is_scaled_for_ga = True
-        if isinstance(self.args, DPSMArguments):
-            for kind in (AlphaScheduleCallback, CalibrationCallback):
-                if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
-                    self.add_callback(kind())
-        for callback in self._calibration_callbacks():
+        for kind in (AlphaScheduleCallback, CalibrationCallback):
+            if not self._callbacks(kind):
+                self.add_callback(kind())
+        for announcer in self._callbacks(AlphaScheduleCallback):
+            announcer.waits = _overrides(type(self), "compute_loss")
+        for callback in self._callbacks(CalibrationCallback):
             callback.stop_listening()
 
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
         check_other_losses(self, dpsm.loss_type)
+        check_best_metric(self.args, self.eval_dataset)
         if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
@@ -119,10 +135,23 @@ class DPSMMixin(_Base):
 
     @property
     def alpha(self) -> float | None:
-        """Return the Brier weight of the next optimizer step; None if the loss is not a mix."""
+        """Return the Brier weight of the next optimizer step; None if the loss is not a mix.
+
+        Before training it is that of the first step.
+        """
         if self.dpsm.loss_type != "dpsm":
             return None
-        return self.dpsm.schedule()(self.state.global_step, self.state.max_steps, self.state.log_history)
+        state = self.state
+        # of an unknown length any will do: at step 0 the shares of a schedule are all still to come
+        return self.dpsm.schedule()(state.global_step, state.max_steps or self._planned_steps(), state.log_history)
+
+    def _planned_steps(self) -> int:
+        """Return the optimizer steps that `train` would take; a large number where the data do not tell."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if self.train_dataset is None or not has_length(self.train_dataset) or not len(self.train_dataset):  # type: ignore[arg-type]
+            return 10**9
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     @property
     def corruption(self) -> Corruption:
@@ -144,6 +173,21 @@ class DPSMMixin(_Base):
         known = self._scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
         return self.compute_loss_func is None and known
 
+    @property
+    def loss_is_scaled_for_ga(self) -> bool | None:  # type: ignore[override]
+        """Return whether the loss of the micro-batch in progress is divided by the tokens of its whole step already.
+
+        `Trainer` asks after every `compute_loss`, and divides by the accumulation steps where it is not. A class that
+        says so itself, as Transformers documents it, is believed.
+        """
+        if self._accumulation.said is None and not self._owns_loss():
+            return super().loss_is_scaled_for_ga
+        return self._accumulation.loss_is_scaled
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._accumulation.said = value
+
     # ---- the loss of a batch ---------------------------------------------------------------------------------------
 
     @ranged(FORWARD)
@@ -163,10 +207,14 @@ class DPSMMixin(_Base):
             num_items_in_batch: tokens of the whole optimizer step over all processes, the denominator; None divides
                 by the scored tokens of this batch.
         """
+        inputs = _without_missing_labels(inputs)
         self._check_labels(model, inputs)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
         training, evaluation = model.training, self._evaluation
+        if training:
+            num_items_in_batch = self._accumulation.scores_with(num_items_in_batch)
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
@@ -231,17 +279,25 @@ class DPSMMixin(_Base):
         if self.dpsm.log_component_grad_norms and begins and measurable and next_step_is_logged(self.args, self.state):
             with self._clock.evaluating():
                 self._measure_components(inputs)
+        own = _overrides(type(self), "compute_loss")
+        named = calls_named(self.accelerator, "backward", BACKWARD) if active() else nullcontext()
         if active():
             name_steps(self.optimizer)
-            with calls_named(self.accelerator, "backward", BACKWARD):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._accumulation.micro_batch(num_items_in_batch, own=own) as count, named:
+            loss = super().training_step(model, inputs, count)
+        if self._unannounced:
+            self._announce(None if self._accumulation.scored else f"{type(self).__name__}.compute_loss")
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
             raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
         return loss
+
+    def _announce(self, loss_of: str | None) -> None:
+        """Say what is trained, now that it is known whether a subclass's `compute_loss` calls this class's."""
+        self._unannounced = False
+        for announcer in self._callbacks(AlphaScheduleCallback):
+            announcer.announce(self.args, self.state, loss_of)
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
         """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
@@ -277,9 +333,8 @@ class DPSMMixin(_Base):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
-        self._training_log.reset()
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
-        self._clock.reset()
+        self._forget_preparation_for_evaluation()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -287,6 +342,23 @@ class DPSMMixin(_Base):
             self._corruptor.gather(self.args.device)
             output.metrics.update({f"train_{name}": value for name, value in (self.corruption_record() or {}).items()})
         return output
+
+    def _forget_preparation_for_evaluation(self) -> None:
+        """Let Accelerate make the model parallel although it was evaluated before: it prepares a model only once.
+
+        Otherwise each process would train a model of its own.
+        """
+        parallel = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if parallel and self.model_wrapped is self.model:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes the autocast of its forward off
+            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does, and forget an attempt before that ran out of memory (``auto_find_batch_size``)."""
+        self._training_log.reset()
+        self._clock.reset()
+        self._unannounced = _overrides(type(self), "compute_loss")
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch as `Trainer` does, unless the checkpoint that was loaded has nothing left to train.
@@ -304,7 +376,7 @@ class DPSMMixin(_Base):
 
         Where summaries are corrupted, they are swapped here between the step's pairs on all processes.
         """
-        self._clock.start(self.state.log_history)
+        self._clock.start(self.state)
         batches, number = super().get_batch_samples(*args, **kwargs)
         if self._corruptor.swaps is None or not batches:
             return batches, number
@@ -313,16 +385,15 @@ class DPSMMixin(_Base):
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint as `Trainer` does, with the training clock in its log and the counts of corruption."""
-        step, history = self.state.global_step, self.state.log_history
-        if not any(entry.get("step") == step and tells_time(entry) for entry in history):
-            entry: dict[str, Any] = {"train_seconds": self._clock.seconds(history), "step": step}
-            history.append(entry)
+        """Save a checkpoint as `Trainer` does, with the training clock in its state and the counts of corruption."""
+        self._clock.save(self.state)
         if self._corruptor.active:
             self._corruptor.gather(self.args.device)
             if self.args.should_save:
                 # before the others: a checkpoint is complete with its trainer_state.json, the last
-                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+                self._corruptor.save(
+                    Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                )
         super()._save_checkpoint(model, trial)
 
     def corruption_record(self) -> dict[str, int] | None:
@@ -346,19 +417,18 @@ class DPSMMixin(_Base):
 
         With corruption they also get how much was corrupted since the last one.
         """
-        history = self.state.log_history
         if "loss" in logs:
             vocabulary = vocabulary_size(self.model)
             entry, tokens = self._training_log.entry(self.args.device, self.state.global_step, vocabulary)
             logs.update(entry)
-            seconds, since = self._clock.lap(history)
+            seconds, since = self._clock.lap(self.state)
             if tokens and since > 0:
                 logs["tokens_per_second"] = tokens / since
                 logs["train_seconds"] = seconds
             if self._corruptor.active:
                 logs.update(self._corruptor.entry(self.args.device))
         elif "train_runtime" in logs:  # the summary at the end
-            logs["train_seconds"] = self._clock.seconds(history)
+            logs["train_seconds"] = self._clock.seconds(self.state)
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -384,11 +454,13 @@ class DPSMMixin(_Base):
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Predict as the trainer does and add the batch's tokens to the evaluation in progress."""
+        inputs = _without_missing_labels(inputs)
         generates = self._predicts_with_generate() and not prediction_loss_only
         evaluation = self._evaluation or Collector()
         with self._collecting(evaluation, logits_needed=not (generates or prediction_loss_only)):
             called = self._scoring_model(model) if generates else model
             result = super().prediction_step(called, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        self._batch_rows = find_batch_size(inputs) or 0
         if (scored := evaluation.take()) is None:
             return result
         prepared = self._prepare_inputs(inputs) if evaluation.reads_inputs else inputs
@@ -464,7 +536,7 @@ class DPSMMixin(_Base):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError(f"the data set for {description.lower()} ({metric_key_prefix!r}) is empty.")
         # Seq2SeqTrainer gathers the samples that fill up the last batch along with the others, and scores them twice
-        self.gather_function = self.accelerator.gather_for_metrics
+        self.gather_function = self._gathered_rows
         dispatch = getattr(self.args.accelerator_config, "dispatch_batches", None)
         if dispatch is False and self.accelerator.num_processes > 1 and not has_length(dataset):
             logger.warning(
@@ -482,6 +554,13 @@ class DPSMMixin(_Base):
             self.panel = evaluation.finish(self.args.device)
         self._report(self.panel, output, metric_key_prefix)
         return output
+
+    def _gathered_rows(self, tensors: Any) -> Any:
+        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too."""
+        rows = self._batch_rows
+        if not isinstance(tensors, Tensor) or not rows or len(tensors) <= rows or len(tensors) % rows:
+            return self.accelerator.gather_for_metrics(tensors)
+        return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
         dpsm, scaler = self.dpsm, self.temperature_scaler
@@ -502,20 +581,20 @@ class DPSMMixin(_Base):
         if found := panel.metrics():
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
-                metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state.log_history)
+                metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
             # a metric of the user's own compute_metrics keeps its name
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
             tensorboard = next((writer for writer in writers if writer is not None), None)
-            for callback in self._calibration_callbacks():
+            for callback in self._callbacks(CalibrationCallback):
                 callback.receive(panel, prefix, tensorboard)
         elif panel.samples and f"{prefix}_loss" in output.metrics:
             # no token, no loss: a 0 would be the best that there ever was
             output.metrics[f"{prefix}_loss"] = math.nan
             logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
 
-    def _calibration_callbacks(self) -> list[CalibrationCallback]:
-        return [c for c in self.callback_handler.callbacks if isinstance(c, CalibrationCallback)]
+    def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
 
     @property
     def calibration(self) -> TokenCalibration | None:
@@ -620,6 +699,11 @@ class DPSMMixin(_Base):
         except UnfittableError as error:
             self._temperature.keep(self.model, None)
             logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
+
+
+def _without_missing_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    # DataCollatorForSeq2Seq puts labels=None into the batches of data without labels
+    return inputs if inputs.get("labels", ()) is not None else {k: v for k, v in inputs.items() if k != "labels"}
 
 
 def _overrides(kind: type, method: str) -> bool:

@@ -51,6 +51,10 @@ def test_ce_is_trainer_bit_for_bit(name: str, accumulation: int, two: Any) -> No
         assert theirs == {key: mine[key] for key in theirs}
 
 
+def test_an_evaluation_before_training_leaves_one_model(two: Any) -> None:
+    assert two["trained-after-evaluation"] == {"equal": True, "processes": 2}
+
+
 @pytest.mark.parametrize("case", ["11/4", "13/2", "8/4"])
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_uneven_evaluation_equals_one_process(name: str, case: str, two: Any) -> None:

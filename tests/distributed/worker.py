@@ -38,6 +38,7 @@ def main(path: str) -> None:
         for name in ("gpt2", "bart"):
             for rows, batch in ((11, 4), (13, 2), (8, 4)):
                 results[f"uneven/{name}/{rows}/{batch}"] = cases.evaluate_uneven(name, rows, batch)
+        results["trained-after-evaluation"] = cases.trained_after_evaluation("gpt2")
         results["generated"] = cases.generate_uneven(5, 2)
     assert dist.get_world_size() == 2
     save_results(results, path)

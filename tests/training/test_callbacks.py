@@ -79,9 +79,13 @@ def test_the_schedule_is_printed_and_logged(tmp_path: Path, capsys: pytest.Captu
     trainer = dpsm_trainer(tmp_path, alpha_schedule="cosine", alpha_warmup_steps=2)
     trainer.train()
     sentence = "cosine: alpha 0 -> 1 over 2 steps (of 3)"
-    assert f"DPSM | {sentence}\n" in capsys.readouterr().out
-    entries = [e for e in trainer.state.log_history if "alpha_schedule" in e]
-    assert entries == [{"alpha_schedule": sentence, "step": 0}]
+    printed = capsys.readouterr().out
+    assert f"DPSM | {sentence}; from step 2 on the Brier score alone (33% of training)\n" in printed
+    # in the first entry that Trainer writes anyway
+    assert [e.get("alpha_schedule") for e in trainer.state.log_history] == [sentence, None, None, None]
+    assert all("epoch" in entry for entry in trainer.state.log_history)
+    trainer.train()
+    assert sentence in capsys.readouterr().out, "a second training is announced too"
     assert [e["alpha"] for e in trainer.state.log_history if "loss" in e] == pytest.approx([0, 0.5, 1])
 
 
@@ -117,7 +121,7 @@ def test_it_warns_when_a_resumed_run_has_another_schedule(tmp_path: Path, warned
         in warned.text
     )
     entries = [e for e in other.state.log_history if "alpha_schedule" in e]
-    assert [e["step"] for e in entries] == [0, 2]
+    assert [e["step"] for e in entries] == [1, 3]
 
     warned.clear()
     longer = dpsm_trainer(tmp_path / "longer", alpha_warmup_steps=2, max_steps=4)
@@ -203,24 +207,42 @@ def test_a_callback_given_by_hand_is_not_doubled(tmp_path: Path) -> None:
     assert kinds.count(CalibrationCallback) == kinds.count(AlphaScheduleCallback) == 1
 
 
-def test_plain_arguments_install_nothing_but_take_it_by_hand(tmp_path: Path) -> None:
+def test_plain_arguments_have_the_callbacks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The swap of one word is announced, with where to change it; who does not want the callbacks removes them."""
     data = make_data("gpt2", 8)
-    args = arguments(TrainingArguments, tmp_path)
-    bare = DPSMTrainer(make_model("gpt2"), args, train_dataset=data, eval_dataset=data)
-    kinds = {type(c) for c in bare.callback_handler.callbacks}
-    assert not kinds & {CalibrationCallback, AlphaScheduleCallback}
-    metrics = bare.evaluate()
-    assert {f"eval_{name}" for name in METRICS} - {"eval_confidence_auroc"} <= set(metrics)
-    assert not (tmp_path / "calibration").exists()
-
-    late = CalibrationCallback()
-    bare.add_callback(late)  # after the trainer was made
-    bare.train()
-    again = bare.evaluate()
+    trainer = DPSMTrainer(
+        make_model("gpt2"), arguments(TrainingArguments, tmp_path), train_dataset=data, eval_dataset=data
+    )
+    trainer.train()
+    assert (
+        "DPSM | linear: alpha 0 -> 1 over 1 steps (of 3); from step 1 on the Brier score alone (67% of training). "
+        "To change it: args=DPSMConfig(loss_type=..., alpha_schedule=...)\n"
+    ) in capsys.readouterr().out
+    metrics = trainer.evaluate()
     saved = record(tmp_path, "eval-step-000003.json")
-    assert again["eval_tokens"] == metrics["eval_tokens"] == saved["tokens"]
-    assert saved["metrics"]["nll"] == again["eval_nll"]
-    bare.evaluate()
+    assert metrics["eval_tokens"] == saved["tokens"] and saved["metrics"]["nll"] == metrics["eval_nll"]
+    assert (tmp_path / "calibration" / "eval-step-000003.png").exists()
+
+    without = DPSMTrainer(
+        make_model("gpt2"), arguments(TrainingArguments, tmp_path / "no"), train_dataset=data, eval_dataset=data
+    )
+    without.remove_callback(CalibrationCallback)
+    without.remove_callback(AlphaScheduleCallback)
+    without.train()
+    assert without.evaluate() and not (tmp_path / "no" / "calibration").exists()
+    assert "DPSM |" not in capsys.readouterr().out
+
+
+def test_a_callback_that_comes_late_does_not_listen(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path)
+    trainer.remove_callback(CalibrationCallback)
+    late = CalibrationCallback()
+    trainer.add_callback(late)  # after the trainer was made
+    trainer.train()
+    metrics = trainer.evaluate()
+    saved = record(tmp_path, "eval-step-000003.json")
+    assert saved["tokens"] == metrics["eval_tokens"] and saved["metrics"]["nll"] == metrics["eval_nll"]
+    trainer.evaluate()
     assert late._hook is None, "it listens to the model although the trainer tells it everything"
 
 

@@ -1,0 +1,64 @@
+"""Whether the loss of a micro-batch is the part that it has in its optimizer step, or its own mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+Count = Tensor | int | None
+
+
+class LossAccumulation:
+    """Tell `Trainer` whether to divide a loss by the accumulation steps, whoever computed it.
+
+    The trainer's own loss is divided by the tokens of the whole optimizer step. A subclass may compute another one, or
+    call on with or without that number. Without it a loss is the mean of its micro-batch, and is divided.
+
+    Args:
+        model_takes_count: whether the model's forward takes ``num_items_in_batch``, which decides in `Trainer`.
+    """
+
+    def __init__(self, model_takes_count: bool) -> None:
+        #: What the user said with ``trainer.loss_is_scaled_for_ga = ...``.
+        self.said: bool | None = None
+        self._model_takes_count = model_takes_count
+        self._count: Count = None  # of the micro-batch in progress
+        self._withheld = False
+        self._scaled: bool | None = None
+
+    @contextmanager
+    def micro_batch(self, count: Count, *, own: bool) -> Iterator[Count]:
+        """Score a micro-batch within this context, and give it the count that the context yields.
+
+        Args:
+            count: tokens of the optimizer step.
+            own: whether a subclass has a ``compute_loss`` of its own. As in `Trainer` it sees the count only if the
+                model's forward takes one.
+        """
+        self._count, self._scaled = count, None
+        self._withheld = own and not self._model_takes_count
+        try:
+            yield None if self._withheld else count
+        finally:
+            self._count, self._withheld = None, False
+
+    def scores_with(self, count: Count) -> Count:
+        """Return the count that the trainer's own loss is divided by, given what `compute_loss` was called with."""
+        if count is None and self._withheld and self.said is not False:
+            count = self._count
+        self._scaled = count is not None
+        return count
+
+    @property
+    def scored(self) -> bool:
+        """Return whether the trainer's own loss is part of that of the last micro-batch."""
+        return self._scaled is not None
+
+    @property
+    def loss_is_scaled(self) -> bool:
+        """Return whether the loss of the micro-batch in progress is a part of the step's, not a mean of its own."""
+        if self.said is not None:
+            return self.said
+        return self._model_takes_count and self._count is not None if self._scaled is None else self._scaled
