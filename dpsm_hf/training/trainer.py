@@ -95,6 +95,7 @@ class DPSMMixin(_Base):
         self.panel: EvaluationPanel | None = None
         self._evaluation: Collector | None = None  # the one in progress
         self._batch_rows = 0  # of the batch that was evaluated last
+        self._loss_explained = False
         self._unannounced = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
@@ -582,6 +583,7 @@ class DPSMMixin(_Base):
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
                 metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
+            self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
             # a metric of the user's own compute_metrics keeps its name
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
@@ -592,6 +594,18 @@ class DPSMMixin(_Base):
             # no token, no loss: a 0 would be the best that there ever was
             output.metrics[f"{prefix}_loss"] = math.nan
             logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
+
+    def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
+        """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
+        expected = loss is None or self.args.label_smoothing_factor or abs(loss - nll) <= 1e-3 * abs(nll)
+        if expected or self._loss_explained:
+            return
+        self._loss_explained = True
+        logger.warning(
+            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
+            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
+            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
+        )
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
