@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
+from ..rules.registry import RULES
 from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from .row_pass import device_scalar, row_pass
@@ -56,7 +58,7 @@ def constants(
     if objective is not None:
         smoothing = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
     return {
-        "RULE": None if objective is None else objective.rule.kernel(),
+        "RULE": None if objective is None else _triton_functions()[objective.loss_type],
         "SMOOTHING": smoothing,
         "HAS_Z_LOSS": objective is not None and objective.z_loss > 0,
         "HAS_SOFTCAP": post.softcap is not None,
@@ -64,6 +66,19 @@ def constants(
         "HAS_ENTROPY": entropy,
         "HAS_GRADIENT": gradient and objective is not None,
     }
+
+
+@functools.cache
+def _triton_functions() -> dict[str, Any]:
+    """Return the Triton function of each rule, made at first use: Triton is slow to import and on Linux alone."""
+    import triton
+
+    modules: dict[str, Any] = {rule.name: sys.modules[rule.kernel.__module__] for rule in RULES.values()}
+    for module in modules.values():
+        module.tl = triton.language  # Triton looks for it, and for the functions that are called, among the globals
+        for name in [name for name in vars(module) if name.endswith("kernel")]:
+            setattr(module, name, triton.jit(getattr(module, name)))
+    return {name: module.kernel for name, module in modules.items()}
 
 
 def triton_row_pass(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.rows import RowScore, RowStatistics, column, statistics_columns, tail_statistics
+from ..rules.rows import RowStatistics, gradient_in_place, row_blocks, statistics_columns, tail_statistics
 from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
 # A block of this many float32 entries and a second one of its size lie in a CPU's cache; other devices want few, large
@@ -61,8 +61,8 @@ def row_pass(
     size = max(1, min(rows, entries // vocab_size))
     work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
-    for start in range(0, rows, size):
-        block, target = logits[start : start + size], labels[start : start + size].unsqueeze(-1)
+    for part in row_blocks(logits, entries):
+        block, target = logits[part], labels[part].unsqueeze(-1)
         row, p, spare = _reduce(block, target, post, objective, entropy, work)
         columns.append(statistics_columns(row, entropy))
         if objective is None:
@@ -72,10 +72,12 @@ def row_pass(
         score = score_rows(row, objective, vocab_size, tail)
         values.append(score.value)
         if gradient:
-            block_weight = weight[start : start + size] if isinstance(weight, Tensor) and weight.dim() else weight
+            block_weight = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
             scaled = score.scaled(block_weight * post.scale)
-            capped = None if post.softcap is None else work[2, : len(block)]
-            _write_gradient(block, target, p, spare, scaled, threshold, capped)
+            slope = gradient_in_place(p, target, scaled, threshold, spare)
+            if post.softcap is not None:
+                slope.mul_(work[2, : len(block)].square_().neg_().add_(1.0))
+            block.copy_(slope)
     return torch.cat(values) if values else None, torch.cat(columns)
 
 
@@ -124,29 +126,3 @@ def _reduce(
         p,
         spare,
     )
-
-
-def _write_gradient(
-    block: Tensor,
-    target: Tensor,
-    p: Tensor,
-    spare: Tensor,
-    score: RowScore,
-    threshold: float | None,
-    capped: Tensor | None,
-) -> None:
-    """Overwrite a block of logits with ``a * p + b * p**2 + d + e * [p < threshold]`` and the target's own entry."""
-    tail = None if threshold is None else (p < threshold).to(p.dtype) * column(score.e)
-    if isinstance(score.b, Tensor) or score.b != 0:
-        p.mul_(torch.mul(p, column(score.b), out=spare).add_(column(score.a)))
-    else:
-        p.mul_(column(score.a))
-    if isinstance(score.d, Tensor) or score.d != 0:
-        p.add_(column(score.d))
-    if tail is not None:
-        p.add_(tail)
-    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
-    p.scatter_(-1, target, score.target.unsqueeze(-1))
-    if capped is not None:
-        p.mul_(capped.square_().neg_().add_(1.0))
-    block.copy_(p)

@@ -15,6 +15,7 @@ keep all their digits as ``p_y -> 1``, where the textbook forms cancel::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -114,25 +115,11 @@ class RowScore(NamedTuple):
 
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
-        return RowScore(
-            weight * self.value,
-            weight * self.a,
-            weight * self.b,
-            weight * self.d,
-            weight * self.e,
-            weight * self.target,
-        )
+        return RowScore._make(weight * part for part in self)
 
     def plus(self, other: RowScore) -> RowScore:
         """Return the score of the sum of two rules."""
-        return RowScore(
-            self.value + other.value,
-            self.a + other.a,
-            self.b + other.b,
-            self.d + other.d,
-            self.e + other.e,
-            self.target + other.target,
-        )
+        return RowScore._make(mine + theirs for mine, theirs in zip(self, other, strict=True))
 
 
 def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tuple[Tensor, Tensor]:
@@ -144,26 +131,46 @@ def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tup
 
 
 def logits_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    normalizer: Tensor,
-    score: RowScore,
-    threshold: float | None = None,
+    logits: Tensor, labels: Tensor, row_max: Tensor, normalizer: Tensor, score: RowScore, threshold: float | None
 ) -> Tensor:
-    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits).
-
-    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the target's entry replaced by ``score.target``.
-    """
+    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits)."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     p = (z - row_max.unsqueeze(-1)).exp_().div_(normalizer.unsqueeze(-1))
-    gradient = (p * column(score.b)).add_(column(score.a)).mul_(p).add_(column(score.d))
-    if threshold is not None:
-        gradient.add_((p < threshold) * column(score.e))
-    # computed once in float32 and stored once: a * p + b * p**2 - ... would cancel as p_y -> 1
-    return gradient.scatter_(-1, labels.unsqueeze(-1), score.target.unsqueeze(-1))
+    return gradient_in_place(p, labels.unsqueeze(-1), score, threshold)
 
 
-def column(value: Tensor | float) -> Tensor | float:
-    """Return one number a row ``[n]`` as a column ``[n, 1]``; a number for all rows stays as it is."""
+def gradient_in_place(
+    p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
+) -> Tensor:
+    """Turn the probabilities of some rows into the gradient of their score by the logits, and return it.
+
+    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the label's entry replaced by ``score.target``.
+
+    Args:
+        p: ``[n, V]``, overwritten; the label's entry is not read.
+        labels: ``[n, 1]``.
+        score: of the rows.
+        threshold: below it the tail begins; None where there is none.
+        spare: a buffer like p, overwritten.
+    """
+    tail = None if threshold is None else (p < threshold) * _column(score.e)
+    factor = _column(score.a)
+    if isinstance(score.b, Tensor) or score.b:
+        factor = torch.mul(p, _column(score.b), out=spare).add_(factor)
+    p.mul_(factor)
+    if isinstance(score.d, Tensor) or score.d:
+        p.add_(_column(score.d))
+    if tail is not None:
+        p.add_(tail)
+    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
+    return p.scatter_(-1, labels, score.target.unsqueeze(-1))
+
+
+def _column(value: Tensor | float) -> Tensor | float:
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value
+
+
+def row_blocks(logits: Tensor, entries: int) -> Iterator[slice]:
+    """Return slices of the rows of at most so many entries (or of one row); an empty batch has one, empty block."""
+    size = max(1, entries // max(1, logits.shape[-1]))
+    return (slice(start, start + size) for start in range(0, max(1, len(logits)), size))

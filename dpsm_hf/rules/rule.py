@@ -48,9 +48,9 @@ class Rule:
     Args:
         name: value of ``loss_type``.
         score: from the statistics of the rows to their values and gradient coefficients.
-        kernel: makes the Triton function that computes the same for one row. It is made at first use: Triton is slow
-            to import and exists on Linux alone. Arguments of that function: ``weight`` (a factor of everything it
-            returns), ``p, q, r, nll, log_sum, norm, mean`` (the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
+        kernel: the same for one row, in Triton's language; `dpsm_hf.head.kernels` makes Triton functions of all that
+            end in ``kernel`` in the files of the rules. Arguments: ``weight`` (a factor of everything it returns),
+            ``p, q, r, nll, log_sum, norm, mean`` (the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
             log sum exp z, ||p||, mean of z), ``size`` (V), ``epsilon`` (of the smoothing), ``share`` (epsilon / V),
             ``parameters`` (a tuple), ``alpha``, and the constant ``SMOOTHING`` (0 none, 1 of the label, 2 of the
             score). It returns value, a, b, d, the weight of score smoothing's tail, and the target's gradient.
@@ -62,7 +62,7 @@ class Rule:
 
     name: str
     score: Callable[[RowStatistics, RuleOptions], RowScore]
-    kernel: Callable[[], Any]
+    kernel: Callable[..., Any]
     formula: str
     proper: str
     bounds: str
@@ -72,32 +72,11 @@ class Rule:
     score_smoothing: bool = False
 
 
-def with_uniform_share(score: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return the label-smoothed form of a rule that reads p_y alone.
-
-    The uniform part of the target distribution is scored by the logarithm: where the rule equals cross-entropy, this
-    is label-smoothed cross-entropy.
-    """
-    epsilon, vocab_size = options.label_smoothing, options.vocab_size
-    if not epsilon:
-        return score
-    uniform = RowScore(
-        row.log_normalizer - row.mean_logit, 1.0, 0.0, -1.0 / vocab_size, 0.0, row.p_target - 1.0 / vocab_size
-    )
-    return score.scaled(1 - epsilon).plus(uniform.scaled(epsilon))
-
-
 def with_tail(score: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
     """Return a rule with the log tail that score smoothing adds to it."""
     if options.tail is None:
         return score
     count, minus_log = options.tail
     share = options.score_smoothing / options.vocab_size
-    return RowScore(
-        value=score.value + share * minus_log,
-        a=score.a + share * count,
-        b=score.b,
-        d=score.d,
-        e=score.e - share,
-        target=score.target + share * (count * row.p_target - (row.p_target < share).to(count.dtype)),
-    )
+    own = share * (count * row.p_target - (row.p_target < share).to(count.dtype))
+    return score.plus(RowScore(share * minus_log, share * count, 0.0, 0.0, -share, own))

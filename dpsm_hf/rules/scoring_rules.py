@@ -17,16 +17,9 @@ from .rows import RowScore, RowStatistics, logits_gradient, row_statistics, tail
 from .rule import Rule, RuleOptions
 
 __all__ = [
-    "LOSS_TYPES",
-    "Objective",
-    "RowScore",
-    "RowStatistics",
-    "logits_gradient",
-    "row_statistics",
-    "score_rows",
-    "tail_statistics",
-    "tail_threshold",
-]
+    "LOSS_TYPES", "Objective", "RowScore", "RowStatistics", "logits_gradient", "row_statistics", "score_rows",
+    "tail_statistics", "tail_threshold",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
