@@ -34,12 +34,8 @@ _MOST_WEIGHT = 2**30
 def exact_share(name: str, share: float) -> Fraction:
     """Return a share as an exact fraction with a denominator up to a million: 0.05 is 1/20.
 
-    Args:
-        name: of the share, for the error message.
-        share: above 0 and at most 1.
-
     Raises:
-        ValueError: if it is not above 0 (in steps of a millionth) and at most 1.
+        ValueError: if it is not above 0 (in steps of a millionth) and at most 1; the message names it.
     """
     fraction = Fraction(share).limit_denominator(10**6) if 0 < share <= 1 else Fraction(0)
     if not fraction:
@@ -108,14 +104,12 @@ class TargetFlips:
             return targets, torch.zeros_like(targets, dtype=torch.bool)
         rows = targets.reshape(-1, targets.shape[-1])
         scored = rows != IGNORED
-        content = row_hash(rows, scored)[:, None]
-        place = scored.cumsum(-1)
+        content, place, share = row_hash(rows, scored)[:, None], scored.cumsum(-1), self.share
 
         def hashes(purpose: int, *values: Tensor) -> Tensor:
             found: Tensor = combine(combine(self.seed & MASK, purpose, step), content, *values)
             return found
 
-        share = self.share
         rounding = hashes(_HOW_MANY) * share.denominator >> BITS
         number = (scored.sum(-1, keepdim=True) * share.numerator + rounding) // share.denominator
         # hashes within a row are distinct, so exactly `number` of them are at most the number-th smallest
@@ -140,15 +134,7 @@ class TargetFlips:
 
 @dataclass(frozen=True)
 class SummarySwaps:
-    """Exchange the summaries of a share of the pairs in an optimizer step; no chosen pair keeps its own summary.
-
-    Args:
-        share: of the pairs of a step, in (0, 1].
-        seed: of the hashes.
-
-    Raises:
-        ValueError: if the share is out of range.
-    """
+    """Exchange the summaries of a share, in (0, 1], of a step's pairs; no chosen pair keeps its own summary."""
 
     share: float
     seed: int = 0
@@ -201,17 +187,12 @@ class SummarySwaps:
     @staticmethod
     def _shuffled(keys: np.ndarray, base: int) -> np.ndarray:
         values = torch.from_numpy(np.ascontiguousarray(keys))
-        high = combine(base, values >> 31 & MASK, values & 2**31 - 1)
-        low = combine(combine(base, 1), values >> 31 & MASK, values & 2**31 - 1)
+        high, low = (combine(b, values >> 31 & MASK, values & 2**31 - 1) for b in (base, combine(base, 1)))
         return _one_key(high, low).numpy()
 
 
 def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the hashes for `SummarySwaps.plan` from a batch's ``input_ids`` and ``labels``.
-
-    Returns:
-        Hashes of the pairs and of the summaries, int64 ``[B]`` each.
-    """
+    """Return the hashes for `SummarySwaps.plan` of a batch: of the pairs and of the summaries, int64 ``[B]`` each."""
     tokens, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -229,23 +210,20 @@ def _limit_repeats(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.n
     """Return the pairs in order, at most ``limit`` with the same summary."""
     seen: Counter[int] = Counter()
     kept = []
-    for index in order.tolist():
-        seen[int(summaries[index])] += 1
-        if seen[int(summaries[index])] <= limit:
+    for index, summary in zip(order.tolist(), summaries[order].tolist(), strict=True):
+        seen[summary] += 1
+        if seen[summary] <= limit:
             kept.append(index)
     return np.asarray(kept, dtype=np.int64)
 
 
 def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor | None = None) -> Tensor:
-    """Return the weight of each token as a replacement: equal for all ordinary tokens, or by count.
+    """Return the weight of each token as a replacement, int64 ``[V]``: equal for all ordinary tokens, or by count.
 
     Args:
         vocabulary: number of logits ``V``.
         special: ids that never replace: of special tokens, and ids without a token.
         counts: ``[V]`` label counts for unigram replacement; None for uniform.
-
-    Returns:
-        int64 ``[V]``.
     """
     weights = torch.ones(vocabulary, dtype=torch.int64) if counts is None else counts.long().clone()
     ids = sorted({token for token in special if 0 <= token < vocabulary})

@@ -1,8 +1,8 @@
-"""Scoring chunk by chunk: logits of some rows, their gradient in place, and the two products that carry it on.
+"""Scoring chunk by chunk, so that one chunk of logits lives at any moment instead of ``[N, V]``.
 
 For some rows at a time: ``logits = hidden @ weight.T``, the row pass turns them into their gradient in place, and two
 matrix products carry it on to the hidden states and the weight. All of that happens in the forward pass; the backward
-pass only scales. What lives at any moment is one chunk of logits instead of ``[N, V]``.
+pass only scales.
 
 Sources: the chunked gradient-in-forward of Hsu et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your Losses in
 Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks and precision; see docs/design.md.
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.losses import refuse_second_derivative
 from ..rules.rows import STATISTICS
 from ..runtime.ranges import HEAD, ROW_PASS, named, ranged
-from .matmul import by_onednn, product
+from .matmul import WeightGradient, by_onednn, product, scaled
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .row_pass import device_scalar, row_pass
-from .weight_gradient import WeightGradient, scaled
 
 # A finished gradient, or the sum that it is still to be made of.
 Source = Tensor | WeightGradient | None
@@ -91,15 +91,11 @@ class ChunkedObjective(torch.autograd.Function):
     @ranged(HEAD)
     def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
         """Scale the gradients that the forward pass computed."""
-        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
-            raise RuntimeError(
-                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
-                "the gradient or a Hessian needs the plain torch form in linear_scoring_loss' documentation)."
-            )
+        refuse_second_derivative("linear_scoring_loss")
         if grad_values is not None:
             return _arrange(_gradients_of_values(ctx, grad_values))
         if grad_loss is None:
-            return _arrange([None] * (len(ctx.needs_input_grad) - 5))
+            return (None,) * len(ctx.needs_input_grad)
         if ctx.gradients is None:
             raise RuntimeError(
                 "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
@@ -110,8 +106,7 @@ class ChunkedObjective(torch.autograd.Function):
         if factor is not None and factor.device.type == "cpu" and float(factor) == 1.0:
             factor = None
         gradients = ctx.gradients
-        if not keep:
-            # nobody needs them any more, so they are scaled where they stand: a copy costs as much as the whole head
+        if not keep:  # they are scaled where they stand: a copy costs as much as the whole head
             ctx.gradients = None
         return _arrange([_finish(source, dtype, factor, keep) for source, dtype in gradients])
 
@@ -184,8 +179,11 @@ class _Work:
             None) with the dtype it is to have.
         """
         hidden, head, options = self.hidden, self.head, self.options
-        self.whole = weight is not None and _cheaper_whole(hidden, head, len(self.labels)) and wants[1]
-        chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
+        # One chunk where the logits [N, V] are smaller than half of the float32 sum [V, D] of the weight's gradient,
+        # which one chunk does without: less memory, and no pass over that sum for each chunk.
+        low = isinstance(head, LinearHead) and hidden.dtype == head.weight.dtype == torch.bfloat16
+        self.whole = low and weight is not None and wants[1] and len(self.labels) <= hidden.shape[-1]
+        chunk = _LinearChunks(self, head, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, head, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
             # rows that are not scored are never visited: they stay zero
@@ -216,8 +214,8 @@ class _Work:
                     del part_gradient
                 del logits  # before the next chunk is allocated
         if not columns:  # nothing is scored
-            width = len(STATISTICS) if options.entropy else len(STATISTICS) - 1
-            columns = [hidden.new_zeros(0, width + (0 if options.extra is None else options.extra.width)).float()]
+            width = len(STATISTICS) - (not options.entropy) + (0 if options.extra is None else options.extra.width)
+            columns = [hidden.new_zeros(0, width).float()]
         gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
         for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
             gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))
@@ -226,14 +224,12 @@ class _Work:
     def parts(self) -> Iterator[slice]:
         """Return the chunks, as slices of the scored tokens."""
         size = self.chunk_size()
-        return (slice(start, min(len(self.labels), start + size)) for start in range(0, len(self.labels), size))
+        return (slice(start, start + size) for start in range(0, len(self.labels), size))
 
     def chunk_size(self) -> int:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
-        most = self.options.chunk_tokens
+        most = self.options.chunk_tokens or (max(1, len(self.labels)) if self.whole else None)
         if most is None:
-            if self.whole:
-                return max(1, len(self.labels))
             row_bytes = self.head.vocab_size * self.dtype.itemsize
             if self.hidden.device.type == "cpu":
                 most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
@@ -243,27 +239,11 @@ class _Work:
         return max(1, -(-len(self.labels) // number))
 
 
-def _cheaper_whole(hidden: Tensor, head: Head, tokens: int) -> bool:
-    """Return whether a bfloat16 head is better scored in one chunk: fewer tokens than the hidden states are wide.
-
-    The logits ``[N, V]`` are then smaller than half of the float32 sum ``[V, D]`` of the weight's gradient, which one
-    chunk does without: less memory, and no pass over that sum for each chunk.
-    """
-    return (
-        isinstance(head, LinearHead)
-        and hidden.dtype == head.weight.dtype == torch.bfloat16
-        and tokens <= hidden.shape[-1]
-    )
-
-
 class _LinearChunks:
     """Logits of a linear head in one buffer, and its gradients by matrix products."""
 
-    def __init__(self, work: _Work, wants: list[bool]) -> None:
-        head = work.head
-        assert isinstance(head, LinearHead)
-        self.wants = wants
-        self.dtype = work.dtype
+    def __init__(self, work: _Work, head: LinearHead, wants: list[bool]) -> None:
+        self.wants, self.dtype = wants, work.dtype
         self.weight = head.weight.detach().to(work.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(work.dtype)
         self.hidden = work.hidden.detach()[:0]
@@ -301,9 +281,7 @@ class _LinearChunks:
 class _ModuleChunks:
     """Logits of any other head, and its gradients by autograd over one chunk."""
 
-    def __init__(self, work: _Work, wants: list[bool]) -> None:
-        head = work.head
-        assert isinstance(head, ModuleHead)
+    def __init__(self, work: _Work, head: ModuleHead, wants: list[bool]) -> None:
         self.head, self.work, self.wants = head, work, wants
         self.sums: list[Tensor | None] = [None] * len(head.parameters)
         self.graph: tuple[Tensor, Tensor] | None = None
@@ -346,8 +324,9 @@ def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tu
     if impl == "triton" or (impl == "auto" and device.type == "cuda"):
         from . import kernels  # Triton is there on Linux alone
 
-        if kernels.available(device):
+        reason = kernels.why_not(device)
+        if not reason:
             return kernels.triton_row_pass
         if impl == "triton":
-            raise ValueError(kernels.why_not(device))
+            raise ValueError(reason)
     return row_pass

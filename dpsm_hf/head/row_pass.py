@@ -28,15 +28,9 @@ def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtyp
 
 
 def row_pass(
-    logits: Tensor,
-    labels: Tensor,
-    objective: Objective | None,
-    post: PostOps,
-    *,
-    weight: Tensor | float = 1.0,
-    entropy: bool = False,
-    gradient: bool = True,
-) -> tuple[Tensor | None, Tensor]:
+    logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
+    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * score)`` by it.
 
     Equivalent plain torch: ``score_tokens(post(logits.float()), labels, objective)`` and its backward.
@@ -111,18 +105,15 @@ def _reduce(
     correct = shifted >= 0
     # log S: where y is the largest, log1p keeps the digits that p_y has lost
     log_normalizer = torch.where(correct, torch.log1p(miss / confidence), -confidence.log())
-    return (
-        RowStatistics(
-            row_max=z_max.squeeze(-1).to(p.dtype),
-            normalizer=1.0 / confidence,
-            p_target=p_target,
-            miss=miss,
-            off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
-            nll=log_normalizer - shifted,
-            correct=correct,
-            mean_logit=mean,
-            entropy=log_normalizer - entropy_sum,
-        ),
-        p,
-        spare,
+    row = RowStatistics(
+        row_max=z_max.squeeze(-1).to(p.dtype),
+        normalizer=1.0 / confidence,
+        p_target=p_target,
+        miss=miss,
+        off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
+        nll=log_normalizer - shifted,
+        correct=correct,
+        mean_logit=mean,
+        entropy=log_normalizer - entropy_sum,
     )
+    return row, p, spare

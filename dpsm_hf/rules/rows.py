@@ -115,11 +115,11 @@ class RowScore(NamedTuple):
 
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
-        return RowScore._make(weight * part for part in self)
+        return RowScore(*(weight * part for part in self))  # type: ignore[arg-type]
 
     def plus(self, other: RowScore) -> RowScore:
         """Return the score of the sum of two rules."""
-        return RowScore._make(mine + theirs for mine, theirs in zip(self, other, strict=True))
+        return RowScore(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))  # type: ignore[arg-type]
 
 
 def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tuple[Tensor, Tensor]:

@@ -46,19 +46,15 @@ def model_flops(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float
                     known[key] = _count(shapes, batch, fake)
                 counts.append(known[key])
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        logger.warning(
-            f"the floating-point operations of {type(core_model(model)).__name__} cannot be counted: {error}"
-        )
+        name = type(core_model(model)).__name__
+        logger.warning(f"the floating-point operations of {name} cannot be counted: {error}")
         return None
     return sum(counts) / len(counts) if counts else None
 
 
 def _count(model: nn.Module, batch: Mapping[str, Any], fake: FakeTensorMode) -> int:
     device: Any = next(model.parameters()).device
-    inputs = {
-        name: fake.from_tensor(value).to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    inputs = {k: fake.from_tensor(v).to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with FlopCounterMode(display=False) as counter:
         output = model(**inputs_without_labels(model, inputs), use_cache=False)
         logits = output["logits"] if isinstance(output, Mapping) else output[0]
