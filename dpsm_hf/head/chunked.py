@@ -11,7 +11,7 @@ Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,15 +48,9 @@ class ChunkedObjective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        rows: Tensor | None,
-        options: HeadOptions,
-        denominator: Tensor | int | None,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: HeadOptions,
+        denominator: Tensor | int | None, *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 or 6]``.
 
         ``rows`` are the indices of the M scored tokens among the hidden states, or None where all are. With a
@@ -93,7 +87,7 @@ class ChunkedObjective(torch.autograd.Function):
         """Scale the gradients that the forward pass computed."""
         refuse_second_derivative("linear_scoring_loss")
         if grad_values is not None:
-            return _arrange(_gradients_of_values(ctx, grad_values))
+            return _gradients_of_values(ctx, grad_values)
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         if ctx.gradients is None:
@@ -101,28 +95,27 @@ class ChunkedObjective(torch.autograd.Function):
                 "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
                 "through it a second time."
             )
-        factor: Tensor | None = grad_loss if ctx.late is None else grad_loss * ctx.late
-        keep = _keeps_graph()
-        if factor is not None and factor.device.type == "cpu" and float(factor) == 1.0:
+        factor = grad_loss if ctx.late is None else grad_loss * ctx.late
+        if factor.device.type == "cpu" and float(factor) == 1.0:
             factor = None
-        gradients = ctx.gradients
+        gradients, keep = ctx.gradients, _keeps_graph()
         if not keep:  # they are scaled where they stand: a copy costs as much as the whole head
             ctx.gradients = None
-        return _arrange([_finish(source, dtype, factor, keep) for source, dtype in gradients])
+        return _finished(gradients, factor, keep)
 
 
-def _arrange(gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    hidden, *parameters = gradients
-    return (hidden, None, None, None, None, None, *parameters)
+def _finished(gradients: list[tuple[Source, torch.dtype]], factor: Tensor | None, keep: bool) -> tuple[Any, ...]:
+    """Return the gradient of each argument of the forward pass."""
+    found: list[Tensor | None] = []
+    for source, dtype in gradients:
+        if isinstance(source, WeightGradient):
+            found.append(source.finish(factor, keep))
+        else:
+            found.append(None if source is None else scaled(source, factor, keep).to(dtype))
+    return (found[0], None, None, None, None, None, *found[1:])
 
 
-def _finish(source: Source, dtype: torch.dtype, factor: Tensor | None, keep: bool) -> Tensor | None:
-    if isinstance(source, WeightGradient):
-        return source.finish(factor, keep)
-    return None if source is None else scaled(source, factor, keep).to(dtype)
-
-
-def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
+def _gradients_of_values(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
     hidden, labels, rows = ctx.saved_tensors[:3]
     head, options, wants, autocast, dtype = ctx.work
     # the backward pass runs outside of the autocast that the forward pass was in
@@ -133,7 +126,7 @@ def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
         largest = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny)
         factor = torch.exp2(largest.log2().ceil()) / work.half_scale()
     _, _, gradients = work.run(grad_values if factor is None else grad_values / factor, wants)
-    return [_finish(source, dtype, factor, keep=False) for source, dtype in gradients]
+    return _finished(gradients, factor, keep=False)
 
 
 def _keeps_graph() -> bool:
@@ -191,7 +184,8 @@ class _Work:
         score = _row_pass_of(options.impl, hidden.device)
         values, columns = [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in self.parts():
+            size = self.chunk_size()
+            for part in [slice(start, start + size) for start in range(0, len(self.labels), size)]:
                 index = part if self.rows is None else self.rows[part]
                 logits = chunk.logits(hidden[index], weight is not None)
                 factor = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
@@ -216,15 +210,9 @@ class _Work:
         if not columns:  # nothing is scored
             width = len(STATISTICS) - (not options.entropy) + (0 if options.extra is None else options.extra.width)
             columns = [hidden.new_zeros(0, width).float()]
-        gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
-        for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
-            gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))
-        return torch.cat(values) if values else None, torch.cat(columns), gradients
-
-    def parts(self) -> Iterator[slice]:
-        """Return the chunks, as slices of the scored tokens."""
-        size = self.chunk_size()
-        return (slice(start, start + size) for start in range(0, len(self.labels), size))
+        sources = [grad_hidden, *chunk.totals()]
+        dtypes = [hidden.dtype if tensor is None else tensor.dtype for tensor in (hidden, *head.parameters)]
+        return torch.cat(values) if values else None, torch.cat(columns), list(zip(sources, dtypes, strict=True))
 
     def chunk_size(self) -> int:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""

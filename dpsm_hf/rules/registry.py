@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import formulas
-from .rule import Parameter, Rule
+from .rows import Parameter, Rule
 
 
 def _find() -> dict[str, Rule]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions, with_tail
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions, with_tail
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions
 from . import brier, ce
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..rows import RowScore, RowStatistics
-from ..rule import Parameter, Rule, RuleOptions
+from ..rows import Parameter, RowScore, RowStatistics, Rule, RuleOptions
 from . import ce
 
 tl: Any = None  # triton.language, once the Triton functions are made

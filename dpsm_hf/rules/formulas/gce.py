@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rows import RowScore, RowStatistics
-from ..rule import Parameter, Rule, RuleOptions
+from ..rows import Parameter, RowScore, RowStatistics, Rule, RuleOptions
 from . import ce
 
 tl: Any = None  # triton.language, once the Triton functions are made
