@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -91,14 +91,10 @@ class TargetFlips:
         return int(first + (combine(self.seed & MASK, _WHICH_STEPS, stretch) * (after - first) >> BITS))
 
     def __call__(self, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return the targets of a step with its flips, and which of them are flipped.
+        """Return the targets of a step (from 0 on) with its flips, and which are flipped, as bool of the same shape.
 
-        Args:
-            targets: int64 ``[..., T]``, -100 where nothing is scored; not modified.
-            step: the optimizer step, from 0 on.
-
-        Returns:
-            The new targets and a bool tensor of their shape. No synchronisation with the device.
+        ``targets`` are int64 ``[..., T]``, -100 where nothing is scored, and stay as they are. The device is not
+        waited for.
         """
         if not self.flips_step(step):
             return targets, torch.zeros_like(targets, dtype=torch.bool)
@@ -226,8 +222,7 @@ def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor 
         counts: ``[V]`` label counts for unigram replacement; None for uniform.
     """
     weights = torch.ones(vocabulary, dtype=torch.int64) if counts is None else counts.long().clone()
-    ids = sorted({token for token in special if 0 <= token < vocabulary})
-    weights[torch.tensor(ids, dtype=torch.int64)] = 0
+    weights[[token for token in special if 0 <= token < vocabulary]] = 0
     return weights
 
 
@@ -257,9 +252,7 @@ def _label_arrays(dataset: Any) -> Iterable[np.ndarray]:
         if "labels" not in dataset.column_names:
             raise ValueError("unigram replacement counts the training set's 'labels', and it has no such column.")
         for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-            column = batch["labels"]
-            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            yield column.flatten().to_numpy(zero_copy_only=False)
+            yield pc.list_flatten(batch["labels"]).to_numpy()
         return
     for index in range(len(dataset)):
         yield np.asarray(dataset[index]["labels"]).reshape(-1)

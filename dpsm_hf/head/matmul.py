@@ -25,14 +25,7 @@ _FREED_BYTES = 40 * 2**20
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return ``left @ right.T + bias``; ``F.linear`` for any strides.
-
-    Args:
-        left: ``[n, k]``.
-        right: ``[m, k]``.
-        bias: ``[m]``.
-        out: ``[n, m]``; what is returned may lie there, or in memory of its own.
-    """
+    """Return ``left @ right.T + bias`` of ``[n, k]``, ``[m, k]``, ``[m]``, any strides, in ``out`` or elsewhere."""
     if by_onednn(left, len(right)):
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     if bias is None:

@@ -52,7 +52,7 @@ def row_pass(
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
-    size = max(1, min(rows, entries // vocab_size))
+    size = max(1, min(rows, entries // vocab_size))  # of `row_blocks`
     work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
     for part in row_blocks(logits, entries):

@@ -69,8 +69,7 @@ class ExtraStatistics:
 def _moments(u: Tensor, labels: Tensor) -> list[Tensor]:
     """Return ``nll``, ``d nll / d log T = H - nll`` and ``d2 nll / d log T**2 = nll - H + Var_p(log p)``.
 
-    With ``u = z / T`` it is ``du / d log T = -u``, so that the mean over p of u comes in, which is the normalizer less
-    the entropy H.
+    With ``u = z / T`` it is ``du / d log T = -u``: the mean of u over p comes in, the normalizer less the entropy H.
     """
     log_p = torch.log_softmax(u, -1)
     p = log_p.exp()

@@ -143,16 +143,10 @@ def logits_gradient(
 def gradient_in_place(
     p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
 ) -> Tensor:
-    """Turn the probabilities of some rows into the gradient of their score by the logits, and return it.
+    """Turn the probabilities ``[n, V]`` of some rows into the gradient of their score by the logits, and return it.
 
-    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the label's entry replaced by ``score.target``.
-
-    Args:
-        p: ``[n, V]``, overwritten; the label's entry is not read.
-        labels: ``[n, 1]``.
-        score: of the rows.
-        threshold: below it the tail begins; None where there is none.
-        spare: a buffer like p, overwritten.
+    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the entry of the labels, ``[n, 1]``, replaced by
+    ``score.target``. The buffer ``spare``, shaped like p, is overwritten.
     """
     tail = None if threshold is None else (p < threshold) * _column(score.e)
     factor = _column(score.a)

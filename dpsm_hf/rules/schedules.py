@@ -75,11 +75,8 @@ def _along(shape: Callable[[int, ScheduleSpan], float]) -> AlphaFunction:
     return alpha
 
 
-_linear = _along(_ramp)
-_cosine = _along(lambda step, span: 0.5 * (1.0 - math.cos(math.pi * _ramp(step, span))))
 _constant = _along(lambda step, span: 1.0)
 _switch = _along(lambda step, span: float(step >= span.hold))
-_triangle = _along(_up_and_down)
 
 
 def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
@@ -147,12 +144,12 @@ def register_alpha_schedule(
     return register
 
 
-register_alpha_schedule("linear")(_linear)
-register_alpha_schedule("cosine")(_cosine)
+register_alpha_schedule("linear")(_along(_ramp))
+register_alpha_schedule("cosine")(_along(lambda step, span: 0.5 * (1.0 - math.cos(math.pi * _ramp(step, span)))))
 register_alpha_schedule("constant", uses_warmup=False, uses_hold=False)(_constant)
-register_alpha_schedule("late_linear", hold=0.5)(_linear)
+register_alpha_schedule("late_linear", hold=0.5)(_along(_ramp))
 register_alpha_schedule("step", hold=0.5, uses_warmup=False)(_switch)
-register_alpha_schedule("triangle", needs_total=True)(_triangle)
+register_alpha_schedule("triangle", needs_total=True)(_along(_up_and_down))
 register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(feedback_alpha)
 
 
@@ -198,16 +195,14 @@ class AlphaSchedule:
         Raises:
             ValueError: if the schedule (a third party's, say) leaves [0, 1].
         """
-        function = _SCHEDULES[self.name].function
-        alpha = float(function(step, self.resolve(total_steps), self.options, log_history))
+        alpha = float(_SCHEDULES[self.name].function(step, self.resolve(total_steps), self.options, log_history))
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"the {self.name!r} schedule gave alpha={alpha} at step {step}, outside [0, 1].")
         return alpha
 
     def describe(self, total_steps: int) -> str:
         """Return one line that says how alpha will move, in steps."""
-        span, options = self.resolve(total_steps), self.options
-        registered = _SCHEDULES[self.name]
+        span, options, registered = self.resolve(total_steps), self.options, _SCHEDULES[self.name]
         if self.name == "constant":
             return f"constant: alpha = {options.end:g} at every step"
         if self.name == "feedback":

@@ -37,7 +37,7 @@ _DESCRIPTION = (__doc__ or "").replace("``", "")
 # Tokens of an encoder-decoder's rows where nobody says.
 _MOST_TOKENS = {"max_source_length": 1024, "max_target_length": 128}
 
-# What the table shows: name, heading.
+# Rows of the table.
 _ROWS = (
     ("nll", "NLL (nats)"), ("perplexity", "perplexity"), ("brier", "Brier score"),
     ("ece_10", "ECE-10"), ("ece_15", "ECE-15"), ("ece_100", "ECE-100"),

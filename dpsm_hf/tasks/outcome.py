@@ -89,8 +89,8 @@ class Outcome:
         panel = self._trainer.panel
         if panel is None or not panel.tokens.tokens or not self._trainer.is_world_process_zero():
             return
-        self._calibration[split if checkpoint == "last" else f"{checkpoint}-{split}"] = self._record(panel, prefix)
         name = f"{checkpoint}-{split}"
+        self._calibration[split if checkpoint == "last" else name] = self._record(panel, prefix)
         folder = Path(str(self._trainer.args.output_dir)) / DOCUMENTS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         write_arrays(document_sums(panel, rows), folder / f"{name}.npz")

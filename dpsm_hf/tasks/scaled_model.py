@@ -24,11 +24,7 @@ RECORD_NAME = "applied_temperature.json"
 
 
 def check_target(folder: Path, source: str | Path) -> None:
-    """Look, before the long part, whether a scaled model may be written to a folder.
-
-    Args:
-        folder: where it is to go.
-        source: the model that the temperature is fitted for, a folder or a name on the hub.
+    """Look, before the long part, whether the scaled form of ``source``, a folder or a name, may go to a folder.
 
     Raises:
         ValueError: if that would overwrite the model itself, or anything else that `save_scaled` has not written.

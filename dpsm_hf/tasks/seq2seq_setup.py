@@ -13,9 +13,6 @@ logger = logging.getLogger(__name__)
 # Tokenizers that put a language code into every row. Since transformers 5 one class each, backed by `tokenizers`.
 MULTILINGUAL_TOKENIZERS = (MBartTokenizer, MBart50Tokenizer)
 
-# Model types pretrained with a task name in front of the source.
-_PREFIXED_MODEL_TYPES = ("t5",)
-
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse, by a ValueError, a tokenizer without a pad token or an end token."""
@@ -108,7 +105,7 @@ def check_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def check_source_prefix(model: PreTrainedModel, source_prefix: str | None, from_scratch: bool) -> None:
     """Warn when a pretrained T5 is used without the task prefix it was trained with; fresh weights expect none."""
-    if source_prefix is None and not from_scratch and model.config.model_type in _PREFIXED_MODEL_TYPES:
+    if source_prefix is None and not from_scratch and model.config.model_type == "t5":
         logger.warning(
             "A T5 model is used without a source prefix; the pretrained ones expect one, for example "
             "--source_prefix 'summarize: '."
