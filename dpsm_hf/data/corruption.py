@@ -241,18 +241,14 @@ def label_counts(dataset: Any, vocabulary: int) -> Tensor:
             "unigram replacement counts the labels of the training set before training, and a stream cannot be "
             "counted: use --flip_replacement uniform, or leave out --streaming."
         )
-    counts = np.zeros(vocabulary, dtype=np.int64)
-    for values in _label_arrays(dataset):
-        counts += np.bincount(values[(values >= 0) & (values < vocabulary)], minlength=vocabulary)
-    return torch.from_numpy(counts)
-
-
-def _label_arrays(dataset: Any) -> Iterable[np.ndarray]:
+    samples: Any = dataset
+    parts: Iterable[np.ndarray] = (np.asarray(samples[i]["labels"]).reshape(-1) for i in range(len(samples)))
     if isinstance(dataset, Dataset):
         if "labels" not in dataset.column_names:
             raise ValueError("unigram replacement counts the training set's 'labels', and it has no such column.")
-        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-            yield pc.list_flatten(batch["labels"]).to_numpy()
-        return
-    for index in range(len(dataset)):
-        yield np.asarray(dataset[index]["labels"]).reshape(-1)
+        batches = dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000)
+        parts = (pc.list_flatten(batch["labels"]).to_numpy() for batch in batches)
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for values in parts:
+        counts += np.bincount(values[(values >= 0) & (values < vocabulary)], minlength=vocabulary)
+    return torch.from_numpy(counts)

@@ -68,7 +68,7 @@ def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
     ``p_target = p.gather(-1, labels)``, ``off_norm = (p**2).sum(-1) - p_target**2`` and so on.
 
     Args:
-        logits: ``[N, V]``, any floating dtype; float64 is kept, everything else is computed in float32.
+        logits: ``[N, V]`` of any floating dtype; float64 is kept.
         labels: ``[N]`` int64, each in ``[0, V)``.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
