@@ -216,15 +216,17 @@ class _Work:
 
     def chunk_size(self) -> int:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
-        most = self.options.chunk_tokens or (max(1, len(self.labels)) if self.whole else None)
-        if most is None:
-            row_bytes = self.head.vocab_size * self.dtype.itemsize
-            if self.hidden.device.type == "cpu":
-                most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
-            else:
-                most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
-        number = max(1, -(-len(self.labels) // most))
-        return max(1, -(-len(self.labels) // number))
+        tokens, row_bytes = max(1, len(self.labels)), self.head.vocab_size * self.dtype.itemsize
+        if self.options.chunk_tokens is not None:
+            most = self.options.chunk_tokens
+        elif self.whole:
+            most = tokens
+        elif self.hidden.device.type == "cpu":
+            most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
+        else:
+            most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
+        number = -(-tokens // most)
+        return -(-tokens // number)
 
 
 class _LinearChunks:

@@ -61,10 +61,9 @@ class _Output(torch.autograd.Function):
 class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
-        ctx.like = (output.shape, output.dtype, output.device)
+        ctx.shape, ctx.options = output.shape, {"dtype": output.dtype, "device": output.device}
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.like
-        return grads[0], torch.zeros(shape, dtype=dtype, device=device)
+        return grads[0], torch.zeros(ctx.shape, **ctx.options)

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
 from .registry import further_parameters
-from .rows import (
-    STATISTICS,
-    RowScore,
-    logits_gradient,
-    row_blocks,
-    row_statistics,
-    statistics_columns,
-    tail_statistics,
-)
+from .rows import RowScore, logits_gradient, row_blocks, row_statistics, statistics_columns, tail_statistics
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
 
@@ -107,8 +99,8 @@ def score_tokens(
         loss = torch.where(invalid, torch.nan, torch.where(scored, loss, 0.0))
     if extra is not None:
         more = torch.where(kept, extra(flat_logits.detach(), safe_labels), 0.0)
-    columns = dict(zip(STATISTICS, torch.where(kept, stats, 0.0).unbind(-1), strict=True))
-    return TokenScores(loss, scored, extra=more, **columns)
+    nll, brier, spherical, confidence, correct, entropy = torch.where(kept, stats, 0.0).unbind(-1)
+    return TokenScores(loss, scored, nll, brier, spherical, confidence, correct, entropy, more)
 
 
 def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> str:
