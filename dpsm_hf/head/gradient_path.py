@@ -1,9 +1,9 @@
 """Make the backward pass visit the output of the output layer before the loss that was computed inside it.
 
-A head that scores tokens returns its loss aside, and its module an output that nobody needs. But ZeRO-3, FSDP2 and
-backward hooks act when the gradient of that output arrives; without it ZeRO-3 would not have gathered the weight when
-its gradient is computed. So the output is made to depend on the loss, and the loss to depend on what the model made of
-the output. The gradient along that path is zero.
+Where the loss is computed inside the output layer, nobody uses the layer's output. But ZeRO-3, FSDP2 and backward
+hooks act when the gradient of that output arrives; without it ZeRO-3 would not have gathered the weight when its
+gradient is computed. So the output is made to depend on the loss, and the loss on what the model made of the output.
+The gradient along that path is zero.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def constants(
 
 @functools.cache
 def _triton_functions() -> dict[str, Any]:
-    """Return the Triton function of each rule, made at first use: Triton is slow to import and on Linux alone."""
+    """Return the Triton function of each rule; made at first use, as Triton is slow to import and on Linux alone."""
     import triton
 
     modules: dict[str, Any] = {rule.name: sys.modules[rule.kernel.__module__] for rule in RULES.values()}

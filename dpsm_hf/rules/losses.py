@@ -117,7 +117,7 @@ def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int =
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Refuse, in a backward pass, to be differentiated again; torch's once_differentiable would do so silently."""
+    """Refuse a backward pass with create_graph=True, where once_differentiable returns a gradient without a graph."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "

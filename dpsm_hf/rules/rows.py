@@ -1,4 +1,4 @@
-"""A row of logits as the few scalars that a scoring rule is computed from, the gradient of a row, and what a rule is.
+"""The few scalars of a row of logits that scoring rules are computed from, a row's gradient, and what a rule is.
 
 For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)`` every rule here has a value that depends on the
 row only through the *row statistics*, and a gradient of one form::

@@ -24,7 +24,7 @@ RECORD_NAME = "applied_temperature.json"
 
 
 def check_target(folder: Path, source: str | Path) -> None:
-    """Look, before the long part, whether the scaled form of ``source``, a folder or a name, may go to a folder.
+    """Check, before the long part, that the scaled copy of the model ``source`` may be written to a folder.
 
     Raises:
         ValueError: if that would overwrite the model itself, or anything else that `save_scaled` has not written.
