@@ -183,11 +183,14 @@ class DPSMLoss(nn.Module):
         ignore_index: target of tokens that are not scored.
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
+        fixed_alpha: the same alpha at every call, in place of a schedule.
         loss_type, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
         rule_parameters: values of the rule's other parameters, by name.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
-    goes on at the same alpha. In evaluation mode the loss is taken at the current alpha and nothing advances.
+    goes on at the same alpha. A training call counts itself first: of ``warmup_steps=W`` the first one has alpha 1/W,
+    as in the method's own code. (`DPSMTrainer` takes alpha of finished steps: its first has alpha 0.)
+    In evaluation mode the loss is taken at the alpha of the last training call and nothing advances.
 
     Example::
 
@@ -209,6 +212,7 @@ class DPSMLoss(nn.Module):
         alpha_start: float | None = None,
         alpha_end: float = 1.0,
         hold: float | None = None,
+        fixed_alpha: float | None = None,
         loss_type: str = "dpsm",
         label_smoothing: float = 0.0,
         score_smoothing: float = 0.0,
@@ -221,6 +225,11 @@ class DPSMLoss(nn.Module):
             raise ValueError(f"vocab_size={vocab_size} must be at least 2.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
+        if fixed_alpha is not None:
+            if schedule not in ("linear", "constant") or (alpha_start, alpha_end, hold) != (None, 1.0, None):
+                raise ValueError(f"fixed_alpha={fixed_alpha} takes the place of a schedule: leave out schedule, "
+                                 "alpha_start, alpha_end and hold.")  # fmt: skip
+            schedule, alpha_end = "constant", fixed_alpha
         if not isinstance(schedule, AlphaSchedule):
             schedule = get_alpha_schedule(
                 schedule, warmup_steps=warmup_steps, start=alpha_start, end=alpha_end, hold=hold
@@ -241,8 +250,8 @@ class DPSMLoss(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """Return the Brier weight that the next call uses."""
-        return self.schedule(int(self.global_step), self.total_steps)
+        """Return the Brier weight that the next call uses, in the mode that the module is in."""
+        return self.schedule(int(self.global_step) + self.training, self.total_steps)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of ``logits`` ``[B, T, V]`` or ``[N, V]`` against ``targets`` ``[B, T]`` or ``[N]``.
