@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.devices import float64_device
-from ..runtime.files import json_number
+from ..runtime.files import strict
 from .blocks import BLOCKS, BlockSums, check_seen
 from .intervals import Interval, block_figures, error_interval
 
@@ -118,7 +118,7 @@ class ClassCalibration(BlockSums):
         """Return the mean, its interval and the error of each class, as a calibration file holds them."""
         return {
             "ece": self.ece,
-            "interval": [json_number(bound) for bound in self.interval()],
+            "interval": strict(self.interval()),
             "bins": CLASS_BINS,
             "classes": {str(token): error for token, error in self.compute().items()},
         }

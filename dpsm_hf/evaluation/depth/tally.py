@@ -11,7 +11,7 @@ from torch import Tensor
 from ...calibration.blocks import BLOCKS, BlockSums, check_seen
 from ...calibration.intervals import Interval, basic_interval, block_figures
 from ...runtime.devices import float64_device
-from ...runtime.files import json_number
+from ...runtime.files import strict
 
 
 class DepthTally(BlockSums):
@@ -103,7 +103,7 @@ class DepthTally(BlockSums):
         """
         return {
             "mean": self.mean,
-            "interval": [json_number(bound) for bound in self.interval()],
+            "interval": strict(self.interval()),
             "layers": self.layers,
             "tokens": self.tokens,
             "counts": self.count.sum(0).tolist(),
