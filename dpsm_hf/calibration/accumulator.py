@@ -83,8 +83,7 @@ class TokenCalibration(BlockSums):
         tensors = {name: _as_tensor(value) for name, value in columns.items()}
         shape = tensors["confidence"].shape
         keep = None if mask is None else torch.as_tensor(mask).bool()
-        shaped = tensors if keep is None else {**tensors, "mask": keep}
-        for name, tensor in shaped.items():
+        for name, tensor in (tensors if keep is None else {**tensors, "mask": keep}).items():
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but confidence has {tuple(shape)}.")
         device = tensors["confidence"].device

@@ -57,10 +57,6 @@ class BlockSums:
 
 
 def check_seen(tokens: int) -> None:
-    """Raise if no token was counted.
-
-    Raises:
-        ValueError: if ``tokens`` is 0.
-    """
+    """Raise ValueError if no token was counted."""
     if not tokens:
         raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")

@@ -84,11 +84,7 @@ class ClassCalibration(BlockSums):
         self.tokens_of_block.index_add_(0, block, torch.ones_like(block))
 
     def compute(self) -> dict[int, float]:
-        """Return the calibration error of each class by token id.
-
-        Raises:
-            ValueError: if no token was seen.
-        """
+        """Return the calibration error of each class by token id; ValueError if no token was seen."""
         return dict(zip(self.classes.tolist(), self._errors(np.ones((1, BLOCKS)))[0].tolist(), strict=True))
 
     @property

@@ -76,11 +76,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
 
 
 def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:
-    """Return how often each of ``number`` things is drawn in as many draws with replacement.
-
-    Returns:
-        int64 ``[samples, number]``.
-    """
+    """Return how often each of ``number`` things is drawn in as many draws with replacement, ``[samples, number]``."""
     return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
 
 
@@ -140,11 +136,7 @@ def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def check_resampling(level: float, samples: int) -> None:
-    """Raise unless level and number of resamples are usable.
-
-    Raises:
-        ValueError: naming what is out of range.
-    """
+    """Raise ValueError unless level and number of resamples are usable."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, 0.95 say.")
     if not isinstance(samples, int) or samples < 20:

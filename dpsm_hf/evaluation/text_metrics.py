@@ -1,11 +1,8 @@
 """Text-overlap and text-similarity scores of generated summaries: ROUGE, BERTScore and lengths.
 
 ROUGE comes straight from the `rouge-score` package (the one behind `evaluate.load("rouge")`, which would need the
-network) and BERTScore from `bert-score`. Nothing here knows about trainers or models under training.
-
-Sentences matter to rougeLsum only. They are taken from the newlines of a text when it has any; otherwise from nltk's
-punkt model when its data are installed; otherwise from the rules in `split_sentences`. `sentence_splitter_name()`
-says which of the last two this machine uses, so that a report can name it.
+network) and BERTScore from `bert-score`. Nothing here knows about trainers or models under training. Sentences, see
+`split_sentences`, matter to rougeLsum only.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ def _punkt_tokenizer() -> Callable[[str], list[str]] | None:
 
 
 def sentence_splitter_name() -> str:
-    """Name the splitter used for texts without newlines on this machine: "nltk punkt" or "rules"."""
+    """Name the splitter used for texts without newlines on this machine, for a report: "nltk punkt" or "rules"."""
     return "rules" if _punkt_tokenizer() is None else "nltk punkt"
 
 

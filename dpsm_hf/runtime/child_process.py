@@ -110,11 +110,7 @@ class Child:
 def tail_of(log: Path, start: int = 0, lines: int = TAIL_LINES, longest: int = 2**18) -> tuple[str, ...]:
     """Return the last lines of a log that are not blank, progress bars reduced to their last state.
 
-    Args:
-        log: the file.
-        start: byte from which on to look.
-        lines: how many.
-        longest: bytes to read at most.
+    Only what lies behind byte `start` is read, and at most `longest` bytes of it.
     """
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)

@@ -42,11 +42,7 @@ def active() -> bool:
 
 
 def named(name: str) -> AbstractContextManager[object]:
-    """Return a context that is a range of this name for whoever listens now.
-
-    Args:
-        name: one of `RANGES`, or any other.
-    """
+    """Return a context that is a range of this name, of `RANGES` or any other, for whoever listens now."""
     if not active():
         return _NOTHING
     # under emit_nvtx the profiler passes the range on to NVTX

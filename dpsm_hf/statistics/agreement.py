@@ -21,7 +21,6 @@ class SignAgreement:
             about these settings and seeds.
         interval: exact binomial interval of the share, for a claim about all settings and seeds. It assumes
             independent cells; those of one seed or one setting are correlated, so it is somewhat too narrow.
-        level: of the interval.
         by_setting: the share in each setting, NaN where all its cells are missing.
     """
 

@@ -139,14 +139,7 @@ def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
 
 
 def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]:
-    """Apply `holm` to a family of tests by name.
-
-    Args:
-        p_values: by the name of the test, None or NaN for missing tests.
-
-    Raises:
-        ValueError: for a p-value outside [0, 1].
-    """
+    """Apply `holm` to a family of tests by name."""
     adjusted = holm(list(p_values.values()))
     return {
         name: AdjustedTest(math.nan if p is None else float(p), float(new))
@@ -155,11 +148,7 @@ def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]
 
 
 def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, float]:
-    """Return the limits of a claim, infinite where there is none.
-
-    Raises:
-        ValueError: with no limit, with NaN as one, or if at_least > at_most.
-    """
+    """Return the limits of a claim, infinite where there is none; ValueError as `decide`."""
     if at_least is None and at_most is None:
         raise ValueError("The claim has no limit: give at_least, at_most or both.")
     low = -math.inf if at_least is None else float(at_least)

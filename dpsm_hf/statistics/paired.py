@@ -54,14 +54,10 @@ class PairedComparison:
 
     Attributes:
         scale: "difference" (values - baseline) or "ratio" (values / baseline).
-        pairs: n.
-        values_mean, baseline_mean: means over the seeds.
         estimate: the mean difference, or the geometric mean of the ratios.
         sd: of the differences, or of the log-ratios; NaN for one pair.
-        interval: t interval of the estimate, NaN for one pair.
-        level: of the interval.
+        interval: t interval of the estimate, of that level, NaN for one pair.
         t: statistic for "no difference", infinite if all differences are the same and not 0.
-        degrees_of_freedom: n - 1.
         p_value: two-sided; NaN for one pair.
         zero_variance: all differences are the same. Interval and p are then the limits of the formulas (a point; 0, or
             1 where the difference is 0): right for deterministic figures (bytes, FLOPs), too narrow for rounded ones.
@@ -145,16 +141,12 @@ class ClaimTest:
     """Test of the claim that a difference or a ratio lies within limits.
 
     Attributes:
-        scale: "difference" or "ratio".
-        pairs: n.
         estimate: the mean difference, or the geometric mean of the ratios.
         interval: of level 1 - 2 alpha.
         at_least, at_most: the limits, infinite where there is none.
         alpha: probability of "holds" for a claim that is wrong.
-        p_at_least: one-sided p-value, null hypothesis "below at_least"; NaN without that limit.
-        p_at_most: one-sided p-value, null hypothesis "above at_most"; NaN without that limit.
+        p_at_least, p_at_most: one-sided p-values, null hypotheses "below at_least" and "above at_most"; NaN without.
         p_value: the larger of the two.
-        decision: holds, fails or cannot tell.
     """
 
     scale: str

@@ -13,13 +13,10 @@ class PowerNote:
     """What n pairs can detect.
 
     Attributes:
-        pairs: n.
-        sd: of the differences.
+        sd: of the differences of n pairs.
         sd_interval: 95 % interval of the true sd, from chi-squared; NaN for fewer than two pairs.
         detectable: smallest difference detected with probability `power`; NaN for fewer than two pairs.
-        power: that probability.
         alpha: of the two-sided test.
-        sentence: the note in words.
     """
 
     pairs: int

@@ -35,13 +35,10 @@ class DocumentBootstrap:
     Attributes:
         scale: "difference" (values - baseline) or "ratio".
         documents: number of documents, without those that are empty in both systems.
-        values, baseline: the figures of the two systems, means over the runs if there are several.
-        estimate: their difference or ratio.
+        values, baseline, estimate: figures of the systems (means over several runs), their difference or ratio.
         interval: NaN with fewer than two documents, or where a resample has no figure.
-        level: of the interval.
         standard_error: standard deviation over the resamples of the difference or of the log-ratio; NaN where one is
             undefined.
-        samples: number of resamples.
         undefined: resamples without a difference or ratio (a baseline of 0, no counts). A single one makes the
             interval of `DocumentMeans` NaN; that of `DocumentBins` needs the two figures only.
     """

@@ -48,9 +48,8 @@ class DepthTally(BlockSums):
         Raises:
             ValueError: if shapes disagree, or a depth or a document is out of range. Nothing is added then.
         """
-        fits = document is None or document.shape == depths.shape
-        if depths.dtype.is_floating_point or depths.dim() != 1 or not fits:
-            shape = None if document is None else tuple(document.shape)
+        shape = None if document is None else tuple(document.shape)
+        if depths.dtype.is_floating_point or depths.dim() != 1 or shape not in (None, tuple(depths.shape)):
             raise ValueError(
                 f"depths must be whole numbers [n] and document [n] or None, but they are {depths.dtype} "
                 f"{tuple(depths.shape)} and {shape}."
@@ -70,11 +69,7 @@ class DepthTally(BlockSums):
 
     @property
     def mean(self) -> float:
-        """Return the expected depth, ``sum_l l * n_l / n`` in layers.
-
-        Raises:
-            ValueError: if no token was seen.
-        """
+        """Return the expected depth, ``sum_l l * n_l / n`` in layers; ValueError if no token was seen."""
         return float(self._means(np.ones((1, BLOCKS)))[0])
 
     def interval(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> Interval:
@@ -94,9 +89,7 @@ class DepthTally(BlockSums):
         return drawn @ np.arange(self.layers + 1) / drawn.sum(1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a record holds: the mean, its interval, the layers, tokens by depth, and the share of depth.
-
-        ``share`` is ``mean / layers``: 1 where every token needs all layers.
+        """Return what a record holds; ``share`` is ``mean / layers``, 1 where every token needs all layers.
 
         Raises:
             ValueError: if no token was seen.

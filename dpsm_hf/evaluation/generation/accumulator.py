@@ -318,12 +318,11 @@ class GeneratedCalibration:
         """
         found: dict[str, Any] = {"tokens": self.tokens.tokens}
         if self.tokens.tokens:
-            parts: dict[str, Mapping[str, Any]] = {
-                "metrics": self.tokens.compute(),
-                "intervals": self.intervals("tokens"),
-            }
-            for part, values in parts.items():
-                found[part] = strict({new: values[name] for name, new in _OF_TOKENS.items() if name in values})
+            metrics, intervals = self.tokens.compute(), self.intervals("tokens")
+            found["metrics"] = strict({new: metrics[name] for name, new in _OF_TOKENS.items() if name in metrics})
+            found["intervals"] = strict(
+                {new: intervals[name] for name, new in _OF_TOKENS.items() if name in intervals}
+            )
             found["curve"] = self.tokens.curve(bins).as_dict()
         for view, (confidence, quality) in self._forecasts().items():
             found[view] = {
