@@ -14,7 +14,7 @@ from ..calibration import METRICS, ClassCalibration, TokenCalibration, lower_is_
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import TokenScores
 from ..runtime.distributed import process_index, process_number, real_rows
-from ..runtime.files import json_number
+from ..runtime.files import strict
 from .depth import DepthTally
 from .generation import GENERATED_METRICS, GeneratedCalibration
 
@@ -197,9 +197,8 @@ def _view(
 ) -> dict[str, Any]:
     intervals = calibration.intervals() if intervals is None else intervals
     return {
-        # a perplexity may be infinite
-        "metrics": {name: json_number(value) for name, value in calibration.compute().items()},
-        "intervals": {name: [json_number(bound) for bound in interval] for name, interval in intervals.items()},
+        "metrics": strict(calibration.compute()),  # a perplexity may be infinite
+        "intervals": strict(intervals),
         "curve": calibration.curve(bins).as_dict(),
     }
 
