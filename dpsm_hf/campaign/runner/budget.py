@@ -34,20 +34,12 @@ from .records import SETTLED, Record
 
 
 def training_seconds(record: Record | None) -> float | None:
-    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured.
-
-    Args:
-        record: of the run.
-    """
+    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured."""
     return record.efficiency.get("train_seconds") if record is not None else None
 
 
 def prunable_runs(campaign: Campaign) -> set[str]:
-    """Return the ids of the runs that may be left out: they stand for ablations only.
-
-    Args:
-        campaign: with the roles of its variations.
-    """
+    """Return the ids of the runs that may be left out: they stand for ablations only."""
     roles: dict[str, set[str]] = {}
     role = {variation.name: variation.role for variation in campaign.variations}
     for point in campaign.points:
@@ -86,10 +78,6 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
     """Return, for each run, the mean measured training time of the reference in the same setting, by run id.
 
     Where that was not measured, at the same size, data and length; a run without either is left out.
-
-    Args:
-        campaign: with the points of the reference.
-        records: so far, by run id.
     """
     by_setting: dict[tuple[Any, ...], list[float]] = {}
     by_length: dict[tuple[Any, ...], list[float]] = {}
@@ -107,12 +95,7 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
 
 
 def awaited_references(campaign: Campaign, run_id: str) -> list[str]:
-    """Return the reference's runs that would tell how long a run takes.
-
-    Args:
-        campaign: with the points of the reference.
-        run_id: of the run.
-    """
+    """Return the reference's runs that would tell how long a run takes."""
     points = campaign.planned_points
     if run_id not in points:
         return []
@@ -129,14 +112,7 @@ def awaited_references(campaign: Campaign, run_id: str) -> list[str]:
 def ledger(
     campaign: Campaign, records: Mapping[str, Record], run_id: str, active: Iterable[str] = ()
 ) -> Ledger | None:
-    """Return the account before a run is started; None as long as the reference is not measured where it stands.
-
-    Args:
-        campaign: with the limit.
-        records: so far, by run id.
-        run_id: of the run that is to start.
-        active: ids of the runs under way.
-    """
+    """Return the account before a run is started; None as long as the reference is not measured where it stands."""
     reference = reference_seconds(campaign, records)
     if run_id not in reference:
         return None
@@ -198,23 +174,14 @@ def _explain_limit(decided: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Ablations that are compared with each other.
-
-    Args:
-        setting: what they have in common, in words.
-        members: ids of their runs, in the order of the plan.
-    """
+    """Ablations that are compared with each other."""
 
     setting: str
     members: tuple[str, ...]
 
 
 def cohorts(campaign: Campaign) -> list[Cohort]:
-    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group.
-
-    Args:
-        campaign: whose budget may name a metric to compare by.
-    """
+    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group."""
     if campaign.budget.halving_metric is None:
         return []
     compared = prunable_runs(campaign) - {needed for run in campaign.runs.values() for needed in run.needs}
@@ -232,9 +199,6 @@ def _in_words(point: Point) -> str:
 
 def check_halving(campaign: Campaign) -> None:
     """Look whether the ablations are evaluated where halving is to compare them.
-
-    Args:
-        campaign: possibly made by hand; one from a file has been checked with its lines.
 
     Raises:
         RunnerError: evaluations are not by steps.
@@ -254,10 +218,6 @@ def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
 
     Equal to the last digit are schedules that have not left cross-entropy yet: a rung before they do cannot tell them
     apart, and must not choose among them by the order of the plan.
-
-    Args:
-        figures: by run id, in the order of the plan; lower is better.
-        keep: share that is kept, rounded up.
     """
     count = max(1, math.ceil(round(len(figures) * keep, 6)))
     ranked = sorted(figures, key=figures.__getitem__)  # a stable sort: of those not finite the earlier in the plan
@@ -266,11 +226,7 @@ def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
 
 
 def rung_done(record: Record | None) -> int:
-    """Return how many rungs a run has passed: where it was compared and goes on.
-
-    Args:
-        record: of the run.
-    """
+    """Return how many rungs a run has passed: where it was compared and goes on."""
     decided: Mapping[str, Any] = record.decision if record is not None else {}
     return int(decided["rung"]) + 1 if decided.get("kind") == "halving" else 0
 
@@ -323,15 +279,7 @@ def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
 
 
 class Pruning:
-    """Decide by the records what the budget has to say; nothing is written here.
-
-    Args:
-        campaign: with the budget.
-        directory: of the campaign.
-        names: of the runs, by id.
-        records: so far, by run id; shared with who writes them.
-        say: tells people something.
-    """
+    """Decide by the records what the budget has to say; nothing is written here."""
 
     def __init__(
         self,
@@ -351,23 +299,12 @@ class Pruning:
     # ---- before a start
 
     def next_rung(self, run_id: str) -> int | None:
-        """Return the number of the rung that a run has to stop at next, None where it may go to the end.
-
-        Args:
-            run_id: of the run.
-        """
+        """Return the number of the rung that a run has to stop at next, None where it may go to the end."""
         rung = rung_done(self._records.get(run_id))
         return rung if run_id in self._members and rung < len(self._campaign.budget.halving_rungs) else None
 
     def waits(self, run_id: str, rung: int | None, active: Collection[str], may_start: Callable[[str], bool]) -> bool:
-        """Return whether a run has to wait: at a rung for the others, or until the reference is measured.
-
-        Args:
-            run_id: of the run.
-            rung: of `next_rung`.
-            active: ids of the runs under way.
-            may_start: whether a run is still to come.
-        """
+        """Return whether a run has to wait: at a rung for the others, or until the reference is measured."""
         if rung is not None and self._reached(run_id, rung, active) is not None:
             return True
         if run_id not in self._prunable or run_id in reference_seconds(self._campaign, self._records):
@@ -375,12 +312,7 @@ class Pruning:
         return any(other in active or may_start(other) for other in awaited_references(self._campaign, run_id))
 
     def left_out(self, run_id: str, active: Collection[str]) -> Record | None:
-        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway.
-
-        Args:
-            run_id: of the run.
-            active: ids of the runs under way.
-        """
+        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway."""
         account = ledger(self._campaign, self._records, run_id, active)
         if account is None or account.fits:
             return None
@@ -405,10 +337,6 @@ class Pruning:
 
     def decide(self, active: Collection[str], may_start: Callable[[str], bool]) -> dict[str, Record]:
         """Return the new records of the runs that can be compared now: those that go on, and those that are stopped.
-
-        Args:
-            active: ids of the runs under way.
-            may_start: whether a run is still to come.
 
         Raises:
             RunnerError: no evaluation at the step has the metric.

@@ -22,11 +22,7 @@ _SPLITS = {"eval": "validation", "test": "test", "predict": "test"}
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written.
-
-    Args:
-        folder: of the run.
-    """
+    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written."""
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
         if "global_step" in _state(found[step]):
@@ -34,11 +30,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def newest_state(folder: Path) -> Mapping[str, Any]:
-    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one.
-
-    Args:
-        folder: of the run.
-    """
+    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one."""
     own = _state(folder)
     newest = next((path for _, path in checkpoints(folder)), None)
     newer = _state(newest) if newest is not None else {}
@@ -51,66 +43,37 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def reached_step(folder: Path) -> int:
-    """Return the step that a run would go on from; 0 where it would begin.
-
-    Args:
-        folder: of the run.
-    """
+    """Return the step that a run would go on from; 0 where it would begin."""
     return next((step for step, _ in checkpoints(folder)), 0)
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the script has come to its end: it writes the outcome last, in one step.
-
-    Args:
-        folder: of the run.
-    """
+    """Return whether the script has come to its end: it writes the outcome last, in one step."""
     return (folder / OUTCOME_NAME).exists()
 
 
 def has_results(folder: Path) -> bool:
-    """Return whether a script that ended well has come to its end, rather than stopped to go on later.
-
-    Args:
-        folder: of the run.
-    """
+    """Return whether a script that ended well has come to its end, rather than stopped to go on later."""
     return is_finished(folder) or (folder / RESULTS_NAME).exists()
 
 
 def forget_results(folder: Path) -> None:
-    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's.
-
-    Args:
-        folder: of the run.
-    """
+    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's."""
     for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
-def clean_folder(folder: Path, *, keep_checkpoints: bool, keep_model: bool) -> None:
-    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them.
-
-    Args:
-        folder: of the run.
-        keep_checkpoints: leave them.
-        keep_model: leave the final weights.
-    """
-    if not keep_checkpoints:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
-    if not keep_model:
-        for pattern in _WEIGHTS:
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
+def clean_folder(folder: Path, keep_checkpoints: bool, keep_model: bool) -> None:
+    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them."""
+    for path in () if keep_checkpoints else folder.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in () if keep_model else _WEIGHTS:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
-
-    Args:
-        record: of the run; what is measured by the runner is kept.
-        folder: of the run.
-        logged: take the last evaluation of the log for that of the end where there is none.
 
     Raises:
         ValueError: a file is no JSON.
@@ -143,9 +106,6 @@ def read_run(folder: str | Path) -> Record:
     Of a run that no campaign has started, the log history, the results and the calibration files are read, and a
     ``run.json`` where whoever started it has written one: ``name``, ``loss_type``, ``status`` (``finished`` or
     ``failed``), ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
-
-    Args:
-        folder: of the run.
 
     Raises:
         ValueError: the folder does not exist, holds no run, or holds a file that is not JSON.
@@ -214,11 +174,7 @@ def _readable(path: Path) -> Any:
 
 
 def diverged(record: Record) -> str | None:
-    """Return what of a finished run's figures is not finite, None where all are.
-
-    Args:
-        record: with the figures of its folder.
-    """
+    """Return what of a finished run's figures is not finite, None where all are."""
     for split, figures in record.metrics.get("last", {}).items():
         for name in ("nll", "loss"):
             if name in figures and figures[name] is None:

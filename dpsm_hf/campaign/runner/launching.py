@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,17 @@ _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
 
 
 def run_folder(directory: Path, run_id: str) -> Path:
-    """Return the folder of a run.
-
-    Args:
-        directory: of the campaign.
-        run_id: `design.Run.id`.
-    """
+    """Return the folder of a run."""
     return directory / "runs" / run_id
 
 
-def fill_in(arguments: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Replace ``{run:ID}`` by the output folder of that run and ``{campaign}`` by the campaign's folder.
-
-    Args:
-        arguments: of a run.
-        directory: of the campaign.
-    """
-
-    def path(match: re.Match[str]) -> str:
-        return str(run_folder(directory, match[2])) if match[2] else str(directory)
-
-    filled = _each_text(dict(arguments), lambda text: _PLACEHOLDER.sub(path, text))
-    assert isinstance(filled, dict)
-    return filled
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def fill_in(value: Any, directory: Path) -> Any:
+    """Replace ``{run:ID}`` by that run's folder and ``{campaign}`` by the campaign's, in texts at any depth."""
     if isinstance(value, str):
-        return change(value)
+        return _PLACEHOLDER.sub(lambda found: str(run_folder(directory, found[2]) if found[2] else directory), value)
     if isinstance(value, Mapping):
-        return {key: _each_text(item, change) for key, item in value.items()}
-    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: fill_in(item, directory) for key, item in value.items()}
+    return [fill_in(item, directory) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def script_settings(
@@ -62,20 +42,10 @@ def script_settings(
     run: Run,
     name: str,
     directory: Path,
-    *,
     tokenizer: Path | None = None,
     stop_at_step: float | None = None,
 ) -> dict[str, Any]:
-    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it.
-
-    Args:
-        campaign: the campaign.
-        run: the run.
-        name: of the run, for people.
-        directory: of the campaign.
-        tokenizer: the shared one that takes the place of ``train-bpe``.
-        stop_at_step: where to stop for the time being.
-    """
+    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it."""
     own = fill_in(run.arguments, directory)
     # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
     keeping = {"save_strategy": "steps", "save_total_limit": 2}
@@ -98,67 +68,35 @@ def script_settings(
 
 
 def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
-    """Return the command line of a run; everything that a person's own accelerate configuration may decide is given.
-
-    Args:
-        run: the run.
-        settings: its settings file.
-        threads: of each process.
-    """
+    """Return the command line of a run; nothing is left to a person's own accelerate configuration."""
+    options = f"--num_processes {run.processes} --num_machines 1 --num_cpu_threads_per_process {threads}"
+    options += " --mixed_precision no --dynamo_backend no --main_process_port 0"  # the Trainer's own arguments decide
     several = ["--multi_gpu"] if run.processes > 1 else []
-    options = {
-        "num_processes": run.processes,
-        "num_machines": 1,
-        "num_cpu_threads_per_process": threads,
-        "mixed_precision": "no",  # the Trainer's own arguments decide
-        "dynamo_backend": "no",
-        "main_process_port": 0,
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     program = [*PROGRAM, TASKS[run.task].command, str(settings)]
-    return [sys.executable, "-m", LAUNCHER, *several, *words, *program]
+    return [sys.executable, "-m", LAUNCHER, *several, *options.split(), *program]
 
 
 def shown_command(command: Sequence[str], directory: Path) -> list[str]:
-    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder.
+    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder."""
 
-    Args:
-        command: of `launch_command`.
-        directory: of the campaign.
-    """
-    words = []
-    for word in command:
+    def shown(word: str) -> str:
         path = Path(word)
-        if word == sys.executable:
-            words.append("python")
-        elif path.is_absolute():
-            words.append(str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name)
-        else:
-            words.append(word)
-    return words
+        if word == sys.executable or not path.is_absolute():
+            return "python" if word == sys.executable else word
+        return str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name
+
+    return list(map(shown, command))
 
 
 def launch_environment(
     campaign: Campaign, run: Run, name: str, directory: Path, *, devices: Sequence[str] = (), threads: int = 1
 ) -> dict[str, str]:
-    """Return the environment variables of a run beyond those of the runner.
-
-    Args:
-        campaign: the campaign.
-        run: the run.
-        name: of the run, for people.
-        directory: of the campaign.
-        devices: the GPUs it may use; none leaves the variable alone.
-        threads: of each process.
-    """
+    """Return the environment variables of a run beyond those of the runner."""
     added = {RUNNER_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     if devices:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    defaults = {
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait spin, which starves another run on the same cores.
-        "GOMP_SPINCOUNT": "30000",
-    }
+    # Threads that wait spin, which starves another run on the same cores.
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "30000"}
     if "wandb" in campaign.track:
         added |= {"WANDB_RUN_GROUP": _group(campaign), "WANDB_RUN_ID": f"{_group(campaign)}-{run.id}"}
         # What goes on after an interrupt is the same run there.
@@ -176,10 +114,6 @@ def _group(campaign: Campaign) -> str:
 
 def check_campaign(campaign: Campaign, directory: Path) -> None:
     """Check, before the first run starts, for mistakes that would fail all runs, or one of them hours later.
-
-    Args:
-        campaign: the campaign.
-        directory: of the campaign.
 
     Raises:
         RunnerError: an unknown tracker, or a run that needs one that is not there.
