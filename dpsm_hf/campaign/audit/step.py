@@ -36,11 +36,6 @@ _LEFT_OUT = frozenset(
 def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> Task:
     """Read a run's arguments as the task does, for a trainer that trains nothing and saves nothing.
 
-    Args:
-        task: of the campaign.
-        arguments: of the run.
-        directory: folder that stands in for its output.
-
     Raises:
         ValueError: for an argument that the task does not have, or does not take.
     """
@@ -83,13 +78,7 @@ class Shape:
 
     @classmethod
     def of(cls, run: Task, longest: int, tokens: int) -> Shape:
-        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes.
-
-        Args:
-            run: the run. A summary has the share of its row that the run's longest summary has.
-            longest: tokens of a row, see `Task.longest_row`.
-            tokens: of the batch.
-        """
+        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes."""
         sequences = -(-tokens // longest)
         return cls.rows(run, sequences, -(-tokens // sequences), tokens)
 
@@ -110,14 +99,7 @@ class Shape:
 
 
 def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return one optimizer step's micro-batches of real text.
-
-    Args:
-        ids: enough tokens for the shape.
-        shape: of the whole step.
-        rows: of a micro-batch; None puts all into one.
-        device: that they are put on.
-    """
+    """Return one optimizer step's micro-batches of real text."""
     text = ids[: shape.sequences * shape.length].view(shape.sequences, shape.length).to(device)
     source, labels = text[:, : shape.source].contiguous(), text[:, shape.source :].contiguous()
     if not shape.target:
@@ -202,12 +184,7 @@ class Steps:
         return None if alpha is None else float(alpha)
 
     def step(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Do one optimizer step of a variation.
-
-        Args:
-            name: of the variation.
-            batches: the micro-batches.
-        """
+        """Do one optimizer step of a variation."""
         trainer = self._trainers[name]
         trainer.current_gradient_accumulation_steps = len(batches)
         # as Trainer counts: of the labels of all micro-batches

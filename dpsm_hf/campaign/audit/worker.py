@@ -46,8 +46,6 @@ class Measurement:
 
     Args:
         spec: task, runs by variation, reference, settings, the tokenizer and the file with the text's ids.
-        names: the variations that it measures.
-        report: takes each finding.
     """
 
     def __init__(self, spec: Mapping[str, Any], names: Sequence[str], report: Report) -> None:
@@ -195,9 +193,6 @@ def _reporter(stream: TextIO) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print what is found.
-
-    Args:
-        argv: the command line without the program's name; ``sys.argv[1:]`` when None.
 
     Returns:
         The exit status.
