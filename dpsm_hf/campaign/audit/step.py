@@ -6,7 +6,6 @@ each micro-batch, clipping, the optimizer. Only the text is the audit's, so that
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
+from ...runtime.files import write_json
 from ...tasks import get_task
 from ...tasks.task import Task
 
@@ -39,25 +39,16 @@ def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) ->
     Raises:
         ValueError: for an argument that the task does not have, or does not take.
     """
-    kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
-    run = get_task(task).parse([*command_line(kept), "--output_dir", str(directory), "--report_to", "none"])
+    kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT and value is not None}
+    path = directory / "arguments.json"
+    write_json({**kept, "output_dir": str(directory), "report_to": "none"}, path)
+    run = get_task(task).parse([str(path)])
+    path.unlink()
     training = run.training_args
     training.eval_strategy = IntervalStrategy.NO
     training.load_best_model_at_end = training.fit_temperature = training.push_to_hub = False
-    training.log_component_grad_norms = False
-    training.disable_tqdm = True
+    training.log_component_grad_norms, training.disable_tqdm = False, True
     return run
-
-
-def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Return arguments as the words of a command line; None is left out."""
-    words: list[str] = []
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-    return words
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,10 @@ class Shape:
 
     @classmethod
     def of(cls, run: Task, longest: int, tokens: int) -> Shape:
-        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes."""
+        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes.
+
+        A summary has the share of its row that the run's longest summary has; ``longest`` is `Task.longest_row`.
+        """
         sequences = -(-tokens // longest)
         return cls.rows(run, sequences, -(-tokens // sequences), tokens)
 
@@ -99,20 +93,16 @@ class Shape:
 
 
 def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return one optimizer step's micro-batches of real text."""
+    """Return one optimizer step's micro-batches, of so many rows each (None: all in one), of real text."""
     text = ids[: shape.sequences * shape.length].view(shape.sequences, shape.length).to(device)
     source, labels = text[:, : shape.source].contiguous(), text[:, shape.source :].contiguous()
     if not shape.target:
         labels = source.clone()
-    over = shape.sequences * shape.length - shape.tokens
-    if over:
+    if over := shape.sequences * shape.length - shape.tokens:
         labels[-1, labels.shape[1] - min(over, labels.shape[1]) :] = -100
     whole = {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
-    size = rows or shape.sequences
-    return [
-        {name: value[start : start + size] for name, value in whole.items()}
-        for start in range(0, shape.sequences, size)
-    ]
+    parts = {name: value.split(rows or shape.sequences) for name, value in whole.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 class Steps:
@@ -141,18 +131,15 @@ class Steps:
         self.model = first.load_model(self.tokenizer)
         if first.training_args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(first.training_args.gradient_checkpointing_kwargs)
-        self._trainers: dict[str, Any] = {}
         self._first: Any = None
-        for name, run in self.runs.items():
-            self._trainers[name] = self._trainer(run)
+        self._trainers = {name: self._trainer(run) for name, run in self.runs.items()}
         self.device: torch.device = first.training_args.device
 
     def _check_common(self) -> None:
         names = ("bf16", "fp16", "optim", "gradient_checkpointing", "torch_compile", "use_cpu")
         seen: dict[str, str] = {}
         for name, run in self.runs.items():
-            key = repr((run.model_args, [getattr(run.training_args, field) for field in names]))
-            seen.setdefault(key, name)
+            seen.setdefault(repr((run.model_args, [getattr(run.training_args, key) for key in names])), name)
         if len(seen) > 1:
             raise ValueError(
                 f"the variations {', '.join(seen.values())} differ in their model or in {', '.join(names)}, so their "
@@ -172,11 +159,6 @@ class Steps:
         trainer.state.max_steps = args.max_steps if args.max_steps > 0 else _STEPS
         trainer.state.global_step = int(PLACE * trainer.state.max_steps)
         return trainer
-
-    @property
-    def compiled(self) -> bool:
-        """Return whether the model is compiled."""
-        return bool(next(iter(self.runs.values())).training_args.torch_compile)
 
     def alpha(self, name: str) -> float | None:
         """Return the weight of the Brier score in a variation's step; None where nothing is mixed."""

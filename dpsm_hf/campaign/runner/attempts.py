@@ -17,7 +17,7 @@ from typing import Any
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
 from ..spec.design import Campaign
-from .collecting import collect, diverged, forget_results, has_results, is_finished, reached_step
+from .collecting import collect, diverged, forget_results, is_finished, reached_step
 from .launching import (
     LOG_NAME,
     SETTINGS_NAME,
@@ -178,7 +178,7 @@ def _ok_or_diverged(record: Record) -> Ending:
 
 
 def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Ending:
-    if has_results(folder):
+    if is_finished(folder, ended_well=True):
         return _ok_or_diverged(record)
     if rung is not None and step > 0:
         return Ending("paused", f"waits at step {step} for the runs it is compared with")
