@@ -25,6 +25,7 @@ import transformers
 
 from ...data.python_text import load_python_docs
 from ...measuring.processes import commit, device_name, own_process_environment, source_hash, spread
+from ...runtime.child_process import tail_of
 from ...runtime.files import strict, write_json
 from ..spec.design import Campaign, Point, Run
 
@@ -135,25 +136,21 @@ class _Audit:
         self.runs = audited_runs(campaign, self.settings.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.content = self._begin()
-
-    @property
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of each variation."""
-        return self.content["variations"]
+        #: What is known of each variation.
+        self.entries: dict[str, dict[str, Any]] = self.content["variations"]
 
     def run(self) -> dict[str, Any]:
         """Measure what is missing."""
         for name in self.runs:
             if "peak_memory_mb" not in self.entries[name]:
                 self._measure("memory", [name])
-        untimed = [name for name in self._sound() if self._rounds_missing(name)]
-        if untimed:
+        if untimed := [name for name in self._sound() if self._rounds_missing(name)]:
             reference = self.campaign.reference
             together = untimed if reference in untimed or reference not in self._sound() else [reference, *untimed]
             rounds = max(self._rounds_missing(name) for name in untimed)
             self._measure("time", together, rounds)
-        unsustained = [name for name in self._sound() if self.settings.steps and "sustained" not in self.entries[name]]
-        if unsustained:
+        unsustained = [name for name in self._sound() if "sustained" not in self.entries[name]]
+        if unsustained and self.settings.steps:
             self._measure("sustain", unsustained)
         for name in self._sound():
             self.entries[name]["status"] = "ok"
@@ -174,22 +171,19 @@ class _Audit:
     def _begin(self) -> dict[str, Any]:
         use_cpu = any(run.arguments.get("use_cpu") for run in self.runs.values())
         device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-        machine = describe_machine(device)
         content: dict[str, Any] = {
             "schema": SCHEMA, "campaign": self.campaign.name, "scale": self.campaign.scale,
             "task": self.campaign.task, "reference": self.campaign.reference, "device": device.type,
-            "machine": machine, "settings": asdict(self.settings), "variations": {},
+            "machine": describe_machine(device), "settings": asdict(self.settings), "variations": {},
         }  # fmt: skip
-        before, text = self._read_previous(content)
-        content["text"] = text
+        before, content["text"] = self._read_previous(content)
         content["variations"] = {name: entry for name, entry in before.items() if name not in self.runs}
         for name, run in self.runs.items():
             kept = before.get(name)
             if kept is None or kept.get("run") != run.id or kept.get("status") == "failed":
                 kept = {"samples": []}
-            title = self.campaign.variation(name).title
-            content["variations"][name] = {**kept, "title": title, "status": "running", "message": "",
-                                           "run": run.id}  # fmt: skip
+            known = {"title": self.campaign.variation(name).title, "status": "running", "message": "", "run": run.id}
+            content["variations"][name] = {**kept, **known}
         for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
             entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
         return content
@@ -255,11 +249,9 @@ class _Audit:
                     self._take(finding)
                     self._save()
         wanted = {"memory": "peak_memory_mb", "time": "profile", "sustain": "sustained"}[kind]
-        for name in names:
-            entry = self.entries[name]
+        for entry in map(self.entries.__getitem__, names):
             if wanted not in entry and entry["status"] != "failed":
-                text = log.read_text(encoding="utf-8", errors="replace")[start:]
-                tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
+                tail = "\n".join(tail_of(log, start, _TAIL_LINES))
                 entry.update(status="failed", message=f"the process that measures {kind} ended early: {tail}")
         self._save()
 

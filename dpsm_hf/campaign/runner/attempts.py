@@ -16,11 +16,11 @@ from typing import Any
 
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
-from ..spec.design import Campaign
 from .collecting import collect, diverged, forget_results, is_finished, reached_step
 from .launching import (
     LOG_NAME,
     SETTINGS_NAME,
+    Workplace,
     launch_command,
     launch_environment,
     run_folder,
@@ -56,16 +56,6 @@ _SENT = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGKILL")
 _STOPPED = frozenset({130, 143, *(-number for number in signal.Signals if number.name in _SENT)})
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """What all attempts of a campaign have in common."""
-
-    campaign: Campaign
-    directory: Path
-    names: Mapping[str, str]
-    threads: int
-
-
 class Attempt:
     """A run under way, which may go to the end or, in halving, to the rung of this number (counted from 0).
 
@@ -74,17 +64,11 @@ class Attempt:
     """
 
     def __init__(
-        self,
-        place: Workplace,
-        run_id: str,
-        record: Record | None,
-        devices: Sequence[str],
-        tokenizer: Path | None,
-        rung: int | None,
+        self, place: Workplace, run_id: str, devices: Sequence[str], tokenizer: Path | None, rung: int | None
     ) -> None:
         campaign, directory, name = place.campaign, place.directory, place.names[run_id]
-        run = campaign.runs[run_id]
-        self.run_id, self.devices, self.rung = run_id, tuple(devices), rung
+        run, record = campaign.runs[run_id], place.records.get(run_id)
+        self.devices, self.rung = tuple(devices), rung
         self.folder = run_folder(directory, run_id)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings = self.folder / SETTINGS_NAME
@@ -101,20 +85,14 @@ class Attempt:
             attempt["devices"] = list(devices)
         if rung is not None:
             attempt["rung"] = rung
-        fresh = Record(run_id=run_id, name=name, task=run.task, arguments=dict(run.arguments))
-        self.record = replace(
-            record or fresh,
-            name=name,
-            status="running",
-            message="",
-            command=shown_command(command, directory),
-            attempts=[*(record.attempts if record is not None else ()), attempt],
-            machine=machine_facts(devices),
-        )
+        record = record or Record(run_id, name, run.task, dict(run.arguments))
+        known: dict[str, Any] = {"command": shown_command(command, directory), "machine": machine_facts(devices)}
+        attempts = [*record.attempts, attempt]
+        self.record = replace(record, name=name, status="running", message="", attempts=attempts, **known)
         write_record(self.record, self.folder)
         self._memory_kills = memory_kill_count()
         with (self.folder / LOG_NAME).open("a", encoding="utf-8") as log:
-            log.write(f"=== attempt {len(self.record.attempts)}, {started}, from step {attempt['from_step']} ===\n")
+            log.write(f"=== attempt {len(attempts)}, {started}, from step {attempt['from_step']} ===\n")
         environment = launch_environment(campaign, run, name, directory, devices=devices, threads=threads)
         self.child = Child(command, self.folder / LOG_NAME, environment)
 
@@ -187,12 +165,10 @@ def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Endi
 
 def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return processor time and peak memory of all attempts; of one that nobody could measure the time is unknown."""
-    times = [attempt["cpu_seconds"] for attempt in attempts if attempt.get("cpu_seconds") is not None]
+    times = [attempt.get("cpu_seconds") for attempt in attempts]
     peaks = [attempt["peak_memory_mb"] for attempt in attempts if attempt.get("peak_memory_mb") is not None]
-    return {
-        "cpu_seconds": round(sum(times), 1) if len(times) == len(attempts) else None,
-        "peak_memory_mb": max(peaks, default=None),
-    }
+    whole = None if None in times else round(sum(filter(None, times)), 1)
+    return {"cpu_seconds": whole, "peak_memory_mb": max(peaks, default=None)}
 
 
 def _rounded(value: float | None) -> float | None:

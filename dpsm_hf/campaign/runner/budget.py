@@ -17,9 +17,8 @@ Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hype
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -27,7 +26,7 @@ from ...runtime.files import json_number
 from ...tasks.steps import stop_step
 from ..spec.design import Budget, Campaign, Point
 from .collecting import newest_state
-from .launching import run_folder
+from .launching import Workplace, run_folder
 from .lock import RunnerError
 from .progress import duration
 from .records import SETTLED, Record
@@ -239,18 +238,10 @@ def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
 class Pruning:
     """Decide by the records what the budget has to say; nothing is written here."""
 
-    def __init__(
-        self,
-        campaign: Campaign,
-        directory: Path,
-        names: Mapping[str, str],
-        records: MutableMapping[str, Record],
-        say: Callable[[str], None],
-    ) -> None:
-        self._campaign, self._directory, self._names = campaign, directory, names
-        self._records, self._say = records, say
-        self._prunable = prunable_runs(campaign)
-        self._cohorts = cohorts(campaign)
+    def __init__(self, place: Workplace, say: Callable[[str], None]) -> None:
+        self._campaign, self._directory, self._names = place.campaign, place.directory, place.names
+        self._records, self._say = place.records, say
+        self._prunable, self._cohorts = prunable_runs(place.campaign), cohorts(place.campaign)
         self._members = {run_id for cohort in self._cohorts for run_id in cohort.members}
         self._warned = False
 

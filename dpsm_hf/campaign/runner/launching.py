@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...runtime.child_process import RUNNER_VARIABLE
 from ...tasks import TASKS
 from ..spec.design import TRACKERS, Campaign, Run
 from .lock import LAUNCHER, RunnerError
+from .records import Record
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "log.txt"
@@ -21,6 +23,17 @@ LOG_NAME = "log.txt"
 PROGRAM = ("-m", "dpsm_hf")
 
 _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all runs of a campaign have in common; ``records``, by run id, change as they go on."""
+
+    campaign: Campaign
+    directory: Path
+    names: Mapping[str, str]
+    records: Mapping[str, Record]
+    threads: int = 1
 
 
 def run_folder(directory: Path, run_id: str) -> Path:
@@ -38,29 +51,26 @@ def fill_in(value: Any, directory: Path) -> Any:
 
 
 def script_settings(
-    campaign: Campaign,
-    run: Run,
-    name: str,
-    directory: Path,
-    tokenizer: Path | None = None,
-    stop_at_step: float | None = None,
+    campaign: Campaign, run: Run, name: str, directory: Path, tokenizer: Path | None = None, stop: float | None = None
 ) -> dict[str, Any]:
-    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it."""
+    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it.
+
+    A shared tokenizer takes the place of ``train-bpe``; ``stop`` is the step or share of steps to stop at for now.
+    """
     own = fill_in(run.arguments, directory)
     # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
-    keeping = {"save_strategy": "steps", "save_total_limit": 2}
     by_steps = own.get("eval_strategy") == "steps"
-    keeping["save_steps"] = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
+    every = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
+    keeping = {"save_strategy": "steps", "save_total_limit": 2, "save_steps": every}
     if own.get("save_strategy", "steps") != "steps" or "save_steps" in own:
         keeping = {"save_total_limit": 2}
     settings: dict[str, Any] = {**keeping, "disable_tqdm": True, "log_level": "warning", **own}
     if tokenizer is not None:
         settings["tokenizer_name"] = str(tokenizer)
         settings.pop("tokenizer_vocab_size", None)
-    if stop_at_step is not None:
-        settings["stop_at_step"] = stop_at_step
-    settings["output_dir"] = str(run_folder(directory, run.id))
-    settings["report_to"] = list(campaign.track) or "none"
+    if stop is not None:
+        settings["stop_at_step"] = stop
+    settings |= {"output_dir": str(run_folder(directory, run.id)), "report_to": list(campaign.track) or "none"}
     settings["run_name"] = name
     if "trackio" in campaign.track:
         settings.setdefault("project", _group(campaign))

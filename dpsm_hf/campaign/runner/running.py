@@ -22,10 +22,10 @@ from typing import TextIO
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
 from ..spec.design import Campaign
-from .attempts import Attempt, Ending, Workplace, recover
+from .attempts import Attempt, Ending, recover
 from .budget import Pruning, check_halving
 from .collecting import clean_folder
-from .launching import LOG_NAME, check_campaign, launch_environment, run_folder
+from .launching import LOG_NAME, Workplace, check_campaign, launch_environment, run_folder
 from .lock import RunnerError, campaign_lock, kill_run
 from .machine import cores, visible_devices
 from .progress import Progress, run_names
@@ -122,10 +122,9 @@ class _Runner:
         self.records = read_records(directory, order)
         self.progress = progress(campaign, order, names, stream)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
-        self.place = Workplace(campaign, directory, names, threads)
+        self.place = Workplace(campaign, directory, names, self.records, threads)
         self.devices = self._pool(devices)
-        self.free = list(self.devices)
-        self.budget = Pruning(campaign, directory, names, self.records, self.progress.say)
+        self.budget = Pruning(self.place, self.progress.say)
         self.active: dict[str, Attempt] = {}
         self.tokenizers: dict[Path, Child] = {}
         self.broken: set[Path] = set()
@@ -162,7 +161,8 @@ class _Runner:
                         self._start()
                     if not self.active and not self.tokenizers:
                         break
-                    self._tick()
+                    now = time.perf_counter()
+                    self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
                     time.sleep(_POLL_SECONDS)
         finally:
             # Nothing is left here but after an error of the runner's own.
@@ -207,7 +207,6 @@ class _Runner:
         for run_id, attempt in list(self.active.items()):
             if (ended := attempt.poll()) is not None:
                 del self.active[run_id]
-                self.free = [d for d in self.devices if d in self.free or d in attempt.devices]
                 self._take(run_id, *ended)
         for folder, child in list(self.tokenizers.items()):
             if (result := child.poll()) is not None:
@@ -240,10 +239,6 @@ class _Runner:
         waiting = [run_id for run_id in self.order if run_id in self.active or self._may_start(run_id)]
         estimate = self.progress.left(self.records, waiting, self.jobs)
         return 0.0 if not waiting else estimate if estimate is None else max(1.0, estimate)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
 
     # ---- what may start --------------------------------------------------------------------------------------------
 
@@ -291,8 +286,7 @@ class _Runner:
                     self._train_tokenizer(run_id, tokenizer)
                 continue
             if (devices := self._devices_for(run_id)) is not None:
-                self.free = [device for device in self.free if device not in devices]
-                attempt = Attempt(self.place, run_id, self.records.get(run_id), devices, tokenizer, rung)
+                attempt = Attempt(self.place, run_id, devices, tokenizer, rung)
                 self.active[run_id], self.records[run_id] = attempt, attempt.record
 
     def _write_down(self, decided: Mapping[str, Record]) -> None:
@@ -310,7 +304,9 @@ class _Runner:
         run = self.campaign.runs[run_id]
         if not self.devices or run.arguments.get("use_cpu"):
             return []
-        return self.free[: run.processes] if len(self.free) >= run.processes else None
+        taken = {device for attempt in self.active.values() for device in attempt.devices}
+        free = [device for device in self.devices if device not in taken]
+        return free[: run.processes] if len(free) >= run.processes else None
 
     def _train_tokenizer(self, run_id: str, folder: Path) -> None:
         run = self.campaign.runs[run_id]
