@@ -12,7 +12,7 @@ from typing import Any
 
 from ...runtime.files import read_json, write_json
 from ..audit.audit import AUDIT_NAME
-from ..audit.tables import table as audit_rows
+from ..audit.audit import table as audit_rows
 from ..runner.records import Record, read_records
 from ..spec.design import Campaign
 from ..verdict.audited_claims import audited_claims
