@@ -97,6 +97,10 @@ class Results:
         """Return the variations that are run in a setting, in the order of the campaign's tables."""
         return [v.name for v in self.campaign.variations if (setting, v.name) in self._points]
 
+    def title(self, variation: str) -> str:
+        """Return a variation's title by its name."""
+        return self.campaign.variation(variation).title
+
     def points(self, setting: Setting, variation: str) -> list[Point]:
         """Return the points of a variation in a setting: its seeds."""
         return self._points.get((setting, variation), [])
