@@ -67,7 +67,7 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
         "scale": campaign.scale,
         "headline": context["headline"],
         "overall": {v.name: overall(findings, v.name) for v in campaign.variations if v.name in judged},
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [finding.as_dict() for finding in findings],
     }
     write_json(content, directory / VERDICT_NAME)
     write_json({"schema": 1, "tables": [asdict(t) for of in shown.values() for t in of]}, directory / TABLES_NAME)
@@ -133,7 +133,7 @@ def _unfinished_ablations(results: Results) -> list[str]:
 
 def _claim_row(results: Results, finding: Finding) -> dict[str, Any]:
     css, title = finding.decision.replace(" ", "-"), results.title(finding.variation)
-    return {**asdict(finding), "css": css, "title": title, "figures": claim_line(finding)}
+    return {**finding.as_dict(), "css": css, "title": title, "figures": claim_line(finding)}
 
 
 def audit_table(content: Mapping[str, Any]) -> tables.Table:
