@@ -54,9 +54,9 @@ def load_campaign(
     chosen = _at_scale(tree, scale, problems)
     for override in overrides or ():
         apply_override(chosen, override, problems)
-    spec = SpecReader(Located(chosen, tree.place), path.resolve().parent, problems).read()
+    spec = SpecReader(Located(chosen, tree.place), path.resolve().parent, problems).read(scale, text)
     problems.check()
-    return select(expand(spec, scale, text, problems), only or ())
+    return select(expand(spec, problems), only or ())
 
 
 def campaign_file(path: str | Path) -> Path:
