@@ -112,8 +112,7 @@ def _check_reader(spec: Spec, of: Located, problems: Problems, path: str) -> Non
 
 def _check_study(spec: Spec, study: StudyEntry, problems: Problems, path: str) -> None:
     varied = {**study.arguments, **{name: values[0] for name, values in study.grid.items() if values}}
-    for name in study.grid.keys() & study.arguments.keys():
-        given = study.arguments[name]
+    for given in [study.arguments[name] for name in study.grid if name in study.arguments]:
         problems.add(given.place, given.key, "the grid of this study varies it; leave one of the two out")
     for name, given in varied.items():
         fixing = [v for v in study.variations if name in spec.variations[v].arguments]

@@ -147,5 +147,5 @@ def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
             parts = [re.fullmatch(r"([^=]*)=?([^,]*),?(.*)", text, re.DOTALL) for text in value]  # NAME=SOURCE,OPTIONS
             found[name] = [f"{part[1]}={hashes.get(part[2], part[2])},{part[3]}" for part in parts if part is not None]
         elif hashes:
-            (found[name],) = hashes.values()
+            found[name] = next(iter(hashes.values()))
     return found

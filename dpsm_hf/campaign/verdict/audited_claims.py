@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...runtime.files import json_number
-from ...statistics import Decision, claim_test
+from ...statistics import Decision
 from ..audit.audit import audited_runs
 from ..spec.design import Campaign
 from .claims import Claim
-from .finding import ALPHA, Finding, Judged, corrected, undecided
+from .finding import Finding, Judged, both_ends, corrected, undecided
 
 THROUGHPUT = Claim(
     "audited-throughput", "efficiency",
@@ -61,8 +61,7 @@ def _speed(entry: Mapping[str, Any], finding: Finding) -> Judged:
     if not rounds:
         return Judged(finding)
     ours, theirs = (1 / np.array([sample[key] for sample in rounds]) for key in ("seconds", "reference_seconds"))
-    test = claim_test(ours, theirs, at_least=finding.at_least, scale="ratio", alpha=ALPHA)
-    opposite = claim_test(ours, theirs, at_most=finding.at_least, scale="ratio", alpha=ALPHA)
+    test, opposite = both_ends(finding, ours, theirs)
     finding = replace(
         finding, estimate=test.estimate, low=json_number(test.interval.low), high=json_number(test.interval.high),
         pairs=len(rounds), p_value=json_number(test.p_value), note="pairs are rounds of the audit, not seeds",

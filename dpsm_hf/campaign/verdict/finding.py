@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ...runtime.files import json_number
-from ...statistics import Decision, holm
+from ...statistics import ClaimTest, Decision, claim_test, holm
 from .claims import Claim
 
 #: Family-wise error rate: the chance that any wrong claim of a family is said to hold.
@@ -78,6 +80,15 @@ class Judged:
     finding: Finding
     p_holds: float = math.nan
     p_fails: float = math.nan
+
+
+def both_ends(finding: Finding, ours: np.ndarray, theirs: np.ndarray) -> tuple[ClaimTest, ClaimTest]:
+    """Test that a finding's claim holds, and that it fails; figures that cannot be tested are a ValueError."""
+    holds, fails = (
+        claim_test(ours, theirs, at_least=low, at_most=high, scale=finding.scale, alpha=ALPHA)
+        for low, high in ((finding.at_least, finding.at_most), (finding.at_most, finding.at_least))
+    )
+    return holds, fails
 
 
 def corrected(tests: Sequence[Judged]) -> list[Finding]:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from ...runtime.files import json_number
-from ...statistics import ClaimTest, Decision, claim_test, decide, power_note, sign_agreement
+from ...statistics import ClaimTest, Decision, decide, power_note, sign_agreement
 from ..spec.design import Variation
 from .claims import Claim, claims_of
-from .finding import ALPHA, Finding, Judged, corrected, undecided, with_note
+from .finding import Finding, Judged, both_ends, corrected, undecided, with_note
 from .results import Pairs, Results, Setting
 
 #: Share of settings and seeds that have to agree.
@@ -136,12 +136,9 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: Variatio
         other = results.campaign.brier if claim.against == "brier" else results.campaign.reference
         ours, theirs = (results.values(setting, name, "train_seconds") for name in (variation.name, other))
         times = ([of.get(seed, math.nan) for seed in pairs.seeds] for of in (ours, theirs))
-        return _censored(claim, pairs, finding, *map(np.array, times))
+        return _censored(finding, pairs, *map(np.array, times))
     try:
-        test, opposite = (
-            claim_test(pairs.ours, pairs.theirs, at_least=low, at_most=high, scale=claim.scale, alpha=ALPHA)
-            for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
-        )
+        test, opposite = both_ends(finding, pairs.ours, pairs.theirs)
     except ValueError as error:  # a ratio needs positive figures
         return Judged(with_note(finding, str(error)))
     if len(pairs.seeds) < 2:
@@ -162,9 +159,7 @@ def _p_of(test: ClaimTest) -> float:
     return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
 
 
-def _censored(
-    claim: Claim, pairs: Pairs, finding: Finding, our_training: np.ndarray, their_training: np.ndarray
-) -> Judged:
+def _censored(finding: Finding, pairs: Pairs, our_training: np.ndarray, their_training: np.ndarray) -> Judged:
     """Judge times of which some are infinite, of runs that never arrived.
 
     All that is known of such a time is that it is longer than the training. With the training's time in its place
@@ -180,11 +175,10 @@ def _censored(
     ours = np.where(ours_never, our_training, pairs.ours)
     theirs = np.where(theirs_never, their_training, pairs.theirs)
     neither = bool((ours_never & theirs_never).any())
-    if neither or claim.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+    if neither or finding.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return Judged(finding)
     try:
-        test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
-        opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
+        test, opposite = both_ends(finding, ours, theirs)
     except ValueError as error:  # a run had the quality before its first step, so a time is 0
         return Judged(with_note(finding, str(error)))
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
