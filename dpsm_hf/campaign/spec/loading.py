@@ -54,17 +54,15 @@ def load_campaign(
     chosen = _at_scale(tree, scale, problems)
     for override in overrides or ():
         apply_override(chosen, override, problems)
-    spec = SpecReader(Located(chosen, tree.place), path.resolve().parent, problems).read()
+    spec = SpecReader(Located(chosen, tree.place), path.resolve().parent, problems).read(scale, text)
     problems.check()
-    return select(expand(spec, scale, text, problems), only or ())
+    return select(expand(spec, problems), only or ())
 
 
 def campaign_file(path: str | Path) -> Path:
-    """Return the file of a campaign, which may be named like one of those in the folder `SHIPPED`.
+    """Return the file of a campaign, which may be named like one of those in the folder `SHIPPED`, ending or not.
 
-    Args:
-        path: of a file, or a shipped name with or without its ending. A file of that name in the working directory
-            goes first.
+    A file of that name in the working directory goes first.
     """
     shipped = SHIPPED / f"{str(path).removesuffix('.yaml')}.yaml"
     bare = Path(path).name == str(path)
@@ -210,12 +208,10 @@ def _replace_data(tree: dict[str, Located], wanted: str, problems: Problems) -> 
     tree["data"] = Located({name: entry}, _DATA)
     studies = tree.get("studies")
     if studies is not None and isinstance(studies.value, dict):
-        changed = {}
+        changed = dict(studies.value)
         for study, keys in studies.value.items():
             if isinstance(keys.value, dict):
-                inside = {key: item for key, item in keys.value.items() if key != "data"}
-                keys = Located(inside, keys.place)
-            changed[study] = keys
+                changed[study] = Located({k: item for k, item in keys.value.items() if k != "data"}, keys.place)
         tree["studies"] = Located(changed, studies.place)
 
 
@@ -304,9 +300,7 @@ def _alternatives(text: str, problems: Problems) -> list[tuple[str, str]]:
 
 
 def _value(campaign: Campaign, point: Point, key: str) -> str:
-    if key == "role":
-        return campaign.variation(point.variation).role
-    return str(getattr(point, key))
+    return campaign.variation(point.variation).role if key == "role" else str(getattr(point, key))
 
 
 def _matches(campaign: Campaign, point: Point, key: str, pattern: str) -> bool:

@@ -24,9 +24,6 @@ _LARGEST, _PART = 256 << 20, 1 << 20
 def expand_variables(text: str) -> str:
     """Put the values of environment variables in place of ``${NAME}`` and ``${NAME:-default}``.
 
-    Args:
-        text: the text.
-
     Raises:
         ValueError: if a variable without a default is not set.
     """
@@ -44,10 +41,7 @@ def expand_variables(text: str) -> str:
 def local_path(argument: str, text: str, folder: Path) -> Path | None:
     """Return the file or folder that an argument names, None where it names something on the hub or built in.
 
-    Args:
-        argument: its name.
-        text: its value, variables expanded.
-        folder: that relative paths start from.
+    Variables in the text are expanded already; relative paths start from the folder.
     """
     is_path = text.startswith(_PATH_STARTS) or text in (".", "..")
     if argument not in FILE_ARGUMENTS and not (argument in (*SOURCE_ARGUMENTS, EXTRA_ARGUMENT) and is_path):
@@ -59,9 +53,6 @@ def content_hash(path: Path) -> str:
     """Return a hash of what a file, or all files of a folder, hold; names within the folder count, its own does not.
 
     A file of more than 256 MB counts by its size and its first and last MB.
-
-    Args:
-        path: the file or folder.
     """
     if path.is_file():
         status = path.stat()
