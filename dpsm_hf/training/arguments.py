@@ -100,6 +100,14 @@ class DPSMArguments:
         default=0,
         metadata={"help": "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off."},
     )
+    ignore_forced_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: keep the labels that a text is made to begin with (BART's first <s>, a language code) "
+            "out of the calibration metrics and the temperature, and report them apart, as eval_forced_...; the loss "
+            "is not changed."
+        },
+    )
     fit_temperature: bool = field(
         default=False,
         metadata={

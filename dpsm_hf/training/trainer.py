@@ -26,9 +26,10 @@ from transformers.utils import logging
 
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
+from ..evaluation.forced_tokens import forced_token_ids
 from ..evaluation.panel import EvaluationPanel, reported_names
 from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler, UnfittableError
-from ..models.language_model import vocabulary_size
+from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
@@ -573,6 +574,7 @@ class DPSMMixin(_Base):
             temperature=None if scaler is None else scaler.temperature,
             classwise_tokens=dpsm.classwise_tokens,
             depth=dpsm.expected_depth,
+            ignore_forced_tokens=dpsm.ignore_forced_tokens,
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )
 
@@ -694,7 +696,10 @@ class DPSMMixin(_Base):
 
     def _moments(self, dataloader: Any, temperature: float) -> Moments:
         """Return the sums that a temperature is fitted with, at one temperature, from a pass over the data."""
-        moments = MomentPass(temperature)
+        ignored = self.dpsm.ignore_forced_tokens
+        moments = MomentPass(
+            temperature, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
+        )
         with self._collecting(moments):
             super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
         for callback in self.callback_handler.callbacks:
