@@ -48,6 +48,10 @@ class FusedHeadError(RuntimeError):
     """The tokens of this model cannot be scored inside its head; the message says why."""
 
 
+class OtherLossError(FusedHeadError):
+    """In training the model computes its loss without its loss function, so it is not to be given labels."""
+
+
 @dataclass
 class ScoredOutput(ModelOutput):
     """What a model returns while its head scores; a declared class, because DDP and FSDP look into known ones only."""
@@ -150,7 +154,7 @@ class FusedHead:
                         with replacement_of(self.core).active(self.core) as replacement:
                             output = model(**batch)
                         if replacement.calls != 1 and not is_compiled(model):
-                            raise FusedHeadError(f"{type(self.core).__name__} computes its loss in another way now")
+                            raise self._other_loss()
                     else:
                         output = model(**batch)
             finally:
@@ -247,6 +251,8 @@ class FusedHead:
         if threading.get_ident() != self._thread:
             return output
         if self._result is None:
+            if self._request is not None and self._request.labelled and not replacement_of(self.core).calls:
+                raise self._other_loss()
             raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
         labelled = self._request is not None and self._request.labelled
         added, logits = loss_in(output) if labelled else None, logits_in(output)
@@ -257,6 +263,9 @@ class FusedHead:
         (scores, targets), self._result = self._result, None
         loss = loss_after(scores.loss, logits)
         return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, added=added)
+
+    def _other_loss(self) -> OtherLossError:
+        return OtherLossError(f"{type(self.core).__name__} computes its loss in training without its loss function")
 
     def _head(self, hidden: Tensor) -> Head:
         layer = self._layer

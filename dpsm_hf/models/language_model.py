@@ -53,14 +53,16 @@ def _class_names(*tables: Mapping[str, Any]) -> frozenset[str]:
 
 _ALIGNED = (
     _UNSHIFTED_CAUSAL_LMS
-    | _class_names(
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    | _class_names(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     | {"EncoderDecoderModel", "SpeechEncoderDecoderModel", "VisionEncoderDecoderModel"}
 )
-_SHIFTED = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - _ALIGNED
+# Of these an encoder-decoder is aligned and a decoder shifted: what hears or sees may be either.
+_LANGUAGE_MODELS = _class_names(
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 
 # What models said when they were asked.
@@ -117,7 +119,9 @@ def label_alignment(model: nn.Module) -> Alignment | None:
     name = next(base for base in type(core).__mro__ if "forward" in vars(base)).__name__
     if name in _ALIGNED:
         return "aligned"
-    return "shifted" if name in _SHIFTED else None
+    if name not in _LANGUAGE_MODELS:
+        return None
+    return "aligned" if getattr(getattr(core, "config", None), "is_encoder_decoder", False) else "shifted"
 
 
 def remember_alignment(core: nn.Module, alignment: Alignment) -> None:

@@ -327,6 +327,10 @@ class _Question:
             # a half without a label that is scored has no loss
             if abs(rests[0] - expected) <= tolerance and not abs(rests[1] - expected) > tolerance:
                 fits[alignment] = rests[0]
+        if not fits and fed.keys() > self.batch.keys() - {"labels"} and math.isfinite(values[0]):
+            given = loss_in(self.model(**fed, labels=labels))
+            if given is not None and abs(float(given.float().mean()) - values[0]) > tolerance:
+                raise self._fed_otherwise(values[0], float(given.float().mean()))
         if not fits:
             if not math.isfinite(values[0]) and not any(map(math.isfinite, found.values())):
                 return None  # broken weights are no answer; the loss will say so
@@ -347,6 +351,15 @@ class _Question:
         if logits is not None and logits.dim() > 1:
             check_positions(self.model, self.labels, logits.shape[-2], leads=False)
             align_targets(self.labels, logits.shape[-2], "aligned")
+
+    def _fed_otherwise(self, own: float, given: float) -> ValueError:
+        return _UnlikeOwnLossError(
+            f"{type(self.core).__name__} feeds its decoder something else when it is given labels alone: its own loss "
+            f"on the first batch is {own}, but {given} with decoder_input_ids that are the labels shifted to the "
+            "right by one. Add to the batches what its decoder is to be fed, decoder_input_ids and "
+            "decoder_attention_mask (DataCollatorForSeq2Seq(tokenizer, model=model) adds the former for a model with "
+            "prepare_decoder_input_ids_from_labels)."
+        )
 
     def _unlike(self, own: Tensor | None, found: dict[Alignment, float], logits: Tensor | None) -> ValueError:
         name, value = type(self.core).__name__, None if own is None else float(own.float().mean())
@@ -374,6 +387,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, alignment: Alignment) -> floa
         logits.dim() != labels.dim() + 1
         or logits.shape[:-2] != labels.shape[:-1]
         or logits.shape[-2] < labels.shape[-1]
+        or labels.is_floating_point()
     ):
         return None
     targets = align_targets(labels, logits.shape[-2], alignment)

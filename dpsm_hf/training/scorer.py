@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import ModelOutput, logging
 
-from ..head.model_head import FusedHead, FusedHeadError, ScoringRequest
+from ..head.model_head import FusedHead, FusedHeadError, OtherLossError, ScoringRequest
 from ..models.language_model import (
     Alignment,
     align_targets,
@@ -254,6 +254,8 @@ class Scorer:
         if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self.args.device)):
             failure = failure or FusedHeadError("another process could not")
             torch.set_rng_state(random_state)  # the attempt has drawn its dropout; the batch draws it again
+            if isinstance(failure, OtherLossError) and batch.own_loss is not None:
+                return self._score_in_head(model, _without_labels(batch), rule, extra)
             if isinstance(failure, FusedHeadError) and self.dpsm.fused_head == "on":
                 self._give_up_fusing(batch.own, failure)
             return None, failure
@@ -301,8 +303,7 @@ class Scorer:
             if replacement.calls or is_compiled(model):
                 return outputs, _one(loss_in(outputs))
             # a forward that was put in place of the class's own, such as Liger's, may take another way in training
-            assert found is not None
-            correct_own_loss(core, replace(found, replaceable=False))
+            batch = _without_labels(batch)
             torch.set_rng_state(random_state)
         elif model.training and core is core_model(batch.own) and found is not None and found.adds:
             outputs = model(**batch.labelled_inputs)
@@ -318,6 +319,14 @@ def _is_counted_shifted(core: nn.Module) -> bool:
     """Return whether `Trainer` counts a model's tokens without the first label of every row."""
     encodes = bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
     return LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss and not encodes
+
+
+def _without_labels(batch: Batch) -> Batch:
+    """Return a batch whose model, from now on, is given no labels: it computes its loss in training in another way."""
+    assert batch.own_loss is not None
+    found = replace(batch.own_loss, replaceable=False)
+    correct_own_loss(core_model(batch.own), found)
+    return replace(batch, own_loss=found)
 
 
 def _adds_to_replaced(model: nn.Module, batch: Batch) -> bool:
@@ -345,7 +354,7 @@ def _logits(core: nn.Module, outputs: Any) -> Tensor:
         raise ValueError(
             f"{type(core).__name__} returned {found}, so its tokens cannot be scored. A forward that was replaced to "
             "save memory (Unsloth's, Liger's fused cross-entropy) leaves them out in training: let it return them "
-            "(Unsloth: set the environment variable UNSLOTH_RETURN_LOGITS=1 before the import) or load the model "
+            "(Unsloth: set the environment variable UNSLOTH_RETURN_LOGITS=1) or load the model "
             "without that replacement; DPSM's own head (fused_head='auto') saves that memory."
         )
     return logits

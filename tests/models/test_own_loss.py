@@ -141,6 +141,7 @@ MODELS: dict[str, tuple[Callable[[], Any], OwnLoss]] = {
 def test_what_the_own_loss_is_made_of(name: str) -> None:
     kind, expected = MODELS[name]
     model = sharpened(make(kind)).train()
+    assert label_alignment(model) == expected.alignment  # of its class and configuration, before it is asked
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     assert own_loss(model, batch()) == expected
     assert label_alignment(model) == expected.alignment
@@ -303,6 +304,28 @@ def test_a_known_class_with_another_loss_is_refused() -> None:
     with pytest.raises(ValueError, match=r"LlamaForCausalLM computes another loss .*transformers\.Trainer") as caught:
         trainer(model).compute_loss(model, batch())
     assert str(own)[:6] in str(caught.value) and str(own / 3)[:6] in str(caught.value)
+
+
+class InOneKernel(hf.LlamaForCausalLM):
+    """Given labels in training, computes its loss from its hidden states alone, as Liger's forward does."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        if labels is None or not self.training:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = F.linear(hidden, self.lm_head.weight)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return hf.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=None)
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_a_forward_that_takes_another_way_in_training_is_not_given_labels(fused: str) -> None:
+    model = make(lambda: InOneKernel(hf.LlamaConfig(**SMALL))).train()
+    made = trainer(model, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.0, fused_head=fused)
+    for _ in range(2):
+        loss = made.compute_loss(model, batch())
+        assert float(loss) == pytest.approx(float(model(**batch()).loss), rel=1e-5)
+        assert not made._scorer.fell_back
 
 
 class AddsOfLogits(hf.LlamaForCausalLM):
