@@ -47,7 +47,7 @@ from .component_gradients import check_component_norms, component_norms, next_st
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
+from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -224,7 +224,8 @@ class DPSMMixin(_Base):
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
         scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
-        loss = with_router_loss(scored, batch) if training else scored.loss
+        loss = with_added_terms(scored, batch) if training else scored.loss
+        outputs = with_loss(scored, loss) if return_outputs else None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
             # data parallelism averages gradients over processes, but the denominator is already global
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -232,7 +233,6 @@ class DPSMMixin(_Base):
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
-        outputs = (loss, *scored.outputs) if isinstance(scored.outputs, tuple) else scored.outputs
         return (loss, outputs) if return_outputs else loss
 
     def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
