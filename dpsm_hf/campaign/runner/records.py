@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json, strict, write_json
+from ...runtime.secrets import without_secrets
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
@@ -94,6 +95,8 @@ class Record:
 def write_record(record: Record, directory: Path) -> Path:
     """Write a record into its run's folder, in one step: a kill leaves the old one or the new one.
 
+    Credentials, in a message of the script for instance, are left out.
+
     Args:
         record: the record.
         directory: folder of the run.
@@ -104,7 +107,7 @@ def write_record(record: Record, directory: Path) -> Path:
     if record.status not in STATUSES:
         raise ValueError(f"status={record.status!r} is unknown; choose one of {', '.join(STATUSES)}.")
     path = directory / RECORD_NAME
-    write_json(strict(asdict(record)), path)
+    write_json(without_secrets(strict(asdict(record))), path)
     return path
 
 
