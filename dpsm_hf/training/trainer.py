@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,14 @@ from .clock import TrainingClock, tells_time
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
 from .model_card import add_objective_section, objective_section, with_equal_columns
+from .resuming import ResumingMixin
 from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DPSMMixin(_Base):
+class DPSMMixin(ResumingMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -240,7 +236,7 @@ class DPSMMixin(_Base):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
         return loss
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
@@ -277,6 +273,7 @@ class DPSMMixin(_Base):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
+        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
         self._training_log.reset()
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._clock.reset()

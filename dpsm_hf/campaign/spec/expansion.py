@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...runtime.content import content_hash
 from .contradictions import campaign_refusals, check_spec, values_of
 from .design import Campaign, Point, Run, Variation
-from .local_files import EXTRA_ARGUMENT, content_hash
+from .local_files import EXTRA_ARGUMENT
 from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
 from .yaml_lines import Place, Problems
