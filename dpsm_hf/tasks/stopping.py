@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StoppingArguments:
-    """When to stop early."""
+    """When to stop early, and what may be gone on from."""
 
     stop_at_step: float | None = field(
         default=None,
@@ -31,6 +31,14 @@ class StoppingArguments:
             "help": "dpsm_hf: stop there with a checkpoint, the schedules still those of the full length; the same "
             "command without it goes on to the end. 1 or more counts steps, below 1 is a share of all, rounded up to "
             "the next evaluation."
+        },
+    )
+
+    resume_strict: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: stop where the newest checkpoint is damaged or incomplete, or was saved with other data "
+            "or settings, instead of taking an older one or going on with a warning."
         },
     )
 

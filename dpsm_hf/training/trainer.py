@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ from .component_gradients import check_component_norms, component_norms, next_st
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
+from .resuming import ResumingMixin
 from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
@@ -55,13 +56,8 @@ logger = logging.get_logger(__name__)
 _LABELS = ("labels", "shift_labels")
 _Callback = TypeVar("_Callback", bound=TrainerCallback)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DPSMMixin(_Base):
+class DPSMMixin(ResumingMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -292,7 +288,7 @@ class DPSMMixin(_Base):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
         return loss
 
     def _announce(self, loss_of: str | None) -> None:
@@ -335,6 +331,7 @@ class DPSMMixin(_Base):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
+        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
