@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...runtime.yaml_lines import Place, Problems
 from .contradictions import campaign_refusals, check_spec, values_of
 from .design import Campaign, Point, Run, Variation
 from .local_files import EXTRA_ARGUMENT, content_hash
 from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
-from .yaml_lines import Place, Problems
 
 # Sections, the more specific ones last.
 _SPECIFIC = ("base", "sizes", "data", "variations", "studies")
