@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -165,6 +166,23 @@ class OutcomeArguments:
             ValueError: as `parse_extra_datasets`.
         """
         return parse_extra_datasets(self.extra_eval_datasets or [])
+
+
+def check_output_folder(output_dir: str | None) -> None:
+    """Refuse a folder for the results that is a file, or would lie in one.
+
+    Args:
+        output_dir: --output_dir.
+
+    Raises:
+        ValueError: naming the option and the file.
+    """
+    folder = Path(output_dir or ".")
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise ValueError(
+            f"--output_dir {output_dir}: {there} is a file, so no folder can be made there; name another folder."
+        )
 
 
 def settle_best_checkpoint(outcome_args: OutcomeArguments, training_args: Any) -> None:

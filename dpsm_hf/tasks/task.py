@@ -13,7 +13,7 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
 from ..runtime.child_process import end_with_runner
-from .arguments import OutcomeArguments, settle_best_checkpoint
+from .arguments import OutcomeArguments, check_output_folder, settle_best_checkpoint
 from .checkpoints import best_weights, detect_checkpoint, train_and_save
 from .command_line import parse_script_arguments, setup_logging
 from .model_building import build_config_from_scratch, hub_options, load_config
@@ -86,6 +86,7 @@ class Task(ABC):
         Raises:
             ValueError: With the options and the way out.
         """
+        check_output_folder(self.training_args.output_dir)
         settle_best_checkpoint(self.outcome_args, self.training_args)
 
     @staticmethod
