@@ -49,7 +49,7 @@ class StoppingArguments:
             ValueError: it is not positive, or no whole number of steps.
         """
         stop = self.stop_at_step
-        if stop is not None and (stop <= 0 or (stop >= 1 and stop != int(stop))):
+        if stop is not None and not (0 < stop < 1 or (float(stop).is_integer() and stop >= 1)):
             raise ValueError(f"--stop_at_step {stop} must be a whole number of steps, or a share between 0 and 1.")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from ...data.loading import EMBEDDED_DATASETS
 from ...runtime.secrets import REMEDY, hidden, is_secret_name, is_secret_value
+from ...runtime.yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 from .design import SCALES, Campaign, Point
 from .expansion import expand
 from .spec import ENTRY_KEYS, KEYS, SCALED, SpecReader
-from .yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 
 __all__ = ["SHIPPED", "SpecError", "apply_override", "campaign_file", "load_campaign", "select"]
 
