@@ -14,9 +14,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, InstanceOf, StrictBool, StrictStr, TypeAdapter, ValidationError
 
-#: The least that options of Transformers can be, where it looks at them late or never.
+#: The least that options can be whose values are looked at late or never, most of them of Transformers.
 AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(
+        ("max_source_length", "max_target_length", "val_max_target_length", "preprocessing_num_workers"), 1
+    ),
+    "min_source_words": 0,
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "dataloader_num_workers", "seed"), 0),
     **dict.fromkeys(("data_seed", "logging_steps", "eval_steps", "save_steps", "label_smoothing_factor"), 0),

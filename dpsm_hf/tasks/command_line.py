@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -174,7 +175,16 @@ class _Arguments:
                 if field.name not in self.values and field.default is field.default_factory is dataclasses.MISSING:
                     raise ValueError(f"--{field.name} is missing: give it, or {field.name} in a settings file.")
             own = {field.name: self.values[field.name] for field in fields if field.name in self.values}
-            built.append(kind(**own))
+            try:
+                built.append(kind(**own))
+            except ValueError:
+                raise
+            except Exception as error:  # of a file that is not there, or of keys that are unknown, without the option
+                words = {
+                    name: re.findall(r"[\w./-]+", str(v)) for name, v in own.items() if isinstance(v, (str, dict))
+                }
+                near = [f"--{name}" for name, found in words.items() if any(word in str(error) for word in found)]
+                raise ValueError(f"{', '.join(near) or kind.__name__}: {error}") from error
         return tuple(built)
 
 

@@ -159,8 +159,8 @@ class DPSMArguments:
             own.greater_is_better = False
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
-        self.objective()
         self.schedule()
+        self.objective()
         for rule in RULES.values():
             for parameter in rule.parameters:
                 value = getattr(self, parameter.name)

@@ -202,6 +202,18 @@ def test_mistakes_on_the_command_line(task, tmp_path, words, message):
         task.parse(line(tmp_path, *words))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--accelerator_config", "nowhere.json"], "--accelerator_config: .*nowhere.json"),
+        (["--accelerator_config", '{"split_batchez": true}'], "--accelerator_config: .*split_batchez"),
+    ],
+)
+def test_what_transformers_refuses_without_the_option_names_it(task, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        task.parse(line(tmp_path, *words))
+
+
 def test_settings_files_that_are_none(task, tmp_path):
     (tmp_path / "latin.yaml").write_bytes("run_name: schön".encode("latin-1"))
     (tmp_path / "folder.yaml").mkdir()
