@@ -13,13 +13,6 @@ from .intervals import Interval
 from .metrics import METRICS, SCORES, lower_is_better
 
 __all__ = [
-    "GRID_BINS",
-    "METRICS",
-    "SCORES",
-    "CalibrationCurve",
-    "ClassCalibration",
-    "Interval",
-    "TokenCalibration",
-    "calibration_curve",
-    "lower_is_better",
-]
+    "GRID_BINS", "METRICS", "SCORES", "CalibrationCurve", "ClassCalibration", "Interval", "TokenCalibration",
+    "calibration_curve", "lower_is_better",
+]  # fmt: skip

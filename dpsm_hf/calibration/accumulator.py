@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,15 +10,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.devices import float64_device
+from .blocks import BLOCKS, BlockSums, check_seen
 from .curve import CalibrationCurve
 from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson
 from .metrics import RANGES, SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
-
-#: Documents are assigned to this many blocks by their number; the bootstrap resamples blocks.
-BLOCKS = 128
-
-_STATE = ("count", "correct", "confidence", "sums", "counts")
 
 # Rounding in the head may put a score this far outside its range.
 _ROUNDING = 1e-3
@@ -28,7 +23,7 @@ _ROUNDING = 1e-3
 _FEW_BLOCKS = 10
 
 
-class TokenCalibration:
+class TokenCalibration(BlockSums):
     """Accumulate the calibration of tokens in fixed memory: int64 counts and float64 sums on a grid of confidence.
 
     Every figure is over scored tokens and about the predicted (top) label. Counts are exact at any number of tokens;
@@ -42,14 +37,16 @@ class TokenCalibration:
         calibration.intervals()["ece_15"]
     """
 
+    TENSORS = ("count", "correct", "confidence", "sums", "counts")
+
     def __init__(self) -> None:
+        super().__init__()
         self.count = torch.zeros(BLOCKS, CELLS, dtype=torch.int64)
         self.correct = torch.zeros(BLOCKS, CELLS, dtype=torch.int64)
         self.confidence = torch.zeros(BLOCKS, CELLS, dtype=torch.float64)
         self.sums = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.float64)
         # tokens for which each score was given: the denominator of its mean
         self.counts = torch.zeros(BLOCKS, len(SUMMED), dtype=torch.int64)
-        self._undocumented = 0
         self._edges: Tensor | None = None
 
     @property
@@ -86,7 +83,7 @@ class TokenCalibration:
         tensors = {name: _as_tensor(value) for name, value in columns.items()}
         shape = tensors["confidence"].shape
         keep = None if mask is None else torch.as_tensor(mask).bool()
-        for name, tensor in (*tensors.items(), *([] if keep is None else [("mask", keep)])):
+        for name, tensor in (tensors if keep is None else {**tensors, "mask": keep}).items():
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but confidence has {tuple(shape)}.")
         device = tensors["confidence"].device
@@ -94,7 +91,6 @@ class TokenCalibration:
         if keep is not None:
             kept = keep.to(device).reshape(-1).nonzero().squeeze(-1)
             values = {name: value.index_select(0, kept) for name, value in values.items()}
-        # MPS has no float64: its numbers are moved to the host
         home = float64_device(device)
         values = {name: value.to(home) for name, value in values.items()}
         conf = values["confidence"].to(torch.float64).contiguous()  # bucketize would copy a column with a warning
@@ -103,7 +99,7 @@ class TokenCalibration:
             values[name] = values[name].to(torch.float64)
         _check(values, conf, right, scores)
         self.to(home)
-        block = self._blocks(values.get("document"), conf)
+        block = self.blocks_of(values.get("document"), conf.numel(), home)
         if self._edges is None or self._edges.device != home:
             self._edges = torch.from_numpy(EDGES[1:-1]).to(home)
         cell = block * CELLS + torch.bucketize(conf, self._edges)
@@ -120,28 +116,11 @@ class TokenCalibration:
                 self.sums[:, i].index_add_(0, block, summed[name])
                 self.counts[:, i].index_add_(0, block, one)
 
-    def _blocks(self, document: Tensor | None, conf: Tensor) -> Tensor:
-        if document is not None:
-            return document.to(torch.int64) % BLOCKS
-        first = self._undocumented
-        self._undocumented = (first + conf.numel()) % BLOCKS
-        return torch.arange(first, first + conf.numel(), device=conf.device) % BLOCKS
-
     def merge(self, other: TokenCalibration) -> TokenCalibration:
         """Add the tokens of another accumulator to this one, and return this one."""
         for name, mine in self.state_dict().items():
             mine += other.state_dict()[name].to(mine.device)
         return self
-
-    def reduce(self, function: Callable[[Tensor], Tensor]) -> TokenCalibration:
-        """Return a new accumulator with ``function`` applied to each tensor, such as a sum over processes."""
-        result = TokenCalibration()
-        result.load_state_dict({name: function(tensor) for name, tensor in self.state_dict().items()})
-        return result
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors of the accumulator by name."""
-        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the content by what `state_dict` of another accumulator returned.
@@ -153,15 +132,8 @@ class TokenCalibration:
             if name not in state or state[name].shape != mine.shape or state[name].dtype != mine.dtype:
                 found = "missing" if name not in state else f"{state[name].dtype} {tuple(state[name].shape)}"
                 raise ValueError(f"{name} of the state is {found}; expected {mine.dtype} {tuple(mine.shape)}.")
-        for name in _STATE:
+        for name in self.TENSORS:
             setattr(self, name, state[name].clone())
-
-    def to(self, device: torch.device) -> TokenCalibration:
-        """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
-        home = float64_device(device)
-        if self.count.device != home:
-            self.load_state_dict({name: tensor.to(home) for name, tensor in self.state_dict().items()})
-        return self
 
     # ---- results -------------------------------------------------------------------------------------------------
 
@@ -200,9 +172,8 @@ class TokenCalibration:
         return bootstrap(self.block_totals(), level=level, samples=samples, seed=seed)
 
     def _some_totals(self) -> Totals:
-        totals = self.totals()
-        check_seen(int(totals.tokens))
-        return totals
+        check_seen(self.tokens)
+        return self.totals()
 
     def curve(self, bins: int = 15) -> CalibrationCurve:
         """Return the reliability diagram with that many equal-width bins.
@@ -265,16 +236,6 @@ def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document
     return calibration.curve(bins)
 
 
-def check_seen(tokens: int) -> None:
-    """Raise if no token was counted.
-
-    Raises:
-        ValueError: if ``tokens`` is 0.
-    """
-    if not tokens:
-        raise ValueError("no scored token was seen: every label is ignored, or nothing was evaluated.")
-
-
 def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Return the variance of each bin's accuracy over blocks, relative to independent tokens: ``[bins]``.
 
@@ -290,29 +251,27 @@ def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[str, Any]) -> None:
     """Raise for impossible values; waits for the device once where all are possible."""
-    sound = ((conf >= 0) & (conf <= 1)).all()  # False for NaN too
-    sound = sound & (values["correct"] == right).all() & ((right == 0) | (right == 1)).all()
+    wrong = {"confidence": ~((conf >= 0) & (conf <= 1))}  # True for NaN too
+    wrong["correct"] = (values["correct"] != right) | ((right != 0) & (right != 1))
     for name in scores:
         low, high = RANGES[name]
-        sound = sound & ((values[name] >= low - _ROUNDING) & (values[name] <= high + _ROUNDING)).all()
-    if "document" in values:
-        document = values["document"]
-        sound = sound & ((document >= 0) & (document == document.to(torch.int64))).all()
-    if bool(sound):
+        wrong[name] = ~((values[name] >= low - _ROUNDING) & (values[name] <= high + _ROUNDING))
+    if (document := values.get("document")) is not None:
+        wrong["document"] = (document < 0) | (document != document.to(torch.int64))
+    if not bool(torch.stack([mask.any() for mask in wrong.values()]).any()):
         return
-    outside = conf[~((conf >= 0) & (conf <= 1))]
-    if len(outside):
-        raise ValueError(f"confidence {float(outside[0])} lies outside [0, 1]; it must be the largest probability.")
-    if not bool((values["correct"] == right).all() & ((right == 0) | (right == 1)).all()):
+    name = next(name for name, mask in wrong.items() if bool(mask.any()))
+    first = float(values[name][wrong[name]][0])
+    if name == "confidence":
+        raise ValueError(f"confidence {first} lies outside [0, 1]; it must be the largest probability.")
+    if name == "correct":
         raise ValueError("correct must hold 0 or 1 (False or True) for each token.")
-    for name in scores:
-        if bool((broken := torch.isnan(values[name])).any()):
-            raise ValueError(f"{name} is NaN for {int(broken.sum())} tokens, first token {int(broken.nonzero()[0])}.")
-        low, high = RANGES[name]
-        outside = values[name][(values[name] < low - _ROUNDING) | (values[name] > high + _ROUNDING)]
-        if len(outside):
-            raise ValueError(f"{name} {float(outside[0])} lies outside [{low:g}, {high:g}], where its values are.")
-    raise ValueError("document must hold whole numbers from 0 on, one for each token.")
+    if name == "document":
+        raise ValueError("document must hold whole numbers from 0 on, one for each token.")
+    if bool((broken := torch.isnan(values[name])).any()):
+        raise ValueError(f"{name} is NaN for {int(broken.sum())} tokens, first token {int(broken.nonzero()[0])}.")
+    low, high = RANGES[name]
+    raise ValueError(f"{name} {first} lies outside [{low:g}, {high:g}], where its values are.")
 
 
 def _as_tensor(value: Any) -> Tensor:

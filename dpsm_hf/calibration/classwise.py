@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..runtime.devices import float64_device
-from ..runtime.files import json_number
-from .accumulator import BLOCKS, check_seen
-from .intervals import Interval, block_weights, check_resampling, error_interval
+from ..runtime.files import strict
+from .blocks import BLOCKS, BlockSums, check_seen
+from .intervals import Interval, block_figures, error_interval
 
 CLASS_BINS = 15
 
 
-class ClassCalibration:
+class ClassCalibration(BlockSums):
     """Accumulate the calibration of some tokens of the vocabulary, each one against the rest, in fixed memory.
 
     For token k over all N scored places: ``ece_k = sum_b |sum_i in b (1[y_i = k] - p_ik)| / N`` over 15 bins of equal
@@ -32,7 +31,10 @@ class ClassCalibration:
         ValueError: if ``classes`` is empty or holds an id twice.
     """
 
+    TENSORS = ("positive", "probability", "tokens_of_block")
+
     def __init__(self, classes: Sequence[int] | Tensor) -> None:
+        super().__init__()
         self.classes = torch.as_tensor(classes, dtype=torch.int64).cpu()
         if self.classes.dim() != 1 or not len(self.classes) or len(self.classes.unique()) != len(self.classes):
             raise ValueError(f"classes={self.classes.tolist()} must be different token ids, at least one.")
@@ -71,7 +73,7 @@ class ClassCalibration:
         if not bool((document >= 0).all()):
             raise ValueError("document must hold numbers from 0 on, one for each place.")
         self.to(home)
-        labels, block = labels.to(home), document.to(home, torch.int64) % BLOCKS
+        labels, block = labels.to(home), self.blocks_of(document, len(labels), home)
         # bins by p * 15 would round values just above an edge down to it
         edges = torch.arange(1, CLASS_BINS, dtype=torch.float64, device=home) / CLASS_BINS
         bins = torch.bucketize(p.contiguous(), edges)
@@ -81,28 +83,8 @@ class ClassCalibration:
         self.probability.view(-1).index_add_(0, cell.view(-1), p.reshape(-1))
         self.tokens_of_block.index_add_(0, block, torch.ones_like(block))
 
-    def reduce(self, function: Callable[[Tensor], Tensor]) -> ClassCalibration:
-        """Return a new accumulator with ``function`` applied to each tensor, such as a sum over processes."""
-        result = ClassCalibration(self.classes)
-        result.positive = function(self.positive)
-        result.probability = function(self.probability)
-        result.tokens_of_block = function(self.tokens_of_block)
-        return result
-
-    def to(self, device: torch.device) -> ClassCalibration:
-        """Move the accumulator to a device with float64 and return it; on MPS it stays on the host."""
-        home = float64_device(device)
-        if self.positive.device != home:
-            self.positive, self.probability = self.positive.to(home), self.probability.to(home)
-            self.tokens_of_block = self.tokens_of_block.to(home)
-        return self
-
     def compute(self) -> dict[int, float]:
-        """Return the calibration error of each class by token id.
-
-        Raises:
-            ValueError: if no token was seen.
-        """
+        """Return the calibration error of each class by token id; ValueError if no token was seen."""
         return dict(zip(self.classes.tolist(), self._errors(np.ones((1, BLOCKS)))[0].tolist(), strict=True))
 
     @property
@@ -116,12 +98,9 @@ class ClassCalibration:
         Raises:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
         """
-        check_resampling(level, samples)
-        ece = self.ece
-        weights = block_weights(self.tokens_of_block.cpu().numpy(), samples, seed)
-        if weights is None:
-            return Interval(math.nan, math.nan)
-        return error_interval(ece, self._errors(weights).mean(1), level, (0.0, 1.0))
+        blocks = self.tokens_of_block.cpu().numpy()
+        drawn = block_figures(lambda weights: self._errors(weights).mean(1), blocks, level, samples, seed)
+        return error_interval(self.ece, drawn, level, (0.0, 1.0))
 
     def _errors(self, weights: np.ndarray) -> np.ndarray:
         """Return the error of each class, ``[samples, K]``, where block b counts ``weights[sample, b]`` times."""
@@ -135,7 +114,7 @@ class ClassCalibration:
         """Return the mean, its interval and the error of each class, as a calibration file holds them."""
         return {
             "ece": self.ece,
-            "interval": [json_number(bound) for bound in self.interval()],
+            "interval": strict(self.interval()),
             "bins": CLASS_BINS,
             "classes": {str(token): error for token, error in self.compute().items()},
         }

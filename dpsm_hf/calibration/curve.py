@@ -60,13 +60,11 @@ class CalibrationCurve:
 
     def as_csv(self) -> str:
         """Return the curve as CSV, a line for each bin; confidence and accuracy of an empty bin are left blank."""
-        names = ("confidence", "accuracy", "low", "high")
+        held = self.as_dict()
+        names = ("count", "confidence", "accuracy", "low", "high")
+        columns = {"left": held["edges"][:-1], "right": held["edges"][1:], **{name: held[name] for name in names}}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["left", "right", "count", *names])
-        for i, count in enumerate(self.count):
-            cells = [getattr(self, name)[i] for name in names]
-            writer.writerow(
-                [self.edges[i], self.edges[i + 1], int(count), *("" if math.isnan(c) else float(c) for c in cells)]
-            )
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))  # None is an empty cell
         return text.getvalue()

@@ -28,11 +28,7 @@ UNIFORM_BIN = np.minimum(np.searchsorted(np.arange(1, GRID_BINS) / GRID_BINS, ED
 
 
 def check_bins(bins: int) -> None:
-    """Raise unless the grid can be divided into that many equal bins.
-
-    Raises:
-        ValueError: naming the number and what to use instead.
-    """
+    """Raise ValueError unless the grid can be divided into that many equal bins."""
     whole = isinstance(bins, (int, np.integer)) and not isinstance(bins, bool)
     if not whole or bins < 1 or GRID_BINS % bins:
         raise ValueError(f"bins={bins} does not divide the grid of {GRID_BINS}; use 10, 15, 20, 50 or 100, say.")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from .metrics import Totals, all_metrics, perplexity
+from .metrics import RANGES, Totals, all_metrics, perplexity
 
-_RANGES = {
-    "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "brier": (0.0, 2.0), "nll": (0.0, math.inf),
-    "perplexity": (1.0, math.inf), "entropy": (0.0, math.inf), "label_bytes": (0.0, math.inf),
-    "bits_per_byte": (0.0, math.inf),
-}  # fmt: skip
+_RANGES = {**RANGES, "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "bits_per_byte": (0.0, math.inf)}
 
 #: Metrics that noise in the bins can only make larger; they get `error_interval`.
 NOISE_RAISES = frozenset(
@@ -79,31 +76,30 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
 
 
 def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:
-    """Return how often each of ``number`` things is drawn in as many draws with replacement.
-
-    Returns:
-        int64 ``[samples, number]``.
-    """
+    """Return how often each of ``number`` things is drawn in as many draws with replacement, ``[samples, number]``."""
     return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
 
 
-def block_weights(tokens: np.ndarray, samples: int, seed: int) -> np.ndarray | None:
-    """Return how often each block is drawn, ``[samples, blocks]``; as in `bootstrap`, only blocks with tokens are.
+def block_figures(
+    figure: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, level: float, samples: int, seed: int
+) -> np.ndarray:
+    """Return a figure of each resample of the blocks that have tokens, ``[samples]``, as `bootstrap` resamples.
 
     Args:
+        figure: returns it for the weights ``[samples, blocks]``, how often each block is drawn.
         tokens: ``[blocks]``, number of tokens in each.
-        samples: resamples.
-        seed: of the resampling.
+        level, samples, seed: as `bootstrap` takes them.
 
     Returns:
-        Weights in float64; None where fewer than two blocks have tokens, so that nothing can be resampled.
+        Nothing, ``[0]``, where fewer than two blocks have tokens, so that none can be resampled.
     """
+    check_resampling(level, samples)
     kept = np.flatnonzero(tokens)
     if len(kept) < 2:
-        return None
+        return np.empty(0)
     weights = np.zeros((samples, len(tokens)))
     weights[:, kept] = resampling_weights(len(kept), samples, seed)
-    return weights
+    return figure(weights)
 
 
 def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[float, float]) -> Interval:
@@ -140,11 +136,7 @@ def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def check_resampling(level: float, samples: int) -> None:
-    """Raise unless level and number of resamples are usable.
-
-    Raises:
-        ValueError: naming what is out of range.
-    """
+    """Raise ValueError unless level and number of resamples are usable."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, 0.95 say.")
     if not isinstance(samples, int) or samples < 20:

@@ -71,12 +71,7 @@ class Totals:
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether smaller values of a metric are better.
-
-    Args:
-        name: with or without prefixes (``eval_``, ``eval_<set>_``), of a scaled metric (``_scaled``) or of an end of
-            an interval (``_low``, ``_high``), too.
-    """
+    """Return whether less of a metric is better, named with or without ``eval_``, ``_scaled``, ``_low``, ``_high``."""
     bare = re.sub("_(scaled|low|high)$", "", name)
     return any(bare == known or bare.endswith(f"_{known}") for known in _LOWER_IS_BETTER)
 
@@ -207,8 +202,7 @@ def adaptive_bins(count: Array, bins: int = 15) -> Array:
 def adaptive_ece(totals: Totals, bins: int = 15) -> Array:
     """Return the ECE over bins of equal mass (Nguyen & O'Connor 2015)."""
     index = adaptive_bins(totals.count, bins)
-    lead = index.shape[:-1]
-    rows = int(np.prod(lead, dtype=np.int64))
+    lead, rows = index.shape[:-1], index.size // CELLS
     flat = (index.reshape(rows, CELLS) + bins * np.arange(rows)[:, None]).reshape(-1)
     gaps = np.bincount(flat, weights=(totals.correct - totals.confidence).reshape(-1), minlength=rows * bins)
     return np.abs(gaps).reshape(*lead, bins).sum(-1) / totals.tokens
@@ -237,11 +231,9 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
         return np.abs(smoothed[:, :cells]).sum(-1)
 
     # bisection: smECE_s falls as s grows, so smECE_s = s has one solution
-    low, high = np.zeros(len(residual)), np.ones(len(residual))
-    steps = 30
+    low, high, steps = np.zeros(len(residual)), np.ones(len(residual)), 30
     if near is not None:
-        steps = 12
-        bracket = np.full(len(residual), max(near, 1e-4))
+        bracket, steps = np.full(len(residual), max(near, 1e-4)), 12
         low, high = np.where(error(bracket / 4) > bracket / 4, bracket / 4, 0.0), np.minimum(bracket * 4, 1.0)
         high = np.where(error(high) <= high, high, 1.0)
     for _ in range(steps):

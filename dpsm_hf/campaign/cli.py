@@ -8,12 +8,13 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..runtime.files import write_json
+from ..runtime.yaml_lines import SpecError
 from .runner import running
 from .runner.records import RETRIES
 from .spec.design import SCALES, Campaign
-from .spec.yaml_lines import SpecError
 
 PLAN_NAME = "plan.json"
 
@@ -32,13 +33,18 @@ examples:
   dpsm campaign run FILE --set base.max_steps=1000 --set seeds=[1,2,3,4,5]
 
 A run that was stopped goes on with the same command; finished runs are kept. docs/campaigns.md describes the file."""
+_SPEED_HELP = """speed of each process of the machine that is planned for, 1.2e14 for an A100, say; left out, it
+is that of finished runs of the same size, or else guessed from this machine's matrix products"""
+_ONLY_HELP = """only these points: KEY is study, variation, role, size, data or seed, PATTERN may hold *, and commas
+mean or (variation=dpsm-*,focal). Given several times, all must match"""
+_SET_HELP = """change the file: base.max_steps=100, data.mine.train_file=x.txt, seeds=[1]; null takes an argument back.
+Files are looked for from the working directory"""
+_DATA_HELP = """run every study on this data set: one of the file, python-docs, python-docstrings, OWNER/NAME[:CONFIG]
+of the hub, a folder, or train=FILE,validation=FILE,test=FILE"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
-
-    Args:
-        arguments: the words behind ``dpsm campaign``; ``sys.argv[1:]`` when None.
 
     Returns:
         0 where all is well, 1 where runs have failed, 2 for a mistake in file or command, 130 when interrupted.
@@ -67,54 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="dpsm campaign",
-        description="From a YAML file to runs, records, statistics, a verdict and a report.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    aim = "From a YAML file to runs, records, statistics, a verdict and a report."
+    parser = argparse.ArgumentParser(prog="dpsm campaign", description=aim, **form)
     steps = parser.add_subparsers(dest="step", required=True, metavar="{" + ",".join(_STEPS) + "}")
     common = _common_options()
     for name, what in _STEPS.items():
-        form = argparse.RawDescriptionHelpFormatter
-        step = steps.add_parser(
-            name,
-            help=what,
-            description=f"{what.capitalize()}.",
-            parents=[common],
-            epilog=_EPILOG,
-            formatter_class=form,
-        )
+        step = steps.add_parser(name, help=what, description=f"{what.capitalize()}.", parents=[common], **form)
         if name == "plan":
             step.add_argument("--json", action="store_true", help="print the plan as JSON")
             step.add_argument("--runs", action="store_true", help="list every run too")
-            step.add_argument(
-                "--flops_per_second",
-                type=_positive,
-                metavar="F",
-                help="speed of each process of the machine that is planned for, 1.2e14 for an A100, say; left out, it "
-                "is that of finished runs of the same size, or else guessed from this machine's matrix products",
-            )
+            step.add_argument("--flops_per_second", type=_positive, metavar="F", help=_SPEED_HELP)
         if name in ("plan", "run"):
             step.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
         if name == "run":
             step.add_argument(
                 "--devices", metavar="LIST", help="GPUs to share out, 0,1,2,3 for instance (default: all visible)"
             )
-            step.add_argument(
-                "--retry",
-                action="append",
-                default=[],
-                choices=RETRIES,
-                metavar="STATUS",
-                help="take runs up again that are failed, oom or diverged",
-            )
-            step.add_argument(
-                "--keep",
-                default="model",
-                choices=running.KEEP,
-                help="what is left of finished runs: all; model, no checkpoints (default); records, no weights",
-            )
+            what = "take runs up again that are failed, oom or diverged"
+            step.add_argument("--retry", action="append", default=[], choices=RETRIES, metavar="STATUS", help=what)
+            what = "what is left of finished runs: all; model, no checkpoints (default); records, no weights"
+            step.add_argument("--keep", default="model", choices=running.KEEP, help=what)
             step.add_argument("--no_audit", action="store_true", help="leave out the efficiency audit")
             step.add_argument("--no_report", action="store_true", help="leave out the report")
     return parser
@@ -126,28 +105,9 @@ def _common_options() -> argparse.ArgumentParser:
     common.add_argument(
         "--scale", choices=SCALES, default="small", help="small: two CPU cores; paper: as published (default: small)"
     )
-    common.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="KEY=PATTERN",
-        help="only these points: KEY is study, variation, role, size, data or seed, PATTERN may hold *, and commas "
-        "mean or (variation=dpsm-*,focal). Given several times, all must match",
-    )
-    common.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the file: base.max_steps=100, data.mine.train_file=x.txt, seeds=[1]; null takes an argument "
-        "back. Files are looked for from the working directory",
-    )
-    common.add_argument(
-        "--data",
-        metavar="NAME",
-        help="run every study on this data set: one of the file, python-docs, python-docstrings, OWNER/NAME[:CONFIG] "
-        "of the hub, a folder, or train=FILE,validation=FILE,test=FILE",
-    )
+    common.add_argument("--only", action="append", default=[], metavar="KEY=PATTERN", help=_ONLY_HELP)
+    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
+    common.add_argument("--data", metavar="NAME", help=_DATA_HELP)
     common.add_argument(
         "--output_dir", default="campaign-output", help="records and report go to OUTPUT_DIR/NAME-SCALE"
     )
@@ -187,8 +147,8 @@ def _run(campaign: Campaign, directory: Path, options: argparse.Namespace, words
     )
     if code not in (0, 1):
         return code
-    steps = [] if campaign.audit is None or options.no_audit else [_audit]
-    for step in [*steps, *([] if options.no_report else [_report])]:
+    steps = [_audit] if campaign.audit is not None and not options.no_audit else []
+    for step in steps if options.no_report else [*steps, _report]:
         try:
             step(campaign, directory, options, words)
         except ValueError as error:  # an audit that cannot be made leaves the report to be written

@@ -16,9 +16,10 @@ Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1; Chowdhery et al. 202
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,32 +90,16 @@ class Cost:
 
 
 def run_cost(campaign: Campaign, run: Run, size: str | None = None, data: str | None = None) -> Cost:
-    """Return what a run costs.
-
-    Args:
-        campaign: the campaign.
-        run: one of its runs.
-        size, data: names under which the file says more about the model and the data.
-    """
+    """Return what a run costs; under ``size`` and ``data`` the file may say more about model and data."""
     given = run.arguments
     model = model_size(campaign, run, size)
-    rows = _rows_of_a_step(run)
-    steps = _steps(given, rows, dict(campaign.planned.get("data", {}).get(data or "", {})))
-    source, target = row_tokens(run)
+    micro = int(given.get("per_device_train_batch_size", 8)) * int(given.get("gradient_accumulation_steps", 1))
+    rows = micro * run.processes
+    steps = _steps(given, rows, campaign.planned.get("data", {}).get(data or "", {}))
+    source, target = get_task(run.task).row_tokens(given)  # at most
     tokens = None if steps is None else steps * rows * (source + target)
     flops = None if steps is None or model is None else steps * rows * model.row_flops(source, target)
     return Cost(model.parameters if model else None, steps, tokens, flops)
-
-
-def row_tokens(run: Run) -> tuple[int, int]:
-    """Return the tokens of a row at most: of the source (0 for a language model) and of the target."""
-    return get_task(run.task).row_tokens(run.arguments)
-
-
-def _rows_of_a_step(run: Run) -> int:
-    given = run.arguments
-    micro = int(given.get("per_device_train_batch_size", 8)) * int(given.get("gradient_accumulation_steps", 1))
-    return micro * run.processes
 
 
 def _steps(given: Mapping[str, Any], rows: int, planned: Mapping[str, int]) -> int | None:
@@ -138,26 +123,16 @@ def _steps(given: Mapping[str, Any], rows: int, planned: Mapping[str, int]) -> i
 def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSize | None:
     """Return the size of a run's model, None where it is on the hub and nothing here says what it is.
 
-    Args:
-        campaign: the campaign.
-        run: one of its runs.
-        size: name under which the file may give its architecture.
-
     Raises:
         ValueError: the architecture cannot be built.
     """
     given = campaign.with_architecture(run).arguments
-    if given.get("model_name_or_path") or given.get("config_name"):
-        shape = campaign.planned.get("size", {}).get(size or "", {})
-        source = given.get("config_name") or given["model_name_or_path"]
-        text = json.dumps([source, shape.get("model_type"), shape.get("config_overrides"), None])
-    else:
-        vocabulary = None
-        if given.get("tokenizer_name") == TRAIN_BPE:
-            vocabulary = given.get("tokenizer_vocab_size") or DEFAULT_VOCAB_SIZE
-        text = json.dumps([None, given.get("model_type"), given.get("config_overrides"), vocabulary])
+    source, vocabulary = given.get("config_name") or given.get("model_name_or_path"), None
+    shape = campaign.planned.get("size", {}).get(size or "", {}) if source else given
+    if not source and given.get("tokenizer_name") == TRAIN_BPE:
+        vocabulary = given.get("tokenizer_vocab_size") or DEFAULT_VOCAB_SIZE
     try:
-        return _size(text)
+        return _size(source, shape.get("model_type"), shape.get("config_overrides"), vocabulary)
     except ValueError as error:  # heads that do not divide the width, say: only building the model tells
         what = " ".join(filter(None, [given.get("model_type"), given.get("config_overrides")]))
         where = f"size {size}" if size else f"run {run.id}"
@@ -165,13 +140,12 @@ def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSi
 
 
 @functools.cache
-def _size(text: str) -> ModelSize | None:
-    source, model_type, overrides, vocabulary = json.loads(text)
-    if source is not None:
-        try:
+def _size(
+    source: str | None, model_type: str | None, overrides: str | None, vocabulary: int | None
+) -> ModelSize | None:
+    if source:
+        with contextlib.suppress(OSError, ValueError):  # not on this machine: the file may say what it is
             return measure(AutoConfig.from_pretrained(source, local_files_only=True))
-        except (OSError, ValueError):  # not on this machine: the file may say what it is
-            pass
     if model_type is None:
         return None
     if vocabulary is not None and "vocab_size" not in (overrides or ""):
@@ -181,33 +155,22 @@ def _size(text: str) -> ModelSize | None:
 
 
 def measure(config: PreTrainedConfig) -> ModelSize:
-    """Build a model without memory for its weights and count them.
-
-    Args:
-        config: of the model.
-    """
+    """Build a model without memory for its weights and count them."""
     with torch.device("meta"):
         model = task_of_model(config).auto_model.from_config(config)
     model.tie_weights()
-    inside: set[int] = set()
-    if config.is_encoder_decoder:
-        inside = {id(module) for module in model.get_encoder().modules()}
-    encoder = decoder = cross = 0
+    inside = {id(module) for module in model.get_encoder().modules()} if config.is_encoder_decoder else set()
+    parts: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        if id(module) in inside:
-            encoder += module.weight.numel()
-        elif name.endswith(_CROSS):
-            cross += module.weight.numel()
-        else:
-            decoder += module.weight.numel()
+        if isinstance(module, (nn.Linear, Conv1D)):
+            part = "encoder" if id(module) in inside else "cross" if name.endswith(_CROSS) else "decoder"
+            parts[part] += module.weight.numel()
     layers, named = int(config.num_hidden_layers), config.to_dict()
     return ModelSize(
-        parameters=sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values()),
-        decoder=decoder,
-        encoder=encoder,
-        cross=cross,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        decoder=parts["decoder"],
+        encoder=parts["encoder"],
+        cross=parts["cross"],
         decoder_layers=int(named.get("decoder_layers") or named.get("num_decoder_layers") or layers),
         encoder_layers=int(named.get("encoder_layers") or layers) if config.is_encoder_decoder else 0,
         width=int(config.hidden_size),

@@ -80,11 +80,7 @@ def _arguments(words: Sequence[str]) -> dict[str, str]:
 
 
 def forget_other_code(directory: Path) -> None:
-    """Delete runs that were made with other code or other library versions, which are not to be taken for these.
-
-    Args:
-        directory: of the demo's campaign.
-    """
+    """Delete runs that were made with other code or other library versions, which are not to be taken for these."""
     path, now = directory / CODE_NAME, {"sources": source_digest(), "versions": versions()}
     if (read_json(path) if path.exists() else None) != now and runner_at_work(directory) is None:
         for made in ("runs", "tokenizer"):
@@ -94,11 +90,7 @@ def forget_other_code(directory: Path) -> None:
 
 
 def source_digest(package: Path = PACKAGE) -> str:
-    """Hash the package's sources that the numbers of a run depend on.
-
-    Args:
-        package: folder of the package.
-    """
+    """Hash the package's sources that the numbers of a run depend on."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
@@ -108,14 +100,7 @@ def source_digest(package: Path = PACKAGE) -> str:
 
 
 class FollowedRuns(Progress):
-    """A campaign's progress, and of the run under way what it writes, as it comes.
-
-    Args:
-        directory: of the campaign.
-        campaign: the campaign.
-        order: ids of its runs.
-        names: of the runs, by id.
-    """
+    """A campaign's progress, and of the run under way what it writes, as it comes."""
 
     def __init__(
         self, directory: Path, campaign: Campaign, order: list[str], names: Mapping[str, str], *stream: None
@@ -143,11 +128,7 @@ class FollowedRuns(Progress):
         super().ended(run_id, status, seconds, message, left)
 
     def show(self, run_id: str) -> None:
-        """Write what a run has written to its log since the last call.
-
-        Args:
-            run_id: of the run.
-        """
+        """Write what a run has written to its log since the last call."""
         folder = run_folder(self.directory, run_id)
         if run_id != self.followed:
             number = self.order.index(run_id) + 1
@@ -172,11 +153,7 @@ class FollowedRuns(Progress):
 
 
 def brief(line: str) -> str | None:
-    """Return what is shown of a line of a run's output: of the fifty figures of an evaluation the chief ones.
-
-    Args:
-        line: of the output; all of it is kept in the log.
-    """
+    """Return what is shown of a line of a run's output: of the fifty figures of an evaluation the chief ones."""
     if line.startswith("=== attempt"):
         return None
     if (start := line.find("{'eval_")) >= 0 and line.rstrip().endswith("}"):
@@ -187,15 +164,7 @@ def brief(line: str) -> str | None:
 
 
 def run_demo(campaign: Campaign, directory: Path) -> int:
-    """Do the missing runs and report on all that exist.
-
-    Args:
-        campaign: of `load_demo`.
-        directory: folder of the runs and of the page.
-
-    Returns:
-        The exit code of `run_campaign`: 0 when every run finished, 1 when one failed, 130 after an interrupt.
-    """
+    """Do the missing runs of a demo, report on all that exist, and return `run_campaign`'s exit code: 0, 1 or 130."""
     started = time.perf_counter()
     directory = directory.resolve()
     forget_other_code(directory)
@@ -212,12 +181,7 @@ def run_demo(campaign: Campaign, directory: Path) -> int:
 
 
 def print_page(page: RunsPage, seconds: float) -> None:
-    """Print the tables, the sentences and the paths.
-
-    Args:
-        page: that was written.
-        seconds: how long the demo took.
-    """
+    """Print the tables, the sentences and the paths of a page, and how many seconds the demo took."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     print("\n" + page.table + "\n")
     for sentence in page.sentences:
@@ -229,14 +193,7 @@ def print_page(page: RunsPage, seconds: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo from a command line.
-
-    Args:
-        arguments: the command line without the program's name; ``sys.argv`` by default.
-
-    Returns:
-        The exit code.
-    """
+    """Run the demo from a command line (``sys.argv``'s by default) and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(

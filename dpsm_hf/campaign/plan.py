@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,30 +51,19 @@ def make_plan(
         flops_per_second: of the machine that the plan is for; None measures this one, where no run has finished.
         jobs: runs at a time.
     """
-    first: dict[str, Point] = {}
-    for point in campaign.points:
-        first.setdefault(point.run_id, point)
+    first = {point.run_id: point for point in reversed(campaign.points)}
     costs = {}
     for run_id in campaign.order:
         point = first.get(run_id) or next(p for p in campaign.points if run_id in campaign.runs[p.run_id].needs)
         costs[run_id] = (run_cost(campaign, campaign.runs[run_id], point.size, point.data), point.size)
     speeds = _speeds(campaign, costs, directory, flops_per_second)
-    runs = [
-        {
-            "id": run_id,
-            "size": size,
-            "processes": campaign.runs[run_id].processes,
-            **vars(cost),
-            "hours": _hours(cost, speeds[size], campaign.runs[run_id].processes),
-        }
-        for run_id, (cost, size) in costs.items()
-    ]
+    runs = []
+    for run_id, (cost, size) in costs.items():
+        processes = campaign.runs[run_id].processes
+        hours = _hours(cost, speeds[size], processes)
+        runs.append({"id": run_id, "size": size, "processes": processes, **vars(cost), "hours": hours})
     return {
-        "schema": SCHEMA,
-        "campaign": campaign.name,
-        "title": campaign.title,
-        "scale": campaign.scale,
-        "jobs": jobs,
+        "schema": SCHEMA, "campaign": campaign.name, "title": campaign.title, "scale": campaign.scale, "jobs": jobs,
         "readers": {v.name: v.of for v in campaign.variations if v.of is not None},
         "studies": _studies(campaign),
         "points": [{**vars(point), "settings": dict(point.settings)} for point in campaign.points],
@@ -82,7 +71,7 @@ def make_plan(
         "runs": runs,
         "speed": {size: vars(speed) if speed else None for size, speed in speeds.items()},
         "total": _total(runs, jobs),
-    }
+    }  # fmt: skip
 
 
 def _studies(campaign: Campaign) -> list[dict[str, Any]]:
@@ -92,41 +81,34 @@ def _studies(campaign: Campaign) -> list[dict[str, Any]]:
     seen: set[str] = set()
     rows = []
     for points in sorted(found.values(), key=lambda group: list(campaign.titles["study"]).index(group[0].study)):
-        ids = {point.run_id for point in points}
-        rows.append(
-            {
-                "study": points[0].study,
-                "title": campaign.titles["study"][points[0].study],
-                "size": points[0].size,
-                "data": points[0].data,
-                "settings": dict(points[0].settings),
-                "variations": list(dict.fromkeys(point.variation for point in points)),
-                "seeds": list(dict.fromkeys(point.seed for point in points)),
-                "runs": len(ids - seen),
-                "shared": len(ids & seen),
-            }
-        )
+        ids, first = {point.run_id for point in points}, points[0]
+        rows.append({
+            "study": first.study, "title": campaign.titles["study"][first.study], "size": first.size,
+            "data": first.data, "settings": dict(first.settings),
+            "variations": list(dict.fromkeys(point.variation for point in points)),
+            "seeds": list(dict.fromkeys(point.seed for point in points)),
+            "runs": len(ids - seen), "shared": len(ids & seen),
+        })  # fmt: skip
         seen |= ids
     return rows
 
 
 def _total(runs: list[dict[str, Any]], jobs: int) -> dict[str, Any]:
-    total: dict[str, Any] = {"runs": len(runs)}
-    for key in ("tokens", "flops", "hours"):
-        values = [run[key] for run in runs]
-        total[key] = None if any(value is None for value in values) else sum(values)
-    total["hours_of_wall_clock"] = None if total["hours"] is None else total["hours"] / jobs
-    return total
+    sums = {key: _sum(runs, key) for key in ("tokens", "flops", "hours")}
+    wall_clock = None if sums["hours"] is None else sums["hours"] / jobs
+    return {"runs": len(runs), **sums, "hours_of_wall_clock": wall_clock}
+
+
+def _sum(runs: Sequence[Mapping[str, Any]], key: str) -> Any:
+    values = [run[key] for run in runs]
+    return None if None in values else sum(values)
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 
 def _speeds(
-    campaign: Campaign,
-    costs: Mapping[str, tuple[Cost, str]],
-    directory: Path | None,
-    given: float | None,
+    campaign: Campaign, costs: Mapping[str, tuple[Cost, str]], directory: Path | None, given: float | None
 ) -> dict[str, Speed | None]:
     sizes = list(dict.fromkeys(size for _, size in costs.values()))
     if given is not None:
@@ -145,27 +127,20 @@ def _measured(costs: Mapping[str, tuple[Cost, str]], directory: Path | None) -> 
         return {}
     done: dict[str, list[tuple[float, float]]] = {}
     for run_id, record in read_records(directory, list(costs)).items():
-        seconds = sum(float(attempt.get("seconds") or 0.0) for attempt in record.attempts)
         cost, size = costs[run_id]
-        steps = record.efficiency.get("steps")
-        if record.status != "ok" or seconds <= 0 or cost.flops is None or not cost.steps:
-            continue
-        # a run that stopped early has done a part of its plan
-        done.setdefault(size, []).append((cost.flops * (steps or cost.steps) / cost.steps, seconds))
-    return {
-        size: Speed(
-            sum(f for f, _ in found) / sum(s for _, s in found), f"measured: {len(found)} finished run(s)", False
-        )
-        for size, found in done.items()
-    }
+        if record.status == "ok" and record.seconds > 0 and cost.flops is not None and cost.steps:
+            # a run that stopped early has done a part of its plan
+            flops = cost.flops * (record.efficiency.get("steps") or cost.steps) / cost.steps
+            done.setdefault(size, []).append((flops, record.seconds))
+    speeds = {}
+    for size, found in done.items():
+        flops, seconds = (sum(values) for values in zip(*found, strict=True))
+        speeds[size] = Speed(flops / seconds, f"measured: {len(found)} finished run(s)", False)
+    return speeds
 
 
 def measure_speed(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
     """Measure this machine's matrix products for half a second, and take a share of that for training.
-
-    Args:
-        dtype: of the matrices.
-        clock: tells the time in seconds.
 
     Returns:
         The speed, None where the device cannot multiply in this type.
@@ -217,28 +192,20 @@ def in_hours(hours: float | None) -> str:
 
 
 def render_plan(plan: Mapping[str, Any], *, every_run: bool = False) -> str:
-    """Return a plan as text.
-
-    Args:
-        plan: of `make_plan`.
-        every_run: list each run too.
-    """
+    """Return a plan as text."""
     total = plan["total"]
     lines = [f"{plan['title']} ({plan['campaign']}, scale {plan['scale']}): {total['runs']} runs", ""]
     rows = [["study", "size", "data", "setting", "variations", "seeds", "runs", "shared"]]
     for study in plan["studies"]:
-        setting = " ".join(f"{name}={value}" for name, value in study["settings"].items())
         counts = [len(study["variations"]), len(study["seeds"]), study["runs"], study["shared"]]
-        rows.append([study["study"], study["size"], study["data"], setting or "-", *map(str, counts)])
+        rows.append([study["study"], study["size"], study["data"], _setting(study), *map(str, counts)])
     lines += table(rows)
     for name, of in plan["readers"].items():
         lines.append(f"{name} has no runs of its own: it reads those of {of} after temperature scaling")
-    if plan["preparations"]:
-        lines += ["", f"and {len(plan['preparations'])} run(s) whose model others start from: "]
-        lines[-1] += ", ".join(plan["preparations"].values())
+    if titles := plan["preparations"].values():
+        lines += ["", f"and {len(titles)} run(s) whose model others start from: {', '.join(titles)}"]
     lines += ["", *table(_by_size(plan)), ""]
-    for size, speed in plan["speed"].items():
-        lines.append(f"speed of {size}: {speed['source'] if speed else 'unknown'}")
+    lines += [f"speed of {size}: {speed['source'] if speed else 'unknown'}" for size, speed in plan["speed"].items()]
     lines.append(
         f"in all: {_amount(total['tokens'], 'tokens')}, {_amount(total['flops'], 'FLOP')}; without start-up and "
         f"evaluation {in_hours(total['hours'])} of runs, {in_hours(total['hours_of_wall_clock'])} with {plan['jobs']} "
@@ -253,33 +220,27 @@ def _amount(value: float | None, unit: str) -> str:
     return f"unknown {unit}" if value is None else f"{in_units(value)}{unit}"
 
 
+def _setting(entry: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in entry["settings"].items()) or "-"
+
+
 def _by_size(plan: Mapping[str, Any]) -> list[list[str]]:
     rows = [["size", "parameters", "runs", "steps a run", "tokens a run", "FLOP a run", "time a run", "time in all"]]
+    shown = {"steps": "{:,}".format, "tokens": in_units, "flops": in_units, "hours": in_hours}
     for size in plan["speed"]:
         runs = [run for run in plan["runs"] if run["size"] == size]
-
-        def spread(key: str, show: Callable[[Any], str], runs: list[dict[str, Any]] = runs) -> str:
-            values = [run[key] for run in runs]
-            if any(value is None for value in values):
-                return "unknown"
-            low, high = show(min(values)), show(max(values))
-            return low.strip() if low == high else f"{low.strip()} to {high.strip()}"
-
-        hours = [run["hours"] for run in runs]
-        whole = None if any(value is None for value in hours) else sum(hours)
-        rows.append(
-            [
-                size,
-                spread("parameters", in_units),
-                str(len(runs)),
-                spread("steps", lambda value: f"{value:,}"),
-                spread("tokens", in_units),
-                spread("flops", in_units),
-                spread("hours", in_hours),
-                in_hours(whole),
-            ]
-        )
+        spreads = [_spread([run[key] for run in runs], show) for key, show in shown.items()]
+        parameters = _spread([run["parameters"] for run in runs], in_units)
+        rows.append([size, parameters, str(len(runs)), *spreads, in_hours(_sum(runs, "hours"))])
     return rows
+
+
+def _spread(values: Sequence[Any], show: Callable[[Any], str]) -> str:
+    """Return the range of values in words; "unknown" where one is None."""
+    if None in values:
+        return "unknown"
+    low, high = show(min(values)).strip(), show(max(values)).strip()
+    return low if low == high else f"{low} to {high}"
 
 
 def _each_run(plan: Mapping[str, Any]) -> list[list[str]]:
@@ -290,8 +251,7 @@ def _each_run(plan: Mapping[str, Any]) -> list[list[str]]:
         rows.append([run_id, "-", title, run["size"], "-", "-", "-", in_units(run["tokens"]), in_hours(run["hours"])])
     for point in plan["points"]:
         run = runs[point["run_id"]]
-        setting = " ".join(f"{name}={value}" for name, value in point["settings"].items())
-        place = [point[key] for key in ("run_id", "study", "variation", "size", "data")]
+        place = [str(point[key]) for key in ("run_id", "study", "variation", "size", "data", "seed")]
         cost = ["reads this run"] * 2 if point["scaled"] else [in_units(run["tokens"]), in_hours(run["hours"])]
-        rows.append([*place, str(point["seed"]), setting or "-", *cost])
+        rows.append([*place, _setting(point), *cost])
     return rows

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -34,12 +34,8 @@ _MOST_WEIGHT = 2**30
 def exact_share(name: str, share: float) -> Fraction:
     """Return a share as an exact fraction with a denominator up to a million: 0.05 is 1/20.
 
-    Args:
-        name: of the share, for the error message.
-        share: above 0 and at most 1.
-
     Raises:
-        ValueError: if it is not above 0 (in steps of a millionth) and at most 1.
+        ValueError: if it is not above 0 (in steps of a millionth) and at most 1; the message names it.
     """
     fraction = Fraction(share).limit_denominator(10**6) if 0 < share <= 1 else Fraction(0)
     if not fraction:
@@ -95,27 +91,21 @@ class TargetFlips:
         return int(first + (combine(self.seed & MASK, _WHICH_STEPS, stretch) * (after - first) >> BITS))
 
     def __call__(self, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return the targets of a step with its flips, and which of them are flipped.
+        """Return the targets of a step (from 0 on) with its flips, and which are flipped, as bool of the same shape.
 
-        Args:
-            targets: int64 ``[..., T]``, -100 where nothing is scored; not modified.
-            step: the optimizer step, from 0 on.
-
-        Returns:
-            The new targets and a bool tensor of their shape. No synchronisation with the device.
+        ``targets`` are int64 ``[..., T]``, -100 where nothing is scored, and stay as they are. The device is not
+        waited for.
         """
         if not self.flips_step(step):
             return targets, torch.zeros_like(targets, dtype=torch.bool)
         rows = targets.reshape(-1, targets.shape[-1])
         scored = rows != IGNORED
-        content = row_hash(rows, scored)[:, None]
-        place = scored.cumsum(-1)
+        content, place, share = row_hash(rows, scored)[:, None], scored.cumsum(-1), self.share
 
         def hashes(purpose: int, *values: Tensor) -> Tensor:
             found: Tensor = combine(combine(self.seed & MASK, purpose, step), content, *values)
             return found
 
-        share = self.share
         rounding = hashes(_HOW_MANY) * share.denominator >> BITS
         number = (scored.sum(-1, keepdim=True) * share.numerator + rounding) // share.denominator
         # hashes within a row are distinct, so exactly `number` of them are at most the number-th smallest
@@ -140,15 +130,7 @@ class TargetFlips:
 
 @dataclass(frozen=True)
 class SummarySwaps:
-    """Exchange the summaries of a share of the pairs in an optimizer step; no chosen pair keeps its own summary.
-
-    Args:
-        share: of the pairs of a step, in (0, 1].
-        seed: of the hashes.
-
-    Raises:
-        ValueError: if the share is out of range.
-    """
+    """Exchange the summaries of a share, in (0, 1], of a step's pairs; no chosen pair keeps its own summary."""
 
     share: float
     seed: int = 0
@@ -201,17 +183,12 @@ class SummarySwaps:
     @staticmethod
     def _shuffled(keys: np.ndarray, base: int) -> np.ndarray:
         values = torch.from_numpy(np.ascontiguousarray(keys))
-        high = combine(base, values >> 31 & MASK, values & 2**31 - 1)
-        low = combine(combine(base, 1), values >> 31 & MASK, values & 2**31 - 1)
+        high, low = (combine(b, values >> 31 & MASK, values & 2**31 - 1) for b in (base, combine(base, 1)))
         return _one_key(high, low).numpy()
 
 
 def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the hashes for `SummarySwaps.plan` from a batch's ``input_ids`` and ``labels``.
-
-    Returns:
-        Hashes of the pairs and of the summaries, int64 ``[B]`` each.
-    """
+    """Return the hashes for `SummarySwaps.plan` of a batch: of the pairs and of the summaries, int64 ``[B]`` each."""
     tokens, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -229,27 +206,23 @@ def _limit_repeats(limit: int, order: np.ndarray, summaries: np.ndarray) -> np.n
     """Return the pairs in order, at most ``limit`` with the same summary."""
     seen: Counter[int] = Counter()
     kept = []
-    for index in order.tolist():
-        seen[int(summaries[index])] += 1
-        if seen[int(summaries[index])] <= limit:
+    for index, summary in zip(order.tolist(), summaries[order].tolist(), strict=True):
+        seen[summary] += 1
+        if seen[summary] <= limit:
             kept.append(index)
     return np.asarray(kept, dtype=np.int64)
 
 
 def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor | None = None) -> Tensor:
-    """Return the weight of each token as a replacement: equal for all ordinary tokens, or by count.
+    """Return the weight of each token as a replacement, int64 ``[V]``: equal for all ordinary tokens, or by count.
 
     Args:
         vocabulary: number of logits ``V``.
         special: ids that never replace: of special tokens, and ids without a token.
         counts: ``[V]`` label counts for unigram replacement; None for uniform.
-
-    Returns:
-        int64 ``[V]``.
     """
     weights = torch.ones(vocabulary, dtype=torch.int64) if counts is None else counts.long().clone()
-    ids = sorted({token for token in special if 0 <= token < vocabulary})
-    weights[torch.tensor(ids, dtype=torch.int64)] = 0
+    weights[[token for token in special if 0 <= token < vocabulary]] = 0
     return weights
 
 
@@ -268,20 +241,14 @@ def label_counts(dataset: Any, vocabulary: int) -> Tensor:
             "unigram replacement counts the labels of the training set before training, and a stream cannot be "
             "counted: use --flip_replacement uniform, or leave out --streaming."
         )
-    counts = np.zeros(vocabulary, dtype=np.int64)
-    for values in _label_arrays(dataset):
-        counts += np.bincount(values[(values >= 0) & (values < vocabulary)], minlength=vocabulary)
-    return torch.from_numpy(counts)
-
-
-def _label_arrays(dataset: Any) -> Iterable[np.ndarray]:
+    samples: Any = dataset
+    parts: Iterable[np.ndarray] = (np.asarray(samples[i]["labels"]).reshape(-1) for i in range(len(samples)))
     if isinstance(dataset, Dataset):
         if "labels" not in dataset.column_names:
             raise ValueError("unigram replacement counts the training set's 'labels', and it has no such column.")
-        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-            column = batch["labels"]
-            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            yield column.flatten().to_numpy(zero_copy_only=False)
-        return
-    for index in range(len(dataset)):
-        yield np.asarray(dataset[index]["labels"]).reshape(-1)
+        batches = dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000)
+        parts = (pc.list_flatten(batch["labels"]).to_numpy() for batch in batches)
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for values in parts:
+        counts += np.bincount(values[(values >= 0) & (values < vocabulary)], minlength=vocabulary)
+    return torch.from_numpy(counts)

@@ -14,11 +14,8 @@ MODULES = ("token_calibration", "distinct_n")
 def module_path(name: str) -> str:
     """Return the folder of a module, for ``evaluate.load(module_path("token_calibration"))``.
 
-    Args:
-        name: one of `MODULES`.
-
     Raises:
-        ValueError: for another name.
+        ValueError: for a name that is not in `MODULES`.
     """
     if name not in MODULES:
         raise ValueError(f"dpsm_hf ships no evaluate module {name!r}; it has {', '.join(MODULES)}.")

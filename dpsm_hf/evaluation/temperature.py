@@ -101,14 +101,9 @@ class TemperatureScaler:
     def fit_batches(
         cls, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], *, split: str = ""
     ) -> TemperatureScaler:
-        """Fit on batches that are made anew for each of the few passes.
+        """Fit on batches that are made anew for each of the few passes: ``(logits, labels)`` as `fit` takes them.
 
-        Args:
-            batches: called once a pass, gives ``(logits, labels)`` as `fit` takes them.
-            split: name of the data.
-
-        Raises:
-            ValueError: as `fit`.
+        Errors are those of `fit`.
         """
 
         def moments(temperature: float) -> Moments:
@@ -129,17 +124,13 @@ class TemperatureScaler:
         """Fit by Newton's method on log T, from sums over the tokens at one temperature after the other.
 
         The NLL is convex in 1/T, so it has one minimum; a bracket around it, and a half step where the curvature by
-        log T is not positive, make the method safe.
+        log T is not positive, make the method safe. Errors are those of `fit`.
 
         Args:
             moments: called with T, gives the sums there; one pass over the data each, about five in all.
             split: name of the data.
-
-        Raises:
-            ValueError: as `fit`.
         """
-        x, low, high = 0.0, math.log(LEAST), math.log(MOST)
-        before = math.nan
+        x, low, high, before = 0.0, math.log(LEAST), math.log(MOST), math.nan
         for passes in range(1, _MOST_PASSES + 1):
             at = moments(math.exp(x))
             if not at.tokens:
@@ -232,9 +223,8 @@ class TemperatureScaler:
         """
         core = core_model(model)
         layer, name = output_layer(core), type(core).__name__
-        reason = ""
+        kind, reason = type(layer), ""
         if layer is None or type(layer) is not nn.Linear:
-            kind = type(layer)
             reason = f"its output layer is {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
         elif shared := _shared_with(core, layer):
             reason = f"its output weights are those of {shared} too (tie_word_embeddings)"

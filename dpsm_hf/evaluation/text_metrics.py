@@ -1,11 +1,8 @@
 """Text-overlap and text-similarity scores of generated summaries: ROUGE, BERTScore and lengths.
 
 ROUGE comes straight from the `rouge-score` package (the one behind `evaluate.load("rouge")`, which would need the
-network) and BERTScore from `bert-score`. Nothing here knows about trainers or models under training.
-
-Sentences matter to rougeLsum only. They are taken from the newlines of a text when it has any; otherwise from nltk's
-punkt model when its data are installed; otherwise from the rules in `split_sentences`. `sentence_splitter_name()`
-says which of the last two this machine uses, so that a report can name it.
+network) and BERTScore from `bert-score`. Nothing here knows about trainers or models under training. Sentences, see
+`split_sentences`, matter to rougeLsum only.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ def _punkt_tokenizer() -> Callable[[str], list[str]] | None:
 
 
 def sentence_splitter_name() -> str:
-    """Name the splitter used for texts without newlines on this machine: "nltk punkt" or "rules"."""
+    """Name the splitter used for texts without newlines on this machine, for a report: "nltk punkt" or "rules"."""
     return "rules" if _punkt_tokenizer() is None else "nltk punkt"
 
 
@@ -57,22 +54,15 @@ def split_by_rules(text: str) -> list[str]:
 
     A sentence ends at a run of `.`, `!` or `?` (with any closing quotes or brackets) that is followed by white space
     and an upper-case letter or a digit, unless the word before a single full stop is a known abbreviation ("Dr.",
-    "e.g.", "U.S.", month names ...) or a single letter (an initial).
-
-    Args:
-        text: One text, in any length.
-
-    Returns:
-        The sentences in order, stripped, none of them empty.
+    "e.g.", "U.S.", month names ...) or a single letter (an initial). Sentences are stripped, and none is empty.
     """
     sentences: list[str] = []
     start = 0
     for boundary in _BOUNDARY.finditer(text):
         if boundary.group(1) == ".":
-            word = _LAST_WORD.search(text[start : boundary.start()])
-            if word is not None and (len(word.group(1)) == 1 and word.group(1).isalpha()):
-                continue
-            if word is not None and word.group(1).lower() in _ABBREVIATIONS:
+            found = _LAST_WORD.search(text[start : boundary.start()])
+            word = "" if found is None else found.group(1)
+            if (len(word) == 1 and word.isalpha()) or word.lower() in _ABBREVIATIONS:
                 continue
         sentences.append(text[start : boundary.end()].strip())
         start = boundary.end()
@@ -84,22 +74,10 @@ def split_sentences(text: str) -> list[str]:
     """Split a text into the sentences that rougeLsum compares.
 
     Newlines in the text decide when there are any (CNN/DailyMail highlights carry them, and PEGASUS writes them as
-    `<n>`); otherwise nltk's punkt when installed; otherwise `split_by_rules`.
-
-    Args:
-        text: One text; may be empty.
-
-    Returns:
-        The sentences in order, stripped, none of them empty.
+    `<n>`); otherwise nltk's punkt when installed; otherwise `split_by_rules`. Sentences are stripped, none is empty.
     """
     text = text.replace("<n>", "\n").strip()
-    if not text:
-        return []
-    if "\n" in text:
-        pieces = text.split("\n")
-    else:
-        punkt = _punkt_tokenizer()
-        pieces = punkt(text) if punkt is not None else split_by_rules(text)
+    pieces = text.split("\n") if "\n" in text else (_punkt_tokenizer() or split_by_rules)(text)
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
@@ -133,11 +111,8 @@ def rouge_scores(
     groups = _check_pairs("rouge_scores", predictions, references)
     unscorable = sum(not any(_SCORABLE.search(reference) for reference in group) for group in groups)
     if unscorable:
-        logger.warning(
-            "%d of %d references hold no letter a-z and no digit; rouge-score sees no words there and scores them 0.",
-            unscorable,
-            len(groups),
-        )
+        reason = "hold no letter a-z and no digit; rouge-score sees no words there and scores them 0."
+        logger.warning("%d of %d references %s", unscorable, len(groups), reason)
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=use_stemmer)
     totals = dict.fromkeys(ROUGE_TYPES, 0.0)
     for prediction, group in zip(predictions, groups, strict=True):
@@ -167,10 +142,8 @@ def load_bert_scorer(
     lang: str | None = None,
     *,
     num_layers: int | None = None,
-    batch_size: int = 64,
-    device: str | None = None,
     rescale_with_baseline: bool = False,
-    baseline_path: str | None = None,
+    **options: Any,
 ) -> Any:
     """Build the model that scores pairs for BERTScore, so that it can be reused over several evaluations.
 
@@ -178,10 +151,8 @@ def load_bert_scorer(
         model_type: A hub name that bert-score knows (for example `roberta-large`), or a local folder.
         lang: Language code; picks bert-score's recommended model when `model_type` is None (`en`: roberta-large).
         num_layers: Layer whose hidden states are compared; required when bert-score has no tuned value for the model.
-        batch_size: Pairs a forward pass.
-        device: Torch device; None takes the first GPU when there is one.
         rescale_with_baseline: Rescale with bert-score's baseline of the language and model; needs `lang`.
-        baseline_path: A baseline file to use instead of the packaged one.
+        options: Of `bert_score.BERTScorer`, such as `batch_size`, `device` and `baseline_path`.
 
     Returns:
         A `bert_score.BERTScorer`.
@@ -211,10 +182,8 @@ def load_bert_scorer(
             model_type=_LocalFolder(name) if os.path.isdir(name) else name,
             num_layers=num_layers,
             lang=lang,
-            batch_size=batch_size,
-            device=device,
             rescale_with_baseline=rescale_with_baseline,
-            baseline_path=baseline_path,
+            **options,
         )
     except AssertionError as error:
         raise ValueError(f"BERTScore cannot use layer {num_layers} of '{name}': {error}.") from error
@@ -235,14 +204,8 @@ def bert_scores(
     predictions: Sequence[str],
     references: Sequence[Reference],
     *,
-    model_type: str | None = None,
-    lang: str | None = None,
-    num_layers: int | None = None,
-    batch_size: int = 64,
-    device: str | None = None,
-    rescale_with_baseline: bool = False,
-    baseline_path: str | None = None,
     scorer: Any = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Return mean BERTScore precision, recall and F1 of predictions against references.
 
@@ -255,14 +218,8 @@ def bert_scores(
     Args:
         predictions: N generated texts.
         references: N reference texts, or N non-empty lists of them.
-        model_type: See `load_bert_scorer`; ignored, like the options below it, when `scorer` is given.
-        lang: See `load_bert_scorer`.
-        num_layers: See `load_bert_scorer`.
-        batch_size: Pairs a forward pass.
-        device: See `load_bert_scorer`.
-        rescale_with_baseline: See `load_bert_scorer`.
-        baseline_path: See `load_bert_scorer`.
         scorer: A scorer from `load_bert_scorer`, to load the model once for many calls.
+        options: Of `load_bert_scorer`; ignored when `scorer` is given.
 
     Returns:
         `{"bertscore_precision": ..., "bertscore_recall": ..., "bertscore_f1": ...}`, not multiplied by 100.
@@ -274,35 +231,18 @@ def bert_scores(
     """
     groups = _check_pairs("bert_scores", predictions, references)
     if scorer is None:
-        scorer = load_bert_scorer(
-            model_type,
-            lang,
-            num_layers=num_layers,
-            batch_size=batch_size,
-            device=device,
-            rescale_with_baseline=rescale_with_baseline,
-            baseline_path=baseline_path,
-        )
-    scored_predictions: list[str] = []
-    scored_groups: list[list[str]] = []
-    for prediction, group in zip(predictions, groups, strict=True):
-        filled = [reference for reference in group if reference.strip()]
-        if prediction.strip() and filled:
-            scored_predictions.append(prediction)
-            scored_groups.append(filled)
-    empty = len(groups) - len(scored_predictions)
+        scorer = load_bert_scorer(**options)
+    filled = [[reference for reference in group if reference.strip()] for group in groups]
+    scored = [(text, group) for text, group in zip(predictions, filled, strict=True) if text.strip() and group]
+    empty = len(groups) - len(scored)
     if empty:
         logger.warning("BERTScore is 0 for %d of %d samples: an empty prediction or reference.", empty, len(groups))
-    sums = np.zeros(3)
-    if scored_predictions:
-        columns = scorer.score(scored_predictions, scored_groups, batch_size=scorer.batch_size)
-        sums = np.array([float(column.double().sum()) for column in columns])
-    means = sums / len(groups)
-    return {
-        "bertscore_precision": float(means[0]),
-        "bertscore_recall": float(means[1]),
-        "bertscore_f1": float(means[2]),
-    }
+    sums = [0.0, 0.0, 0.0]
+    if scored:
+        columns = scorer.score(*map(list, zip(*scored, strict=True)), batch_size=scorer.batch_size)
+        sums = [float(column.double().sum()) for column in columns]
+    names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
+    return {name: value / len(groups) for name, value in zip(names, sums, strict=True)}
 
 
 def generation_lengths(token_ids: np.ndarray | Sequence[Sequence[int]], pad_token_id: int) -> np.ndarray:
@@ -315,7 +255,7 @@ def generation_lengths(token_ids: np.ndarray | Sequence[Sequence[int]], pad_toke
         pad_token_id: The tokenizer's padding id.
 
     Returns:
-        int64 array of length N.
+        int64 [N].
 
     Raises:
         ValueError: If there are no rows.
@@ -347,10 +287,7 @@ def _check_pairs(where: str, predictions: Sequence[str], references: Sequence[Re
 
 
 class _LocalFolder(str):
-    """A model folder for bert-score, which loads T5 whenever "t5" occurs anywhere in the path it is given.
-
-    The answer to that one question comes from the folder's own config instead.
-    """
+    """A model folder for bert-score, which asks for "t5" in the path it is given: the folder's config answers that."""
 
     def __contains__(self, part: object) -> bool:
         if part == "t5":

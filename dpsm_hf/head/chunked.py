@@ -1,8 +1,8 @@
-"""Scoring chunk by chunk: logits of some rows, their gradient in place, and the two products that carry it on.
+"""Scoring chunk by chunk, so that one chunk of logits lives at any moment instead of ``[N, V]``.
 
 For some rows at a time: ``logits = hidden @ weight.T``, the row pass turns them into their gradient in place, and two
 matrix products carry it on to the hidden states and the weight. All of that happens in the forward pass; the backward
-pass only scales. What lives at any moment is one chunk of logits instead of ``[N, V]``.
+pass only scales.
 
 Sources: the chunked gradient-in-forward of Hsu et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your Losses in
 Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks and precision; see docs/design.md.
@@ -11,18 +11,18 @@ Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rules.losses import refuse_second_derivative
 from ..rules.rows import STATISTICS
 from ..runtime.ranges import HEAD, ROW_PASS, named, ranged
-from .matmul import by_onednn, product
+from .matmul import WeightGradient, by_onednn, product, scaled
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .row_pass import device_scalar, row_pass
-from .weight_gradient import WeightGradient, scaled
 
 # A finished gradient, or the sum that it is still to be made of.
 Source = Tensor | WeightGradient | None
@@ -48,15 +48,9 @@ class ChunkedObjective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        rows: Tensor | None,
-        options: HeadOptions,
-        denominator: Tensor | int | None,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: HeadOptions,
+        denominator: Tensor | int | None, *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 or 6]``.
 
         ``rows`` are the indices of the M scored tokens among the hidden states, or None where all are. With a
@@ -91,43 +85,37 @@ class ChunkedObjective(torch.autograd.Function):
     @ranged(HEAD)
     def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
         """Scale the gradients that the forward pass computed."""
-        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
-            raise RuntimeError(
-                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
-                "the gradient or a Hessian needs the plain torch form in linear_scoring_loss' documentation)."
-            )
+        refuse_second_derivative("linear_scoring_loss")
         if grad_values is not None:
-            return _arrange(_gradients_of_values(ctx, grad_values))
+            return _gradients_of_values(ctx, grad_values)
         if grad_loss is None:
-            return _arrange([None] * (len(ctx.needs_input_grad) - 5))
+            return (None,) * len(ctx.needs_input_grad)
         if ctx.gradients is None:
             raise RuntimeError(
                 "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
                 "through it a second time."
             )
-        factor: Tensor | None = grad_loss if ctx.late is None else grad_loss * ctx.late
-        keep = _keeps_graph()
-        if factor is not None and factor.device.type == "cpu" and float(factor) == 1.0:
+        factor = grad_loss if ctx.late is None else grad_loss * ctx.late
+        if factor.device.type == "cpu" and float(factor) == 1.0:
             factor = None
-        gradients = ctx.gradients
-        if not keep:
-            # nobody needs them any more, so they are scaled where they stand: a copy costs as much as the whole head
+        gradients, keep = ctx.gradients, _keeps_graph()
+        if not keep:  # they are scaled where they stand: a copy costs as much as the whole head
             ctx.gradients = None
-        return _arrange([_finish(source, dtype, factor, keep) for source, dtype in gradients])
+        return _finished(gradients, factor, keep)
 
 
-def _arrange(gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    hidden, *parameters = gradients
-    return (hidden, None, None, None, None, None, *parameters)
+def _finished(gradients: list[tuple[Source, torch.dtype]], factor: Tensor | None, keep: bool) -> tuple[Any, ...]:
+    """Return the gradient of each argument of the forward pass."""
+    found: list[Tensor | None] = []
+    for source, dtype in gradients:
+        if isinstance(source, WeightGradient):
+            found.append(source.finish(factor, keep))
+        else:
+            found.append(None if source is None else scaled(source, factor, keep).to(dtype))
+    return (found[0], None, None, None, None, None, *found[1:])
 
 
-def _finish(source: Source, dtype: torch.dtype, factor: Tensor | None, keep: bool) -> Tensor | None:
-    if isinstance(source, WeightGradient):
-        return source.finish(factor, keep)
-    return None if source is None else scaled(source, factor, keep).to(dtype)
-
-
-def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
+def _gradients_of_values(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
     hidden, labels, rows = ctx.saved_tensors[:3]
     head, options, wants, autocast, dtype = ctx.work
     # the backward pass runs outside of the autocast that the forward pass was in
@@ -138,7 +126,7 @@ def _gradients_of_values(ctx: Any, grad_values: Tensor) -> list[Tensor | None]:
         largest = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny)
         factor = torch.exp2(largest.log2().ceil()) / work.half_scale()
     _, _, gradients = work.run(grad_values if factor is None else grad_values / factor, wants)
-    return [_finish(source, dtype, factor, keep=False) for source, dtype in gradients]
+    return _finished(gradients, factor, keep=False)
 
 
 def _keeps_graph() -> bool:
@@ -184,8 +172,11 @@ class _Work:
             None) with the dtype it is to have.
         """
         hidden, head, options = self.hidden, self.head, self.options
-        self.whole = weight is not None and _cheaper_whole(hidden, head, len(self.labels)) and wants[1]
-        chunk = _LinearChunks(self, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, wants)
+        # One chunk where the logits [N, V] are smaller than half of the float32 sum [V, D] of the weight's gradient,
+        # which one chunk does without: less memory, and no pass over that sum for each chunk.
+        low = isinstance(head, LinearHead) and hidden.dtype == head.weight.dtype == torch.bfloat16
+        self.whole = low and weight is not None and wants[1] and len(self.labels) <= hidden.shape[-1]
+        chunk = _LinearChunks(self, head, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, head, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
             # rows that are not scored are never visited: they stay zero
@@ -193,7 +184,8 @@ class _Work:
         score = _row_pass_of(options.impl, hidden.device)
         values, columns = [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in self.parts():
+            size = self.chunk_size()
+            for part in [slice(start, start + size) for start in range(0, len(self.labels), size)]:
                 index = part if self.rows is None else self.rows[part]
                 logits = chunk.logits(hidden[index], weight is not None)
                 factor = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
@@ -216,54 +208,32 @@ class _Work:
                     del part_gradient
                 del logits  # before the next chunk is allocated
         if not columns:  # nothing is scored
-            width = len(STATISTICS) if options.entropy else len(STATISTICS) - 1
-            columns = [hidden.new_zeros(0, width + (0 if options.extra is None else options.extra.width)).float()]
-        gradients: list[tuple[Source, torch.dtype]] = [(grad_hidden, hidden.dtype)]
-        for total, parameter in zip(chunk.totals(), head.parameters, strict=True):
-            gradients.append((total, hidden.dtype if parameter is None else parameter.dtype))
-        return torch.cat(values) if values else None, torch.cat(columns), gradients
-
-    def parts(self) -> Iterator[slice]:
-        """Return the chunks, as slices of the scored tokens."""
-        size = self.chunk_size()
-        return (slice(start, min(len(self.labels), start + size)) for start in range(0, len(self.labels), size))
+            width = len(STATISTICS) - (not options.entropy) + (0 if options.extra is None else options.extra.width)
+            columns = [hidden.new_zeros(0, width).float()]
+        sources = [grad_hidden, *chunk.totals()]
+        dtypes = [hidden.dtype if tensor is None else tensor.dtype for tensor in (hidden, *head.parameters)]
+        return torch.cat(values) if values else None, torch.cat(columns), list(zip(sources, dtypes, strict=True))
 
     def chunk_size(self) -> int:
         """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
-        most = self.options.chunk_tokens
-        if most is None:
-            if self.whole:
-                return max(1, len(self.labels))
-            row_bytes = self.head.vocab_size * self.dtype.itemsize
-            if self.hidden.device.type == "cpu":
-                most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
-            else:
-                most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
-        number = max(1, -(-len(self.labels) // most))
-        return max(1, -(-len(self.labels) // number))
-
-
-def _cheaper_whole(hidden: Tensor, head: Head, tokens: int) -> bool:
-    """Return whether a bfloat16 head is better scored in one chunk: fewer tokens than the hidden states are wide.
-
-    The logits ``[N, V]`` are then smaller than half of the float32 sum ``[V, D]`` of the weight's gradient, which one
-    chunk does without: less memory, and no pass over that sum for each chunk.
-    """
-    return (
-        isinstance(head, LinearHead)
-        and hidden.dtype == head.weight.dtype == torch.bfloat16
-        and tokens <= hidden.shape[-1]
-    )
+        tokens, row_bytes = max(1, len(self.labels)), self.head.vocab_size * self.dtype.itemsize
+        if self.options.chunk_tokens is not None:
+            most = self.options.chunk_tokens
+        elif self.whole:
+            most = tokens
+        elif self.hidden.device.type == "cpu":
+            most = min(_CPU_CHUNK, max(_CPU_LEAST, _CPU_CHUNK_BYTES // row_bytes))
+        else:
+            most = max(1, min(_DEVICE_CHUNK, _DEVICE_CHUNK_BYTES // row_bytes))
+        number = -(-tokens // most)
+        return -(-tokens // number)
 
 
 class _LinearChunks:
     """Logits of a linear head in one buffer, and its gradients by matrix products."""
 
-    def __init__(self, work: _Work, wants: list[bool]) -> None:
-        head = work.head
-        assert isinstance(head, LinearHead)
-        self.wants = wants
-        self.dtype = work.dtype
+    def __init__(self, work: _Work, head: LinearHead, wants: list[bool]) -> None:
+        self.wants, self.dtype = wants, work.dtype
         self.weight = head.weight.detach().to(work.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(work.dtype)
         self.hidden = work.hidden.detach()[:0]
@@ -301,9 +271,7 @@ class _LinearChunks:
 class _ModuleChunks:
     """Logits of any other head, and its gradients by autograd over one chunk."""
 
-    def __init__(self, work: _Work, wants: list[bool]) -> None:
-        head = work.head
-        assert isinstance(head, ModuleHead)
+    def __init__(self, work: _Work, head: ModuleHead, wants: list[bool]) -> None:
         self.head, self.work, self.wants = head, work, wants
         self.sums: list[Tensor | None] = [None] * len(head.parameters)
         self.graph: tuple[Tensor, Tensor] | None = None
@@ -346,8 +314,9 @@ def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tu
     if impl == "triton" or (impl == "auto" and device.type == "cuda"):
         from . import kernels  # Triton is there on Linux alone
 
-        if kernels.available(device):
+        reason = kernels.why_not(device)
+        if not reason:
             return kernels.triton_row_pass
         if impl == "triton":
-            raise ValueError(kernels.why_not(device))
+            raise ValueError(reason)
     return row_pass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
+from ..rules.registry import RULES
 from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from .row_pass import device_scalar, row_pass
@@ -18,11 +20,6 @@ from .row_pass import device_scalar, row_pass
 # 4,096 entries over 8 warps are 16 a thread: three or four sums of them stay in registers, and eight programs of 256
 # threads fill an SM. Smaller vocabularies take the power of two that holds them.
 _MOST_BLOCK = 4096
-
-
-def available(device: torch.device) -> bool:
-    """Return whether the kernel runs on a device: CUDA with Triton installed, or any with Triton's interpreter."""
-    return not why_not(device)
 
 
 def why_not(device: torch.device) -> str:
@@ -52,34 +49,36 @@ def constants(
     objective: Objective | None, post: PostOps, *, row_weight: bool, entropy: bool, gradient: bool
 ) -> dict[str, Any]:
     """Return what the kernel is compiled for; alpha, the weight and all other numbers are no part of it."""
-    smoothing = 0
-    if objective is not None:
-        smoothing = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
-    return {
-        "RULE": None if objective is None else objective.rule.kernel(),
-        "SMOOTHING": smoothing,
-        "HAS_Z_LOSS": objective is not None and objective.z_loss > 0,
+    found: dict[str, Any] = {
         "HAS_SOFTCAP": post.softcap is not None,
         "HAS_ROW_WEIGHT": row_weight,
         "HAS_ENTROPY": entropy,
-        "HAS_GRADIENT": gradient and objective is not None,
     }
+    if objective is None:
+        return {**found, "RULE": None, "SMOOTHING": 0, "HAS_Z_LOSS": False, "HAS_GRADIENT": False}
+    found["SMOOTHING"] = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
+    rule = _triton_functions()[objective.loss_type]
+    return {**found, "RULE": rule, "HAS_Z_LOSS": objective.z_loss > 0, "HAS_GRADIENT": gradient}
+
+
+@functools.cache
+def _triton_functions() -> dict[str, Any]:
+    """Return the Triton function of each rule; made at first use, as Triton is slow to import and on Linux alone."""
+    import triton
+
+    modules: dict[str, Any] = {rule.name: sys.modules[rule.kernel.__module__] for rule in RULES.values()}
+    for module in modules.values():
+        module.tl = triton.language  # Triton looks for it, and for the functions that are called, among the globals
+        for name in [name for name in vars(module) if name.endswith("kernel")]:
+            setattr(module, name, triton.jit(getattr(module, name)))
+    return {name: module.kernel for name, module in modules.items()}
 
 
 def triton_row_pass(
-    logits: Tensor,
-    labels: Tensor,
-    objective: Objective | None,
-    post: PostOps,
-    *,
-    weight: Tensor | float = 1.0,
-    entropy: bool = False,
-    gradient: bool = True,
-) -> tuple[Tensor | None, Tensor]:
-    """Do what `row_pass` does in one kernel launch, without waiting for the device.
-
-    float64 has no kernel and takes the torch operations.
-    """
+    logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
+    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """Do what `row_pass` does in one kernel launch, without waiting for the device (float64 has no kernel)."""
     if logits.dtype == torch.float64:
         return row_pass(logits, labels, objective, post, weight=weight, entropy=entropy, gradient=gradient)
     from .triton_kernel import row_kernel

@@ -1,12 +1,13 @@
-"""Matrix products of the fused head, by the faster of the two libraries that PyTorch's CPU build carries.
+"""Matrix products of the fused head, and their sum over chunks that is the gradient of the output layer's weight.
 
-PyTorch hands float32 products to MKL, which on AMD processors does not use all of AVX-512: oneDNN's are up to twice as
-fast there. It is reached by the operator that `torch.compile` emits for linear layers of frozen weights.
+PyTorch hands float32 products on a CPU to MKL, which on AMD processors does not use all of AVX-512: oneDNN's are up to
+twice as fast there. It is reached by the operator that `torch.compile` emits for linear layers of frozen weights.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,15 @@ from ..runtime.processor import processor_fact
 # Multiplications from which on oneDNN is the faster one.
 _WORTH_IT = 2**22
 
+# Rows of the weight whose product is added up at a time on a CPU: it stays in the cache.
+_BLOCK = 2048
+
+# Float32 blocks of this size are given back to the system one by one; glibc keeps what is freed in smaller ones.
+_FREED_BYTES = 40 * 2**20
+
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return ``left @ right.T + bias``; ``F.linear`` for any strides.
-
-    Args:
-        left: ``[n, k]``.
-        right: ``[m, k]``.
-        bias: ``[m]``.
-        out: ``[n, m]``; what is returned may lie there, or in memory of its own.
-    """
+    """Return ``left @ right.T + bias`` of ``[n, k]``, ``[m, k]``, ``[m]``, any strides, in ``out`` or elsewhere."""
     if by_onednn(left, len(right)):
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     if bias is None:
@@ -53,4 +53,112 @@ def _onednn_is_faster() -> bool:
         one = torch.ones(1, 1)
         return amd and float(torch.ops.mkldnn._linear_pointwise(one, one, one[0], "none", [], "")) == 2.0
     except (AttributeError, RuntimeError, TypeError):  # another system, or the operator has changed
+        return False
+
+
+class WeightGradient:
+    """Sum ``gradient.T @ hidden`` over chunks, in float32 (float64 for float64): bfloat16 sums lose whole chunks.
+
+    Equivalent plain torch: ``total += gradient.float().T @ hidden.float()``, but each product is computed in the
+    dtype of its factors.
+
+    Args:
+        weight: ``[V, D]``, whose gradient it is.
+        whole: whether there is one chunk alone. Its product is then computed in the weight's own dtype: matrix
+            products of bfloat16 sum in float32 and round once, as adding up in float32 does.
+    """
+
+    def __init__(self, weight: Tensor, whole: bool = False) -> None:
+        self._weight = weight
+        self._whole = whole and weight.dtype == torch.bfloat16
+        self._blocks: list[Tensor] = []
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Add the product of one chunk: ``gradient`` ``[n, V]``, ``hidden`` ``[n, D]``."""
+        transposed = gradient.t()
+        first = not self._blocks
+        if self._whole and hidden.dtype == self._weight.dtype:
+            assert first, "one chunk was announced"
+            self._blocks = [product(transposed, hidden.t())]
+            return
+        if first:
+            self._blocks = self._empty_blocks(hidden)
+        # oneDNN is at its best on contiguous rows
+        fast = by_onednn(hidden, len(self._weight))
+        exact = hidden.dtype in (torch.float32, torch.float64)
+        if (exact and not fast) or _adds_in_float32(hidden.device, hidden.dtype):
+            (total,) = self._blocks
+            dtype: dict[str, Any] = {} if exact else {"out_dtype": torch.float32}
+            if first:
+                torch.mm(transposed, hidden, out=total, **dtype)
+            else:
+                torch.addmm(total, transposed, hidden, out=total, **dtype)
+            return
+        if hidden.dtype == torch.float16:
+            hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 holds
+            fast = by_onednn(hidden, len(self._weight))
+        columns = hidden.t().contiguous() if fast else hidden.t()
+        parts = [part for block in self._blocks for part in block.split(_BLOCK)]
+        for part, rows in zip(parts, transposed.split([len(part) for part in parts]), strict=True):
+            rows = rows.to(hidden.dtype)
+            term = product(rows.contiguous() if fast else rows, columns)
+            # copying instead of adding to zeros saves a pass over the whole weight
+            part.copy_(term) if first else part.add_(term)
+
+    def _empty_blocks(self, hidden: Tensor) -> list[Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows, columns = self._weight.shape
+        size = rows
+        if self._weight.dtype.itemsize < wide.itemsize and hidden.device.type == "cpu" and hidden.dtype != wide:
+            # a low-precision result is made block by block from float32 blocks that are freed as it grows
+            size = max(1, _FREED_BYTES // (columns * wide.itemsize))
+        return [hidden.new_empty(min(size, rows - i), columns, dtype=wide) for i in range(0, rows, size)]
+
+    def finish(self, factor: Tensor | None, keep: bool) -> Tensor:
+        """Return ``factor * sum`` in the weight's dtype; with ``keep`` it can be asked for again."""
+        blocks, dtype = self._blocks, self._weight.dtype
+        if not blocks:
+            return torch.zeros_like(self._weight)
+        if not keep:
+            self._blocks = []
+        if self._whole and blocks[0].dtype == dtype:
+            result = blocks[0].clone() if keep else blocks[0]
+            if factor is not None:
+                for part in result.split(_BLOCK):  # the wide copies that `scaled` makes are small ones here
+                    part.copy_(scaled(part, factor, keep=True))
+            return result
+        if len(blocks) == 1:
+            return scaled(blocks[0], factor, keep).to(dtype)
+        result = torch.empty_like(self._weight)
+        start = 0
+        for _ in range(len(blocks)):
+            block = blocks.pop(0)
+            result[start : start + len(block)] = scaled(block, factor, keep)
+            start += len(block)
+            if keep:
+                blocks.append(block)
+        return result
+
+
+def scaled(tensor: Tensor, factor: Tensor | None, keep: bool) -> Tensor:
+    """Return ``factor * tensor`` (None is 1): a new tensor if ``keep``, else made of the old one's memory."""
+    if factor is not None and tensor.dtype.itemsize < factor.dtype.itemsize:
+        # on a GPU the factor would be rounded to the tensor's dtype first
+        return (tensor.to(factor.dtype) * factor).to(tensor.dtype)
+    if keep:
+        return tensor.clone() if factor is None else tensor * factor
+    return tensor if factor is None else tensor.mul_(factor)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this device's matrix product adds low-precision factors to a float32 matrix in place."""
+    if device.type != "cuda":
+        return False
+    try:
+        total = torch.ones(16, 16, device=device)
+        ones = torch.ones(16, 16, device=device, dtype=dtype)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        return bool((total == 17).all())
+    except (RuntimeError, TypeError):
         return False

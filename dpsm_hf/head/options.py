@@ -13,7 +13,6 @@ from ..rules.post_ops import PostOps
 from ..rules.scoring_rules import Objective
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
-IMPLEMENTATIONS = get_args(Implementation)
 
 #: Values of the argument ``fused_head``.
 FUSED_MODES = ("auto", "on", "off")
@@ -40,8 +39,8 @@ class HeadOptions:
     extra: ExtraStatistics | None = None
 
     def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
+        if self.impl not in get_args(Implementation):
+            raise ValueError(f"impl={self.impl!r} is unknown; choose one of {', '.join(get_args(Implementation))}.")
         if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
             raise ValueError(
                 f"chunk_tokens={self.chunk_tokens} must be a whole number from 1 on; None chooses for the device."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.rows import RowScore, RowStatistics, column, statistics_columns, tail_statistics
+from ..rules.rows import RowStatistics, gradient_in_place, row_blocks, statistics_columns, tail_statistics
 from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
 # A block of this many float32 entries and a second one of its size lie in a CPU's cache; other devices want few, large
@@ -28,15 +28,9 @@ def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtyp
 
 
 def row_pass(
-    logits: Tensor,
-    labels: Tensor,
-    objective: Objective | None,
-    post: PostOps,
-    *,
-    weight: Tensor | float = 1.0,
-    entropy: bool = False,
-    gradient: bool = True,
-) -> tuple[Tensor | None, Tensor]:
+    logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
+    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * score)`` by it.
 
     Equivalent plain torch: ``score_tokens(post(logits.float()), labels, objective)`` and its backward.
@@ -58,11 +52,11 @@ def row_pass(
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
-    size = max(1, min(rows, entries // vocab_size))
+    size = max(1, min(rows, entries // vocab_size))  # of `row_blocks`
     work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
-    for start in range(0, rows, size):
-        block, target = logits[start : start + size], labels[start : start + size].unsqueeze(-1)
+    for part in row_blocks(logits, entries):
+        block, target = logits[part], labels[part].unsqueeze(-1)
         row, p, spare = _reduce(block, target, post, objective, entropy, work)
         columns.append(statistics_columns(row, entropy))
         if objective is None:
@@ -72,10 +66,12 @@ def row_pass(
         score = score_rows(row, objective, vocab_size, tail)
         values.append(score.value)
         if gradient:
-            block_weight = weight[start : start + size] if isinstance(weight, Tensor) and weight.dim() else weight
+            block_weight = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
             scaled = score.scaled(block_weight * post.scale)
-            capped = None if post.softcap is None else work[2, : len(block)]
-            _write_gradient(block, target, p, spare, scaled, threshold, capped)
+            slope = gradient_in_place(p, target, scaled, threshold, spare)
+            if post.softcap is not None:
+                slope.mul_(work[2, : len(block)].square_().neg_().add_(1.0))
+            block.copy_(slope)
     return torch.cat(values) if values else None, torch.cat(columns)
 
 
@@ -109,44 +105,15 @@ def _reduce(
     correct = shifted >= 0
     # log S: where y is the largest, log1p keeps the digits that p_y has lost
     log_normalizer = torch.where(correct, torch.log1p(miss / confidence), -confidence.log())
-    return (
-        RowStatistics(
-            row_max=z_max.squeeze(-1).to(p.dtype),
-            normalizer=1.0 / confidence,
-            p_target=p_target,
-            miss=miss,
-            off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
-            nll=log_normalizer - shifted,
-            correct=correct,
-            mean_logit=mean,
-            entropy=log_normalizer - entropy_sum,
-        ),
-        p,
-        spare,
+    row = RowStatistics(
+        row_max=z_max.squeeze(-1).to(p.dtype),
+        normalizer=1.0 / confidence,
+        p_target=p_target,
+        miss=miss,
+        off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
+        nll=log_normalizer - shifted,
+        correct=correct,
+        mean_logit=mean,
+        entropy=log_normalizer - entropy_sum,
     )
-
-
-def _write_gradient(
-    block: Tensor,
-    target: Tensor,
-    p: Tensor,
-    spare: Tensor,
-    score: RowScore,
-    threshold: float | None,
-    capped: Tensor | None,
-) -> None:
-    """Overwrite a block of logits with ``a * p + b * p**2 + d + e * [p < threshold]`` and the target's own entry."""
-    tail = None if threshold is None else (p < threshold).to(p.dtype) * column(score.e)
-    if isinstance(score.b, Tensor) or score.b != 0:
-        p.mul_(torch.mul(p, column(score.b), out=spare).add_(column(score.a)))
-    else:
-        p.mul_(column(score.a))
-    if isinstance(score.d, Tensor) or score.d != 0:
-        p.add_(column(score.d))
-    if tail is not None:
-        p.add_(tail)
-    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
-    p.scatter_(-1, target, score.target.unsqueeze(-1))
-    if capped is not None:
-        p.mul_(capped.square_().neg_().add_(1.0))
-    block.copy_(p)
+    return row, p, spare

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -94,9 +93,7 @@ class GpuMeter:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is None:
             self.reading = GpuReading(note=f"not measured: {self._why}")
             return
@@ -159,15 +156,8 @@ class GpuMeter:
         use = sum(self._use) / len(self._use) if self._use else None
         missing = [name for name, found in (("energy", joules), ("utilisation", use)) if found is None]
         note = f"{' and '.join(missing)} not measured: {self._why or 'no sample'}" if missing else ""
-        return GpuReading(
-            seconds=seconds,
-            joules=joules,
-            source=source,
-            watts=joules / seconds if joules is not None and seconds > 0 else None,
-            utilisation_percent=use,
-            samples=len(self._power),
-            note=note,
-        )
+        watts = joules / seconds if joules is not None and seconds > 0 else None
+        return GpuReading(seconds, joules, source, watts, use, len(self._power), note)
 
 
 def integrate(samples: Sequence[tuple[float, float]]) -> float:

@@ -87,15 +87,8 @@ def _assembler_report(ptx: str, architecture: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
-        suffix = "a" if architecture == 90 else ""
-        command = [
-            get_ptxas(architecture).path,
-            "-v",
-            f"--gpu-name=sm_{architecture}{suffix}",
-            str(path),
-            "-o",
-            "/dev/null",
-        ]
+        gpu = f"--gpu-name=sm_{architecture}" + ("a" if architecture == 90 else "")
+        command = [get_ptxas(architecture).path, "-v", gpu, str(path), "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = done.stderr + done.stdout
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", text))
@@ -109,11 +102,8 @@ def main() -> None:
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
             for name, (objective, post) in VARIANTS.items():
-                found = compile_ahead(architecture, dtype, objective, post)
-                print(
-                    f"sm_{architecture:<5}{dtype:8}{name:24}{found.registers:10}{found.spill_bytes:8}"
-                    f"{found.shared_bytes:8}"
-                )
+                k = compile_ahead(architecture, dtype, objective, post)
+                print(f"sm_{architecture:<5}{dtype:8}{name:24}{k.registers:10}{k.spill_bytes:8}{k.shared_bytes:8}")
 
 
 if __name__ == "__main__":

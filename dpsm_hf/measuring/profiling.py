@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +42,9 @@ class _Interval:
     name: str
     start: float
     end: float
-    parent: _Interval | None = None
+    around: tuple[_Interval, ...] = ()
     inside: float = 0.0
     kernels: float = 0.0
-    names: frozenset[str] = field(default_factory=frozenset)
 
 
 def profile_by_range(step: Callable[[], object], device: torch.device) -> dict[str, RangeTime]:
@@ -79,50 +80,40 @@ def times_by_range(events: Iterable[Any], kernels: bool) -> dict[str, RangeTime]
     names = {STEP, *RANGES}
     found = [_Interval(e.name, e.time_range.start, e.time_range.end) for e in on_host if e.name in names]
     found.sort(key=lambda interval: (interval.start, -interval.end))
-    stack: list[_Interval] = []
+    around: tuple[_Interval, ...] = ()
     for interval in found:
-        while stack and stack[-1].end < interval.end:
-            stack.pop()
-        interval.parent = stack[-1] if stack else None
-        # a range in one of its own name (scoring a row in a head in a head) is counted once
-        outer = stack[-1].names if stack else frozenset()
-        interval.names = outer | {interval.name}
-        if interval.parent is not None:
-            interval.parent.inside += interval.end - interval.start
-        stack.append(interval)
+        while around and around[-1].end < interval.end:
+            around = around[:-1]
+        interval.around = around
+        if around:
+            around[-1].inside += interval.end - interval.start
+        around = (*around, interval)
     if kernels:
         _add_kernels(on_host, found)
     result: dict[str, RangeTime] = {}
+    device, own_device = defaultdict[str, float](float), defaultdict[str, float](float)
     for interval in found:
-        time = result.setdefault(interval.name, RangeTime(device_ms=0.0 if kernels else None))
-        time.own_device_ms = (time.own_device_ms or 0.0) if kernels else None
+        time = result.setdefault(interval.name, RangeTime())
         length = (interval.end - interval.start) / 1000
-        nested = interval.parent is not None and interval.name in interval.parent.names
         time.own_cpu_ms += length - interval.inside / 1000
-        if not nested:
+        own_device[interval.name] += interval.kernels / 1000
+        names_around = {outer.name for outer in interval.around}
+        # a range in one of its own name (scoring a row in a head in a head) is counted once
+        if interval.name not in names_around:
             time.calls += 1
             time.cpu_ms += length
+        for name in {interval.name, *names_around}:
+            device[name] += interval.kernels / 1000
+    for name, time in result.items():
         if kernels:
-            assert time.own_device_ms is not None
-            time.own_device_ms += interval.kernels / 1000
-            around: _Interval | None = interval
-            seen: set[str] = set()
-            while around is not None:
-                if around.name not in seen:
-                    seen.add(around.name)
-                    outer_time = result[around.name]
-                    outer_time.device_ms = (outer_time.device_ms or 0.0) + interval.kernels / 1000
-                around = around.parent
+            time.device_ms, time.own_device_ms = device[name], own_device[name]
     return result
 
 
 def _add_kernels(events: Iterable[Any], intervals: list[_Interval]) -> None:
     for event in events:
-        launched = sum(kernel.duration for kernel in event.kernels)
-        if not launched:
-            continue
-        start = event.time_range.start
-        around = [interval for interval in intervals if interval.start <= start <= interval.end]
+        launched, start = sum(kernel.duration for kernel in event.kernels), event.time_range.start
+        around = [interval for interval in intervals if launched and interval.start <= start <= interval.end]
         if around:
             max(around, key=lambda interval: (interval.start, -interval.end)).kernels += launched
 
@@ -172,23 +163,18 @@ def _formulas() -> dict[Any, Any]:
         aten.mm: lambda a, b, *_, **__: mm_flop(a, b),
         aten.addmm: lambda bias, a, b, *_, **__: mm_flop(a, b),
     }
-    for name, formula in (
-        ("_scaled_dot_product_flash_attention_for_cpu", _attention),
-        ("_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
+    for operators, name, formula in (
+        (aten, "_scaled_dot_product_flash_attention_for_cpu", _attention),
+        (aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
+        (torch.ops.mkldnn, "_linear_pointwise", _linear),
     ):
-        if hasattr(aten, name):
-            found[getattr(aten, name)] = formula
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if linear is not None:
-        found[linear] = lambda x, weight, *_, **__: mm_flop((_rows(x), x[-1]), (weight[1], weight[0]))
+        if hasattr(operators, name):
+            found[getattr(operators, name)] = formula
     return found
 
 
-def _rows(shape: Any) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
+def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return mm_flop((math.prod(x[:-1]), x[-1]), (weight[1], weight[0]))
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

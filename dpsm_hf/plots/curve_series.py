@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..runtime.files import write_json
+from ..runtime.files import json_number, write_json
 
 # With fewer tokens the standard error of a bin's accuracy can exceed 0.07.
 FEW_TOKENS = 50
@@ -111,23 +111,20 @@ class CurveSeries:
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the scaled curve as plain numbers and lists for JSON."""
 
-        def plain(values: Array | None) -> list[float | None] | None:
-            return None if values is None else [None if math.isnan(v) else float(v) for v in values]
-
-        def whole(values: Array | None) -> list[int] | None:
-            return None if values is None else [int(v) for v in values]
+        def plain(values: Array | None, kind: type = float) -> list[Any] | None:
+            return None if values is None else [None if math.isnan(v) else kind(v) for v in values]
 
         return {
             "model": self.name,
             "temperature": self.temperature,
             "tokens": self.tokens,
             "bins": len(self.count),
-            "ece": None if math.isnan(self.ece) else self.ece,
+            "ece": json_number(self.ece),
             "ece_interval": None if self.ece_interval is None else list(self.ece_interval),
             "ece_null": self.ece_null,
-            "edges": [float(edge) for edge in self.edges],
-            "count": whole(self.count),
-            "histogram": whole(self.histogram),
+            "edges": plain(self.edges),
+            "count": plain(self.count, int),
+            "histogram": plain(self.histogram, int),
             **{name: plain(getattr(self, name)) for name in ("confidence", "accuracy", "low", "high")},
         }
 
@@ -176,28 +173,27 @@ def curve_series(
             f"expected one confidence and accuracy a bin and one edge more."
         )
     _check_values(arrays, name)
-    interval, null = None, None
+    given: dict[str, Any] = dict(arrays)
     if np.allclose(arrays["edges"], np.arange(bins + 1) / bins, rtol=0, atol=1e-9):
         bounds = [math.nan if bound is None else float(bound) for bound in (intervals or {}).get(f"ece_{bins}") or ()]
         if len(bounds) == 2 and all(math.isfinite(bound) for bound in bounds):
-            interval = bounds[0], bounds[1]
-        null = (metrics or {}).get(f"ece_{bins}_null")
-    given: dict[str, Any] = dict(arrays)
-    level = None if null is None else float(null)
-    return CurveSeries(name, **given, temperature=temperature, ece_interval=interval, ece_null=level)
+            given["ece_interval"] = bounds[0], bounds[1]
+        if (null := (metrics or {}).get(f"ece_{bins}_null")) is not None:
+            given["ece_null"] = float(null)
+    return CurveSeries(name, **given, temperature=temperature)
 
 
 def record_series(record: Mapping[str, Any], name: str, *, scaled: bool = True) -> CurveSeries:
-    """Return the curve of a calibration file's content, with the scaled one.
+    """Return the curve of a calibration file's content, with the scaled one if wanted and there.
 
     Args:
         record: with ``curve``, optionally ``metrics``, ``intervals``, ``temperature`` and ``scaled``, a mapping
             with ``curve``, ``metrics`` and ``intervals`` after temperature scaling.
         name: of the model.
-        scaled: whether to include the scaled curve if there is one.
+        scaled: whether it is wanted.
 
     Raises:
-        ValueError: if there is no curve, or one that does not fit together.
+        ValueError: as `curve_series`.
     """
 
     def view(part: Mapping[str, Any], temperature: float | None) -> CurveSeries:
@@ -214,16 +210,7 @@ def record_series(record: Mapping[str, Any], name: str, *, scaled: bool = True) 
 
 
 def write_series(series: Sequence[CurveSeries], split: str, path: str | Path) -> Path:
-    """Write the data of a reliability diagram as JSON or CSV.
-
-    Args:
-        series: curves of one split; each scaled curve is written after its own.
-        split: name of the evaluated split.
-        path: ends in ``.json`` (everything) or ``.csv`` (a line for each bin of each curve).
-
-    Raises:
-        ValueError: for another ending.
-    """
+    """Write the data of a diagram of one split, see `ReliabilityDisplay.save_data`; scaled curves after their own."""
     path = Path(path)
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"{path} ends in {path.suffix!r}; the data of a diagram is written as '.json' or '.csv'.")
@@ -246,11 +233,7 @@ def write_series(series: Sequence[CurveSeries], split: str, path: str | Path) ->
 
 
 def read_record(path: str | Path) -> Any:
-    """Read a calibration file.
-
-    Raises:
-        ValueError: if it is not JSON.
-    """
+    """Read a calibration file; ValueError if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -273,24 +256,24 @@ def _array(curve: CurveLike | Mapping[str, Any], key: str, name: str) -> Array |
 def _check_values(arrays: Mapping[str, Array], name: str) -> None:
     """Raise for impossible values, which would go unnoticed in a picture."""
 
-    def refuse(key: str, value: float, expected: str) -> None:
-        raise ValueError(f"{key!r} of the calibration curve of {name!r} holds {value:g}; expected {expected}.")
+    def refuse(key: str, values: Array, wrong: NDArray[np.bool_], expected: str) -> None:
+        if wrong.any():
+            value = values[wrong][0]
+            raise ValueError(f"{key!r} of the calibration curve of {name!r} holds {value:g}; expected {expected}.")
 
     edges, count = arrays["edges"], arrays["count"]
     if not (np.diff(edges) >= 0).all() or edges[0] < 0 or edges[-1] > 1:
         raise ValueError(f"'edges' of the calibration curve of {name!r} do not rise from 0 to 1: {edges.tolist()}.")
     for key in ("count", "histogram"):
-        for value in arrays.get(key, ()):
-            if not (math.isfinite(value) and value >= 0 and value % 1 == 0):
-                refuse(key, value, "whole numbers from 0 on")
+        values = arrays.get(key, np.empty(0))
+        whole = np.isfinite(values) & (values >= 0) & (np.floor(values) == values)
+        refuse(key, values, ~whole, "whole numbers from 0 on")
     for key in ("confidence", "accuracy"):
-        for value in arrays[key][count > 0]:
-            if not 0 <= value <= 1:
-                refuse(key, value, "shares between 0 and 1 in bins with tokens")
+        values = arrays[key][count > 0]
+        refuse(key, values, ~((values >= 0) & (values <= 1)), "shares between 0 and 1 in bins with tokens")
     for key in ("low", "high"):
-        for value in arrays.get(key, ()):
-            if not (math.isnan(value) or 0 <= value <= 1):
-                refuse(key, value, "shares between 0 and 1")
+        values = arrays.get(key, np.empty(0))
+        refuse(key, values, (values < 0) | (values > 1), "shares between 0 and 1")
     if "histogram" in arrays and arrays["histogram"].sum() != count.sum():
         raise ValueError(
             f"The calibration curve of {name!r} counts {count.sum():.0f} tokens in its bins but "

@@ -28,23 +28,14 @@ _LOSSES = {"cross-entropy": "ce", "Brier": "brier", "DPSM": "dpsm", "focal loss"
 
 
 def empty_figure(width: float = 5.0, height: float = 3.6) -> Figure:
-    """Make a figure without axes and without touching pyplot's global state.
-
-    Args:
-        width: width in inches.
-        height: height in inches.
-    """
+    """Make a figure without axes, sizes in inches, without touching pyplot's global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def plain_log_axis(ax: Axes) -> None:
-    """Make the vertical axis logarithmic, with enough plain numbers to read values off.
-
-    Args:
-        ax: axes, with the data drawn.
-    """
+    """Make the vertical axis of axes with data logarithmic, with enough plain numbers to read values off."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = math.log10(high / low) if 0 < low < high else 1.0
@@ -57,14 +48,7 @@ def plain_log_axis(ax: Axes) -> None:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """Return the top-level figure of axes.
-
-    Args:
-        ax: the axes.
-
-    Raises:
-        ValueError: if they were removed from their figure.
-    """
+    """Return the top-level figure of axes; ValueError if they were removed from it."""
     figure = ax.get_figure(root=True)
     if not isinstance(figure, Figure):
         raise ValueError("These axes belong to no figure any more; make new ones with figure.add_subplot().")
@@ -87,8 +71,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
         figure.savefig(text, format="svg", dpi=dpi, metadata={"Date": None})
         path.write_text(_named_in_order(text.getvalue()), encoding="utf-8")
         return path
-    metadata = {".pdf": {"CreationDate": None}}.get(path.suffix)
-    figure.savefig(path, dpi=dpi, metadata=metadata)
+    figure.savefig(path, dpi=dpi, metadata={".pdf": {"CreationDate": None}}.get(path.suffix))
     return path
 
 
@@ -113,8 +96,7 @@ def run_style(name: str, position: int) -> dict[str, Any]:
 def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the styles of all runs in one figure: those of `run_style`, made distinct.
 
-    Args:
-        names: of the runs. From the eighth on colours repeat with other markers and dashes.
+    From the eighth run on colours repeat with other markers and dashes.
     """
     styles: list[dict[str, Any]] = []
     names = [_LOSSES.get(name, name) for name in names]
@@ -122,9 +104,8 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
     for position, name in enumerate(names):
         index = _FIXED_STYLES.get(name)
         if index is None:
-            first = position + len(_FIXED_STYLES)
-            free = [i % len(OKABE_ITO) for i in range(first, first + len(OKABE_ITO)) if i % len(OKABE_ITO) not in used]
-            index = free[0] if free else first % len(OKABE_ITO)
+            following = [(position + len(_FIXED_STYLES) + i) % len(OKABE_ITO) for i in range(len(OKABE_ITO))]
+            index = next((i for i in following if i not in used), following[0])
             used.add(index)
         shift = index + position // len(OKABE_ITO)
         marker = _MARKERS[shift % len(_MARKERS)]

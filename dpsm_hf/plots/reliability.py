@@ -205,11 +205,9 @@ class ReliabilityDisplay:
         return self.plot().figure_
 
     def save(self, path: str | Path, dpi: int = 150) -> Path:
-        """Draw on a new figure and write it to a file.
+        """Draw on a new figure and write it to a file, whose ending names the format.
 
-        Args:
-            path: where to; the ending names the format.
-            dpi: dots per inch of pixel formats; 91 gives a picture 400 pixels wide.
+        At 91 dots per inch (of pixel formats) a picture is 400 pixels wide.
         """
         return save_figure(self.figure(), path, dpi)
 
@@ -229,10 +227,9 @@ class ReliabilityDisplay:
 
     def _write_around(self, ax: Axes, own: bool) -> None:
         name = self._series[0].name if len(self._series) == 1 else ""
-        said = (" · ".join(line) for line in _title_lines(self._series, self.split))
-        lines = [
-            part for line in (f"{name or 'Reliability'}: token-level, top-label", *said) for part in _wrapped(line)
-        ]
+        said = [" · ".join(line) for line in _title_lines(self._series, self.split)]
+        said.insert(0, f"{name or 'Reliability'}: token-level, top-label")
+        lines = [part for line in said for part in _wrapped(line)]
         style: dict[str, Any] = {"fontsize": 9.5, "linespacing": 1.25}
         if not own:
             ax.set_title("\n".join(lines), **style)
@@ -347,7 +344,6 @@ def _draw_points(
 
 
 def _mark_mean(ax: Axes, mean: float) -> None:
-    """Mark the mean confidence of one model in its histogram."""
     ax.axvline(mean, color=_INK, linewidth=1.1, linestyle="--")
     right = mean < 0.6
     style: dict[str, Any] = {"ha": "left" if right else "right", "va": "top", "fontsize": 8.5, "zorder": 6}
@@ -366,12 +362,7 @@ def _single_color(name: str) -> str:
 
 
 def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
-    """Return the title of a diagram as lines, each a list of parts.
-
-    Args:
-        series: the curves; with a single one the title has its ECE.
-        split: name of the evaluated split, or empty.
-    """
+    """Return the title of a diagram as lines, each a list of parts; with a single curve it has its ECE."""
     tokens, bins = _span([one.tokens for one in series], "{:,}".format), sorted({len(one.count) for one in series})
     numbers = "/".join(str(number) for number in bins)
     first = [split] if split else []
@@ -410,12 +401,10 @@ def _plain(text: str) -> str:
 
 
 def _after(scaled: CurveSeries) -> str:
-    """Return the label of a curve after temperature scaling."""
     return "scaled" if scaled.temperature is None else f"at T = {scaled.temperature:.3g}"
 
 
 def _short_ece(series: CurveSeries) -> str:
-    """Return the ECE of a curve as text."""
     return f"ECE {_number(series.ece)}"
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .rows import row_statistics
+from .rows import STATISTICS, row_blocks, row_statistics, statistics_columns
 
-SCALED = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
 MOMENTS = ("nll", "gradient", "curvature")
 
 # Rows are taken in blocks whose float32 copy has at most this many entries (16 MiB).
@@ -34,8 +32,9 @@ class ExtraStatistics:
     @property
     def width(self) -> int:
         """Return the number of columns."""
-        classes = 0 if self.classes is None else len(self.classes)
-        return len(SCALED) * (self.temperature is not None) + len(MOMENTS) * (self.moments_at is not None) + classes
+        scaled = 0 if self.temperature is None else len(STATISTICS)
+        moments = 0 if self.moments_at is None else len(MOMENTS)
+        return scaled + moments + (0 if self.classes is None else len(self.classes))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the columns of some rows, ``[n, width]`` in float32 (float64 for float64).
@@ -46,12 +45,11 @@ class ExtraStatistics:
         """
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         found = logits.new_empty(len(logits), self.width, dtype=dtype)
-        for rows in _blocks(logits):
+        for rows in row_blocks(logits, _BLOCK_ENTRIES):
             z, y = logits[rows].to(dtype), labels[rows]
             columns: list[Tensor] = []
             if self.temperature is not None:
-                row = row_statistics(z / self.temperature, y)
-                columns += [getattr(row, name).to(dtype) for name in SCALED]
+                columns += statistics_columns(row_statistics(z / self.temperature, y)).unbind(-1)
             if self.moments_at is not None:
                 columns += _moments(z / self.moments_at, y)
             if self.classes is not None:
@@ -63,7 +61,7 @@ class ExtraStatistics:
     def split(self, columns: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
         """Return the columns ``[N, width]`` as scaled statistics, moments, and class probabilities ``[N, K]``."""
         parts = list(columns.unbind(-1))
-        scaled = {name: parts.pop(0) for name in SCALED} if self.temperature is not None else {}
+        scaled = {name: parts.pop(0) for name in STATISTICS} if self.temperature is not None else {}
         moments = {name: parts.pop(0) for name in MOMENTS} if self.moments_at is not None else {}
         return scaled, moments, columns[:, -len(parts) :] if parts else None
 
@@ -71,8 +69,7 @@ class ExtraStatistics:
 def _moments(u: Tensor, labels: Tensor) -> list[Tensor]:
     """Return ``nll``, ``d nll / d log T = H - nll`` and ``d2 nll / d log T**2 = nll - H + Var_p(log p)``.
 
-    With ``u = z / T`` it is ``du / d log T = -u``, so that the mean over p of u comes in, which is the normalizer less
-    the entropy H.
+    With ``u = z / T`` it is ``du / d log T = -u``: the mean of u over p comes in, the normalizer less the entropy H.
     """
     log_p = torch.log_softmax(u, -1)
     p = log_p.exp()
@@ -82,8 +79,3 @@ def _moments(u: Tensor, labels: Tensor) -> list[Tensor]:
     variance = (p * (log_p - mean.unsqueeze(-1)).square().clamp_max(torch.finfo(u.dtype).max)).sum(-1)
     entropy = -mean
     return [nll, entropy - nll, nll - entropy + variance]
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _BLOCK_ENTRIES // max(1, logits.shape[-1]))
-    return (slice(start, start + size) for start in range(0, len(logits), size))

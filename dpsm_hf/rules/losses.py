@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
 from .registry import further_parameters
-from .rows import RowScore, logits_gradient, row_statistics, statistics_columns, tail_statistics
+from .rows import RowScore, logits_gradient, row_blocks, row_statistics, statistics_columns, tail_statistics
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
 
@@ -90,19 +90,16 @@ def score_tokens(
         raise ValueError(describe_invalid_labels(labels, vocab_size, ignore_index))
     safe_labels = torch.where(scored & ~invalid, flat_labels, 0)
 
-    loss: Tensor | None = None
+    loss, more, kept = None, None, scored.unsqueeze(-1)
     if objective is None:
-        stats = torch.cat([statistics_columns(row_statistics(flat_logits[rows].detach(), safe_labels[rows]))
-                           for rows in _chunks(flat_logits)])  # fmt: skip
+        rows = row_blocks(flat_logits, _CHUNK_ENTRIES)
+        stats = torch.cat([statistics_columns(row_statistics(flat_logits[r].detach(), safe_labels[r])) for r in rows])
     else:
         loss, stats = _TokenObjective.apply(flat_logits, safe_labels, scored, objective)
-        loss = torch.where(scored, loss, 0.0)
-        loss = torch.where(invalid, torch.nan, loss)
-    stats = torch.where(scored.unsqueeze(-1), stats, 0.0)
-    more = None
+        loss = torch.where(invalid, torch.nan, torch.where(scored, loss, 0.0))
     if extra is not None:
-        more = torch.where(scored.unsqueeze(-1), extra(flat_logits.detach(), safe_labels), 0.0)
-    nll, brier, spherical, confidence, correct, entropy = stats.unbind(-1)
+        more = torch.where(kept, extra(flat_logits.detach(), safe_labels), 0.0)
+    nll, brier, spherical, confidence, correct, entropy = torch.where(kept, stats, 0.0).unbind(-1)
     return TokenScores(loss, scored, nll, brier, spherical, confidence, correct, entropy, more)
 
 
@@ -119,10 +116,13 @@ def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int =
     )
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _CHUNK_ENTRIES // max(1, logits.shape[-1]))
-    # one (empty) chunk for an empty batch, so that what is concatenated has its columns
-    return (slice(start, start + size) for start in range(0, max(1, logits.shape[0]), size))
+def refuse_second_derivative(name: str) -> None:
+    """Refuse a backward pass with create_graph=True, where once_differentiable returns a gradient without a graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
+            f"the gradient or a Hessian needs the plain torch form in {name}' documentation)."
+        )
 
 
 class _TokenObjective(torch.autograd.Function):
@@ -135,7 +135,7 @@ class _TokenObjective(torch.autograd.Function):
         vocab_size = logits.shape[-1]
         threshold = tail_threshold(objective, vocab_size)
         values, columns, rows_kept, scores_kept = [], [], [], []
-        for rows in _chunks(logits):
+        for rows in row_blocks(logits, _CHUNK_ENTRIES):
             row = row_statistics(logits[rows], labels[rows])
             tail = None if threshold is None else tail_statistics(logits[rows], row, threshold)
             score = score_rows(row, objective, vocab_size, tail)
@@ -155,14 +155,10 @@ class _TokenObjective(torch.autograd.Function):
     @staticmethod
     @ranged(ROW_PASS)
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        if torch.is_grad_enabled():  # once_differentiable would return a gradient without graph, silently
-            raise RuntimeError(
-                "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
-                "the gradient or a Hessian needs the plain torch form in score_tokens' documentation)."
-            )
+        refuse_second_derivative("score_tokens")
         logits, labels, scored, row_scalars, coefficients = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in row_blocks(logits, _CHUNK_ENTRIES):
             row_max, normalizer = row_scalars[:, rows]
             # scaling the coefficients scales the whole row, for [N] instead of [N, V] multiplications
             a, b, d, e, target = coefficients[:, rows] * grad_loss[rows]
@@ -187,11 +183,14 @@ class DPSMLoss(nn.Module):
         ignore_index: target of tokens that are not scored.
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
+        fixed_alpha: the same alpha at every call, in place of a schedule.
         loss_type, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
         rule_parameters: values of the rule's other parameters, by name.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
-    goes on at the same alpha. In evaluation mode the loss is taken at the current alpha and nothing advances.
+    goes on at the same alpha. A training call counts itself first: of ``warmup_steps=W`` the first one has alpha 1/W,
+    as in the method's own code. (`DPSMTrainer` takes alpha of finished steps: its first has alpha 0.)
+    In evaluation mode the loss is taken at the alpha of the last training call and nothing advances.
 
     Example::
 
@@ -213,6 +212,7 @@ class DPSMLoss(nn.Module):
         alpha_start: float | None = None,
         alpha_end: float = 1.0,
         hold: float | None = None,
+        fixed_alpha: float | None = None,
         loss_type: str = "dpsm",
         label_smoothing: float = 0.0,
         score_smoothing: float = 0.0,
@@ -225,35 +225,33 @@ class DPSMLoss(nn.Module):
             raise ValueError(f"vocab_size={vocab_size} must be at least 2.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
-        if getattr(schedule, "name", schedule) == "feedback":
+        if fixed_alpha is not None:
+            if schedule not in ("linear", "constant") or (alpha_start, alpha_end, hold) != (None, 1.0, None):
+                raise ValueError(f"fixed_alpha={fixed_alpha} takes the place of a schedule: leave out schedule, "
+                                 "alpha_start, alpha_end and hold.")  # fmt: skip
+            schedule, alpha_end = "constant", fixed_alpha
+        if not isinstance(schedule, AlphaSchedule):
+            schedule = get_alpha_schedule(
+                schedule, warmup_steps=warmup_steps, start=alpha_start, end=alpha_end, hold=hold
+            )
+        if schedule.name == "feedback":
             raise ValueError(
                 "schedule='feedback' reads held-out metrics, which a loss does not have; use DPSMTrainer."
             )
-        self.vocab_size = vocab_size
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.total_steps = total_steps
-        self.schedule = (
-            schedule
-            if isinstance(schedule, AlphaSchedule)
-            else get_alpha_schedule(schedule, warmup_steps=warmup_steps, start=alpha_start, end=alpha_end, hold=hold)
-        )
+        self.vocab_size, self.reduction, self.ignore_index = vocab_size, reduction, ignore_index
+        self.schedule, self.total_steps = schedule, total_steps
         self.schedule.check(total_steps)
         self.options: dict[str, Any] = {
-            "loss_type": loss_type,
-            "label_smoothing": label_smoothing,
-            "score_smoothing": score_smoothing,
-            "focal_gamma": focal_gamma,
-            "z_loss": z_loss,
-            **further_parameters(loss_type, rule_parameters),
-        }
+            "loss_type": loss_type, "label_smoothing": label_smoothing, "score_smoothing": score_smoothing,
+            "focal_gamma": focal_gamma, "z_loss": z_loss, **further_parameters(loss_type, rule_parameters),
+        }  # fmt: skip
         Objective(**self.options)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))
 
     @property
     def alpha(self) -> float:
-        """Return the Brier weight that the next call uses."""
-        return self.schedule(int(self.global_step), self.total_steps)
+        """Return the Brier weight that the next call uses, in the mode that the module is in."""
+        return self.schedule(int(self.global_step) + self.training, self.total_steps)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of ``logits`` ``[B, T, V]`` or ``[N, V]`` against ``targets`` ``[B, T]`` or ``[N]``.
@@ -261,10 +259,8 @@ class DPSMLoss(nn.Module):
         Targets are taken as aligned with the logits: for a causal model pass ``logits[:, :-1]`` and ``ids[:, 1:]``.
         """
         if logits.shape[-1] != self.vocab_size:
-            raise ValueError(
-                f"the logits have {logits.shape[-1]} entries a token, but DPSMLoss was made for "
-                f"vocab_size={self.vocab_size}."
-            )
+            raise ValueError(f"the logits have {logits.shape[-1]} entries a token, but DPSMLoss was made for "
+                             f"vocab_size={self.vocab_size}.")  # fmt: skip
         objective = Objective(alpha=self.alpha, **self.options)
         scores = score_tokens(logits, targets, objective, ignore_index=self.ignore_index)
         assert scores.loss is not None  # an objective was given

@@ -1,4 +1,4 @@
-"""What a model does to the output of its head before it calls it logits: a scale and a soft cap."""
+"""The scale and the soft cap between a model's head and its logits."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import formulas
-from .rule import Parameter, Rule
+from .rows import Parameter, Rule
 
 
 def _find() -> dict[str, Rule]:
@@ -47,11 +47,7 @@ def with_rule_parameters(cls: _Class) -> _Class:
 
 
 def further_parameters(loss_type: str, given: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the parameters of a rule that a function has no argument of its own for, after a look at their names.
-
-    Args:
-        loss_type: the rule.
-        given: values by name.
+    """Return the given values of parameters that a function has no argument of its own for.
 
     Raises:
         ValueError: naming a parameter that the rule does not have.

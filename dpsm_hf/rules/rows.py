@@ -1,4 +1,4 @@
-"""A row of logits as the few scalars that every scoring rule is computed from, and the gradient of a row.
+"""The few scalars of a row of logits that scoring rules are computed from, a row's gradient, and what a rule is.
 
 For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)`` every rule here has a value that depends on the
 row only through the *row statistics*, and a gradient of one form::
@@ -15,7 +15,9 @@ keep all their digits as ``p_y -> 1``, where the textbook forms cancel::
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
     ``p_target = p.gather(-1, labels)``, ``off_norm = (p**2).sum(-1) - p_target**2`` and so on.
 
     Args:
-        logits: ``[N, V]``, any floating dtype; float64 is kept, everything else is computed in float32.
+        logits: ``[N, V]`` of any floating dtype; float64 is kept.
         labels: ``[N]`` int64, each in ``[0, V)``.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -114,25 +116,11 @@ class RowScore(NamedTuple):
 
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
-        return RowScore(
-            weight * self.value,
-            weight * self.a,
-            weight * self.b,
-            weight * self.d,
-            weight * self.e,
-            weight * self.target,
-        )
+        return RowScore(*(weight * part for part in self))  # type: ignore[arg-type]
 
     def plus(self, other: RowScore) -> RowScore:
         """Return the score of the sum of two rules."""
-        return RowScore(
-            self.value + other.value,
-            self.a + other.a,
-            self.b + other.b,
-            self.d + other.d,
-            self.e + other.e,
-            self.target + other.target,
-        )
+        return RowScore(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))  # type: ignore[arg-type]
 
 
 def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tuple[Tensor, Tensor]:
@@ -144,26 +132,114 @@ def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tup
 
 
 def logits_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    normalizer: Tensor,
-    score: RowScore,
-    threshold: float | None = None,
+    logits: Tensor, labels: Tensor, row_max: Tensor, normalizer: Tensor, score: RowScore, threshold: float | None
 ) -> Tensor:
-    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits).
-
-    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the target's entry replaced by ``score.target``.
-    """
+    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits)."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     p = (z - row_max.unsqueeze(-1)).exp_().div_(normalizer.unsqueeze(-1))
-    gradient = (p * column(score.b)).add_(column(score.a)).mul_(p).add_(column(score.d))
-    if threshold is not None:
-        gradient.add_((p < threshold) * column(score.e))
-    # computed once in float32 and stored once: a * p + b * p**2 - ... would cancel as p_y -> 1
-    return gradient.scatter_(-1, labels.unsqueeze(-1), score.target.unsqueeze(-1))
+    return gradient_in_place(p, labels.unsqueeze(-1), score, threshold)
 
 
-def column(value: Tensor | float) -> Tensor | float:
-    """Return one number a row ``[n]`` as a column ``[n, 1]``; a number for all rows stays as it is."""
+def gradient_in_place(
+    p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
+) -> Tensor:
+    """Turn the probabilities ``[n, V]`` of some rows into the gradient of their score by the logits, and return it.
+
+    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the entry of the labels, ``[n, 1]``, replaced by
+    ``score.target``. The buffer ``spare``, shaped like p, is overwritten.
+    """
+    tail = None if threshold is None else (p < threshold) * _column(score.e)
+    factor = _column(score.a)
+    if isinstance(score.b, Tensor) or score.b:
+        factor = torch.mul(p, _column(score.b), out=spare).add_(factor)
+    p.mul_(factor)
+    if isinstance(score.d, Tensor) or score.d:
+        p.add_(_column(score.d))
+    if tail is not None:
+        p.add_(tail)
+    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
+    return p.scatter_(-1, labels, score.target.unsqueeze(-1))
+
+
+def _column(value: Tensor | float) -> Tensor | float:
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value
+
+
+def row_blocks(logits: Tensor, entries: int) -> Iterator[slice]:
+    """Return slices of the rows of at most so many entries (or of one row); an empty batch has one, empty block."""
+    size = max(1, entries // max(1, logits.shape[-1]))
+    return (slice(start, start + size) for start in range(0, max(1, len(logits)), size))
+
+
+# ---- what a rule consists of ---------------------------------------------------------------------------------------
+
+
+class RuleOptions(NamedTuple):
+    """What a formula is given beside the statistics of the rows."""
+
+    vocab_size: int
+    alpha: float | Tensor  # weight of the Brier score in the mix
+    label_smoothing: float
+    score_smoothing: float
+    parameters: tuple[float, ...]  # values of the rule's own parameters, in its order
+    tail: tuple[Tensor, Tensor] | None  # with score smoothing, see `tail_statistics`
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number of one rule, which becomes a field of `Objective` and of the training arguments.
+
+    Args:
+        name: of the field.
+        default: its value where nothing is said.
+        help: what it is, for ``--help``.
+        allowed: tells whether a value is in range.
+        must: what an error says of a value that is not: "lie in (0, 1]".
+    """
+
+    name: str
+    default: float
+    help: str
+    allowed: Callable[[float], bool]
+    must: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One scoring rule; each file in `dpsm_hf.rules.formulas` makes one.
+
+    Args:
+        name: value of ``loss_type``.
+        score: from the statistics of the rows to their values and gradient coefficients.
+        kernel: the same for one row, in Triton's language; `dpsm_hf.head.kernels` makes Triton functions of all that
+            end in ``kernel`` in the files of the rules. Arguments: ``weight`` (a factor of everything it returns),
+            ``p, q, r, nll, log_sum, norm, mean`` (the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
+            log sum exp z, ||p||, mean of z), ``size`` (V), ``epsilon`` (of the smoothing), ``share`` (epsilon / V),
+            ``parameters`` (a tuple), ``alpha``, and the constant ``SMOOTHING`` (0 none, 1 of the label, 2 of the
+            score). It returns value, a, b, d, the weight of score smoothing's tail, and the target's gradient.
+        formula, proper, bounds, source: cells of the table in docs/losses.md.
+        order: place in lists; rules of one place follow by name.
+        parameters: numbers that are this rule's own.
+        score_smoothing: whether score smoothing is defined for it.
+    """
+
+    name: str
+    score: Callable[[RowStatistics, RuleOptions], RowScore]
+    kernel: Callable[..., Any]
+    formula: str
+    proper: str
+    bounds: str
+    source: str
+    order: int = 100
+    parameters: tuple[Parameter, ...] = ()
+    score_smoothing: bool = False
+
+
+def with_tail(score: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
+    """Return a rule with the log tail that score smoothing adds to it."""
+    if options.tail is None:
+        return score
+    count, minus_log = options.tail
+    share = options.score_smoothing / options.vocab_size
+    own = share * (count * row.p_target - (row.p_target < share).to(count.dtype))
+    return score.plus(RowScore(share * minus_log, share * count, 0.0, 0.0, -share, own))

@@ -56,34 +56,27 @@ def _ramp(step: int, span: ScheduleSpan) -> float:
     return 1.0 if span.warmup <= 0 else min(1.0, (step - span.hold) / span.warmup)
 
 
-def _between(options: ScheduleOptions, share: float) -> float:
-    # written so that the end points are hit exactly
-    return options.start * (1.0 - share) + options.end * share
-
-
-def _linear(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
-    return _between(options, _ramp(step, span))
-
-
-def _cosine(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
-    return _between(options, 0.5 * (1.0 - math.cos(math.pi * _ramp(step, span))))
-
-
-def _constant(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
-    return options.end
-
-
-def _switch(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
-    return options.end if step >= span.hold else options.start
-
-
-def _triangle(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+def _up_and_down(step: int, span: ScheduleSpan) -> float:
     peak = span.hold + span.warmup
     if step < peak:
-        return _between(options, _ramp(step, span))
+        return _ramp(step, span)
     # the last step that is taken is T - 1: there alpha is back at its start
-    fall = max(1, span.total - 1 - peak)
-    return _between(options, max(0.0, 1.0 - (step - peak) / fall))
+    return max(0.0, 1.0 - (step - peak) / max(1, span.total - 1 - peak))
+
+
+def _along(shape: Callable[[int, ScheduleSpan], float]) -> AlphaFunction:
+    """Return the schedule that goes from start (where the shape is 0) to end (where it is 1)."""
+
+    def alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+        share = shape(step, span)
+        # written so that the end points are hit exactly
+        return options.start * (1.0 - share) + options.end * share
+
+    return alpha
+
+
+_constant = _along(lambda step, span: 1.0)
+_switch = _along(lambda step, span: float(step >= span.hold))
 
 
 def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
@@ -93,8 +86,7 @@ def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, hist
     the metric (mean confidence minus accuracy), in order, beginning at ``start``; low and high are the smaller and
     the larger of ``start`` and ``end``. An over-confident model (gap > 0) is moved toward the Brier score.
     """
-    alpha = options.start
-    low, high = sorted((options.start, options.end))
+    alpha, (low, high) = options.start, sorted((options.start, options.end))
     for entry in history:
         gap = entry.get(options.metric)
         if gap is not None and math.isfinite(gap) and entry.get("step", 0) <= step:
@@ -152,12 +144,12 @@ def register_alpha_schedule(
     return register
 
 
-register_alpha_schedule("linear")(_linear)
-register_alpha_schedule("cosine")(_cosine)
+register_alpha_schedule("linear")(_along(_ramp))
+register_alpha_schedule("cosine")(_along(lambda step, span: 0.5 * (1.0 - math.cos(math.pi * _ramp(step, span)))))
 register_alpha_schedule("constant", uses_warmup=False, uses_hold=False)(_constant)
-register_alpha_schedule("late_linear", hold=0.5)(_linear)
+register_alpha_schedule("late_linear", hold=0.5)(_along(_ramp))
 register_alpha_schedule("step", hold=0.5, uses_warmup=False)(_switch)
-register_alpha_schedule("triangle", needs_total=True)(_triangle)
+register_alpha_schedule("triangle", needs_total=True)(_along(_up_and_down))
 register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(feedback_alpha)
 
 
@@ -179,23 +171,19 @@ class AlphaSchedule:
         Raises:
             ValueError: if a share is to be taken of an unknown total (``total_steps`` of 0).
         """
-        registered = _SCHEDULES[self.name]
-        lengths = {}
-        for name, used, value in (
-            ("warmup", registered.uses_warmup, self.options.warmup_steps),
-            ("hold", registered.uses_hold, self.options.hold),
-        ):
-            share = 0.0 < value < 1.0
-            if used and share and total_steps <= 0:
+        registered, options = _SCHEDULES[self.name], self.options
+        lengths = {"warmup": options.warmup_steps, "hold": options.hold}
+        for name, used in (("warmup", registered.uses_warmup), ("hold", registered.uses_hold)):
+            if used and 0.0 < lengths[name] < 1.0 and total_steps <= 0:
                 raise ValueError(
-                    f"{name} is {value}, a share of all steps, but the total is not known; "
+                    f"{name} is {lengths[name]}, a share of all steps, but the total is not known; "
                     "give it in steps (>= 1) or give total_steps."
                 )
-            # 1e-9: 0.1 * 1000 must be 100 and not, for a rounding error, 101
-            lengths[name] = math.ceil(value * total_steps - 1e-9) if share else int(value)
         if registered.needs_total and total_steps <= 0:
             raise ValueError(f"the {self.name!r} schedule needs the total number of steps; give total_steps.")
-        return ScheduleSpan(total_steps, **lengths)
+        # 1e-9: 0.1 * 1000 must be 100 and not, for a rounding error, 101
+        warmup, hold = (math.ceil(v * total_steps - 1e-9) if 0.0 < v < 1.0 else int(v) for v in lengths.values())
+        return ScheduleSpan(total_steps, warmup, hold)
 
     def check(self, total_steps: int) -> None:
         """Raise the ValueError that calling with this total would raise."""
@@ -207,23 +195,21 @@ class AlphaSchedule:
         Raises:
             ValueError: if the schedule (a third party's, say) leaves [0, 1].
         """
-        function = _SCHEDULES[self.name].function
-        alpha = float(function(step, self.resolve(total_steps), self.options, log_history))
+        alpha = float(_SCHEDULES[self.name].function(step, self.resolve(total_steps), self.options, log_history))
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"the {self.name!r} schedule gave alpha={alpha} at step {step}, outside [0, 1].")
         return alpha
 
     def describe(self, total_steps: int) -> str:
         """Return one line that says how alpha will move, in steps."""
-        span, options = self.resolve(total_steps), self.options
-        registered = _SCHEDULES[self.name]
+        span, options, registered = self.resolve(total_steps), self.options, _SCHEDULES[self.name]
         if self.name == "constant":
             return f"constant: alpha = {options.end:g} at every step"
         if self.name == "feedback":
+            low, high = sorted((options.start, options.end))
             return (
                 f"feedback: alpha starts at {options.start:g} and moves by {options.gain:g} * {options.metric} after "
-                f"each evaluation, at most {options.limit:g} at a time, between "
-                f"{min(options.start, options.end):g} and {max(options.start, options.end):g}"
+                f"each evaluation, at most {options.limit:g} at a time, between {low:g} and {high:g}"
             )
         parts = [f"{self.name}: alpha {options.start:g} -> {options.end:g}"]
         if registered.uses_hold and span.hold:
@@ -281,16 +267,16 @@ def get_alpha_schedule(
         raise ValueError(f"alpha_start={start} contradicts alpha_schedule='constant', which stays at alpha_end={end}.")
     if hold is not None and not registered.uses_hold:
         raise ValueError(f"alpha_hold={hold} has no effect on alpha_schedule={name!r}; leave it out.")
-    resolved_start = registered.start if start is None else start
-    resolved_hold = registered.hold if hold is None else hold
-    for label, value in (("alpha_start", resolved_start), ("alpha_end", end)):
+    start = registered.start if start is None else start
+    hold = registered.hold if hold is None else hold
+    for label, value in (("alpha_start", start), ("alpha_end", end)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{label}={value} lies outside [0, 1]; it is the weight of the Brier score in the mix.")
-    for label, value in (("alpha_warmup_steps", warmup_steps), ("alpha_hold", resolved_hold)):
+    for label, value in (("alpha_warmup_steps", warmup_steps), ("alpha_hold", hold)):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{label}={value} must be 0 or more: >= 1 is steps, below 1 a share of all steps.")
         if value > 1.0 and value != int(value):
             raise ValueError(f"{label}={value} is neither a share (below 1) nor a whole number of steps.")
     if not limit > 0.0 or not math.isfinite(gain):
         raise ValueError(f"feedback needs a positive limit and a finite gain, not limit={limit}, gain={gain}.")
-    return AlphaSchedule(name, ScheduleOptions(resolved_start, end, warmup_steps, resolved_hold, gain, limit, metric))
+    return AlphaSchedule(name, ScheduleOptions(start, end, warmup_steps, hold, gain, limit, metric))

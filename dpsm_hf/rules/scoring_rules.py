@@ -13,20 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
-from .rows import RowScore, RowStatistics, logits_gradient, row_statistics, tail_statistics
-from .rule import Rule, RuleOptions
+from .rows import RowScore, RowStatistics, Rule, RuleOptions, logits_gradient, row_statistics, tail_statistics
 
 __all__ = [
-    "LOSS_TYPES",
-    "Objective",
-    "RowScore",
-    "RowStatistics",
-    "logits_gradient",
-    "row_statistics",
-    "score_rows",
-    "tail_statistics",
-    "tail_threshold",
-]
+    "LOSS_TYPES", "Objective", "RowScore", "RowStatistics", "logits_gradient", "row_statistics", "score_rows",
+    "tail_statistics", "tail_threshold",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

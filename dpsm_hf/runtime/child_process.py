@@ -41,13 +41,6 @@ class ChildResult:
     tail: tuple[str, ...]
 
 
-def _measured(usage: Any) -> tuple[float, float]:
-    """Return processor time and the largest resident set in MB, of a process and of those it has waited for."""
-    # Kibibytes on Linux, bytes on macOS.
-    memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return usage.ru_utime + usage.ru_stime, memory
-
-
 class Child:
     """A program that runs by itself: its output goes straight to a file, its end is asked for, not waited for.
 
@@ -93,9 +86,13 @@ class Child:
             if pid == 0:
                 return None
             self._process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - self.started
-        cpu_seconds, memory = _measured(usage) if usage is not None else (None, None)
-        return ChildResult(self._process.returncode, seconds, cpu_seconds, memory, self.tail())
+        cpu_seconds = memory = None
+        if usage is not None:
+            cpu_seconds = usage.ru_utime + usage.ru_stime
+            memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else kibibytes
+        return ChildResult(
+            self._process.returncode, time.perf_counter() - self.started, cpu_seconds, memory, self.tail()
+        )
 
     def tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
         """Return the last lines it has written."""
@@ -113,11 +110,7 @@ class Child:
 def tail_of(log: Path, start: int = 0, lines: int = TAIL_LINES, longest: int = 2**18) -> tuple[str, ...]:
     """Return the last lines of a log that are not blank, progress bars reduced to their last state.
 
-    Args:
-        log: the file.
-        start: byte from which on to look.
-        lines: how many.
-        longest: bytes to read at most.
+    Only what lies behind byte `start` is read, and at most `longest` bytes of it.
     """
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
@@ -148,10 +141,6 @@ def end_with_runner() -> None:
         sys.exit(f"The runner (process {runner}) has ended: so does this run, which the next runner continues.")
 
 
-def _load_libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
 _PR_SET_PDEATHSIG = 1
 # Loaded here because nothing may be loaded between fork and exec.
-_LIBC = _load_libc()
+_LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

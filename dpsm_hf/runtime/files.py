@@ -21,14 +21,7 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file, naming it when it is not one.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: if it is not JSON in UTF-8.
-    """
+    """Parse a JSON file; ValueError with its name if it is not JSON in UTF-8."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -40,9 +40,7 @@ class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if _today(fullname) is None:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        return None if _today(fullname) is None else importlib.machinery.ModuleSpec(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = importlib.import_module(str(_today(spec.name)))

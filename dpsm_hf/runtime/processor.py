@@ -9,11 +9,7 @@ from pathlib import Path
 
 @cache
 def processor_fact(name: str) -> str | None:
-    """Return what /proc/cpuinfo says under a name, for the first core; None on other systems.
-
-    Args:
-        name: of the line: ``model name``, ``vendor_id``.
-    """
+    """Return what /proc/cpuinfo says in the line ``model name``, ``vendor_id`` … of the first core; None elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -24,37 +24,11 @@ RANGES = (FORWARD, HEAD, ROW_PASS, BACKWARD, OPTIMIZER)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+# One for all: it holds nothing.
+_NOTHING = contextlib.nullcontext()
+
 # Optimizers whose steps are named; their hooks stay, since taking them off would cost as much as leaving them.
 _NAMED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-class _Range:
-    """A range for whoever listens when it begins; it ends there even if they stop listening meanwhile."""
-
-    __slots__ = ("_name", "_nvtx", "_record")
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._record: record_function | None = None
-        self._nvtx = False
-
-    def __enter__(self) -> None:
-        if _profiler_enabled():  # under emit_nvtx it passes the range on to NVTX
-            self._record = record_function(self._name)
-            self._record.__enter__()
-        elif torch.cuda.is_initialized():
-            torch.cuda.nvtx.range_push(self._name)
-            self._nvtx = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._record is not None:
-            self._record.__exit__(None, None, None)
-        elif self._nvtx:
-            torch.cuda.nvtx.range_pop()
-
-
-# one for all: it holds nothing
-_NOTHING = contextlib.nullcontext()
 
 
 def active() -> bool:
@@ -67,13 +41,12 @@ def active() -> bool:
     return not torch.compiler.is_compiling() and (_profiler_enabled() or torch.cuda.is_initialized())
 
 
-def named(name: str) -> AbstractContextManager[None]:
-    """Return a context that is a range of this name.
-
-    Args:
-        name: one of `RANGES`, or any other.
-    """
-    return _Range(name) if active() else _NOTHING
+def named(name: str) -> AbstractContextManager[object]:
+    """Return a context that is a range of this name, of `RANGES` or any other, for whoever listens now."""
+    if not active():
+        return _NOTHING
+    # under emit_nvtx the profiler passes the range on to NVTX
+    return record_function(name) if _profiler_enabled() else torch.cuda.nvtx.range(name)
 
 
 def ranged(name: str) -> Callable[[_Function], _Function]:
@@ -84,7 +57,7 @@ def ranged(name: str) -> Callable[[_Function], _Function]:
         def inside(*args: Any, **kwargs: Any) -> Any:
             if not active():
                 return function(*args, **kwargs)
-            with _Range(name):
+            with named(name):
                 return function(*args, **kwargs)
 
         return cast(_Function, inside)
@@ -122,19 +95,27 @@ def name_steps(optimizer: Any) -> None:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer) or optimizer in _NAMED:
         return
-    open_ranges: list[AbstractContextManager[None]] = []
-
-    def before(*_: Any) -> None:
-        open_ranges[:] = [named(OPTIMIZER)]  # one that a failed step left open is forgotten
-        open_ranges[0].__enter__()
-
-    def after(*_: Any) -> None:
-        if open_ranges:
-            open_ranges.pop().__exit__(None, None, None)
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    step = _HookedRange(OPTIMIZER)
+    optimizer.register_step_pre_hook(step.begin)
+    optimizer.register_step_post_hook(step.end)
     _NAMED.add(optimizer)
+
+
+class _HookedRange:
+    """A range that one hook begins and another ends."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._open: AbstractContextManager[object] | None = None
+
+    def begin(self, *_: Any) -> None:
+        self._open = named(self._name)  # one that a failed step left open is forgotten
+        self._open.__enter__()
+
+    def end(self, *_: Any) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
 
 
 class HeadRanges:
@@ -151,13 +132,13 @@ class HeadRanges:
         self._layer = layer
         self._handles: list[Any] = []
         self._hidden: Tensor | None = None
-        self._calls: list[AbstractContextManager[None]] = []
+        self._call = _HookedRange(HEAD)
 
     def __enter__(self) -> HeadRanges:
         if self._layer is not None:
             self._handles = [
                 self._layer.register_forward_pre_hook(self._before, prepend=True),
-                self._layer.register_forward_hook(self._after, always_call=True),
+                self._layer.register_forward_hook(self._call.end, always_call=True),
             ]
         return self
 
@@ -167,12 +148,7 @@ class HeadRanges:
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._hidden = args[0] if args and isinstance(args[0], Tensor) else None
-        self._calls.append(named(HEAD))
-        self._calls[-1].__enter__()
-
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._calls:
-            self._calls.pop().__exit__(None, None, None)
+        self._call.begin()
 
     def until_hidden(self, loss: Tensor) -> None:
         """Name the way back from the loss to the hidden states that the layer was given."""
@@ -180,15 +156,6 @@ class HeadRanges:
         # on two devices the way back runs in two threads, and a range belongs to one
         if hidden is None or not hidden.requires_grad or not loss.requires_grad or hidden.device != loss.device:
             return
-        open_ranges: list[AbstractContextManager[None]] = []
-
-        def begin(_: Tensor) -> None:
-            open_ranges[:] = [named(HEAD)]
-            open_ranges[0].__enter__()
-
-        def end(_: Tensor) -> None:
-            if open_ranges:
-                open_ranges.pop().__exit__(None, None, None)
-
-        loss.register_hook(begin)
-        hidden.register_hook(end)
+        backward = _HookedRange(HEAD)
+        loss.register_hook(backward.begin)
+        hidden.register_hook(backward.end)

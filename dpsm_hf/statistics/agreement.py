@@ -21,7 +21,6 @@ class SignAgreement:
             about these settings and seeds.
         interval: exact binomial interval of the share, for a claim about all settings and seeds. It assumes
             independent cells; those of one seed or one setting are correlated, so it is somewhat too narrow.
-        level: of the interval.
         by_setting: the share in each setting, NaN where all its cells are missing.
     """
 
@@ -63,25 +62,17 @@ def sign_agreement(
     every = [sign for cells in signs.values() for sign in cells]
     if not every:
         raise ValueError("There is no setting with a seed: nothing to count signs of.")
-    there = [sign for sign in every if sign is not None]
-    same = there.count(expected)
+    same, opposite, zero, missing = (every.count(sign) for sign in (expected, -expected, 0, None))
+    there = len(every) - missing
     interval = Interval(math.nan, math.nan)
     if there:
-        found = stats.binomtest(same, len(there)).proportion_ci(level, method="exact")
+        found = stats.binomtest(same, there).proportion_ci(level, method="exact")
         interval = Interval(float(found.low), float(found.high))
-    missing = len(every) - len(there)
     return SignAgreement(
-        expected=expected,
-        same=same,
-        opposite=there.count(-expected),
-        zero=there.count(0),
-        missing=missing,
-        share=same / len(there) if there else math.nan,
-        bounds=Interval(same / len(every), (same + missing) / len(every)),
-        interval=interval,
-        level=level,
+        expected=expected, same=same, opposite=opposite, zero=zero, missing=missing, share=_share(every, expected),
+        bounds=Interval(same / len(every), (same + missing) / len(every)), interval=interval, level=level,
         by_setting={setting: _share(cells, expected) for setting, cells in signs.items()},
-    )
+    )  # fmt: skip
 
 
 def _sign(difference: float | None) -> int | None:
@@ -91,5 +82,5 @@ def _sign(difference: float | None) -> int | None:
 
 
 def _share(signs: list[int | None], expected: int) -> float:
-    there = [sign for sign in signs if sign is not None]
-    return there.count(expected) / len(there) if there else math.nan
+    there = len(signs) - signs.count(None)
+    return signs.count(expected) / there if there else math.nan

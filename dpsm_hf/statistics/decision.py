@@ -1,10 +1,13 @@
-"""Holds, fails or cannot tell: decisions on claims from confidence intervals, and how they are combined."""
+"""Holds, fails or cannot tell: decisions on claims, how they are combined, and p-values of many tests (Holm)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+
+import numpy as np
 
 from ..calibration.intervals import Interval
 
@@ -61,10 +64,7 @@ def all_of(decisions: Iterable[Decision]) -> Decision:
     Source: Kleene's strong three-valued "and"; Berger, "Multiparameter hypothesis testing and acceptance sampling"
     (Technometrics 1982).
     """
-    given = _not_empty(decisions)
-    if Decision.FAILS in given:
-        return Decision.FAILS
-    return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.HOLDS
+    return _first_among(decisions, (Decision.FAILS, Decision.CANNOT_TELL, Decision.HOLDS))
 
 
 def any_of(decisions: Iterable[Decision]) -> Decision:
@@ -78,18 +78,77 @@ def any_of(decisions: Iterable[Decision]) -> Decision:
 
     Source: Kleene's strong three-valued "or"; Bonferroni's inequality.
     """
-    given = _not_empty(decisions)
-    if Decision.HOLDS in given:
-        return Decision.HOLDS
-    return Decision.CANNOT_TELL if Decision.CANNOT_TELL in given else Decision.FAILS
+    return _first_among(decisions, (Decision.HOLDS, Decision.CANNOT_TELL, Decision.FAILS))
+
+
+def stars(p_value: float) -> str:
+    """Return ``***`` for p < .001, ``**`` for p < .01, ``*`` for p < .05, an empty text above, "n/a" for NaN.
+
+    Raises:
+        ValueError: for a p-value outside [0, 1].
+    """
+    if math.isnan(p_value):
+        return "n/a"
+    if not 0 <= p_value <= 1:
+        raise ValueError(f"p_value={p_value} must lie between 0 and 1.")
+    return "*" * sum(p_value < limit for limit in (0.05, 0.01, 0.001))
+
+
+@dataclass(frozen=True)
+class AdjustedTest:
+    """A test of a family, its own and its adjusted p-value; NaN for a test that could not be made."""
+
+    p_value: float
+    adjusted: float
+
+    @property
+    def stars(self) -> str:
+        """Return the stars of the adjusted p-value; "n/a" for a missing test."""
+        return stars(self.adjusted)
+
+
+def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """Return Holm's adjusted p-values, ``max_{j <= i} min(1, (m - j + 1) p_(j))`` for the i-th smallest.
+
+    Rejecting where the adjusted value is below a keeps the probability of any false rejection in the family below a,
+    for any dependence between the tests. A missing test (None, NaN) stays missing and still counts in m, as if its
+    p-value were 1: a family does not become smaller because some of its runs failed.
+
+    Args:
+        p_values: of the declared family ``[m]``, None or NaN for missing tests.
+
+    Returns:
+        ``[m]``, NaN where missing.
+
+    Raises:
+        ValueError: for a p-value outside [0, 1].
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure" (Scandinavian Journal of Statistics 1979).
+    """
+    p = np.array([math.nan if value is None else value for value in p_values], dtype=np.float64)
+    wrong = np.flatnonzero((p < 0) | (p > 1))
+    if len(wrong):
+        raise ValueError(f"p_values[{wrong[0]}]={p[wrong[0]]} must lie between 0 and 1.")
+    missing = np.isnan(p)
+    order = np.argsort(np.where(missing, 1.0, p), kind="stable")
+    steps = np.where(missing, 1.0, p)[order] * (len(p) - np.arange(len(p)))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    adjusted[missing] = math.nan
+    return adjusted
+
+
+def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]:
+    """Apply `holm` to a family of tests by name."""
+    adjusted = holm(list(p_values.values()))
+    return {
+        name: AdjustedTest(math.nan if p is None else float(p), float(new))
+        for (name, p), new in zip(p_values.items(), adjusted, strict=True)
+    }
 
 
 def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, float]:
-    """Return the limits of a claim, infinite where there is none.
-
-    Raises:
-        ValueError: with no limit, with NaN as one, or if at_least > at_most.
-    """
+    """Return the limits of a claim, infinite where there is none; ValueError as `decide`."""
     if at_least is None and at_most is None:
         raise ValueError("The claim has no limit: give at_least, at_most or both.")
     low = -math.inf if at_least is None else float(at_least)
@@ -99,8 +158,8 @@ def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, 
     return low, high
 
 
-def _not_empty(decisions: Iterable[Decision]) -> list[Decision]:
-    given = [Decision(decision) for decision in decisions]
+def _first_among(decisions: Iterable[Decision], order: Sequence[Decision]) -> Decision:
+    given = {Decision(decision) for decision in decisions}
     if not given:
         raise ValueError("There is no claim to join.")
-    return given
+    return next(decision for decision in order if decision in given)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class DocumentMeans:
     total: np.ndarray
     count: np.ndarray
     exponentiate: bool = False
+
+    #: Where the count is among the features.
+    count_at: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         """Check shapes and numbers."""
@@ -62,18 +65,18 @@ class DocumentBins:
     correct: np.ndarray
     confidence: np.ndarray
 
+    #: Where the count is among the features.
+    count_at: ClassVar[int] = 0
+
     def __post_init__(self) -> None:
         """Check shapes and numbers."""
-        arrays = {"count": self.count, "correct": self.correct, "confidence": self.confidence}
-        _check(arrays, dimensions=(2, 3))
+        _check({"count": self.count, "correct": self.correct, "confidence": self.confidence}, dimensions=(2, 3))
 
     @property
     def features(self) -> np.ndarray:
         """Return count, then correct - confidence by bin, of each document: ``[seeds, documents, 1 + bins]``."""
-        count = _runs_first(self.count, 2)
-        return np.concatenate(
-            [count.sum(-1, keepdims=True), _runs_first(self.correct, 2) - _runs_first(self.confidence, 2)], axis=-1
-        )
+        count, correct, confidence = (_runs_first(x, 2) for x in (self.count, self.correct, self.confidence))
+        return np.concatenate([count.sum(-1, keepdims=True), correct - confidence], axis=-1)
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
         """Return the figure from summed features ``[..., 1 + bins]``; NaN where nothing was counted."""
@@ -95,17 +98,18 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
     Raises:
         ValueError: if the two are of different kinds or of different documents.
     """
-    if type(values) is not type(baseline) or getattr(values, "exponentiate", None) != getattr(
-        baseline, "exponentiate", None
-    ):
+    if _kind(values) != _kind(baseline):
         raise ValueError(f"{_kind(values)} cannot be compared with {_kind(baseline)}: give two of one kind.")
     x, y = values.features, baseline.features
     if x.shape != y.shape:
-        raise ValueError(
-            f"The systems have {_shape(x)} and {_shape(y)}: a paired comparison needs the same documents, the same "
-            "blocks of them and as many runs of both."
+        shapes = (
+            f"{d} documents in {seeds} run(s) with {sums - 1} sums each" for seeds, d, sums in (x.shape, y.shape)
         )
-    counts = _counts(values), _counts(baseline)
+        raise ValueError(
+            f"The systems have {' and '.join(shapes)}: a paired comparison needs the same documents, the same blocks "
+            "of them and as many runs of both."
+        )
+    counts = x[..., values.count_at], y[..., values.count_at]
     differ = counts[0] != counts[1]
     if same_counts and differ.any():
         seed, document = (int(place) for place in np.argwhere(differ)[0])
@@ -116,13 +120,6 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
         )
     kept = (counts[0] > 0).any(0) | (counts[1] > 0).any(0)
     return x[:, kept], y[:, kept]
-
-
-def _counts(documents: Documents) -> np.ndarray:
-    """Return the number of tokens, ``[seeds, documents]``."""
-    if isinstance(documents, DocumentMeans):
-        return _runs_first(documents.count, 1)
-    return _runs_first(documents.count, 2).sum(-1)
 
 
 def _runs_first(values: np.ndarray, dimensions: int) -> np.ndarray:
@@ -147,8 +144,7 @@ def _check(arrays: dict[str, np.ndarray], dimensions: tuple[int, int]) -> None:
             raise ValueError(f"{name} is not 0 where nothing was counted: count and {name} are not of the same run.")
     if (x["count"] < 0).any():
         raise ValueError(f"count has {x['count'].min():g}: counts cannot be negative.")
-    runs = _runs_first(x["count"], dimensions[0])
-    for run, count in enumerate(runs):
+    for run, count in enumerate(_runs_first(x["count"], dimensions[0])):
         if count.sum() == 0:
             raise ValueError(f"Nothing was counted in any document of run {run}: there is no figure to compare.")
 
@@ -156,8 +152,3 @@ def _check(arrays: dict[str, np.ndarray], dimensions: tuple[int, int]) -> None:
 def _kind(documents: Documents) -> str:
     exponentiate = isinstance(documents, DocumentMeans) and documents.exponentiate
     return type(documents).__name__ + (" with exponentiate=True" if exponentiate else "")
-
-
-def _shape(features: np.ndarray) -> str:
-    sizes: Sequence[int] = features.shape
-    return f"{sizes[1]} documents in {sizes[0]} run(s) with {sizes[2] - 1} sums each"

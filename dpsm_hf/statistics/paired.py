@@ -1,4 +1,7 @@
-"""Two systems on the same seeds: difference or ratio with a t interval, the paired t-test, tests of claims."""
+"""Few runs: their mean and spread, two systems on the same seeds, and tests of claims about them.
+
+Missing numbers raise an error; they are never dropped.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,40 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..calibration.intervals import Interval
-from .decision import Decision, check_limits, decide
-from .samples import finite_pairs, paired_differences, paired_log_ratios
+from .decision import Decision, check_limits, decide, stars
 
 SCALES = ("difference", "ratio")
+
+# Figures that differ by at most 4 units in the last place are equal: sums in another order differ as much.
+_ROUNDING = 4 * np.finfo(np.float64).eps
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of some runs."""
+
+    count: int
+    mean: float
+    sd: float
+
+
+def summarize(values: ArrayLike) -> Summary:
+    """Return the mean and the sample standard deviation, ``sqrt(sum (x - mean)**2 / (n - 1))``.
+
+    Args:
+        values: finite numbers ``[n]``, one for each run.
+
+    Returns:
+        Without values, mean and sd are NaN; with one, the sd is NaN.
+
+    Raises:
+        ValueError: for NaN or infinity, naming the place.
+
+    The division by n - 1 (Bessel's correction) makes the variance unbiased.
+    """
+    x = _finite(values, "values")
+    mean, sd = (float(x.mean()) if len(x) else math.nan), (float(x.std(ddof=1)) if len(x) > 1 else math.nan)
+    return Summary(len(x), mean, sd)
 
 
 @dataclass(frozen=True)
@@ -21,14 +54,10 @@ class PairedComparison:
 
     Attributes:
         scale: "difference" (values - baseline) or "ratio" (values / baseline).
-        pairs: n.
-        values_mean, baseline_mean: means over the seeds.
         estimate: the mean difference, or the geometric mean of the ratios.
         sd: of the differences, or of the log-ratios; NaN for one pair.
-        interval: t interval of the estimate, NaN for one pair.
-        level: of the interval.
+        interval: t interval of the estimate, of that level, NaN for one pair.
         t: statistic for "no difference", infinite if all differences are the same and not 0.
-        degrees_of_freedom: n - 1.
         p_value: two-sided; NaN for one pair.
         zero_variance: all differences are the same. Interval and p are then the limits of the formulas (a point; 0, or
             1 where the difference is 0): right for deterministic figures (bytes, FLOPs), too narrow for rounded ones.
@@ -73,8 +102,7 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
 
     Source: Student, "The probable error of a mean" (Biometrika 1908).
     """
-    x, y = finite_pairs(values, baseline)
-    return _compare("difference", x, y, level)
+    return _compare("difference", values, baseline, level)
 
 
 def paired_ratio(values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95) -> PairedComparison:
@@ -85,45 +113,27 @@ def paired_ratio(values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95)
     errors from 0, it depends on which system is the baseline, and it assumes additive noise, while times, perplexities
     and calibration errors vary by factors. For a spread of a few per cent the two nearly agree.
 
-    Args:
-        values: of the system ``[n]``, positive.
-        baseline: of the baseline ``[n]``, positive, in the same order of seeds.
-        level: of confidence, in (0, 1).
-
-    Returns:
-        With one pair, sd, interval, t and p are NaN.
-
-    Raises:
-        ValueError: as `paired_difference`, and for a figure that is not positive.
+    Arguments, result and errors are those of `paired_difference`; figures that are not positive raise too.
 
     Source: Kirkwood, "Geometric means and measures of dispersion" (Biometrics 1979). The alternative: Fieller, "Some
     problems in interval estimation" (JRSS B 1954).
     """
-    return _compare("ratio", *finite_pairs(values, baseline), level)
+    return _compare("ratio", values, baseline, level)
 
 
-def _compare(scale: str, x: np.ndarray, y: np.ndarray, level: float) -> PairedComparison:
+def _compare(scale: str, values: ArrayLike, baseline: ArrayLike, level: float) -> PairedComparison:
+    x, y = _finite_pairs(values, baseline)
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, 0.95 say.")
-    d = paired_log_ratios(x, y) if scale == "ratio" else paired_differences(x, y)
+    d = _paired(x, y, scale)
     mean, sd, constant = _moments(d)
-    t, p = student(d, 0.0, "two-sided")
-    interval = t_interval(d, level)
+    t, p = _student(d, 0.0, "two-sided")
     back = math.exp if scale == "ratio" else float
     return PairedComparison(
-        scale=scale,
-        pairs=len(d),
-        values_mean=float(x.mean()),
-        baseline_mean=float(y.mean()),
-        estimate=back(mean),
-        sd=sd,
-        interval=Interval(back(interval.low), back(interval.high)),
-        level=level,
-        t=t,
-        degrees_of_freedom=len(d) - 1,
-        p_value=p,
-        zero_variance=constant,
-    )
+        scale=scale, pairs=len(d), values_mean=float(x.mean()), baseline_mean=float(y.mean()), estimate=back(mean),
+        sd=sd, interval=Interval(*map(back, _t_interval(d, level))), level=level, t=t, degrees_of_freedom=len(d) - 1,
+        p_value=p, zero_variance=constant,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,16 +141,12 @@ class ClaimTest:
     """Test of the claim that a difference or a ratio lies within limits.
 
     Attributes:
-        scale: "difference" or "ratio".
-        pairs: n.
         estimate: the mean difference, or the geometric mean of the ratios.
         interval: of level 1 - 2 alpha.
         at_least, at_most: the limits, infinite where there is none.
         alpha: probability of "holds" for a claim that is wrong.
-        p_at_least: one-sided p-value, null hypothesis "below at_least"; NaN without that limit.
-        p_at_most: one-sided p-value, null hypothesis "above at_most"; NaN without that limit.
+        p_at_least, p_at_most: one-sided p-values, null hypotheses "below at_least" and "above at_most"; NaN without.
         p_value: the larger of the two.
-        decision: holds, fails or cannot tell.
     """
 
     scale: str
@@ -196,61 +202,43 @@ def claim_test(
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha={alpha} must lie between 0 and 0.5, 0.05 say.")
     low, high = check_limits(at_least, at_most)
-    x, y = finite_pairs(values, baseline)
+    x, y = _finite_pairs(values, baseline)
+    lowest, highest = low, high
     if scale == "ratio":
         if (at_least is not None and low <= 0) or high <= 0:
             raise ValueError(f"at_least={at_least}, at_most={at_most}: limits of a ratio are positive, 0.95 say.")
-        d = paired_log_ratios(x, y)
         lowest, highest = -math.inf if at_least is None else math.log(low), float(np.log(high))
-    else:
-        d, lowest, highest = paired_differences(x, y), low, high
-    p_low = student(d, lowest, "greater")[1] if at_least is not None else math.nan
-    p_high = student(d, highest, "less")[1] if at_most is not None else math.nan
-    interval = t_interval(d, 1 - 2 * alpha)
+    d = _paired(x, y, scale)
+    p_low = _student(d, lowest, "greater")[1] if at_least is not None else math.nan
+    p_high = _student(d, highest, "less")[1] if at_most is not None else math.nan
+    interval = _t_interval(d, 1 - 2 * alpha)
     back = math.exp if scale == "ratio" else float
     return ClaimTest(
-        scale=scale,
-        pairs=len(d),
-        estimate=back(float(d.mean())),
-        interval=Interval(back(interval.low), back(interval.high)),
-        at_least=low,
-        at_most=high,
-        alpha=alpha,
-        p_at_least=p_low,
-        p_at_most=p_high,
-        p_value=float(np.fmax(p_low, p_high)),
-        decision=decide(interval, at_least=lowest, at_most=highest),
-    )
+        scale=scale, pairs=len(d), estimate=back(float(d.mean())), interval=Interval(*map(back, interval)),
+        at_least=low, at_most=high, alpha=alpha, p_at_least=p_low, p_at_most=p_high,
+        p_value=float(np.fmax(p_low, p_high)), decision=decide(interval, at_least=lowest, at_most=highest),
+    )  # fmt: skip
 
 
-def student(d: np.ndarray, null: float, alternative: str) -> tuple[float, float]:
-    """Return Student's t for the null hypothesis "the mean is `null`", and its p-value.
+def _student(d: np.ndarray, null: float, alternative: str) -> tuple[float, float]:
+    """Return Student's t for the null hypothesis "the mean is `null`", and its p-value; NaN with one value.
 
-    With one value both are NaN. Without variance t is infinite with the sign of ``mean - null`` and p is 0 or 1; if
-    the mean is `null` exactly, t is 0 and p is 1.
-
-    Args:
-        d: differences ``[n]``.
-        null: the mean under the null hypothesis.
-        alternative: "two-sided", "less" or "greater".
+    Without variance t is infinite with the sign of ``mean - null`` and p is 0 or 1; if the mean is `null` exactly, t
+    is 0 and p is 1.
     """
     from scipy import stats
 
     mean, sd, constant = _moments(d)
     if len(d) < 2:
         return math.nan, math.nan
-    if constant:
-        if mean == null:
-            return 0.0, 1.0
-        t = math.copysign(math.inf, mean - null)
-    else:
-        t = (mean - null) / (sd / math.sqrt(len(d)))
+    if constant and mean == null:
+        return 0.0, 1.0
+    t = math.copysign(math.inf, mean - null) if constant else (mean - null) / (sd / math.sqrt(len(d)))
     tail = {"two-sided": -abs(t), "less": t, "greater": -t}[alternative]
-    p = float(stats.t.cdf(tail, len(d) - 1)) * (2 if alternative == "two-sided" else 1)
-    return t, p
+    return t, float(stats.t.cdf(tail, len(d) - 1)) * (2 if alternative == "two-sided" else 1)
 
 
-def t_interval(d: np.ndarray, level: float) -> Interval:
+def _t_interval(d: np.ndarray, level: float) -> Interval:
     """Return ``mean ± t sd / sqrt(n)``: NaN for one value, a point if all values are the same."""
     from scipy import stats
 
@@ -264,6 +252,7 @@ def t_interval(d: np.ndarray, level: float) -> Interval:
 
 
 def _moments(d: np.ndarray) -> tuple[float, float, bool]:
+    """Return the mean, the standard deviation, and whether all values are the same."""
     if len(d) < 2:
         return float(d[0]), math.nan, False
     if np.all(d == d[0]):  # rounding: the computed mean of equal numbers may differ from them
@@ -271,14 +260,43 @@ def _moments(d: np.ndarray) -> tuple[float, float, bool]:
     return float(d.mean()), float(d.std(ddof=1)), False
 
 
-def stars(p_value: float) -> str:
-    """Return ``***`` for p < .001, ``**`` for p < .01, ``*`` for p < .05, an empty text above, "n/a" for NaN.
+def _finite(values: ArrayLike, name: str) -> np.ndarray:
+    """Return numbers as a float64 vector after checking that they are a list of finite ones."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1:
+        raise ValueError(f"{name} has shape {x.shape}: give a flat list, one number for each run.")
+    wrong = np.flatnonzero(~np.isfinite(x))
+    if len(wrong):
+        raise ValueError(
+            f"{name}[{wrong[0]}]={x[wrong[0]]} is no finite number: leave out the runs that have none, with their "
+            "partners, and report which they are."
+        )
+    return x
 
-    Raises:
-        ValueError: for a p-value outside [0, 1].
+
+def _finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs of numbers as two float64 vectors ``[n]`` after checking them."""
+    x, y = _finite(values, "values"), _finite(baseline, "baseline")
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} values but {len(y)} of the baseline: give pairs, two runs that share a seed.")
+    if not len(x):
+        raise ValueError("There is no pair: a comparison needs one run of each system at least.")
+    return x, y
+
+
+def _paired(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
+    """Return the differences, or the logarithms of the ratios, with 0 for figures that are equal but for rounding.
+
+    Otherwise figures of the same counts, summed in another order, would have a "significant" difference of 1e-17.
     """
-    if math.isnan(p_value):
-        return "n/a"
-    if not 0 <= p_value <= 1:
-        raise ValueError(f"p_value={p_value} must lie between 0 and 1.")
-    return "*" * sum(p_value < limit for limit in (0.05, 0.01, 0.001))
+    same = np.abs(values - baseline) <= _ROUNDING * np.maximum(np.abs(values), np.abs(baseline))
+    if scale == "difference":
+        return np.where(same, 0.0, values - baseline)
+    for name, numbers in (("values", values), ("baseline", baseline)):
+        wrong = np.flatnonzero(numbers <= 0)
+        if len(wrong):
+            raise ValueError(
+                f"{name}[{wrong[0]}]={numbers[wrong[0]]} has no logarithm: a ratio is for positive figures; compare "
+                "differences instead."
+            )
+    return np.where(same, 0.0, np.log(values) - np.log(baseline))

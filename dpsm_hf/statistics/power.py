@@ -13,13 +13,10 @@ class PowerNote:
     """What n pairs can detect.
 
     Attributes:
-        pairs: n.
-        sd: of the differences.
+        sd: of the differences of n pairs.
         sd_interval: 95 % interval of the true sd, from chi-squared; NaN for fewer than two pairs.
         detectable: smallest difference detected with probability `power`; NaN for fewer than two pairs.
-        power: that probability.
         alpha: of the two-sided test.
-        sentence: the note in words.
     """
 
     pairs: int
@@ -57,23 +54,14 @@ def t_test_power(difference: float, sd: float, pairs: int, *, alpha: float = 0.0
         raise ValueError(f"difference={difference} and sd={sd} must be finite, and sd not negative.")
     if sd == 0:
         return 1.0 if difference else alpha
-    return _power(
-        math.sqrt(pairs) * abs(difference) / sd, pairs - 1, float(stats.t.isf(alpha / sides, pairs - 1)), sides
-    )
+    critical = float(stats.t.isf(alpha / sides, pairs - 1))
+    return _power(math.sqrt(pairs) * abs(difference) / sd, pairs - 1, critical, sides)
 
 
 def detectable_difference(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05, sides: int = 2) -> float:
-    """Return the smallest true difference that a paired t-test detects with probability `power`; see `t_test_power`.
+    """Return the smallest true difference that a paired t-test detects with probability `power`, in (alpha, 1).
 
-    Args:
-        sd: standard deviation of the differences.
-        pairs: n, from 2 on.
-        power: wanted probability, in (alpha, 1).
-        alpha: level of the test.
-        sides: 2, or 1 for a claim with one limit.
-
-    Raises:
-        ValueError: for arguments out of range.
+    The other arguments and the errors are those of `t_test_power`.
     """
     from scipy import optimize, stats
 
@@ -95,16 +83,7 @@ def pairs_needed(
 ) -> int | None:
     """Return how many pairs detect a true difference with probability `power`; None if more than `at_most`.
 
-    Args:
-        difference: true mean difference.
-        sd: standard deviation of the differences.
-        power: wanted probability.
-        alpha: level of the test.
-        sides: 2, or 1 for a claim with one limit.
-        at_most: largest number to consider.
-
-    Raises:
-        ValueError: for arguments out of range.
+    The other arguments and the errors are those of `t_test_power`.
     """
     low, high = 1, 2
     while t_test_power(difference, sd, high, alpha=alpha, sides=sides) < power:
@@ -141,37 +120,22 @@ def power_note(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05
     """
     from scipy import stats
 
-    unit = f" {unit}" if unit else ""
+    named = "1 pair" if pairs == 1 else f"{pairs} pairs"
     if pairs < 2:
-        return PowerNote(
-            pairs=pairs,
-            sd=math.nan,
-            sd_interval=Interval(math.nan, math.nan),
-            detectable=math.nan,
-            power=power,
-            alpha=alpha,
-            sentence=f"{_number(pairs)} cannot be tested: the spread over seeds needs two pairs at least.",
-        )
+        sentence = f"{named} cannot be tested: the spread over seeds needs two pairs at least."
+        return PowerNote(pairs, math.nan, Interval(math.nan, math.nan), math.nan, power, alpha, sentence)
+    unit = f" {unit}" if unit else ""
     detectable = detectable_difference(sd, pairs, power=power, alpha=alpha)
     quantiles = stats.chi2.ppf([0.975, 0.025], pairs - 1)
     spread = Interval(*(float(sd * math.sqrt((pairs - 1) / q)) for q in quantiles))
-    if sd == 0:
-        sentence = f"{_number(pairs)} without any spread: every difference would be detected."
-    else:
-        sentence = (
-            f"{_number(pairs)} with a spread of {sd:.3g}{unit} could detect a difference of {detectable:.3g}{unit} or "
-            f"more with a chance of {power:.0%} (two-sided test at {alpha:.0%}); the spread itself is only known to "
-            f"lie between {spread.low:.3g} and {spread.high:.3g}."
-        )
-    return PowerNote(
-        pairs=pairs,
-        sd=float(sd),
-        sd_interval=spread,
-        detectable=detectable,
-        power=power,
-        alpha=alpha,
-        sentence=sentence,
+    sentence = (
+        f"{named} with a spread of {sd:.3g}{unit} could detect a difference of {detectable:.3g}{unit} or "
+        f"more with a chance of {power:.0%} (two-sided test at {alpha:.0%}); the spread itself is only known to "
+        f"lie between {spread.low:.3g} and {spread.high:.3g}."
     )
+    if sd == 0:
+        sentence = f"{named} without any spread: every difference would be detected."
+    return PowerNote(pairs, float(sd), spread, detectable, power, alpha, sentence)
 
 
 def _power(noncentrality: float, degrees: int, critical: float, sides: int) -> float:
@@ -180,10 +144,6 @@ def _power(noncentrality: float, degrees: int, critical: float, sides: int) -> f
     found = float(stats.nct.sf(critical, degrees, noncentrality))
     # P(T < -c) as the mirrored tail: nct.cdf(-c, ...) of scipy 1.17 is NaN for many noncentralities
     return found + float(stats.nct.sf(critical, degrees, -noncentrality)) if sides == 2 else found
-
-
-def _number(pairs: int) -> str:
-    return "1 pair" if pairs == 1 else f"{pairs} pairs"
 
 
 def _check(pairs: int, alpha: float, sides: int) -> None:

@@ -1,23 +1,31 @@
 """Two systems on the same documents: paired bootstrap and approximate randomisation.
 
 Both cover the choice of the test set, neither covers the choice of the seed.
+
+A calibration error (ECE) is biased upwards by noise, which the basic bootstrap estimates by b = mean of the resamples
+- sample. That is right for errors far from 0. But the error of a calibrated model is all noise: c in the sample and
+√2 c in resamples, whose noise has twice the variance, so that b = (√2 - 1) c is only a part of the bias. Here the bias
+of an error may be anything from b to (1 + √2) b, and the whole error where the sample is compatible with 0. Where b is
+small the intervals are those of the basic bootstrap. docs/statistics.md has the coverage of both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..calibration.intervals import Interval, check_resampling
 from .documents import DocumentBins, Documents, paired_features
-from .error_contrasts import error_difference, error_ratio
 from .paired import SCALES
 
 # Size of the matrix of weights held at a time: 64 MB of float64.
 _AT_A_TIME = 2**23
+
+# Ratio of the true bias to b for an error that is all noise: 1 / (√2 - 1).
+_ALL_NOISE = 1 + math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,10 @@ class DocumentBootstrap:
     Attributes:
         scale: "difference" (values - baseline) or "ratio".
         documents: number of documents, without those that are empty in both systems.
-        values, baseline: the figures of the two systems, means over the runs if there are several.
-        estimate: their difference or ratio.
+        values, baseline, estimate: figures of the systems (means over several runs), their difference or ratio.
         interval: NaN with fewer than two documents, or where a resample has no figure.
-        level: of the interval.
         standard_error: standard deviation over the resamples of the difference or of the log-ratio; NaN where one is
             undefined.
-        samples: number of resamples.
         undefined: resamples without a difference or ratio (a baseline of 0, no counts). A single one makes the
             interval of `DocumentMeans` NaN; that of `DocumentBins` needs the two figures only.
     """
@@ -84,9 +89,9 @@ def paired_bootstrap(
     """Return the bootstrap interval of a difference or ratio, resampling the same documents for both systems.
 
     For `DocumentMeans` the interval is the basic bootstrap's, ``[2 v - q_high, 2 v - q_low]`` around the estimate v
-    (in logarithms for a ratio). For `DocumentBins`, whose errors are biased upwards by noise, see `error_contrasts`.
-    Several runs are not resampled; the means of their figures are compared. For the variation over seeds see
-    `paired_difference`.
+    (in logarithms for a ratio). For `DocumentBins`, whose errors are biased upwards by noise, see this module's
+    docstring. Several runs are not resampled; the means of their figures are compared. For the variation over seeds
+    see `paired_difference`.
 
     Args:
         values: sums of the system by document, or by block of documents, which is then the unit of resampling.
@@ -122,23 +127,19 @@ def paired_bootstrap(
             error = float(contrasts.std(ddof=1))
         if isinstance(values, DocumentBins):
             if np.isfinite(drawn).all() and (scale == "difference" or point[1] > 0):
-                of_errors = error_ratio if scale == "ratio" else error_difference
-                interval = of_errors(float(point[0]), drawn[0], float(point[1]), drawn[1], level)
+                v, b = float(point[0]), float(point[1])
+                difference = _error_difference(v, drawn[0], b, drawn[1], level)
+                interval = difference(1.0)
+                if scale == "ratio":
+                    interval = _error_ratio(difference, 1e6 * max(v, float(np.max(drawn[0])), b) / b)
         elif math.isfinite(error):
             low, high = np.quantile(contrasts, [(1 - level) / 2, (1 + level) / 2])
             interval = Interval(*(_on_original_scale(2 * estimate - float(q), scale) for q in (high, low)))
     return DocumentBootstrap(
-        scale=scale,
-        documents=number,
-        values=float(point[0]),
-        baseline=float(point[1]),
-        estimate=_on_original_scale(estimate, scale),
-        interval=interval,
-        level=level,
-        standard_error=error,
-        samples=samples,
-        undefined=undefined,
-    )
+        scale=scale, documents=number, values=float(point[0]), baseline=float(point[1]),
+        estimate=_on_original_scale(estimate, scale), interval=interval, level=level, standard_error=error,
+        samples=samples, undefined=undefined,
+    )  # fmt: skip
 
 
 def approximate_randomization(
@@ -158,12 +159,10 @@ def approximate_randomization(
     runs are swapped together.
 
     Args:
-        values: sums of the system by document, or by block of documents, which is then the unit of swapping.
-        baseline: of the baseline, on the same documents.
+        values, baseline, same_counts: as `paired_bootstrap` takes them; what is resampled there is swapped here.
         alternative: "two-sided", "less" (values below the baseline) or "greater".
         samples: number of random sets of swaps.
         seed: of the swaps.
-        same_counts: raise if a document has different counts in the two systems.
 
     Raises:
         ValueError: for arguments out of range, or if the two are not of the same documents.
@@ -186,31 +185,21 @@ def approximate_randomization(
         raise ValueError(f"The figures {figures[0]} and {figures[1]} have no difference that could be tested.")
     # ties: a swap with the same difference adds the same numbers in another order
     tolerance = 1e-12 * max(float(np.abs(figures[0]).max()), float(np.abs(figures[1]).max()))
+    larger = {"two-sided": np.abs, "less": np.negative, "greater": np.positive}[alternative]
     as_large = tried = 0
     for swap in _swaps(np.random.default_rng(seed), number, 2**number if exact else samples, exact):
         moved = swap @ (y - x)
-        found = values.metric(x.sum(1)[:, None] + moved) - baseline.metric(y.sum(1)[:, None] - moved)
-        found = found.mean(0)
+        swapped = values.metric(x.sum(1)[:, None] + moved), baseline.metric(y.sum(1)[:, None] - moved)
+        found = (swapped[0] - swapped[1]).mean(0)
         if not np.isfinite(found).all():
             raise ValueError(
                 "Some swaps leave a system without any count: leave out the documents that have a count in one system "
                 "only, or compare counts that are the same."
             )
-        if alternative == "two-sided":
-            as_large += int((np.abs(found) >= abs(difference) - tolerance).sum())
-        elif alternative == "less":
-            as_large += int((found <= difference + tolerance).sum())
-        else:
-            as_large += int((found >= difference - tolerance).sum())
+        as_large += int((larger(found) >= larger(difference) - tolerance).sum())
         tried += len(swap)
-    return Randomization(
-        documents=number,
-        difference=difference,
-        p_value=as_large / tried if exact else (1 + as_large) / (1 + tried),
-        alternative=alternative,
-        assignments=tried,
-        exact=exact,
-    )
+    p_value = as_large / tried if exact else (1 + as_large) / (1 + tried)
+    return Randomization(number, difference, p_value, alternative, tried, exact)
 
 
 def _contrast(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
@@ -223,20 +212,77 @@ def _on_original_scale(contrast: float, scale: str) -> float:
     return math.exp(contrast) if scale == "ratio" else contrast
 
 
+def _parts(rows: int, number: int) -> Iterator[range]:
+    """Yield the rows of a matrix with that many columns in parts that fit into memory."""
+    step = max(1, _AT_A_TIME // number)
+    for start in range(0, rows, step):
+        yield range(start, min(start + step, rows))
+
+
 def _weights(rng: np.random.Generator, number: int, samples: int) -> Iterator[np.ndarray]:
     """Yield how often each document is drawn in each resample, ``[part, number]``, `samples` rows in all."""
-    step = max(1, _AT_A_TIME // number)
-    for start in range(0, samples, step):
-        size = min(step, samples - start)
-        yield rng.multinomial(number, np.full(number, 1 / number), size=size).astype(np.float64)
+    for rows in _parts(samples, number):
+        yield rng.multinomial(number, np.full(number, 1 / number), size=len(rows)).astype(np.float64)
 
 
 def _swaps(rng: np.random.Generator, number: int, sets: int, exact: bool) -> Iterator[np.ndarray]:
     """Yield which documents are swapped (0 or 1), ``[part, number]``: all possible sets, or random ones."""
-    step = max(1, _AT_A_TIME // number)
-    for start in range(0, sets, step):
-        rows = np.arange(start, min(start + step, sets))
+    for rows in _parts(sets, number):
         if exact:
-            yield (rows[:, None] >> np.arange(number) & 1).astype(np.float64)
+            yield (np.array(rows)[:, None] >> np.arange(number) & 1).astype(np.float64)
         else:
             yield rng.integers(0, 2, size=(len(rows), number)).astype(np.float64)
+
+
+def _error_bias(value: float, drawn: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the least and the most that noise may have added to a calibration error.
+
+    At least ``b = max(0, mean(drawn) - value)``, at most ``(1 + √2) b``; but all of `value` where the basic bootstrap
+    of the squared error reaches 0, ``2 value**2 <= q_high**2``, as in `calibration.intervals.error_interval`.
+    """
+    least = min(value, max(0.0, float(drawn.mean()) - value))
+    at_zero = 2 * value**2 <= float(np.quantile(drawn, (1 + level) / 2)) ** 2
+    return least, value if at_zero else min(value, _ALL_NOISE * least)
+
+
+def _error_difference(
+    values: float, drawn_values: np.ndarray, baseline: float, drawn_baseline: np.ndarray, level: float
+) -> Callable[[float], Interval]:
+    """Return the interval of the error ``values - ratio * baseline`` as a function of the ratio, 1 for the difference.
+
+    ``[d - most_1 + least_2 - (q_high - m), d - least_1 + most_2 + (m - q_low)]``, with d the difference of the sample,
+    m and q mean and quantiles of the resampled differences, and the biases of `_error_bias`. With ``most = least`` it
+    is the basic bootstrap. The two biases are treated as unrelated, which makes the interval too wide for systems that
+    are nearly the same.
+    """
+    least, most = _error_bias(values, drawn_values, level)
+    baseline_least, baseline_most = _error_bias(baseline, drawn_baseline, level)
+
+    def interval(ratio: float) -> Interval:
+        drawn = drawn_values - ratio * drawn_baseline
+        middle = float(drawn.mean())
+        low, high = (float(q) for q in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
+        d = values - ratio * baseline
+        return Interval(
+            d - most + ratio * baseline_least - (high - middle), d - least + ratio * baseline_most + (middle - low)
+        )
+
+    return interval
+
+
+def _error_ratio(difference: Callable[[float], Interval], far: float) -> Interval:
+    """Return the interval of the ratio of two errors: all r up to `far` for which `difference` of r holds 0.
+
+    So it holds 1 exactly if that of the difference holds 0. It starts at 0 where the first error could be 0, and
+    reaches infinity where the second could be 0.
+
+    Source: Fieller, "Some problems in interval estimation" (JRSS B 1954), with a bootstrap interval in place of t.
+    """
+    from scipy import optimize
+
+    low, high = 0.0, math.inf
+    if difference(0.0).low > 0:
+        low = float(optimize.brentq(lambda r: difference(r).low, 0.0, far))
+    if difference(far).high < 0:
+        high = float(optimize.brentq(lambda r: difference(r).high, 0.0, far))
+    return Interval(low, high)

@@ -26,6 +26,7 @@ from .scaled_model import PLACES, check_target, save_scaled
 
 APPLICATIONS = ("none", *PLACES)
 
+_OTHER_DATA = "a temperature is judged on other data than it is fitted on."
 _LOCAL_REMEDY = (
     "Use local files with --calibration_file and --test_file (csv, json, jsonl, txt or parquet), a folder with such "
     "files as --dataset, or the real text that every Python carries with --dataset python-docs (language models) or "
@@ -36,7 +37,7 @@ _DESCRIPTION = (__doc__ or "").replace("``", "")
 # Tokens of an encoder-decoder's rows where nobody says.
 _MOST_TOKENS = {"max_source_length": 1024, "max_target_length": 128}
 
-# What the table shows: name, heading.
+# Rows of the table.
 _ROWS = (
     ("nll", "NLL (nats)"), ("perplexity", "perplexity"), ("brier", "Brier score"),
     ("ece_10", "ECE-10"), ("ece_15", "ECE-15"), ("ece_100", "ECE-100"),
@@ -63,9 +64,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--max_samples", type=int, help="use at most this many rows of each split")
     data.add_argument("--block_size", type=int, help="tokens of a row (default: the model's positions, 1024 at most)")
     for name, most in _MOST_TOKENS.items():
-        data.add_argument(
-            f"--{name}", type=int, help=f"encoder-decoders (default: the model's positions, {most} at most)"
-        )
+        text = f"encoder-decoders (default: the model's positions, {most} at most)"
+        data.add_argument(f"--{name}", type=int, help=text)
     data.add_argument("--source_prefix", default="", help="encoder-decoders: text before every source")
     run = command.add_argument_group("evaluation and output")
     run.add_argument("--output_dir", default="calibrate-output", help="where to write (default: %(default)s)")
@@ -73,26 +73,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--bf16", action="store_true", help="evaluate in bf16")
     run.add_argument("--use_cpu", action="store_true", help="do not use a GPU that is there")
     run.add_argument("--bins", type=int, default=15, help="bins of the reliability diagram (default: %(default)s)")
-    run.add_argument(
-        "--apply",
-        choices=APPLICATIONS,
-        default="none",
-        help="also save the model in OUTPUT_DIR/model with the temperature in its generation config (sampling), or "
-        "folded into its output weights where that is exact",
+    text = (
+        "also save the model in OUTPUT_DIR/model with the temperature in its generation config (sampling), or folded "
+        "into its output weights where that is exact"
     )
+    run.add_argument("--apply", choices=APPLICATIONS, default="none", help=text)
+    text = "keep the labels that a text is made to begin with (BART's first <s>) out of the figures and of the fit"
+    run.add_argument("--ignore_forced_tokens", action="store_true", help=text)
     run.add_argument("--trust_remote_code", action="store_true", help="allow a model that brings code of its own")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: its arguments; ``sys.argv[1:]`` when None.
-
-    Returns:
-        0, or 2 after a wrong argument or data that cannot be used, which is said in one line.
-    """
+    """Run the command; return 0, or 2 after a wrong argument or data that cannot be used, said in one line."""
     options = parser().parse_args(argv)
     try:
         calibrate(options)
@@ -103,13 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> dict[str, float]:
-    """Fit, report, write, and apply where that was asked for.
-
-    Args:
-        options: of `parser`.
-
-    Returns:
-        The metrics of the test split, ``test_...`` and ``test_..._scaled``.
+    """Fit, report, write and apply as the options say; return the test split's ``test_...`` and ``test_..._scaled``.
 
     Raises:
         ValueError: for options that contradict each other, missing splits, or a temperature that cannot be fitted or
@@ -129,23 +116,13 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     if options.apply == "weights":
         TemperatureScaler().fold_into(model)
     args: Any = task.training_class(
-        output_dir=options.output_dir,
-        loss_type="ce",
-        fit_temperature=True,
-        calibration_bins=options.bins,
-        per_device_eval_batch_size=options.per_device_eval_batch_size,
-        bf16=options.bf16,
-        use_cpu=options.use_cpu,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-    )
-    trainer = task.trainer_class(
-        model=model,
-        args=args,
-        calibration_dataset=rows["calibration"],
-        processing_class=tokenizer,
-        data_collator=collator,
-    )
+        output_dir=options.output_dir, loss_type="ce", fit_temperature=True, calibration_bins=options.bins,
+        ignore_forced_tokens=options.ignore_forced_tokens,
+        per_device_eval_batch_size=options.per_device_eval_batch_size, bf16=options.bf16, use_cpu=options.use_cpu,
+        dataloader_pin_memory=torch.cuda.is_available(), report_to="none",
+    )  # fmt: skip
+    data = {"calibration_dataset": rows["calibration"], "data_collator": collator}
+    trainer = task.trainer_class(model=model, args=args, processing_class=tokenizer, **data)
     scaler = trainer.fit_temperature()  # an evaluation would report without one that cannot be fitted
     metrics = trainer.evaluate(rows["test"], metric_key_prefix="test")
     assert trainer.panel is not None and trainer.panel.scaled is not None
@@ -153,8 +130,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     if trainer.is_world_process_zero():
         print(_table(scaler, trainer.panel.tokens.intervals(), trainer.panel.scaled.intervals(), metrics))
         folder = Path(options.output_dir)
-        print(f"\ntemperature: {folder / FILE_NAME}")
-        print(f"diagram: {folder / 'calibration' / 'test-step-000000.png'}")
+        print(f"\ntemperature: {folder / FILE_NAME}\ndiagram: {folder / 'calibration' / 'test-step-000000.png'}")
         if options.apply != "none":
             target = _target(options)
             save_scaled(model, tokenizer, scaler, target, place=options.apply, source=options.model)
@@ -167,25 +143,16 @@ def _check(options: argparse.Namespace) -> None:
     if options.dataset is not None and files:
         raise ValueError(f"--dataset and --{files[0]} contradict each other: give one or the other.")
     if options.dataset is None and len(files) < 2:
-        raise ValueError(
-            "give --dataset, or both --calibration_file and --test_file: a temperature is judged on other data than "
-            "it is fitted on."
-        )
+        raise ValueError(f"give --dataset, or both --calibration_file and --test_file: {_OTHER_DATA}")
     if options.dataset is not None and options.calibration_split == options.test_split:
-        raise ValueError(
-            f"--calibration_split and --test_split are both {options.test_split!r}: a temperature is judged on other "
-            "data than it is fitted on."
-        )
+        raise ValueError(f"--calibration_split and --test_split are both {options.test_split!r}: {_OTHER_DATA}")
     if options.dataset is None:
         defaults = parser()
         for name in ("dataset_config_name", "calibration_split", "test_split"):
             if getattr(options, name) != defaults.get_default(name):
                 raise ValueError(f"--{name} {getattr(options, name)!r} has no effect without --dataset: leave it out.")
-    if options.dataset is None and Path(options.calibration_file).resolve() == Path(options.test_file).resolve():
-        raise ValueError(
-            f"--calibration_file and --test_file are both {options.test_file!r}: a temperature is judged on other "
-            "data than it is fitted on."
-        )
+        if Path(options.calibration_file).resolve() == Path(options.test_file).resolve():
+            raise ValueError(f"--calibration_file and --test_file are both {options.test_file!r}: {_OTHER_DATA}")
     if options.apply != "none":
         try:
             check_target(_target(options), options.model)
@@ -214,35 +181,26 @@ def _target(options: argparse.Namespace) -> Path:
 
 def _splits(options: argparse.Namespace) -> dict[str, Any]:
     if options.dataset is None:
-        raw: Mapping[str, Any] = load_text_datasets(
-            calibration_file=options.calibration_file,
-            test_file=options.test_file,
-            required_splits=["calibration", "test"],
-        )
-        return dict(raw)
+        files = {"calibration_file": options.calibration_file, "test_file": options.test_file}
+        return dict(load_text_datasets(**files, required_splits=["calibration", "test"]))
     names = {"calibration": options.calibration_split, "test": options.test_split}
-    raw = load_text_datasets(
-        options.dataset,
-        options.dataset_config_name,
-        required_splits=[],
-        validation_split_percentage=None,
+    raw: Mapping[str, Any] = load_text_datasets(
+        options.dataset, options.dataset_config_name, required_splits=[], validation_split_percentage=None,
         remedy=_LOCAL_REMEDY,
-    )
+    )  # fmt: skip
     for name, split in names.items():
         if split not in raw:
+            known = ", ".join(map(repr, raw))
             raise ValueError(
-                f"{options.dataset} has no {split!r} split; it has {', '.join(map(repr, raw))}. Choose one with "
-                f"--{name}_split."
+                f"{options.dataset} has no {split!r} split; it has {known}. Choose one with --{name}_split."
             )
     return {name: raw[split] for name, split in names.items()}
 
 
-def _table(
-    scaler: TemperatureScaler,
-    before: Mapping[str, tuple[float, float]],
-    after: Mapping[str, tuple[float, float]],
-    metrics: Mapping[str, float],
-) -> str:
+_Intervals = Mapping[str, tuple[float, float]]
+
+
+def _table(scaler: TemperatureScaler, before: _Intervals, after: _Intervals, metrics: Mapping[str, float]) -> str:
     """Return the figures of the test split before and after, with their intervals."""
     lines = [
         f"temperature {scaler.temperature:.4f}, fitted on {scaler.tokens:,} tokens (NLL {scaler.nll_before:.4f} -> "

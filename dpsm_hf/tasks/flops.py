@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def model_flops(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return the mean floating-point operations of forward and backward over some batches, on one process.
+    """Return the mean floating-point operations of forward and backward over batches with labels, on one process.
 
     Matrix products and convolutions count, two operations for each multiplication and addition, as
     ``torch.utils.flop_counter`` counts them: attention in full (without the half that a causal kernel may skip), the
@@ -25,15 +25,8 @@ def model_flops(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float
     frozen weights do without. The loss itself is none of these; all losses of a model have the same count.
 
     Nothing is computed: the copy's tensors are PyTorch's fake ones, so that weights, gradients and random numbers of
-    the model stay as they are.
-
-    Args:
-        model: any model of Transformers.
-        batches: as a collator makes them, with ``labels``.
-
-    Returns:
-        The mean, or None for a model whose operations depend on its numbers (some mixtures of experts), and for no
-        batch.
+    the model stay as they are. That gives None for a model whose operations depend on its numbers (some mixtures of
+    experts), and for no batch.
     """
     counts: list[int] = []
     known: dict[Any, int] = {}
@@ -46,19 +39,15 @@ def model_flops(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float
                     known[key] = _count(shapes, batch, fake)
                 counts.append(known[key])
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        logger.warning(
-            f"the floating-point operations of {type(core_model(model)).__name__} cannot be counted: {error}"
-        )
+        name = type(core_model(model)).__name__
+        logger.warning(f"the floating-point operations of {name} cannot be counted: {error}")
         return None
     return sum(counts) / len(counts) if counts else None
 
 
 def _count(model: nn.Module, batch: Mapping[str, Any], fake: FakeTensorMode) -> int:
     device: Any = next(model.parameters()).device
-    inputs = {
-        name: fake.from_tensor(value).to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    inputs = {k: fake.from_tensor(v).to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with FlopCounterMode(display=False) as counter:
         output = model(**inputs_without_labels(model, inputs), use_cache=False)
         logits = output["logits"] if isinstance(output, Mapping) else output[0]

@@ -89,13 +89,12 @@ class Outcome:
         panel = self._trainer.panel
         if panel is None or not panel.tokens.tokens or not self._trainer.is_world_process_zero():
             return
-        self._calibration[split if checkpoint == "last" else f"{checkpoint}-{split}"] = self._record(panel, prefix)
         name = f"{checkpoint}-{split}"
-        path = Path(DOCUMENTS_FOLDER) / f"{name}.npz"
-        folder = Path(str(self._trainer.args.output_dir))
-        (folder / DOCUMENTS_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_arrays(document_sums(panel, rows), folder / path)
-        self._documents[name] = path.as_posix()
+        self._calibration[split if checkpoint == "last" else name] = self._record(panel, prefix)
+        folder = Path(str(self._trainer.args.output_dir)) / DOCUMENTS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays(document_sums(panel, rows), folder / f"{name}.npz")
+        self._documents[name] = f"{DOCUMENTS_FOLDER}/{name}.npz"
 
     def _record(self, panel: EvaluationPanel, prefix: str) -> dict[str, Any]:
         step = self._trainer.state.global_step
@@ -110,13 +109,9 @@ class Outcome:
         if not self._trainer.is_world_process_zero():
             return
         content: dict[str, Any] = {
-            "metrics": self._metrics,
-            "best_step": best_step(self._trainer),
-            "efficiency": self._efficiency(),
-            "calibration": self._calibration,
-            "samples": self.samples,
-            "documents": self._documents,
-        }
+            "metrics": self._metrics, "best_step": best_step(self._trainer), "efficiency": self._efficiency(),
+            "calibration": self._calibration, "samples": self.samples, "documents": self._documents,
+        }  # fmt: skip
         if (corruption := self._trainer.corruption_record()) is not None:
             content["corruption"] = corruption
         path = Path(str(self._trainer.args.output_dir)) / OUTCOME_NAME
@@ -136,10 +131,7 @@ class Outcome:
 
 
 def flops_per_step(trainer: DPSMMixin) -> float | None:
-    """Return the floating-point operations of an optimizer step over all processes; see `model_flops`.
-
-    The mean of batches of the first rows; None where they cannot be counted.
-    """
+    """Return the `model_flops` of an optimizer step over all processes, from the first rows; None without a count."""
     args = trainer.args
     flops = model_flops(trainer.model, _first_batches(trainer))
     return None if flops is None else flops * args.gradient_accumulation_steps * args.world_size
@@ -172,10 +164,8 @@ def document_sums(panel: EvaluationPanel, rows: Any = None) -> dict[str, np.ndar
         there is one; ``labels``, the SHA-256 of the rows' labels in order: where it differs, blocks do not belong
         together. It is empty for a stream.
     """
-    found = _sums(panel.tokens, "")
-    if panel.scaled is not None:
-        found |= _sums(panel.scaled, "_scaled")
-    return {**found, "labels": np.array(labels_digest(rows))}
+    scaled = {} if panel.scaled is None else _sums(panel.scaled, "_scaled")
+    return {**_sums(panel.tokens, ""), **scaled, "labels": np.array(labels_digest(rows))}
 
 
 def _sums(calibration: TokenCalibration, suffix: str) -> dict[str, np.ndarray]:

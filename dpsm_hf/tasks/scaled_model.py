@@ -24,11 +24,7 @@ RECORD_NAME = "applied_temperature.json"
 
 
 def check_target(folder: Path, source: str | Path) -> None:
-    """Look, before the long part, whether a scaled model may be written to a folder.
-
-    Args:
-        folder: where it is to go.
-        source: the model that the temperature is fitted for, a folder or a name on the hub.
+    """Check, before the long part, that the scaled copy of the model ``source`` may be written to a folder.
 
     Raises:
         ValueError: if that would overwrite the model itself, or anything else that `save_scaled` has not written.
@@ -47,8 +43,7 @@ def check_target(folder: Path, source: str | Path) -> None:
 
 def _own_folders(folder: Path) -> tuple[Path, Path]:
     """Return where a model is written before it takes its place, and where the one before it waits meanwhile."""
-    part, old = (folder.with_name(f".{folder.name}.dpsm-{end}") for end in ("part", "old"))
-    return part, old
+    return folder.with_name(f".{folder.name}.dpsm-part"), folder.with_name(f".{folder.name}.dpsm-old")
 
 
 def save_scaled(
@@ -60,8 +55,7 @@ def save_scaled(
     again; one that the user had set stays, with a warning.
 
     Args:
-        model: changed in place.
-        tokenizer: saved beside it.
+        model, tokenizer: what to save; the model is changed in place.
         scaler: the temperature.
         folder: where to; see `check_target`.
         place: of `PLACES`.
@@ -82,9 +76,8 @@ def save_scaled(
     tokenizer.save_pretrained(part)
     if place == "generation_config":
         scaler.save(part)
-    write_json(
-        {"schema": 1, "place": place, "temperature": scaler.temperature, "source": str(source)}, part / RECORD_NAME
-    )
+    record = {"schema": 1, "place": place, "temperature": scaler.temperature, "source": str(source)}
+    write_json(record, part / RECORD_NAME)
     if folder.exists():
         os.replace(folder, old)
     os.replace(part, folder)

@@ -13,19 +13,9 @@ logger = logging.getLogger(__name__)
 # Tokenizers that put a language code into every row. Since transformers 5 one class each, backed by `tokenizers`.
 MULTILINGUAL_TOKENIZERS = (MBartTokenizer, MBart50Tokenizer)
 
-# Model types pretrained with a task name in front of the source.
-_PREFIXED_MODEL_TYPES = ("t5",)
-
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot pad or end a sequence.
-
-    Args:
-        tokenizer: The tokenizer to check.
-
-    Raises:
-        ValueError: If it has no pad token or no end token.
-    """
+    """Refuse, by a ValueError, a tokenizer without a pad token or an end token."""
     for attribute, purpose in (("pad_token", "pad batches"), ("eos_token", "end summaries")):
         if getattr(tokenizer, f"{attribute}_id") is None:
             raise ValueError(
@@ -35,12 +25,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Enlarge the model's token embeddings where the tokenizer has more tokens; never shrink them.
-
-    Args:
-        model: Changed in place.
-        tokenizer: Its length is the number of rows needed.
-    """
+    """Enlarge the model's token embeddings, in place, where the tokenizer has more tokens; never shrink them."""
     rows: int = model.get_input_embeddings().weight.size(0)  # type: ignore[union-attr, operator]
     if len(tokenizer) > rows:
         logger.info("Enlarging the token embeddings from %d to the tokenizer's %d rows.", rows, len(tokenizer))
@@ -56,49 +41,42 @@ def set_languages(
     """Set the language of sources and summaries, and the token that generation must write first.
 
     mBART starts the decoder with the language code (see `check_decoder_start`). mBART-50 starts it with `</s>` and
-    writes the code first, which `forced_bos_token` makes sure of. Generation settings go to
-    `model.generation_config`: in transformers 5 a model whose config holds them cannot be saved.
+    writes the code first, which `forced_bos_token` makes sure of. Changed in place are a multilingual tokenizer and
+    `model.generation_config` (in transformers 5 a model whose config holds such settings cannot be saved).
 
     Args:
-        model: Its generation config is changed in place.
-        tokenizer: Changed in place where it is multilingual.
         lang: A language code of the tokenizer such as `en_XX`; required by multilingual tokenizers.
         forced_bos_token: Token that generation must write first; None for none.
 
     Raises:
         ValueError: If a language is required and missing, or a code or token is not in the vocabulary.
     """
-    generation = model.generation_config
+    generation, vocabulary = model.generation_config, tokenizer.get_vocab()
     if isinstance(tokenizer, MULTILINGUAL_TOKENIZERS):
         codes = ", ".join(sorted(tokenizer.lang_code_to_id))
         if lang is None:
             raise ValueError(f"{type(tokenizer).__name__} is multilingual: pass --lang with one of {codes}.")
-        if lang not in tokenizer.lang_code_to_id or _token_id(tokenizer, lang) is None:
+        if lang not in tokenizer.lang_code_to_id or lang not in vocabulary:
             raise ValueError(f"--lang '{lang}' is not a language code of this tokenizer; it has {codes}.")
-        tokenizer.src_lang = lang
-        tokenizer.tgt_lang = lang
+        tokenizer.src_lang = tokenizer.tgt_lang = lang
         if generation is not None:
             # A code left over from another fine-tuning would force the wrong language.
             generation.forced_bos_token_id = None
     if forced_bos_token is not None:
-        token_id = _token_id(tokenizer, forced_bos_token)
-        if token_id is None:
+        if forced_bos_token not in vocabulary:
             raise ValueError(
                 f"--forced_bos_token '{forced_bos_token}' is not one token of {type(tokenizer).__name__}'s vocabulary."
             )
         if generation is not None:
-            generation.forced_bos_token_id = token_id
+            generation.forced_bos_token_id = vocabulary[forced_bos_token]
 
 
 def check_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make generation start with the token that training starts the decoder with.
 
     BART, T5 and PEGASUS start with `config.decoder_start_token_id`. mBART moves the last token of the labels to the
-    front (the language code; `</s>` for mBART-50 or a tokenizer without codes), whatever its config says.
-
-    Args:
-        model: Changed in place (config and generation config).
-        tokenizer: Shows how a label row ends; its languages are already set.
+    front (the language code; `</s>` for mBART-50 or a tokenizer without codes), whatever its config says. The model's
+    config and generation config are changed in place; the tokenizer's languages must be set.
 
     Raises:
         ValueError: If there is no start token.
@@ -126,23 +104,12 @@ def check_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def check_source_prefix(model: PreTrainedModel, source_prefix: str | None, from_scratch: bool) -> None:
-    """Warn when a pretrained T5 is used without the task prefix it was trained with.
-
-    Args:
-        model: The model.
-        source_prefix: Value of --source_prefix; None when it was not given.
-        from_scratch: True for fresh weights, which expect no prefix.
-    """
-    if source_prefix is None and not from_scratch and model.config.model_type in _PREFIXED_MODEL_TYPES:
+    """Warn when a pretrained T5 is used without the task prefix it was trained with; fresh weights expect none."""
+    if source_prefix is None and not from_scratch and model.config.model_type == "t5":
         logger.warning(
             "A T5 model is used without a source prefix; the pretrained ones expect one, for example "
             "--source_prefix 'summarize: '."
         )
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """Return the id of a token, or None when it is not in the vocabulary (where lookup gives the unknown id)."""
-    return tokenizer.get_vocab().get(token)
 
 
 # ---- positions for longer sources than a model was made for ---------------------------------------------------------
@@ -161,10 +128,6 @@ def resize_positions(model: PreTrainedModel, new_positions: int) -> None:
     PLBart, MVP, Blenderbot, BigBird-PEGASUS ...), which transformers refuses to resize, the existing vectors are kept
     and the added positions start as copies of them in order, position p from position p mod n, as Longformer and LED
     were initialised from shorter models. Shrinking cuts vectors off the end.
-
-    Args:
-        model: A model with `config.max_position_embeddings`.
-        new_positions: Tokens that a row may have afterwards, at least 1.
 
     Raises:
         ValueError: If the number is below 1, or the model has no position embeddings that can be resized.
@@ -191,11 +154,8 @@ def resize_positions(model: PreTrainedModel, new_positions: int) -> None:
         if attribute == "embed_positions" and isinstance(child, nn.Embedding) and child.weight.requires_grad
     }.values()
     # BART keeps two unused rows in front (offset 2), Blenderbot none; anything else is a layout this cannot know.
-    known = all(
-        table.num_embeddings - old_positions == getattr(table, "offset", 0) and getattr(table, "offset", 0) in (0, 2)
-        for table in tables
-    )
-    if not tables or not known:
+    offsets = {(table.num_embeddings - old_positions, getattr(table, "offset", 0)) for table in tables}
+    if not tables or not offsets <= {(0, 0), (2, 2)}:
         raise ValueError(
             f"{name} has {old_positions} positions that cannot be resized here. Use --max_source_length "
             f"{old_positions} or less, or a model with more positions."
@@ -215,10 +175,7 @@ def fit_positions(model: PreTrainedModel, longest_row: int, resize: bool | None)
     Args:
         model: The model.
         longest_row: The largest of the source and target lengths in tokens.
-        resize: Value of --resize_position_embeddings: None resizes with a warning, True resizes, False refuses.
-
-    Raises:
-        ValueError: If positions are missing and `resize` is False, or the model cannot be resized.
+        resize: None resizes with a warning, True resizes, False refuses by a ValueError.
     """
     limit = position_limit(model)
     if limit is None or longest_row <= limit:

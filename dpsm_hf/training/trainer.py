@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from transformers.utils import logging
 
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
+from ..evaluation.forced_tokens import forced_token_ids
 from ..evaluation.panel import EvaluationPanel, reported_names
 from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler, UnfittableError
-from ..models.language_model import vocabulary_size
+from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
@@ -46,7 +47,8 @@ from .component_gradients import check_component_norms, component_norms, next_st
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
+from .resuming import ResumingMixin
+from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -54,13 +56,8 @@ logger = logging.get_logger(__name__)
 _LABELS = ("labels", "shift_labels")
 _Callback = TypeVar("_Callback", bound=TrainerCallback)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DPSMMixin(_Base):
+class DPSMMixin(ResumingMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -95,6 +92,7 @@ class DPSMMixin(_Base):
         self.panel: EvaluationPanel | None = None
         self._evaluation: Collector | None = None  # the one in progress
         self._batch_rows = 0  # of the batch that was evaluated last
+        self._loss_explained = False
         self._unannounced = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
@@ -222,7 +220,8 @@ class DPSMMixin(_Base):
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
         scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
-        loss = with_router_loss(scored, batch) if training else scored.loss
+        loss = with_added_terms(scored, batch) if training else scored.loss
+        outputs = with_loss(scored, loss) if return_outputs else None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
             # data parallelism averages gradients over processes, but the denominator is already global
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -230,7 +229,6 @@ class DPSMMixin(_Base):
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
-        outputs = (loss, *scored.outputs) if isinstance(scored.outputs, tuple) else scored.outputs
         return (loss, outputs) if return_outputs else loss
 
     def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -290,7 +288,7 @@ class DPSMMixin(_Base):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
         return loss
 
     def _announce(self, loss_of: str | None) -> None:
@@ -333,6 +331,7 @@ class DPSMMixin(_Base):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
+        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
@@ -575,6 +574,7 @@ class DPSMMixin(_Base):
             temperature=None if scaler is None else scaler.temperature,
             classwise_tokens=dpsm.classwise_tokens,
             depth=dpsm.expected_depth,
+            ignore_forced_tokens=dpsm.ignore_forced_tokens,
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )
 
@@ -585,6 +585,7 @@ class DPSMMixin(_Base):
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
                 metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
+            self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
             # a metric of the user's own compute_metrics keeps its name
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
@@ -595,6 +596,18 @@ class DPSMMixin(_Base):
             # no token, no loss: a 0 would be the best that there ever was
             output.metrics[f"{prefix}_loss"] = math.nan
             logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
+
+    def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
+        """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
+        expected = loss is None or self.args.label_smoothing_factor or abs(loss - nll) <= 1e-3 * abs(nll)
+        if expected or self._loss_explained:
+            return
+        self._loss_explained = True
+        logger.warning(
+            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
+            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
+            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
+        )
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
@@ -683,7 +696,10 @@ class DPSMMixin(_Base):
 
     def _moments(self, dataloader: Any, temperature: float) -> Moments:
         """Return the sums that a temperature is fitted with, at one temperature, from a pass over the data."""
-        moments = MomentPass(temperature)
+        ignored = self.dpsm.ignore_forced_tokens
+        moments = MomentPass(
+            temperature, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
+        )
         with self._collecting(moments):
             super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
         for callback in self.callback_handler.callbacks:

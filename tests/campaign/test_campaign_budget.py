@@ -11,6 +11,7 @@ import pytest
 
 from dpsm_hf.campaign.runner import budget
 from dpsm_hf.campaign.runner.budget import Pruning
+from dpsm_hf.campaign.runner.launching import Workplace
 from dpsm_hf.campaign.runner.lock import RunnerError
 from dpsm_hf.campaign.runner.progress import Progress, duration, run_names
 from dpsm_hf.campaign.runner.records import Record
@@ -36,7 +37,8 @@ def by_id(*records: Record) -> dict[str, Record]:
 
 
 def pruning(campaign: Campaign, records: dict[str, Record], folder: Path, said: list[str] | None = None) -> Pruning:
-    return Pruning(campaign, folder, run_names(campaign), records, (said if said is not None else []).append)
+    place = Workplace(campaign, folder, run_names(campaign), records)
+    return Pruning(place, (said if said is not None else []).append)
 
 
 # ---- the limit ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_settings_keep_checkpoints_to_go_on_from(tmp_path: Path) -> None:
     )
     assert settings(save_total_limit=5)["save_total_limit"] == 5
     run = Run("language-modelling", {**ARGUMENTS, "tokenizer_vocab_size": 300})
-    shared = script_settings(campaign, run, "name", tmp_path, tokenizer=tmp_path / "t", stop_at_step=0.25)
+    shared = script_settings(campaign, run, "name", tmp_path, tokenizer=tmp_path / "t", stop=0.25)
     assert shared["tokenizer_name"] == str(tmp_path / "t") and "tokenizer_vocab_size" not in shared
     assert shared["stop_at_step"] == 0.25
 

@@ -289,6 +289,13 @@ def test_evaluation_makes_logits_only_for_those_who_read_them() -> None:
     assert np.shape(trainer.predict(trainer.eval_dataset).predictions) == (6, LENGTH, VOCAB)
 
 
+def assert_same_metrics(mine: dict[str, float], theirs: dict[str, float]) -> None:
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        if not any(part in key for part in ("runtime", "second", "preparation")):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-7), key
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart", "t5"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_evaluation_is_that_from_logits(name: str, smoothing: float) -> None:
@@ -296,11 +303,7 @@ def test_evaluation_is_that_from_logits(name: str, smoothing: float) -> None:
         cases.build(name, rows=7, fused_head=mode, per_device_eval_batch_size=3, label_smoothing_factor=smoothing)
         for mode in ("on", "off")
     )
-    mine, theirs = fused.evaluate(), full.evaluate()
-    assert mine.keys() == theirs.keys()
-    for key in theirs:
-        if not any(part in key for part in ("runtime", "second", "preparation")):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-7), key
+    assert_same_metrics(fused.evaluate(), full.evaluate())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -317,9 +320,5 @@ def test_predict_with_generate(name: str, smoothing: float) -> None:
         results.append(trainer.evaluate())
         assert untouched(trainer.model)
         assert trainer.label_smoother is None or smoothing
-    mine, theirs = results
     assert np.array_equal(seen[0], seen[1]) and seen[0].shape[0] == 5
-    assert mine.keys() == theirs.keys()
-    for key in theirs:
-        if not any(part in key for part in ("runtime", "second", "preparation")):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-7), key
+    assert_same_metrics(*results)

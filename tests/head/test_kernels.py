@@ -129,7 +129,7 @@ def test_the_head_with_the_kernel_is_the_head_without(results: dict[str, Any]) -
 
 def test_on_a_cpu_without_the_interpreter_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not kernels.available(torch.device("cpu")) and kernels.available(torch.device("cuda"))
+    assert kernels.why_not(torch.device("cpu")) and not kernels.why_not(torch.device("cuda"))
     with pytest.raises(ValueError, match="impl='triton' runs on CUDA, but the hidden states are on cpu"):
         linear_scoring_loss(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), impl="triton")
 

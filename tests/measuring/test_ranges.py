@@ -112,7 +112,8 @@ def test_without_a_profiler_nothing_is_recorded_hooked_or_added(
     def refuse(*_: Any) -> None:
         raise AssertionError("a range was recorded although nobody looks")
 
-    monkeypatch.setattr(ranges, "_Range", refuse)
+    monkeypatch.setattr(ranges, "record_function", refuse)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", refuse)
     trainer = make_trainer("gpt2", tmp_path, fused_head="off")
     trainer.train()
     assert not ranges.active()

@@ -31,10 +31,9 @@ def test_signature() -> None:
 def test_loss_of_both_shapes_is_the_mix() -> None:
     logits, targets = batch(2, 5, 9)
     criterion = DPSMLoss(9, 10)
-    criterion.global_step.fill_(4)
     expected = reference_loss(logits.double().view(10, 9), targets.view(10), "dpsm", alpha=0.4).mean()
     for z, y in ((logits, targets), (logits.view(10, 9), targets.view(10))):
-        criterion.global_step.fill_(4)
+        criterion.global_step.fill_(3)  # the call is the fourth
         assert criterion(z, y).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -45,11 +44,11 @@ def test_alpha_follows_the_training_calls() -> None:
     for _ in range(7):
         seen.append(criterion.alpha)
         criterion(logits, targets)
-    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0], "the first training call is step 1"
     assert criterion.global_step.item() == 7
 
     cosine = DPSMLoss(9, warmup_steps=4, schedule="cosine")
-    for step in range(6):
+    for step in range(1, 7):
         assert cosine.alpha == pytest.approx(0.5 * (1 - math.cos(math.pi * min(1, step / 4))))
         cosine(logits, targets)
 
@@ -74,9 +73,10 @@ def test_state_dict_restores_the_step() -> None:
         criterion(logits, targets)
     fresh = DPSMLoss(9, warmup_steps=4)
     fresh.load_state_dict(criterion.state_dict())
-    assert fresh.alpha == criterion.alpha == 0.75
+    assert fresh.alpha == criterion.alpha == 1.0 and fresh.eval().alpha == 0.75
+    fresh.train()
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert twin.alpha == 0.75 and twin(logits, targets).item() == pytest.approx(fresh(logits, targets).item())
+        assert twin.alpha == 1.0 and twin(logits, targets).item() == pytest.approx(fresh(logits, targets).item())
         fresh.global_step.fill_(3)
     assert criterion.global_step.item() == 3, "a copy shares its counter"
 
@@ -99,7 +99,7 @@ def test_reductions() -> None:
 def test_ignore_index_of_the_module() -> None:
     logits, targets = batch(6, 9)
     targets[:3], targets[3:] = 0, 4
-    loss = DPSMLoss(9, ignore_index=0)(logits, targets)
+    loss = DPSMLoss(9, ignore_index=0, fixed_alpha=0.0)(logits, targets)
     assert loss.item() == pytest.approx(reference_loss(logits[3:], targets[3:], "ce").mean().item(), rel=1e-5)
 
 
@@ -124,13 +124,24 @@ def test_a_share_of_the_total_and_a_schedule_object() -> None:
     for _ in range(5):
         seen.append(criterion.alpha)
         criterion(logits, targets)
-    assert seen == [0, 0, 0, 1, 1]
+    assert seen == [0, 0, 1, 1, 1]
     assert "step" in repr(criterion) and "vocab_size=9" in repr(criterion)
+
+
+def test_a_fixed_alpha_is_that_of_every_call() -> None:
+    logits, targets = batch(3, 9)
+    criterion = DPSMLoss(9, fixed_alpha=0.3)
+    expected = reference_loss(logits, targets, "dpsm", alpha=0.3).mean().item()
+    for _ in range(3):
+        assert criterion.alpha == 0.3 and criterion(logits, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"fixed_alpha": 0.5, "schedule": "cosine"}, r"fixed_alpha=0.5 takes the place of a schedule"),
+        ({"fixed_alpha": 0.5, "alpha_end": 0.7}, r"fixed_alpha=0.5 takes the place of a schedule"),
+        ({"fixed_alpha": 1.5}, r"alpha_end=1.5 lies outside"),
         ({"schedule": "quadratic"}, r"alpha_schedule='quadratic' is unknown; choose one of linear, cosine"),
         ({"schedule": "feedback"}, r"schedule='feedback' reads held-out metrics"),
         ({"schedule": get_alpha_schedule("feedback")}, r"schedule='feedback' reads held-out metrics"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpsm_hf.rules import extra_statistics
-from dpsm_hf.rules.extra_statistics import MOMENTS, SCALED, ExtraStatistics
+from dpsm_hf.rules.extra_statistics import MOMENTS, ExtraStatistics
+from dpsm_hf.rules.rows import STATISTICS
 from tests.reference import reference_loss
 
 N, V = 23, 61
@@ -98,7 +99,7 @@ def test_scaled_columns_are_the_scores_of_divided_logits(temperature: float) -> 
     logits, labels = rows()
     labels[:4] = logits[:4].argmax(-1)
     scaled, moments, classes = (extra := ExtraStatistics(temperature=temperature)).split(extra(logits, labels))
-    assert tuple(scaled) == SCALED and moments == {} and classes is None
+    assert tuple(scaled) == STATISTICS and moments == {} and classes is None
     z = logits / temperature
     p = z.softmax(-1)
     for name, expected in {
@@ -121,7 +122,7 @@ def test_class_probabilities_are_of_the_unscaled_logits() -> None:
     scaled, moments, classes = extra.split(columns)
     assert classes is not None
     torch.testing.assert_close(classes, logits.softmax(-1)[:, wanted], rtol=1e-13, atol=0)
-    assert tuple(scaled) == SCALED and tuple(moments) == MOMENTS
+    assert tuple(scaled) == STATISTICS and tuple(moments) == MOMENTS
     torch.testing.assert_close(moments["nll"], reference_loss(logits / 0.7, labels, "ce"), rtol=1e-12, atol=1e-12)
     alone = ExtraStatistics(classes=wanted)
     only = alone.split(alone(logits, labels))

@@ -15,7 +15,7 @@ from dpsm_hf import DPSMConfig, DPSMLoss, Objective, linear_scoring_loss, score_
 from dpsm_hf.measuring.kernel_report import VARIANTS
 from dpsm_hf.rules import formulas
 from dpsm_hf.rules.registry import LOSS_TYPES, PARAMETERS, RULES, documented
-from dpsm_hf.rules.rule import Rule
+from dpsm_hf.rules.rows import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 

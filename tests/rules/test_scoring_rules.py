@@ -53,6 +53,13 @@ def value_and_gradient(logits: Tensor, labels: Tensor, objective: Objective) -> 
     return loss.detach(), gradient
 
 
+def assert_equals_autograd(logits: Tensor, labels: Tensor, case: dict[str, Any]) -> None:
+    value, gradient = value_and_gradient(logits, labels, Objective(**case))
+    expected, expected_gradient = reference_gradient(logits, labels, **case)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-13, atol=1e-13)
+
+
 # ---- against autograd ----------------------------------------------------------------------------------------------
 
 
@@ -60,10 +67,7 @@ def value_and_gradient(logits: Tensor, labels: Tensor, objective: Objective) -> 
 def test_value_and_gradient_equal_autograd(case: dict[str, Any]) -> None:
     for vocab_size in (2, 5, 31):
         logits, labels = batch(24, vocab_size)
-        value, gradient = value_and_gradient(logits, labels, Objective(**case))
-        expected, expected_gradient = reference_gradient(logits, labels, **case)
-        torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-13, atol=1e-13)
+        assert_equals_autograd(logits, labels, case)
 
 
 def test_score_smoothing_cases_have_a_tail() -> None:
@@ -127,10 +131,7 @@ def test_vocabulary_sizes_in_float32(loss_type: str, vocab_size: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_uniform_rows(case: dict[str, Any]) -> None:
     logits, labels = torch.full((2, 7), 3.0, dtype=torch.float64), torch.tensor([0, 6])
-    value, gradient = value_and_gradient(logits, labels, Objective(**case))
-    expected, expected_gradient = reference_gradient(logits, labels, **case)
-    torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-13, atol=1e-13)
+    assert_equals_autograd(logits, labels, case)
 
 
 def test_uniform_rows_have_the_known_values() -> None:

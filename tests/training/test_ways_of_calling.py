@@ -16,6 +16,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging as hf_logging
 
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
 from dpsm_hf.evaluation.panel import better_direction, reported_names
@@ -292,3 +293,17 @@ def test_every_reported_metric_has_a_direction_or_is_refused(tmp_path: Path) -> 
 def test_a_metric_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model="eval_my_ece_15")
     assert DPSMTrainer(model=make_model("llama"), args=args).args.greater_is_better is True
+
+
+def test_a_loss_that_is_not_the_mean_over_tokens_is_explained_where_it_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers counts the first token of a row of GPT-2, which nothing predicts."""
+    monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
+    for name, explained in (("llama", False), ("gpt2", True)):
+        caplog.clear()
+        trainer = build(DPSMTrainer, name, tmp_path)
+        metrics = trainer.evaluate()
+        trainer.evaluate()
+        words = f"the mean over the scored tokens is eval_nll, {metrics['eval_nll']:.4g}"
+        assert caplog.text.count(words) == explained, "once where they differ"

@@ -19,9 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import transformers
+
+from ...data.python_text import load_python_docs
+from ...measuring.processes import commit, device_name, own_process_environment, source_hash, spread
+from ...runtime.child_process import tail_of
 from ...runtime.files import strict, write_json
 from ..spec.design import Campaign, Point, Run
-from .tables import summarise, table
 
 __all__ = ["AUDIT_NAME", "AuditSettings", "audited_runs", "run_audit", "table"]
 
@@ -80,10 +86,6 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
     that starts from another's model gets that model with random weights, which cost the same. Its step is audited in
     one process, on however many it trains.
 
-    Args:
-        campaign: the campaign.
-        size: of the model; None takes the reference's first.
-
     Raises:
         ValueError: if the reference has no run of that size.
     """
@@ -134,25 +136,21 @@ class _Audit:
         self.runs = audited_runs(campaign, self.settings.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.content = self._begin()
-
-    @property
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of each variation."""
-        return self.content["variations"]
+        #: What is known of each variation.
+        self.entries: dict[str, dict[str, Any]] = self.content["variations"]
 
     def run(self) -> dict[str, Any]:
         """Measure what is missing."""
         for name in self.runs:
             if "peak_memory_mb" not in self.entries[name]:
                 self._measure("memory", [name])
-        untimed = [name for name in self._sound() if self._rounds_missing(name)]
-        if untimed:
+        if untimed := [name for name in self._sound() if self._rounds_missing(name)]:
             reference = self.campaign.reference
             together = untimed if reference in untimed or reference not in self._sound() else [reference, *untimed]
             rounds = max(self._rounds_missing(name) for name in untimed)
             self._measure("time", together, rounds)
-        unsustained = [name for name in self._sound() if self.settings.steps and "sustained" not in self.entries[name]]
-        if unsustained:
+        unsustained = [name for name in self._sound() if "sustained" not in self.entries[name]]
+        if unsustained and self.settings.steps:
             self._measure("sustain", unsustained)
         for name in self._sound():
             self.entries[name]["status"] = "ok"
@@ -171,26 +169,21 @@ class _Audit:
     # ---- what is kept and written ----------------------------------------------------------------------------------
 
     def _begin(self) -> dict[str, Any]:
-        import torch  # not before the settings are known to be sound
-
         use_cpu = any(run.arguments.get("use_cpu") for run in self.runs.values())
         device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-        machine = describe_machine(device)
         content: dict[str, Any] = {
             "schema": SCHEMA, "campaign": self.campaign.name, "scale": self.campaign.scale,
             "task": self.campaign.task, "reference": self.campaign.reference, "device": device.type,
-            "machine": machine, "settings": asdict(self.settings), "variations": {},
+            "machine": describe_machine(device), "settings": asdict(self.settings), "variations": {},
         }  # fmt: skip
-        before, text = self._read_previous(content)
-        content["text"] = text
+        before, content["text"] = self._read_previous(content)
         content["variations"] = {name: entry for name, entry in before.items() if name not in self.runs}
         for name, run in self.runs.items():
             kept = before.get(name)
             if kept is None or kept.get("run") != run.id or kept.get("status") == "failed":
                 kept = {"samples": []}
-            title = self.campaign.variation(name).title
-            content["variations"][name] = {**kept, "title": title, "status": "running", "message": "",
-                                           "run": run.id}  # fmt: skip
+            known = {"title": self.campaign.variation(name).title, "status": "running", "message": "", "run": run.id}
+            content["variations"][name] = {**kept, **known}
         for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
             entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
         return content
@@ -214,13 +207,11 @@ class _Audit:
     @functools.cached_property
     def _spec(self) -> Path:
         """Write what the processes need: arguments, tokenizer and the text as ids; the same at every call."""
-        import numpy as np
-
         from .step import parse_arguments
 
         first = self.runs[self.campaign.reference]
         run = parse_arguments(self.campaign.task, first.arguments, self.folder)
-        texts = _texts()
+        texts = list(load_python_docs()["train"]["text"])
         tokenizer = run.load_tokenizer(lambda: texts)  # train-bpe at the run's size, on the audit's own text
         tokenizer.save_pretrained(self.folder / "text-tokenizer")
         large = self.settings.sequences * self.settings.length
@@ -237,16 +228,14 @@ class _Audit:
             "tokenizer": str(self.folder / "text-tokenizer"), "ids": str(self.folder / "ids.npy"),
             "runs": {name: dict(run.arguments) for name, run in self.runs.items()},
         }  # fmt: skip
-        path = self.folder / "spec.json"
-        write_json(spec, path)
-        return path
+        write_json(spec, self.folder / "spec.json")
+        return self.folder / "spec.json"
 
     # ---- processes -------------------------------------------------------------------------------------------------
 
     def _measure(self, kind: str, names: Sequence[str], rounds: int | None = None) -> None:
         """Run one process and take in what it finds; a variation that it leaves unmeasured has failed."""
-        module = "dpsm_hf.campaign.audit.worker"
-        command = [sys.executable, "-m", module, kind, str(self._spec), *names]
+        command = [sys.executable, "-m", "dpsm_hf.campaign.audit.worker", kind, str(self._spec), *names]
         if rounds is not None:
             command += ["--rounds", str(rounds)]
         log = self.folder / "log.txt"
@@ -260,11 +249,9 @@ class _Audit:
                     self._take(finding)
                     self._save()
         wanted = {"memory": "peak_memory_mb", "time": "profile", "sustain": "sustained"}[kind]
-        for name in names:
-            entry = self.entries[name]
+        for entry in map(self.entries.__getitem__, names):
             if wanted not in entry and entry["status"] != "failed":
-                text = log.read_text(encoding="utf-8", errors="replace")[start:]
-                tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
+                tail = "\n".join(tail_of(log, start, _TAIL_LINES))
                 entry.update(status="failed", message=f"the process that measures {kind} ended early: {tail}")
         self._save()
 
@@ -277,22 +264,18 @@ class _Audit:
                 if len(samples) < self.settings.repeats:
                     samples.append({"seconds": value, "reference_seconds": base, "steps": finding["steps_per_sample"]})
             return
-        found = dict(finding)
-        entry = self.entries[found.pop("variation")]
-        if "failed" in found:
-            entry.update(status="failed", message=found["failed"])
+        entry = self.entries[finding["variation"]]
+        if "failed" in finding:
+            entry.update(status="failed", message=finding["failed"])
         else:
-            entry.update(found)
+            entry.update({key: value for key, value in finding.items() if key != "variation"})
 
 
 def _findings(command: Sequence[str], errors: Any, *, exact_memory: bool) -> Iterator[dict[str, Any]]:
     """Yield what a process finds, line by line; whoever stops listening ends it."""
-    from ...measuring.processes import own_process_environment
-
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
-        env={**own_process_environment(exact_memory), "TOKENIZERS_PARALLELISM": "false"},
-    ) as process:  # fmt: skip
+    environment = {**own_process_environment(exact_memory), "TOKENIZERS_PARALLELISM": "false"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=errors, encoding="utf-8", env=environment) as process:
         try:
             assert process.stdout is not None  # it was opened as a pipe
             for line in process.stdout:
@@ -300,12 +283,6 @@ def _findings(command: Sequence[str], errors: Any, *, exact_memory: bool) -> Ite
         finally:
             if process.poll() is None:
                 process.terminate()
-
-
-def _texts() -> list[str]:
-    from ...data.python_text import load_python_docs
-
-    return list(load_python_docs()["train"]["text"])
 
 
 def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], list[str]]:
@@ -322,15 +299,72 @@ def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], 
     return ids[:wanted], used
 
 
-def describe_machine(device: Any) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what a measurement belongs to: device, versions, and the state of this package's code."""
-    import torch
-    import transformers
-
-    from ...measuring.processes import commit, device_name, source_hash
-
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "device": device_name(device), "commit": commit(), "source": source_hash(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
+        "versions": {**versions, "python": platform.python_version()},
     }  # fmt: skip
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def summarise(content: dict[str, Any]) -> None:
+    """Fill in the figures of each variation that follow from what was measured, None where something is missing."""
+    entries = content["variations"]
+    base = entries.get(content["reference"], {}).get("peak_memory_mb")
+    for entry in entries.values():
+        seconds = [sample["seconds"] for sample in entry["samples"]]
+        ratios = [s["seconds"] / s["reference_seconds"] for s in entry["samples"] if s["reference_seconds"]]
+        for name, values in (("seconds_per_step", seconds), ("ratio", ratios)):
+            entry[name] = spread(values) if values else None
+        median = entry["seconds_per_step"]["median"] if seconds else None
+        entry["tokens_per_second"] = content["settings"]["tokens"] / median if median else None
+        peak = entry.get("peak_memory_mb")
+        known = peak is not None and base is not None
+        entry["peak_memory_difference_mb"] = peak - base if known else None
+        gpu = (entry.get("sustained") or {}).get("gpu") or entry.get("gpu") or {}
+        steps = (entry.get("sustained") or {}).get("steps") or gpu.get("steps")
+        joules = gpu.get("joules")
+        entry["utilisation_percent"] = gpu.get("utilisation_percent")
+        entry["joules_per_step"] = joules / steps if joules is not None and steps else None
+        entry["gpu_note"] = gpu.get("note", "not measured")
+
+
+def table(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each variation, for a report; what was not measured is None.
+
+    Args:
+        content: of ``audit.json``.
+
+    Returns:
+        Rows with ``variation``, ``title``, ``status``, ``message``, ``seconds_per_step`` (median; ``..._p10``,
+        ``..._p90``), ``ratio`` against the reference (likewise), ``tokens_per_second``, ``peak_memory_mb``,
+        ``peak_memory_difference_mb``, ``gflops_per_step``, ``head_share`` (of the time of a step, 0 to 1),
+        ``utilisation_percent``, ``joules_per_step``, ``sustained_tokens_per_second`` and ``device``.
+    """
+    rows = []
+    measured = ("tokens_per_second", "peak_memory_mb", "peak_memory_difference_mb", "utilisation_percent")
+    for name, entry in content["variations"].items():
+        row = {key: entry.get(key) for key in ("title", "status", "message")}
+        for key in ("seconds_per_step", "ratio"):
+            figures = entry.get(key) or {}
+            row |= {key: figures.get("median"), f"{key}_p10": figures.get("p10"), f"{key}_p90": figures.get("p90")}
+        row |= {key: entry.get(key) for key in (*measured, "joules_per_step")}
+        flops = entry.get("flops")
+        row["gflops_per_step"] = flops["total"] / 1e9 if flops else None
+        row["head_share"] = _share(entry.get("profile") or {}, "head")
+        row["sustained_tokens_per_second"] = (entry.get("sustained") or {}).get("tokens_per_second")
+        rows.append({"variation": name, **row, "device": content["machine"]["device"]})
+    return rows
+
+
+def _share(profile: Mapping[str, Mapping[str, float | None]], name: str) -> float | None:
+    """Return a range's share of a step: of the kernels' time where there are kernels, else of the thread's."""
+    if name not in profile or "step" not in profile:
+        return None
+    kind = "device_ms" if profile["step"]["device_ms"] else "cpu_ms"
+    whole, part = profile["step"][kind], profile[name][kind]
+    return part / whole if whole and part is not None else None

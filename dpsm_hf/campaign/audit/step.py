@@ -6,7 +6,6 @@ each micro-batch, clipping, the optimizer. Only the text is the audit's, so that
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
+from ...runtime.files import write_json
 from ...tasks import get_task
 from ...tasks.task import Task
 
@@ -36,33 +36,19 @@ _LEFT_OUT = frozenset(
 def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> Task:
     """Read a run's arguments as the task does, for a trainer that trains nothing and saves nothing.
 
-    Args:
-        task: of the campaign.
-        arguments: of the run.
-        directory: folder that stands in for its output.
-
     Raises:
         ValueError: for an argument that the task does not have, or does not take.
     """
-    kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
-    run = get_task(task).parse([*command_line(kept), "--output_dir", str(directory), "--report_to", "none"])
+    kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT and value is not None}
+    path = directory / "arguments.json"
+    write_json({**kept, "output_dir": str(directory), "report_to": "none"}, path)
+    run = get_task(task).parse([str(path)])
+    path.unlink()
     training = run.training_args
     training.eval_strategy = IntervalStrategy.NO
     training.load_best_model_at_end = training.fit_temperature = training.push_to_hub = False
-    training.log_component_grad_norms = False
-    training.disable_tqdm = True
+    training.log_component_grad_norms, training.disable_tqdm = False, True
     return run
-
-
-def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Return arguments as the words of a command line; None is left out."""
-    words: list[str] = []
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-    return words
 
 
 @dataclass(frozen=True)
@@ -85,10 +71,7 @@ class Shape:
     def of(cls, run: Task, longest: int, tokens: int) -> Shape:
         """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes.
 
-        Args:
-            run: the run. A summary has the share of its row that the run's longest summary has.
-            longest: tokens of a row, see `Task.longest_row`.
-            tokens: of the batch.
+        A summary has the share of its row that the run's longest summary has; ``longest`` is `Task.longest_row`.
         """
         sequences = -(-tokens // longest)
         return cls.rows(run, sequences, -(-tokens // sequences), tokens)
@@ -110,27 +93,16 @@ class Shape:
 
 
 def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return one optimizer step's micro-batches of real text.
-
-    Args:
-        ids: enough tokens for the shape.
-        shape: of the whole step.
-        rows: of a micro-batch; None puts all into one.
-        device: that they are put on.
-    """
+    """Return one optimizer step's micro-batches, of so many rows each (None: all in one), of real text."""
     text = ids[: shape.sequences * shape.length].view(shape.sequences, shape.length).to(device)
     source, labels = text[:, : shape.source].contiguous(), text[:, shape.source :].contiguous()
     if not shape.target:
         labels = source.clone()
-    over = shape.sequences * shape.length - shape.tokens
-    if over:
+    if over := shape.sequences * shape.length - shape.tokens:
         labels[-1, labels.shape[1] - min(over, labels.shape[1]) :] = -100
     whole = {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
-    size = rows or shape.sequences
-    return [
-        {name: value[start : start + size] for name, value in whole.items()}
-        for start in range(0, shape.sequences, size)
-    ]
+    parts = {name: value.split(rows or shape.sequences) for name, value in whole.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 class Steps:
@@ -159,18 +131,15 @@ class Steps:
         self.model = first.load_model(self.tokenizer)
         if first.training_args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(first.training_args.gradient_checkpointing_kwargs)
-        self._trainers: dict[str, Any] = {}
         self._first: Any = None
-        for name, run in self.runs.items():
-            self._trainers[name] = self._trainer(run)
+        self._trainers = {name: self._trainer(run) for name, run in self.runs.items()}
         self.device: torch.device = first.training_args.device
 
     def _check_common(self) -> None:
         names = ("bf16", "fp16", "optim", "gradient_checkpointing", "torch_compile", "use_cpu")
         seen: dict[str, str] = {}
         for name, run in self.runs.items():
-            key = repr((run.model_args, [getattr(run.training_args, field) for field in names]))
-            seen.setdefault(key, name)
+            seen.setdefault(repr((run.model_args, [getattr(run.training_args, key) for key in names])), name)
         if len(seen) > 1:
             raise ValueError(
                 f"the variations {', '.join(seen.values())} differ in their model or in {', '.join(names)}, so their "
@@ -191,23 +160,13 @@ class Steps:
         trainer.state.global_step = int(PLACE * trainer.state.max_steps)
         return trainer
 
-    @property
-    def compiled(self) -> bool:
-        """Return whether the model is compiled."""
-        return bool(next(iter(self.runs.values())).training_args.torch_compile)
-
     def alpha(self, name: str) -> float | None:
         """Return the weight of the Brier score in a variation's step; None where nothing is mixed."""
         alpha = self._trainers[name].alpha
         return None if alpha is None else float(alpha)
 
     def step(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Do one optimizer step of a variation.
-
-        Args:
-            name: of the variation.
-            batches: the micro-batches.
-        """
+        """Do one optimizer step of a variation."""
         trainer = self._trainers[name]
         trainer.current_gradient_accumulation_steps = len(batches)
         # as Trainer counts: of the labels of all micro-batches

@@ -46,8 +46,6 @@ class Measurement:
 
     Args:
         spec: task, runs by variation, reference, settings, the tokenizer and the file with the text's ids.
-        names: the variations that it measures.
-        report: takes each finding.
     """
 
     def __init__(self, spec: Mapping[str, Any], names: Sequence[str], report: Report) -> None:
@@ -67,30 +65,21 @@ class Measurement:
         """Report a variation's peak memory above model and optimizer state, and its operations."""
         (name,) = self.names
         batches = self.fixed_batch()
-
-        def step() -> None:
-            self.steps.step(name, batches)
-
-        for _ in range(2):  # the optimizer's state exists after the first
-            step()
+        step = functools.partial(self.steps.step, name, batches)
+        self._warm_up(name, batches)
         peak = peak_above(step, self.steps.device)
-        flops = count_flops(step, compiled=self.steps.compiled)
-        labels = batches[0]["labels"]
-        self.report(
-            {
-                "variation": name,
-                "peak_memory_mb": peak,
-                "flops": asdict(flops),
-                "alpha": self.steps.alpha(name),
-                "parameters": sum(parameter.numel() for parameter in self.steps.model.parameters()),
-                "batch": {**asdict(self.shape), "labels": int((labels != -100).sum())},
-            }
-        )
+        flops = count_flops(step, compiled=self.steps.runs[name].training_args.torch_compile)
+        labels = int((batches[0]["labels"] != -100).sum())
+        self.report({
+            "variation": name, "peak_memory_mb": peak, "flops": asdict(flops), "alpha": self.steps.alpha(name),
+            "parameters": sum(parameter.numel() for parameter in self.steps.model.parameters()),
+            "batch": {**asdict(self.shape), "labels": labels},
+        })  # fmt: skip
 
     def time(self, rounds: int) -> None:
         """Report the time of a step of every variation, round by round, then where it goes and what it takes."""
         batches = self.fixed_batch()
-        alive = [name for name in self.names if self._warm_up(name, batches)]
+        alive = [name for name in self.names if self._works(self._warm_up, name, batches)]
         if not alive:
             return
         reference = self.reference if self.reference in alive else alive[0]
@@ -106,14 +95,17 @@ class Measurement:
             self.report({"variation": name, "profile": {key: asdict(value) for key, value in found.items()}})
             self.report({"variation": name, "gpu": self._gpu(name, batches)})
 
-    def _warm_up(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> bool:
+    def _works(self, measure: Callable[..., None], name: str, *arguments: Any) -> bool:
         try:
-            for _ in range(2):
-                self.steps.step(name, batches)
+            measure(name, *arguments)
         except Exception as error:  # of one variation: the others are measured all the same
             self.report({"variation": name, "failed": describe(error)})
             return False
         return True
+
+    def _warm_up(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        for _ in range(2):  # the optimizer's state exists after the first
+            self.steps.step(name, batches)
 
     def _seconds(self, name: str, batches: Sequence[Mapping[str, Tensor]], count: int) -> float:
         self.steps.wait()
@@ -137,14 +129,10 @@ class Measurement:
     def sustain(self) -> None:
         """Report many steps of the large shape for each variation, on text that moves on from step to step."""
         for name in self.names:
-            try:
-                self._sustain(name)
-            except Exception as error:  # of one variation, the large shape not fitting for instance
-                self.report({"variation": name, "failed": describe(error)})
+            self._works(self._sustain, name)  # the large shape may not fit
 
     def _sustain(self, name: str) -> None:
-        settings = self.settings
-        run = self.steps.runs[name]
+        settings, run = self.settings, self.steps.runs[name]
         longest = run.longest_row(self.steps.tokenizer, self.steps.model.config)
         shape = Shape.rows(run, settings["sequences"], min(settings["length"], longest))
         size = shape.sequences * shape.length
@@ -168,15 +156,10 @@ class Measurement:
                 if time.perf_counter() - said > _PROGRESS_SECONDS:
                     said = time.perf_counter()
                     self.report({"progress": f"{name}: step {number + 1} of {settings['steps']}"})
-        self.report(
-            {
-                "variation": name,
-                "sustained": {
-                    "steps": len(seconds), **asdict(shape), "seconds_per_step": spread(seconds),
-                    "tokens_per_second": shape.tokens * len(seconds) / sum(seconds), "gpu": asdict(meter.reading),
-                },
-            }
-        )  # fmt: skip
+        speed = shape.tokens * len(seconds) / sum(seconds)
+        times = {"steps": len(seconds), **asdict(shape), "seconds_per_step": spread(seconds)}
+        sustained = {**times, "tokens_per_second": speed, "gpu": asdict(meter.reading)}
+        self.report({"variation": name, "sustained": sustained})
 
 
 def describe(error: BaseException) -> str:
@@ -185,23 +168,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _reporter(stream: TextIO) -> Report:
-    def report(finding: Mapping[str, Any]) -> None:
-        stream.write(json.dumps(finding) + "\n")
-        stream.flush()
-
-    return report
+def _print_line(stream: TextIO, finding: Mapping[str, Any]) -> None:
+    print(json.dumps(finding), file=stream, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print what is found.
-
-    Args:
-        argv: the command line without the program's name; ``sys.argv[1:]`` when None.
-
-    Returns:
-        The exit status.
-    """
+    """Measure, and print what is found; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dpsm_hf.campaign.audit.worker", description=__doc__)
     parser.add_argument("kind", choices=["memory", "time", "sustain"])
     parser.add_argument("spec", type=Path, help="JSON file that `dpsm campaign audit` wrote")
@@ -209,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of kind time: samples of each variation")
     arguments = parser.parse_args(argv)
     end_with_parent()  # left alone it would disturb the next measurement
-    report = _reporter(sys.stdout)
+    report: Report = functools.partial(_print_line, sys.stdout)
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(sys.stderr):
         try:

@@ -25,17 +25,8 @@ def learning_curves(
     of its variation, it is drawn up to where it ended. At a figure that is not finite the line ends with a cross and a
     note in the legend.
 
-    Args:
-        results: of the campaign.
-        setting: whose runs are drawn.
-        names: variations.
-        key: of the log entries, ``eval_nll`` for instance.
-        label: of the vertical axis.
-        x: ``step``, or ``seconds`` of training, evaluation excluded.
-        log: logarithmic vertical axis.
-
-    Returns:
-        None where fewer than two evaluations were logged.
+    ``key`` is that of the log entries, ``eval_nll`` for instance, ``x`` is ``step`` or ``seconds`` of training,
+    evaluation excluded. None where fewer than two evaluations were logged.
     """
     figure = empty_figure(5.2, 3.9)
     ax = figure.add_subplot()
@@ -58,7 +49,7 @@ def learning_curves(
             continue
         drawn += 1
         places, values = _together(curves)
-        title = results.campaign.variation(name).title
+        title = results.title(name)
         if lost is not None:
             title += f" (not finite from step {lost:g})"
             ax.scatter(places[-1], values[0, -1], s=120, marker="x", color=style["color"], linewidths=2.5)
@@ -102,15 +93,7 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     both, before and after scaling taken together. Variations of which seeds are missing are drawn and marked so, but
     are no part of that line: their seeds may be the easier or the better ones.
 
-    Args:
-        results: of the campaign.
-        setting: whose runs are drawn.
-        quality: metric; ROUGE counts upwards.
-        label: of its axis.
-        ece: metric of calibration.
-
-    Returns:
-        None where no run has both.
+    ``quality`` and ``ece`` are metrics; None where no run has both.
     """
     names = [n for n in results.variations(setting) if results.campaign.variation(n).of is None]
     figure = empty_figure(6.2, 4.6)
@@ -119,7 +102,7 @@ def pareto(results: Results, setting: Setting, quality: str, label: str, ece: st
     cloud: list[tuple[float, float, bool]] = []
     styles = _styles(results)
     for name in names:
-        title, style = results.campaign.variation(name).title, styles[name]
+        title, style = results.title(name), styles[name]
         means = []
         planned = len(results.points(setting, name))
         for scaled in (False, True):
@@ -161,16 +144,8 @@ def heat_map(
 ) -> Figure | None:
     """Draw the mean of a metric over the two arguments that a grid study varies; numbers in the cells.
 
-    Args:
-        results: of the campaign.
-        settings: of the study, of one size and data set and one value of every further argument.
-        variation: name.
-        metric: see `Results.value`.
-        label: of the figure.
-        axes: the arguments, columns first.
-
-    Returns:
-        None where no cell has a figure.
+    ``settings`` are those of the study, of one size and data set and one value of every further argument; ``axes`` are
+    the arguments, columns first. None where no cell has a figure.
     """
     along = [
         sorted({dict(s.settings)[name] for s in settings if name in dict(s.settings)}, key=_number) for name in axes
@@ -192,7 +167,7 @@ def heat_map(
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if value > middle else "white")
     ax.set_xticks(range(len(along[0])), along[0])
     ax.set_yticks(range(len(along[1])), along[1])
-    ax.set(xlabel=axes[0], ylabel=axes[1], title=f"{results.campaign.variation(variation).title}: {label}")
+    ax.set(xlabel=axes[0], ylabel=axes[1], title=f"{results.title(variation)}: {label}")
     ax.title.set_fontsize(9)
     figure.colorbar(image, ax=ax, shrink=0.9)
     return figure

@@ -20,57 +20,41 @@ def document_table(results: Results, setting: Setting, directory: Path) -> Table
     """Compare each variation with the reference by blocks of the test documents, over the seeds that both have.
 
     The interval is of the difference of perplexity and of ECE-15 (paired bootstrap over blocks, 95 %), the p-value of
-    approximate randomisation. Both speak of other documents, not of other seeds.
-
-    Args:
-        results: of the campaign.
-        setting: whose runs are compared.
-        directory: of the campaign, where the runs' ``documents`` lie.
-
-    Returns:
-        None where fewer than two variations have sums by block of the same documents.
+    approximate randomisation. Both speak of other documents, not of other seeds. The sums by block lie in the folders
+    of the runs below ``directory``; None where fewer than two variations have them of the same documents.
     """
-    reference = results.campaign.reference
     least = 1.5 / (SAMPLES + 1)  # the smallest p-value that so many samples can give is 1 / (SAMPLES + 1)
-    base = _sums(results, setting, reference, directory)
+    base = _sums(results, setting, results.campaign.reference, directory)
     rows = []
     for name in results.variations(setting):
-        if name == reference:
+        if name == results.campaign.reference:
             continue
         own = _sums(results, setting, name, directory)
         suffix = "_scaled" if any(p.scaled for p in results.points(setting, name)) else ""
         seeds = [s for s in own if s in base and _same_documents(own[s], base[s])]
-        seeds = [
-            s for s in seeds if f"count{suffix}" in own[s]
-        ]  # there are no scaled sums where no temperature could be fitted
+        seeds = [s for s in seeds if f"count{suffix}" in own[s]]  # no scaled sums where no temperature could be fitted
         if not seeds:
             continue
-        cells = [Cell(results.campaign.variation(name).title), Cell(str(len(seeds)))]
-        for kind in ("perplexity", "ece"):
+        cells = [Cell(results.title(name)), Cell(str(len(seeds)))]
+        for kind, decimals in (("perplexity", 2), ("ece", 4)):
             ours, theirs = (
                 _documents([found[s] for s in seeds], kind, end) for found, end in ((own, suffix), (base, ""))
             )
             interval = paired_bootstrap(ours, theirs, samples=SAMPLES)
-            test = approximate_randomization(ours, theirs, samples=SAMPLES)
-            sign = "≤ " if test.p_value < least else ""
-            decimals = 2 if kind == "perplexity" else 4
+            p_value = approximate_randomization(ours, theirs, samples=SAMPLES).p_value
             low, high = interval.interval
             bounds = "" if math.isnan(low) else f" [{low:+.{decimals}f}, {high:+.{decimals}f}]"
-            cells += [Cell(f"{interval.estimate:+.{decimals}f}{bounds}"), Cell(f"{sign}{test.p_value:.4f}")]
+            cells.append(Cell(f"{interval.estimate:+.{decimals}f}{bounds}"))
+            cells.append(Cell(f"{'≤ ' if p_value < least else ''}{p_value:.4f}"))
         rows.append(cells)
-    if not rows:
-        return None
-    return Table(
-        f"By documents, difference from cross-entropy with its 95 % interval: {describe(results, setting)}",
-        ["", "seeds", "perplexity", "p", "ECE-15", "p"],
-        rows,
-        [
-            f"Paired bootstrap and approximate randomisation ({SAMPLES:,} each) over blocks of test documents. They "
-            "say what other documents would show; what other seeds would, the tables above say. The p-values are not "
-            "corrected. An interval of ECE is too wide where two systems are nearly the same, and may then hold 0 "
-            "beside a small p."
-        ],
+    caption = f"By documents, difference from cross-entropy with its 95 % interval: {describe(results, setting)}"
+    note = (
+        f"Paired bootstrap and approximate randomisation ({SAMPLES:,} each) over blocks of test documents. They "
+        "say what other documents would show; what other seeds would, the tables above say. The p-values are not "
+        "corrected. An interval of ECE is too wide where two systems are nearly the same, and may then hold 0 "
+        "beside a small p."
     )
+    return Table(caption, ["", "seeds", "perplexity", "p", "ECE-15", "p"], rows, [note]) if rows else None
 
 
 def _sums(results: Results, setting: Setting, name: str, directory: Path) -> dict[int, Mapping[str, np.ndarray]]:

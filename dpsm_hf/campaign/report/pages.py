@@ -17,16 +17,7 @@ _LONGEST_NAME = 100  # of a file, in characters
 
 
 def render(template: str, path: Path, **context: Any) -> Path:
-    """Fill a template in and write it to a file.
-
-    Args:
-        template: file name in ``dpsm_hf/templates``; the ones of HTML escape what is filled in.
-        path: where to.
-        context: what the template asks for.
-
-    Returns:
-        The file.
-    """
+    """Fill in a template of ``dpsm_hf/templates``, with escapes in HTML, write it to a file and return that."""
     html = template.endswith(".html.j2")
     environment = Environment(loader=PackageLoader("dpsm_hf"), autoescape=html, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote}
@@ -43,11 +34,15 @@ def _markdown_quote(text: str) -> str:
     return f"````text\n{text.strip()}\n````"
 
 
+def sections(*made: tuple[str, str, list[dict[str, str]]]) -> list[dict[str, Any]]:
+    """Return sections as the templates want them (title, text, pictures), without those that have no picture."""
+    return [{"title": title, "text": text, "pictures": found} for title, text, found in made if found]
+
+
 class Pictures:
     """Saves each figure as PNG beside the page and hands it to the page as an inlined SVG.
 
-    Args:
-        directory: where the files go; those of an earlier page are deleted, for its variations may be gone.
+    The files of an earlier page in the folder are deleted, for its variations may be gone.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -57,13 +52,7 @@ class Pictures:
             path.unlink()
 
     def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
-        """Save a figure and return it in a list, an empty one for None.
-
-        Args:
-            name: of the file, without ending.
-            figure: None is left out.
-            caption: below it.
-        """
+        """Save a figure in a file of this name, and return it with its caption in a list; an empty one for None."""
         if figure is None:
             return []
         name = re.sub(r"[^\w.-]+", "_", name)

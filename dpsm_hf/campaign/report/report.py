@@ -12,7 +12,7 @@ from typing import Any
 
 from ...runtime.files import read_json, write_json
 from ..audit.audit import AUDIT_NAME
-from ..audit.tables import table as audit_rows
+from ..audit.audit import table as audit_rows
 from ..runner.records import Record, read_records
 from ..spec.design import Campaign
 from ..verdict.audited_claims import audited_claims
@@ -44,8 +44,8 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
     """
     directory = Path(directory)
     records = read_records(directory, campaign.order)
-    if not any(record.status == "ok" for record in records.values()):
-        ended = Counter(record.status for record in records.values())
+    ended = Counter(record.status for record in records.values())
+    if not ended["ok"]:
         what = ", ".join(f"{number} {status}" for status, number in sorted(ended.items())) or "none has begun"
         raise ValueError(
             f"{directory} holds no run of this campaign that ended well ({what}). 'dpsm campaign run' does what is "
@@ -54,75 +54,72 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
     results = Results(campaign, records)
     audit = read_json(directory / AUDIT_NAME) if (directory / AUDIT_NAME).exists() else None
     findings = verdict(results) + (audited_claims(campaign, audit) if audit is not None else [])
-    context = {**_context(campaign, results, findings, directory, audit), "only": " ".join(only)}
+    shown = _tables(results, directory, audit)
+    context = {**_context(results, findings, directory), "tables": shown, "counts": ended, "only": " ".join(only)}
     written = [
         render(template, directory / name, **context)
         for name, template in ((HTML_NAME, "campaign.html.j2"), (MARKDOWN_NAME, "campaign.md.j2"))
     ]
+    judged = {finding.variation for finding in findings}
     content = {
         "schema": 1,
         "campaign": campaign.name,
         "scale": campaign.scale,
         "headline": context["headline"],
-        "overall": {v.name: overall(findings, v.name) for v in _judged(campaign, findings)},
+        "overall": {v.name: overall(findings, v.name) for v in campaign.variations if v.name in judged},
         "findings": [finding.as_dict() for finding in findings],
     }
     write_json(content, directory / VERDICT_NAME)
-    write_json({"schema": 1, "tables": [asdict(t) for t in context["all_tables"]]}, directory / TABLES_NAME)
+    write_json({"schema": 1, "tables": [asdict(t) for of in shown.values() for t in of]}, directory / TABLES_NAME)
     return [*written, directory / VERDICT_NAME, directory / TABLES_NAME]
 
 
-def _judged(campaign: Campaign, findings: Sequence[Finding]) -> list[Any]:
-    names = {finding.variation for finding in findings}
-    return [v for v in campaign.variations if v.name in names]
+def _settings(results: Results) -> list[Setting]:
+    return results.settings(MAIN_STUDY) or results.settings()[:1]
 
 
-def _context(
-    campaign: Campaign,
-    results: Results,
-    findings: Sequence[Finding],
-    directory: Path,
-    audit: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    pictures = Pictures(directory / "plots")
-    settings = results.settings(MAIN_STUDY) or results.settings()[:1]
-    quality = tables.QUALITY.get(campaign.task, tables.QUALITY["language-modelling"])
-    best = Results(campaign, results.records, checkpoint="best")
-    blocks: dict[str, list[tables.Table | None]] = {"final": [], "efficiency": [], "robustness": []}
-    for setting in settings:
-        blocks["final"] += [
-            tables.comparison(results, setting, (*quality, *tables.CALIBRATION), "Last checkpoint"),
+def _tables(results: Results, directory: Path, audit: Mapping[str, Any] | None) -> dict[str, list[tables.Table]]:
+    """Return the tables by section, without those that have no rows."""
+    quality = tables.QUALITY.get(results.campaign.task, tables.QUALITY["language-modelling"])
+    columns = (*quality, *tables.CALIBRATION)
+    best = Results(results.campaign, results.records, checkpoint="best")
+    final: list[tables.Table | None] = []
+    efficiency: list[tables.Table | None] = []
+    robustness: list[tables.Table | None] = [*tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))]
+    for setting in _settings(results):
+        final += [
+            tables.comparison(results, setting, columns, "Last checkpoint"),
             tables.comparison(results, setting, tables.AFTER, "Last checkpoint, after temperature scaling"),
-            tables.comparison(best, setting, (*quality, *tables.CALIBRATION), "Best checkpoint on validation"),
+            tables.comparison(best, setting, columns, "Best checkpoint on validation"),
             document_table(results, setting, directory),
         ]
-        blocks["efficiency"].append(tables.cost(results, setting))
-        blocks["robustness"] += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
-        blocks["robustness"].append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
-    blocks["efficiency"].append(audit_table(audit) if audit is not None else None)
-    blocks["robustness"][:0] = tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))
+        efficiency.append(tables.cost(results, setting))
+        robustness += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
+        robustness.append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
+    efficiency.append(audit_table(audit) if audit is not None else None)
+    found = {"final": final, "efficiency": efficiency, "robustness": robustness}
+    return {name: [t for t in of if t is not None and t.rows] for name, of in found.items()}
+
+
+def _context(results: Results, findings: Sequence[Finding], directory: Path) -> dict[str, Any]:
+    campaign, settings = results.campaign, _settings(results)
     unknown = _unfinished_ablations(results)
     told = [f for f in findings if f.estimate is not None or f.variation not in unknown]
-    shown = {name: [t for t in found if t is not None and t.rows] for name, found in blocks.items()}
     return {
         "campaign": campaign,
         "headline": headline(campaign, findings),
         "claims": [
-            {"family": family, "rows": [_claim_row(campaign, f) for f in told if f.family == family]}
+            {"family": family, "rows": [_claim_row(results, f) for f in told if f.family == family]}
             for family in dict.fromkeys(f.family for f in told)
         ],
-        "unjudged": [campaign.variation(name).title for name in unknown],
-        "main": [v for v in campaign.variations if v.role == "main"],
+        "unjudged": list(map(results.title, unknown)),
         "settings": settings_line(campaign, results),
-        "tables": shown,
-        "all_tables": [table for found in shown.values() for table in found],
-        "sections": picture_sections(results, settings, pictures),
+        "sections": picture_sections(results, settings, Pictures(directory / "plots")),
         "missing": tables.missing_runs(results),
         "stopped": tables.stopped_early(results),
         "samples": _samples(results, settings[0]),
         "glossary": GLOSSARY,
-        "reproduce": _reproduce(campaign, results, directory),
-        "counts": dict(Counter(r.status for r in results.records.values())),
+        "reproduce": _reproduce(results, directory),
     }
 
 
@@ -134,17 +131,9 @@ def _unfinished_ablations(results: Results) -> list[str]:
     return [v.name for v in results.campaign.variations if v.role == "ablation" and v.name in planned - done]
 
 
-def _claim_row(campaign: Campaign, finding: Finding) -> dict[str, Any]:
-    return {
-        "decision": finding.decision,
-        "css": finding.decision.replace(" ", "-"),
-        "title": campaign.variation(finding.variation).title,
-        "role": finding.role,
-        "words": finding.words,
-        "setting": finding.setting,
-        "figures": claim_line(finding),
-        "note": finding.note,
-    }
+def _claim_row(results: Results, finding: Finding) -> dict[str, Any]:
+    css, title = finding.decision.replace(" ", "-"), results.title(finding.variation)
+    return {**finding.as_dict(), "css": css, "title": title, "figures": claim_line(finding)}
 
 
 def audit_table(content: Mapping[str, Any]) -> tables.Table:
@@ -159,11 +148,10 @@ def audit_table(content: Mapping[str, Any]) -> tables.Table:
     for entry in audit_rows(content):
         cells = [tables.Cell(entry["title"] or entry["variation"])]
         for key, _, decimals in shown:
-            value = entry.get(key)
+            value, low, high = (entry.get(f"{key}{end}") for end in ("", "_p10", "_p90"))
             text = "not measured" if value is None else f"{value:,.{decimals}f}"
-            if value is not None and entry.get(f"{key}_p10") is not None:
-                text += f" ({entry[f'{key}_p10']:,.{decimals}f} to {entry[f'{key}_p90']:,.{decimals}f})"
-            cells.append(tables.Cell(text))
+            known = value is not None and low is not None
+            cells.append(tables.Cell(f"{text} ({low:,.{decimals}f} to {high:,.{decimals}f})" if known else text))
         rows.append(cells)
     caption = (
         f"Audit: one training step of {content['settings']['tokens']:,} tokens of the same text on "
@@ -178,37 +166,34 @@ def _samples(results: Results, setting: Setting) -> list[dict[str, Any]]:
     for name in results.variations(setting):
         if not drawn(results.campaign, name):
             continue
-        points = [p for p in results.points(setting, name) if results.record(p) is not None]
-        record = results.record(points[0]) if points else None
+        records = map(results.record, results.points(setting, name))
+        record = next((record for record in records if record is not None), None)
         for sample in record.samples if record is not None else ():
-            entry = found.setdefault(
-                sample["prompt"], {"prompt": sample["prompt"], "reference": sample.get("reference", ""), "outputs": []}
-            )
-            entry["outputs"].append((results.campaign.variation(name).title, sample["output"]))
+            new = {"prompt": sample["prompt"], "reference": sample.get("reference", ""), "outputs": []}
+            entry = found.setdefault(sample["prompt"], new)
+            entry["outputs"].append((results.title(name), sample["output"]))
     return list(found.values())
 
 
-def _reproduce(campaign: Campaign, results: Results, directory: Path) -> dict[str, Any]:
-    machines: dict[str, Mapping[str, Any]] = {}
-    for record in results.records.values():
-        machines.setdefault(json.dumps(record.machine, sort_keys=True), record.machine)
+def _reproduce(results: Results, directory: Path) -> dict[str, Any]:
+    campaign, records = results.campaign, [results.records[i] for i in results.campaign.order if i in results.records]
+    machines = {json.dumps(r.machine, sort_keys=True): r.machine for r in results.records.values()}
     plan = directory / "plan.json"
     command = read_json(plan).get("command") if plan.exists() else None
     return {
         "command": command or f"dpsm campaign run FILE --scale {campaign.scale}",
-        "machines": [_flat(machine) for machine in machines.values()],
+        "machines": list(map(_flat, machines.values())),
         "source": campaign.source,
         "source_sha": hashlib.sha256(campaign.source.encode()).hexdigest()[:16],
-        "runs": [_run_line(results.records[i]) for i in campaign.order if i in results.records],
+        "runs": [_run_line(record) for record in records],
     }
 
 
 def _flat(machine: Mapping[str, Any]) -> str:
-    parts = []
-    for key, value in machine.items():
-        inner = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
-        parts.append(f"{key}: {inner}")
-    return "; ".join(parts)
+    inner = {
+        k: ", ".join(f"{n} {w}" for n, w in v.items()) if isinstance(v, Mapping) else v for k, v in machine.items()
+    }
+    return "; ".join(f"{key}: {value}" for key, value in inner.items())
 
 
 def _run_line(record: Record) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..runner.records import Record
 
@@ -19,25 +19,14 @@ TIE = 0.005
 WEAK_ROUGE = 10.0
 # How a run ended that is not compared.
 _ENDED = {
-    "failed": "failed",
-    "interrupted": "was interrupted",
-    "oom": "ran out of memory",
-    "paused": "was paused",
-    "pruned": "was stopped early",
-    "running": "has not ended",
-}
+    "failed": "failed", "interrupted": "was interrupted", "oom": "ran out of memory", "paused": "was paused",
+    "pruned": "was stopped early", "running": "has not ended",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SingleRun:
-    """A run among others that differ in the loss.
-
-    Args:
-        name: unique among them.
-        title: in words.
-        record: of the run.
-        split: whose figures are compared.
-    """
+    """A run among others that differ in the loss: its name among them, its title, its record, the split compared."""
 
     name: str
     title: str
@@ -65,12 +54,9 @@ class SingleRun:
         return self.record.status == "ok" and bool(self.metrics)
 
     @property
-    def diverged_at(self) -> int | None:
-        """Return the first logged step with a figure that is not finite, None where there is none."""
-        keys = ("loss", "nll", "grad_norm", "eval_nll", "eval_loss")
-        bad = (entry for entry in self.record.history if any(key in entry and entry[key] is None for key in keys))
-        found = next(bad, None)
-        return None if found is None else int(found.get("step", 0))
+    def seconds(self) -> float:
+        """Return how long it took, all its attempts together."""
+        return sum(attempt.get("seconds") or 0.0 for attempt in self.record.attempts)
 
     def value(self, metric: str) -> float | None:
         """Return a figure of the end or of what the training cost, None where it is missing or not finite."""
@@ -78,31 +64,34 @@ class SingleRun:
             return self.record.efficiency[metric]
         return self.record.value(metric, split=self.split)
 
+    def logged(self, key: str) -> list[tuple[int, float]]:
+        """Return steps and values of a figure of the log, without those that are missing or not finite."""
+        found = [(entry.get("step", 0), entry.get(key)) for entry in self.record.history]
+        return [(int(step), float(value)) for step, value in found if value is not None]
 
-@dataclass(frozen=True)
-class _Measure:
+
+class _Measure(NamedTuple):
     key: str
     words: str
-    higher_is_better: bool = False
-    points: bool = False
+    better: int = -1
     decimals: int = 4
+    points: bool = False
 
 
 _PERPLEXITY = _Measure("perplexity", "perplexity", decimals=2)
-_BRIER = _Measure("brier", "Brier score")
 _ECE = _Measure("ece_15", "ECE-15")
-_ACCURACY = _Measure("token_accuracy", "token accuracy", higher_is_better=True, points=True)
-_ROUGE = _Measure("rougeLsum", "ROUGE-Lsum", higher_is_better=True, decimals=2)
-_MEASURES = (_ROUGE, _PERPLEXITY, _BRIER, _ECE, _ACCURACY)
+_ROUGE = _Measure("rougeLsum", "ROUGE-Lsum", better=1, decimals=2)
+_ACCURACY = _Measure("token_accuracy", "token accuracy", better=1, points=True)
+_MEASURES = (_ROUGE, _PERPLEXITY, _Measure("brier", "Brier score"), _ECE, _ACCURACY)
 
 
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _change(measure: _Measure, run: SingleRun, reference: SingleRun) -> float | None:
-    """Relative difference of a run to the reference; positive is higher. ``None`` when either figure is missing."""
-    ours, theirs = run.value(measure.key), reference.value(measure.key)
+def _change(key: str, run: SingleRun, reference: SingleRun) -> float | None:
+    """Return a run's relative difference from the reference, above 0 where it is higher."""
+    ours, theirs = run.value(key), reference.value(key)
     if ours is None or theirs is None:
         return None
     if theirs == 0:
@@ -111,15 +100,11 @@ def _change(measure: _Measure, run: SingleRun, reference: SingleRun) -> float | 
 
 
 def _side(measure: _Measure, change: float) -> int:
-    """+1 when the run is better than the reference, -1 when worse, 0 for a tie."""
-    if abs(change) < TIE:
-        return 0
-    return 1 if (change > 0) == measure.higher_is_better else -1
+    """Return 1 where the run is better than the reference, -1 where it is worse, 0 for a tie."""
+    return 0 if abs(change) < TIE else measure.better if change > 0 else -measure.better
 
 
-def _phrase(measure: _Measure, run: SingleRun, reference: SingleRun) -> str:
-    ours, theirs, change = run.value(measure.key), reference.value(measure.key), _change(measure, run, reference)
-    assert ours is not None and theirs is not None and change is not None  # only called for measures both have
+def _phrase(measure: _Measure, change: float, ours: float, theirs: float) -> str:
     if measure.points:
         figures = f"{100 * ours:.2f} % against {100 * theirs:.2f} %"
         size = f"{100 * abs(ours - theirs):.2f} points"
@@ -135,182 +120,157 @@ def _phrase(measure: _Measure, run: SingleRun, reference: SingleRun) -> str:
 
 def _compare(run: SingleRun, reference: SingleRun) -> list[str]:
     """Compare one run with the reference in a few sentences: the sum first, then the figures."""
-    changes = [(measure, _change(measure, run, reference)) for measure in _MEASURES]
-    known = [(measure, change) for measure, change in changes if change is not None]
-    if not known:
-        return [f"{run.title} and {reference.title} have no evaluation figure in common, so they cannot be compared."]
-    wins = [measure.words for measure, change in known if _side(measure, change) > 0]
-    losses = [measure.words for measure, change in known if _side(measure, change) < 0]
-    a, b = run.title, reference.title
-    if wins and losses:
-        head = f"On this run {a} is better than {b} on {_join(wins)} and worse on {_join(losses)}."
-    elif wins:
-        head = f"On this run {a} is better than {b} on {_join(wins)} and worse on none of the figures compared."
-    elif losses:
-        head = (
-            f"On this run {a} loses to {b}: it is worse on {_join(losses)} and better on none of the figures compared."
+    words: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    phrases = []
+    for measure in _MEASURES:
+        ours, theirs, change = (
+            run.value(measure.key),
+            reference.value(measure.key),
+            _change(measure.key, run, reference),
         )
+        if ours is not None and theirs is not None and change is not None:
+            words[_side(measure, change)].append(measure.words)
+            phrases.append(_phrase(measure, change, ours, theirs))
+    a, b = run.title, reference.title
+    if not phrases:
+        return [f"{a} and {b} have no evaluation figure in common, so they cannot be compared."]
+    wins, losses = words[1], words[-1]
+    if wins:
+        rest = f"worse on {_join(losses)}" if losses else "worse on none of the figures compared"
+        head = f"{a} is better than {b} on {_join(wins)} and {rest}."
+    elif losses:
+        head = f"{a} loses to {b}: it is worse on {_join(losses)} and better on none of the figures compared."
     else:
-        head = f"On this run {a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
-    figures = "; ".join(_phrase(measure, run, reference) for measure, _ in known)
-    return [head, f"{a} against {b}: {figures}.", *_bins_disagree(run, reference), *_on_the_way(run, reference)]
+        head = f"{a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
+    figures = f"{a} against {b}: {'; '.join(phrases)}."
+    return [f"On this run {head}", figures, *_bins_disagree(run, reference), *_on_the_way(run, reference)]
 
 
-def _bins_disagree(run: SingleRun, reference: SingleRun) -> list[str]:
-    sides = {}
-    for bins in (10, 15, 100):
-        change = _change(_Measure(f"ece_{bins}", ""), run, reference)
-        if change is not None:
-            sides[bins] = _side(_ECE, change)
-    if not (1 in sides.values() and -1 in sides.values()):
-        return []
-    parts = [f"{'better' if side > 0 else 'worse' if side < 0 else 'equal'} at {n}" for n, side in sides.items()]
-    return [f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}."]
+def _bins_disagree(run: SingleRun, reference: SingleRun) -> Iterator[str]:
+    changes = {bins: _change(f"ece_{bins}", run, reference) for bins in (10, 15, 100)}
+    sides = {bins: _side(_ECE, change) for bins, change in changes.items() if change is not None}
+    if {1, -1} <= set(sides.values()):
+        parts = [f"{('equal', 'better', 'worse')[side]} at {bins}" for bins, side in sides.items()]
+        yield f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}."
 
 
-def _calibration(tested: Sequence[SingleRun], base: SingleRun) -> list[str]:
-    sentences = []
-    changes = [(_change(_ECE, run, base), _change(_PERPLEXITY, run, base)) for run in tested]
+def _on_the_way(run: SingleRun, reference: SingleRun) -> Iterator[str]:
+    """Say at how many evaluations during training the run's ECE was the lower: one at the end may be luck."""
+    ours, theirs = dict(run.logged("eval_ece_15")), dict(reference.logged("eval_ece_15"))
+    steps = (set(ours) & set(theirs)) - {0}
+    if len(steps) >= 3:
+        lower = sum(ours[step] < theirs[step] for step in steps)
+        moral = "" if lower in (0, len(steps)) else ": the more mixed, the less the last one alone means"
+        yield (
+            f"Over the {len(steps)} evaluations during training {run.title}'s ECE-15 was lower than "
+            f"{reference.title}'s at {lower}{moral}."
+        )
+
+
+def _calibration(tested: Sequence[SingleRun], base: SingleRun) -> Iterator[str]:
+    changes = [(_change("ece_15", run, base), _change("perplexity", run, base)) for run in tested]
     if any(ece is not None and ppl is not None and ece <= -TIE and ppl >= TIE for ece, ppl in changes):
-        sentences.append(
+        yield (
             "A lower ECE beside a higher perplexity is not a better model: one that only ever predicts the overall "
             "frequencies of the tokens has an ECE near 0."
         )
-    gaps = [(record.title, record.value("signed_gap")) for record in (base, *tested)]
-    words = [
-        f"{title} {100 * gap:+.2f} points ({'over' if gap > 0 else 'under'}confident)" for title, gap in gaps if gap
-    ]
-    if words:
-        sentences.append(f"Mean confidence minus accuracy: {_join(words)}.")
-    return sentences
+    gaps = [(run.title, gap) for run in (base, *tested) if (gap := run.value("signed_gap"))]
+    if gaps:
+        words = [f"{title} {100 * gap:+.2f} points ({'over' if gap > 0 else 'under'}confident)" for title, gap in gaps]
+        yield f"Mean confidence minus accuracy: {_join(words)}."
 
 
-def _schedule(run: SingleRun) -> list[str]:
-    alphas = [float(entry["alpha"]) for entry in run.record.history if entry.get("alpha") is not None]
-    if run.loss_type != "dpsm" or not alphas:
-        return []
-    if max(alphas) < 1:
-        return [
-            f"α, the weight of the Brier score, never exceeded {max(alphas):.2f}: part of the loss stayed "
-            "cross-entropy."
-        ]
+def _schedule(run: SingleRun) -> str | None:
+    highest = max((alpha for _, alpha in run.logged("alpha")), default=None)
+    if highest is None:
+        return None
+    if highest < 1:
+        return (
+            f"α, the weight of the Brier score, never exceeded {highest:.2f}: part of the loss stayed cross-entropy."
+        )
     described = next((str(e["alpha_schedule"]) for e in run.record.history if "alpha_schedule" in e), "")
-    ramp = re.fullmatch(r"(linear|cosine): alpha \S+ -> 1 over (\d+) steps \(of (\d+)\)", described)
+    ramp = re.fullmatch(r"(?:linear|cosine): alpha \S+ -> 1 over (\d+) steps \(of (\d+)\)", described)
     if ramp is None:
-        return [f"α followed the schedule {described!r}."] if described else []
-    warmup, total = int(ramp[2]), int(ramp[3])
-    return [
+        return f"α followed the schedule {described!r}." if described else None
+    warmup, total = int(ramp[1]), int(ramp[2])
+    return (
         f"α reached 1 after {warmup:,} of {total:,} steps, so the last {100 * (total - warmup) / total:.0f} % of "
         "training was pure Brier score."
-    ]
+    )
 
 
-def _on_the_way(run: SingleRun, reference: SingleRun) -> list[str]:
-    """Say at how many evaluations during training the run's ECE was the lower: one at the end may be luck."""
-    series = [
-        {int(e["step"]): float(e["eval_ece_15"]) for e in r.record.history if e.get("eval_ece_15") is not None}
-        for r in (run, reference)
-    ]
-    steps = sorted((set(series[0]) & set(series[1])) - {0})
-    if len(steps) < 3:
-        return []
-    lower = sum(series[0][step] < series[1][step] for step in steps)
-    moral = "" if lower in (0, len(steps)) else ": the more mixed, the less the last one alone means"
-    return [
-        f"Over the {len(steps)} evaluations during training {run.title}'s ECE-15 was lower than {reference.title}'s "
-        f"at {lower}{moral}."
-    ]
-
-
-def _overfit(run: SingleRun) -> list[str]:
-    evals = [(int(e["step"]), float(e["eval_nll"])) for e in run.record.history if e.get("eval_nll") is not None]
-    evals = [(step, value) for step, value in evals if math.isfinite(value)]
-    final = run.value("nll")
-    if not evals or final is None:
-        return []
-    step, lowest = min(evals, key=lambda pair: pair[1])
-    if final <= lowest * 1.01:
-        return []
-    return [
-        f"The held-out NLL of {run.title} was lowest at step {step:,} ({lowest:.4f}) and has risen to {final:.4f}."
-    ]
-
-
-def _cost(run: SingleRun, reference: SingleRun) -> list[str]:
+def _cost(run: SingleRun, reference: SingleRun) -> str | None:
     ours, theirs = run.value("tokens_per_second"), reference.value("tokens_per_second")
     if not ours or not theirs:
-        return []
-    return [
+        return None
+    return (
         f"{run.title} trained {ours:,.0f} scored tokens a second and {reference.title} {theirs:,.0f} "
         f"(median of the log, {ours / theirs:.2f} times as many)."
-    ]
+    )
 
 
-def seconds_of(record: Record) -> float:
-    """Return how long a run took, all its attempts together.
+def _overfit(run: SingleRun) -> str | None:
+    evals = [pair for pair in run.logged("eval_nll") if math.isfinite(pair[1])]
+    step, lowest = min(evals, key=lambda pair: pair[1], default=(0, math.inf))
+    final = run.value("nll")
+    if final is None or final <= lowest * 1.01:
+        return None
+    return f"The held-out NLL of {run.title} was lowest at step {step:,} ({lowest:.4f}) and has risen to {final:.4f}."
 
-    Args:
-        record: of the run.
-    """
-    return sum(attempt.get("seconds") or 0.0 for attempt in record.attempts)
 
-
-def _busy(records: Sequence[SingleRun]) -> list[str]:
+def _busy(runs: Sequence[SingleRun]) -> Iterator[str]:
     """Name the runs that shared the machine with other programs: their seconds say nothing about the loss."""
-    usage = [(r.value("cpu_seconds"), seconds_of(r.record)) for r in records]
-    cores = {r.name: cpu / wall for r, (cpu, wall) in zip(records, usage, strict=True) if cpu and wall}
-    sentences = []
-    for record in records:
-        speeds = sorted(float(e["tokens_per_second"]) for e in record.record.history if e.get("tokens_per_second"))
+    cores = {run.name: cpu / run.seconds for run in runs if (cpu := run.value("cpu_seconds")) and run.seconds}
+    for run in runs:
+        speeds = sorted(speed for _, speed in run.logged("tokens_per_second") if speed)
         if len(speeds) >= 5 and speeds[len(speeds) // 5] < 0.6 * speeds[len(speeds) // 2]:
             why = f"its speed varied between {speeds[0]:,.0f} and {speeds[-1]:,.0f} tokens a second"
-        elif record.name in cores and cores[record.name] < 0.7 * max(cores.values()):
-            why = f"it got {cores[record.name]:.1f} processor cores where another run got {max(cores.values()):.1f}"
+        elif run.name in cores and cores[run.name] < 0.7 * max(cores.values()):
+            why = f"it got {cores[run.name]:.1f} processor cores where another run got {max(cores.values()):.1f}"
         else:
             continue
-        sentences.append(
-            f"Caution: the run {record.name!r} shared the machine with other programs ({why}), so its speed and its "
+        yield (
+            f"Caution: the run {run.name!r} shared the machine with other programs ({why}), so its speed and its "
             "seconds compare with nothing."
         )
-    return sentences
 
 
-def _failures(records: Sequence[SingleRun]) -> list[str]:
-    sentences = []
-    for run in records:
-        what = _ENDED.get(run.record.status, "has no evaluation figures")
+def _failures(runs: Sequence[SingleRun]) -> Iterator[str]:
+    for run in runs:
         if run.record.status == "diverged":
-            where = f" from step {run.diverged_at:,} on" if run.diverged_at is not None else ""
-            sentences.append(f"The run {run.name!r} ({run.title}) diverged (not finite{where}) and is not compared.")
+            keys = ("loss", "nll", "grad_norm", "eval_nll", "eval_loss")
+            bad = (e for e in run.record.history if any(key in e and e[key] is None for key in keys))
+            first = next(bad, None)
+            where = "" if first is None else f" from step {int(first.get('step', 0)):,} on"
+            yield f"The run {run.name!r} ({run.title}) diverged (not finite{where}) and is not compared."
         elif not run.comparable:
+            what = _ENDED.get(run.record.status, "has no evaluation figures")
             reason = f": {run.record.message}" if run.record.message else ""
-            sentences.append(f"The run {run.name!r} {what} and is not compared{reason}.")
-    return sentences
+            yield f"The run {run.name!r} {what} and is not compared{reason}."
 
 
-def _same_start(records: Sequence[SingleRun]) -> list[str]:
-    starts = {}
-    for record in records:
-        first = next((e for e in record.record.history if e.get("step") == 0 and e.get("eval_nll") is not None), None)
-        if first is not None:
-            starts[record.name] = float(first["eval_nll"])
-    if len(records) < 2 or len(starts) < len(records):
-        return []
+def _same_start(runs: Sequence[SingleRun]) -> str | None:
+    found = {run.name: [nll for step, nll in run.logged("eval_nll") if step == 0] for run in runs}
+    if len(runs) < 2 or not all(found.values()):
+        return None
+    starts = {name: values[0] for name, values in found.items()}
     if len(set(starts.values())) == 1:
         value = next(iter(starts.values()))
-        return [f"All runs started from the same weights: the held-out NLL before training is {value:.4f} for each."]
+        return f"All runs started from the same weights: the held-out NLL before training is {value:.4f} for each."
     figures = ", ".join(f"{name} {value:.4f}" for name, value in starts.items())
-    return [f"Caution: the runs did NOT start from the same weights (held-out NLL before training: {figures})."]
+    return f"Caution: the runs did NOT start from the same weights (held-out NLL before training: {figures})."
 
 
-def _weak_texts(records: Sequence[SingleRun]) -> list[str]:
-    scores = [score for record in records if (score := record.value(_ROUGE.key)) is not None]
-    if not scores or max(scores) >= WEAK_ROUGE:
-        return []
-    return [
-        f"No ROUGE-Lsum reaches {WEAK_ROUGE:g}: none of these models writes usable texts, and which of them leads "
-        "on ROUGE says nothing."
-    ]
+def _weak_texts(runs: Sequence[SingleRun]) -> str | None:
+    best = max((score for run in runs if (score := run.value(_ROUGE.key)) is not None), default=WEAK_ROUGE)
+    return (
+        None
+        if best >= WEAK_ROUGE
+        else (
+            f"No ROUGE-Lsum reaches {WEAK_ROUGE:g}: none of these models writes usable texts, and which of them leads "
+            "on ROUGE says nothing."
+        )
+    )
 
 
 def _noise(base: SingleRun) -> str:
@@ -325,11 +285,11 @@ def _noise(base: SingleRun) -> str:
     )
 
 
-def _scope(records: Sequence[SingleRun]) -> str:
+def _scope(runs: Sequence[SingleRun]) -> str:
     """Say what the figures are: kind, split, size, bins and seeds."""
-    splits = sorted({str(r.calibration["split"]) for r in records if r.calibration.get("split")})
-    counts = sorted({int(count) for r in records if (count := r.value("tokens")) is not None})
-    given = [r.record.arguments.get("seed") for r in records]
+    splits = sorted({str(run.calibration["split"]) for run in runs if run.calibration.get("split")})
+    counts = sorted({int(count) for run in runs if (count := run.value("tokens")) is not None})
+    given = [run.record.arguments.get("seed") for run in runs]
     seeds = sorted({str(seed) for seed in given if seed is not None})
     split = f" on the {'/'.join(splits)} split" if splits else " on the evaluation split"
     size = f" ({'–'.join(f'{count:,}' for count in (counts[:1] + counts[1:][-1:]))} tokens)" if counts else ""
@@ -340,37 +300,26 @@ def _scope(records: Sequence[SingleRun]) -> str:
     )
 
 
-def sentences_on(records: Sequence[SingleRun], reference: str = "ce", focus: str = "dpsm") -> list[str]:
-    """Say what the runs show.
+def sentences_on(runs: Sequence[SingleRun]) -> list[str]:
+    """Say what runs show in sentences, the most important first: each against cross-entropy, DPSM first and in full.
 
-    Args:
-        records: the runs.
-        reference: loss type to compare with.
-        focus: loss type whose comparison comes first and in full.
-
-    Returns:
-        Sentences, the most important first. Runs that failed or diverged are named as such and not compared.
+    Runs that failed or diverged are named as such and not compared.
     """
-    usable = [record for record in records if record.comparable]
-    base = next((record for record in usable if record.loss_type == reference), None)
-    tested = [record for record in usable if record.loss_type != reference]
-    tested.sort(key=lambda record: record.loss_type != focus)
-    sentences = []
-    for record in tested if base is not None else []:
-        assert base is not None
-        sentences += _compare(record, base)
-        sentences += _schedule(record) + _cost(record, base) if record.loss_type == focus else []
-    sentences += _calibration(tested, base) if base is not None else []
-    sentences += _weak_texts(usable)
-    for record in usable:
-        sentences += _overfit(record)
-    sentences += _failures(records)
+    usable = [run for run in runs if run.comparable]
+    base = next((run for run in usable if run.loss_type == "ce"), None)
+    tested = [run for run in usable if run.loss_type != "ce"]
+    tested.sort(key=lambda run: run.loss_type != "dpsm")
+    said: list[str | None] = []
     if base is None:
-        sentences.insert(0, f"There is no finished {reference!r} run to compare with.")
+        said.append("There is no finished 'ce' run to compare with.")
     elif not tested:
-        sentences.insert(0, f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
-    sentences += _busy(usable) + _same_start(usable)
-    sentences.append(_scope(records))
-    if base is not None and tested:
-        sentences.append(_noise(base))
-    return sentences
+        said.append(f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
+    else:
+        for run in tested:
+            said += _compare(run, base)
+            said += [_schedule(run), _cost(run, base)] if run.loss_type == "dpsm" else []
+    said += [] if base is None else _calibration(tested, base)
+    said += [_weak_texts(usable), *map(_overfit, usable), *_failures(runs)]
+    said += [*_busy(usable), _same_start(usable), _scope(runs)]
+    said.append(_noise(base) if base is not None and tested else None)
+    return [sentence for sentence in said if sentence is not None]

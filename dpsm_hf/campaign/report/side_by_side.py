@@ -20,10 +20,9 @@ from ..runner.collecting import read_run
 from ..runner.records import Record
 from ..spec.design import Campaign, Point, Variation
 from ..verdict.results import Results, Setting
-from . import charts
-from .pages import Pictures, render
-from .pictures import reliability_pictures
-from .sentences import SingleRun, seconds_of, sentences_on
+from .pages import Pictures, render, sections
+from .pictures import curve_pictures, reliability_pictures
+from .sentences import SingleRun, sentences_on
 from .tables import CALIBRATION, QUALITY, Column, Table, as_text, comparison
 
 LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal": "focal loss"}
@@ -48,7 +47,7 @@ _TABLES = (
         ),
     ),
 )
-# log key, axis, caption, logarithmic
+# see `pictures.Curve`
 _CURVES = (
     ("eval_nll", "held-out NLL (nats a token)", "Held-out negative log-likelihood", False),
     ("eval_brier", "held-out Brier score", "Held-out Brier score", False),
@@ -62,15 +61,7 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class RunsPage:
-    """Where the page was written, and its words.
-
-    Args:
-        html: the page.
-        results: the JSON file.
-        plots: the pictures.
-        table: the tables as text.
-        sentences: what the runs show.
-    """
+    """The page, the JSON file and the pictures that were written, the tables as text, and what the runs show."""
 
     html: Path
     results: Path
@@ -81,10 +72,6 @@ class RunsPage:
 
 def results_of(records: Sequence[Record], title: str) -> Results:
     """Return runs that no campaign has planned together as the results of one: each a variation of its own.
-
-    Args:
-        records: of the runs.
-        title: of the campaign.
 
     Raises:
         ValueError: there are none, or two of the same name.
@@ -97,54 +84,31 @@ def results_of(records: Sequence[Record], title: str) -> Results:
     losses = {record.name: str(record.arguments.get("loss_type", record.name)) for record in records}
     words = {name: LOSS_TITLES.get(loss, loss) for name, loss in losses.items()}
     titles = {name: word if name == losses[name] else f"{word} ({name})" for name, word in words.items()}
+    by_loss = {loss: name for name, loss in reversed(losses.items())}
     campaign = Campaign(
-        name="runs",
-        title=title,
-        scale="small",
-        task=records[0].task,
-        variations=tuple(Variation(name, titles[name]) for name in names),
-        points=tuple(Point("main", r.name, "", "", int(r.arguments.get("seed") or 0), r.run_id) for r in records),
-        runs={},
-        reference=next((name for name in names if losses[name] == "ce"), names[0]),
-        brier=next((name for name in names if losses[name] == "brier"), names[0]),
-        test_split="validation",
-    )
+        "runs", title, "small", records[0].task, tuple(Variation(name, titles[name]) for name in names),
+        tuple(Point("main", r.name, "", "", int(r.arguments.get("seed") or 0), r.run_id) for r in records), {},
+        reference=by_loss.get("ce", names[0]), brier=by_loss.get("brier", names[0]), test_split="validation",
+    )  # fmt: skip
     return Results(campaign, {record.run_id: record for record in records})
 
 
 def write_runs_page(results: Results, output_dir: str | Path, title: str, subtitle: str = "") -> RunsPage:
     """Write ``report.html``, ``results.json`` and ``plots/*.png`` on the runs of one seed.
 
-    Args:
-        results: of the runs; failed and diverged ones are named as such, ones without a record are left out.
-        output_dir: where to.
-        title: heading of the page.
-        subtitle: a line below it: what was trained on what.
-
-    Returns:
-        The paths, the tables as text and the sentences.
+    Failed and diverged runs are named as such, those without a record are left out. ``subtitle`` is a line below the
+    heading: what was trained on what.
     """
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     setting = results.settings()[0]
-    runs = []
-    for variation in results.campaign.variations:
-        record = results.record(results.points(setting, variation.name)[0])
-        if record is not None:
-            runs.append(SingleRun(variation.name, variation.title, record, results.split))
-    sentences = sentences_on(runs)
-    tables = _tables(results, setting)
-    pictures = Pictures(directory / "plots")
+    found = [(v, results.record(results.points(setting, v.name)[0])) for v in results.campaign.variations]
+    runs = [SingleRun(v.name, v.title, record, results.split) for v, record in found if record is not None]
+    sentences, tables, pictures = sentences_on(runs), _tables(results, setting), Pictures(directory / "plots")
     html = render(
-        "runs.html.j2",
-        directory / "report.html",
-        title=title,
-        subtitle=subtitle,
-        sentences=sentences,
-        tables=tables,
-        sections=_sections(results, setting, runs, pictures),
-        runs=[_made_by(run) for run in runs],
-    )
+        "runs.html.j2", directory / "report.html", title=title, subtitle=subtitle, sentences=sentences, tables=tables,
+        sections=_sections(results, setting, runs, pictures), runs=[_made_by(run) for run in runs],
+    )  # fmt: skip
     path = directory / "results.json"
     write_json(strict({"schema": 1, "findings": sentences, "runs": [_numbers(run) for run in runs]}), path)
     text = "\n\n".join([*map(as_text, tables), "↓ lower is better, ↑ higher is better, * best of its column"])
@@ -164,56 +128,41 @@ def _sections(
     results: Results, setting: Setting, runs: Sequence[SingleRun], pictures: Pictures
 ) -> list[dict[str, Any]]:
     names = [run.name for run in runs]
-
-    def curves(x: str, keys: Sequence[str] = ()) -> list[dict[str, str]]:
-        found = []
-        for key, axis, caption, log in _CURVES:
-            if not keys or key in keys:
-                figure = charts.learning_curves(results, setting, names, key, axis, x, log)
-                found += pictures.add(f"{key}-over-{x}", figure, caption)
-        return found
-
-    reliability = [
-        picture
-        for name, figure, caption in reliability_pictures(results, setting, names)
-        for picture in pictures.add(name, figure, caption)
-    ]
-    sections = (
-        ("Over training steps", "", curves("step")),
+    return sections(
+        ("Over training steps", "", curve_pictures(results, setting, names, "step", _CURVES, pictures)),
         (
             "Over seconds of training",
             "The same figures over wall-clock seconds of training, evaluation excluded: what the loss costs in time.",
-            curves("seconds", ("eval_nll", "eval_brier")),
+            curve_pictures(results, setting, names, "seconds", _CURVES[:2], pictures),
         ),
         (
             "Reliability diagrams",
             "Below the diagonal a model is overconfident, above it underconfident. Token-level, top-label. Faint bars "
             f"and hollow points hold fewer than {FEW_TOKENS} tokens: their height is mostly chance.",
-            reliability,
+            reliability_pictures(results, setting, names, pictures),
         ),
     )
-    return [{"title": title, "text": text, "pictures": found} for title, text, found in sections if found]
 
 
 def _numbers(run: SingleRun) -> dict[str, Any]:
     record = run.record
     cost = {key: record.efficiency.get(key) for key in ("train_seconds", "tokens_per_second", "peak_memory_mb")}
     metrics = {f"eval_{name}": value for name, value in run.metrics.items()}
-    last = record.attempts[-1] if record.attempts else {}
+    metrics |= {key: value for key, value in cost.items() if value is not None}
     return {
         "name": run.name,
         "loss_type": run.loss_type,
         "status": "finished" if record.status == "ok" else record.status,
         "message": record.message,
-        "metrics": dict(sorted((metrics | {key: value for key, value in cost.items() if value is not None}).items())),
+        "metrics": dict(sorted(metrics.items())),
         "run": {
             "id": record.run_id,
             "seed": record.arguments.get("seed"),
             "command": record.command,
             "arguments": record.arguments,
             "versions": record.machine.get("versions", {}),
-            "seconds": seconds_of(record),
-            "exit_code": last.get("exit_code"),
+            "seconds": run.seconds,
+            "exit_code": record.attempts[-1].get("exit_code") if record.attempts else None,
             "cpu_seconds": record.efficiency.get("cpu_seconds"),
             "peak_memory_mb": record.efficiency.get("peak_memory_mb"),
         },
@@ -222,7 +171,7 @@ def _numbers(run: SingleRun) -> dict[str, Any]:
 
 
 def _made_by(run: SingleRun) -> dict[str, str]:
-    record, seconds = run.record, seconds_of(run.record)
+    record, seconds = run.record, run.seconds
     return {
         "title": run.title,
         "summary": ", ".join([_numbers(run)["status"]] + ([f"{seconds:.0f} s from start to end"] if seconds else [])),
@@ -233,14 +182,7 @@ def _made_by(run: SingleRun) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Report on the runs' folders that a command line names.
-
-    Args:
-        arguments: the command line without the program's name; ``sys.argv`` by default.
-
-    Returns:
-        The exit code.
-    """
+    """Report on the runs' folders that a command line names (``sys.argv``'s by default) and return the exit code."""
     parser = argparse.ArgumentParser(prog="dpsm report", description="Compare finished training runs.")
     parser.add_argument("runs", nargs="+", help="output_dir of each run; loss_type ce is the reference")
     parser.add_argument("--output_dir", default="report", help="where report.html, results.json and plots/ go")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ...statistics import holm, paired_difference, summarize
+from ...statistics import PairedComparison, holm, paired_difference, summarize
 from ..runner.records import Record
 from ..verdict.results import Results, Setting, setting_of
 
@@ -54,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """Text and its state: ``best``, ``bad`` (worse than the reference, and tested) or nothing."""
+    """Text, and ``best`` as its state where it is the best of its column."""
 
     text: str
     state: str = ""
@@ -62,14 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with a caption.
-
-    Args:
-        caption: what it is.
-        headings: of the columns, the first one's included.
-        rows: cells, the row's name first.
-        notes: below it.
-    """
+    """Rows of cells, the row's name first, with headings, a caption above and notes below."""
 
     caption: str
     headings: Sequence[str]
@@ -78,11 +71,7 @@ class Table:
 
 
 def as_text(table: Table) -> str:
-    """Lay a table out for a terminal, its caption above it, the best of each column marked with ``*``.
-
-    Args:
-        table: the table; its notes are left out.
-    """
+    """Lay a table out for a terminal without its notes, the best of each column marked with ``*``."""
     rows = [[table.headings[0], *(f"{heading} " for heading in table.headings[1:])]]
     # The marks of the best hang outside the columns, so that the digits stay in line with the headings.
     for name, *cells in table.rows:
@@ -95,37 +84,24 @@ def as_text(table: Table) -> str:
     return "\n".join([table.caption, "-" * len(lines[0]), *(line.rstrip() for line in lines)])
 
 
+_PERPLEXITY = Column("perplexity", "perplexity", decimals=2)
 QUALITY = {
-    "language-modelling": (
-        Column("perplexity", "perplexity", decimals=2),
-        Column("nll", "NLL"),
-        Column("token_accuracy", "accuracy, %", 1, 2, 100.0),
-    ),
+    "language-modelling": (_PERPLEXITY, Column("nll", "NLL"), Column("token_accuracy", "accuracy, %", 1, 2, 100.0)),
     "summarization": (
-        Column("rouge1", "ROUGE-1", 1, 2),
-        Column("rouge2", "ROUGE-2", 1, 2),
-        Column("rougeL", "ROUGE-L", 1, 2),
-        Column("rougeLsum", "ROUGE-Lsum", 1, 2),
+        *(Column(f"rouge{kind}", f"ROUGE-{kind}", 1, 2) for kind in ("1", "2", "L", "Lsum")),
         Column("bertscore_f1", "BERTScore", 1, 2, 100.0),
-        Column("perplexity", "perplexity", decimals=2),
+        _PERPLEXITY,
     ),
 }
+_BINS = tuple(Column(f"ece_{bins}", f"ECE-{bins}") for bins in (10, 15, 100))
 CALIBRATION = (
-    Column("brier", "Brier"),
-    Column("spherical", "spherical"),
-    Column("ece_10", "ECE-10"),
-    Column("ece_15", "ECE-15"),
-    Column("ece_100", "ECE-100"),
-    Column("signed_gap", "signed gap", 0),
+    Column("brier", "Brier"), Column("spherical", "spherical"), *_BINS, Column("signed_gap", "signed gap", 0),
     Column("expected_depth", "depth", 0, 2),
-)
-AFTER = tuple(
-    Column(metric, f"{label}, scaled", better, decimals, scaled=True)
-    for metric, label, better, decimals in (
-        ("temperature", "T", 0, 3), ("perplexity", "perplexity", -1, 2), ("brier", "Brier", -1, 4),
-        ("ece_10", "ECE-10", -1, 4), ("ece_15", "ECE-15", -1, 4), ("ece_100", "ECE-100", -1, 4),
-    )
 )  # fmt: skip
+AFTER = tuple(
+    replace(column, label=f"{column.label}, scaled", scaled=True)
+    for column in (Column("temperature", "T", 0, 3), _PERPLEXITY, CALIBRATION[0], *_BINS)
+)
 EFFICIENCY = (
     Column("tokens_per_second", "tokens/s", 1, 0),
     Column("train_seconds", "training, s", decimals=1),
@@ -147,26 +123,21 @@ def comparison(
     variations of the column. Columns and variations without any figure are left out, and where every column is one
     after temperature scaling those that only read another's runs so. Without ``tested`` nothing is starred or marked.
     """
-    reference = results.campaign.reference
     names = results.variations(setting)
     if all(column.scaled for column in columns):
         names = [name for name in names if results.campaign.variation(name).of is None]
     shown = [c for c in columns if any(_values(results, setting, name, c) for name in names)]
-    stars = {c: _tests(results, setting, names, reference, c) if tested else {} for c in shown}
+    stars = {c: _tests(results, setting, names, c) if tested else {} for c in shown}
     best = {c: _best(results, setting, names, c) if tested else set() for c in shown}
-    rows = []
-    for name in names:
-        cells = [Cell(results.campaign.variation(name).title)]
-        for column in shown:
-            values = list(_values(results, setting, name, column).values())
-            planned = len(results.points(setting, name))
-            text = _mean(column, values) + stars[column].get(name, "")
-            if 0 < len(values) < planned:
-                text += f" ({len(values)} of {planned})"
-            cells.append(Cell(text, "best" if name in best[column] else ""))
-        rows.append(cells)
+
+    def cell(name: str, column: Column) -> Cell:
+        values = _values(results, setting, name, column)
+        text = _mean(column, values) + stars[column].get(name, "") + _part(results, setting, name, values)
+        return Cell(text, "best" if name in best[column] else "")
+
+    rows = _rows({name: results.title(name) for name in names}, shown, cell)
     notes = _status_notes(results, setting, names)
-    return Table(f"{caption}: {describe(results, setting)}", ["", *(c.heading for c in shown)], _filled(rows), notes)
+    return Table(f"{caption}: {describe(results, setting)}", _headings(shown), rows, notes)
 
 
 def cost(results: Results, setting: Setting) -> Table:
@@ -183,13 +154,10 @@ def cost(results: Results, setting: Setting) -> Table:
             f"Cross-entropy's own tokens/s vary by {100 * speed.sd / speed.mean:.0f} % (sd) between seeds: the "
             "machine was not idle, or too small for statements about 2 %."
         )
-    paused = [
-        name
-        for name in results.variations(setting)
-        if any((r := results.record(p)) is not None and len(r.attempts) > 1 for p in results.points(setting, name))
-    ]
+    records = {name: map(results.record, results.points(setting, name)) for name in results.variations(setting)}
+    paused = [name for name, found in records.items() if any(r is not None and len(r.attempts) > 1 for r in found)]
     if paused:
-        titles = "; ".join(results.campaign.variation(name).title for name in paused)
+        titles = "; ".join(map(results.title, paused))
         notes.append(f"In several processes, each with its own peak memory, of which the largest counts: {titles}.")
     return replace(made, notes=notes)
 
@@ -200,166 +168,137 @@ def differences(results: Results, columns: Sequence[Column], main: str = "main")
     "Clean" is the reference in the main study, of the same size and data where it has them, else in its first setting.
     A table for each study, size and data; what the study varies stands with the variation.
     """
-    blocks: dict[str, list[Sequence[Cell]]] = {}
-    bases: dict[str, str] = {}
-    notes_of: dict[str, list[str]] = {}
+    blocks: dict[Setting, list[Setting]] = {}
     for setting in results.settings():
-        if setting.study == main:
-            continue
-        base = clean_setting(results, setting, main)
-        several = len({s for s in results.settings(setting.study) if s.plain == setting.plain}) > 1
-        place = describe(results, setting.plain if several else setting)
-        rows = blocks.setdefault(place, [])
-        alike = base is None or (base.size, base.data) == (setting.size, setting.data)
+        if setting.study != main:
+            blocks.setdefault(setting.plain, []).append(setting)
+    tables = []
+    for plain, settings in blocks.items():
+        place = describe(results, plain if len(settings) > 1 else settings[0])
+        base = _clean_setting(results, plain, main)
+        alike = base is None or (base.size, base.data) == (plain.size, plain.data)
         where = "" if alike or base is None else f" of {describe(results, base)}"
-        bases[place] = f"clean cross-entropy{where}, same seed"
-        notes_of.setdefault(place, []).extend(_status_notes(results, setting, results.variations(setting)))
-        varied = ", ".join(f"{name} {value}" for name, value in setting.settings) if several else ""
-        for name in results.variations(setting):
-            title = results.campaign.variation(name).title
-            cells = [Cell(f"{title}, {varied}" if varied else title)]
-            for column in columns:
-                ours = _values(results, setting, name, column)
-                theirs = {} if base is None else _values(results, base, results.campaign.reference, column)
-                gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
-                text = _mean(column, list(ours.values()))
-                planned = len(results.points(setting, name))
-                if 0 < len(ours) < planned:
-                    text += f" ({len(ours)} of {planned})"
-                if gaps and np.isfinite(gaps).all():
-                    text += f" ({column.scale * float(np.mean(gaps)):+,.{column.decimals}f})"
-                cells.append(Cell(text))
-            rows.append(cells)
-    headings = ["", *(c.heading for c in columns)]
-    return [
-        Table(
-            f"{place}: the figure, and in brackets its mean difference from {bases[place]}",
-            headings,
-            _filled(rows),
-            notes_of[place],
+        caption = (
+            f"{place}: the figure, and in brackets its mean difference from clean cross-entropy{where}, same seed"
         )
-        for place, rows in blocks.items()
-    ]
+        rows, notes = [], []
+        for setting in settings:
+            rows += _compared(results, setting, base, columns, len(settings) > 1)
+            notes += _status_notes(results, setting, results.variations(setting))
+        tables.append(Table(caption, _headings(columns), rows, notes))
+    return tables
+
+
+def _compared(
+    results: Results, setting: Setting, base: Setting | None, columns: Sequence[Column], named: bool
+) -> list[list[Cell]]:
+    """Return the rows of a setting beside clean cross-entropy, with what the study varies in the names if wanted."""
+
+    def cell(name: str, column: Column) -> Cell:
+        ours = _values(results, setting, name, column)
+        theirs = {} if base is None else _values(results, base, results.campaign.reference, column)
+        gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
+        text = _mean(column, ours) + _part(results, setting, name, ours)
+        if gaps and np.isfinite(gaps).all():
+            text += f" ({column.scale * float(np.mean(gaps)):+,.{column.decimals}f})"
+        return Cell(text)
+
+    varied = [f"{name} {value}" for name, value in setting.settings] if named else []
+    titles = {name: results.title(name) for name in results.variations(setting)}
+    return _rows(
+        {n: f"{title}, {', '.join(varied)}" if varied else title for n, title in titles.items()}, columns, cell
+    )
 
 
 def out_of_domain(results: Results, setting: Setting, columns: Sequence[Column]) -> list[Table]:
     """Compare the variations on each further evaluation set of a setting's runs."""
     splits: dict[str, None] = {}
     for name in results.variations(setting):
-        for point in results.points(setting, name):
-            record = results.record(point)
-            for split in record.metrics.get(results.checkpoint, {}) if record is not None else {}:
-                if split not in ("validation", "test", "calibration", "train"):
-                    splits.setdefault(split)
+        for record in map(results.record, results.points(setting, name)):
+            splits |= dict.fromkeys(record.metrics.get(results.checkpoint, {}) if record is not None else ())
+    caption = "Out of domain, {} (the temperature is that of the calibration split in the domain)"
     return [
-        comparison(
-            results,
-            setting,
-            [Column(c.metric, c.label, c.better, c.decimals, c.scale, c.scaled, split) for c in columns],
-            f"Out of domain, {split} (the temperature is that of the calibration split in the domain)",
-        )
+        comparison(results, setting, [replace(column, split=split) for column in columns], caption.format(split))
         for split in splits
+        if split not in ("validation", "test", "calibration", "train")
     ]
 
 
-def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Table | None:
+def spread(results: Results, setting: Setting, columns: Sequence[Column]) -> Table:
     """Show the standard deviation over seeds, and as a multiple of the reference's over the same seeds."""
-    names = results.variations(setting)
-    reference = results.campaign.reference
-    rows = []
-    for name in names:
-        cells = [Cell(results.campaign.variation(name).title)]
-        for column in columns:
-            ours, theirs = (_finite(_values(results, setting, n, column)) for n in (name, reference))
-            own = summarize(list(ours.values())).sd
-            base = summarize([theirs[seed] for seed in ours]).sd if set(ours) <= set(theirs) else math.nan
-            text = "–" if math.isnan(own) else f"{own * column.scale:.{column.decimals + 1}f}"
-            if not math.isnan(own) and base > 0:
-                text += f" ({own / base:.2f} ×)"
-            if not math.isnan(own) and len(ours) < (planned := len(results.points(setting, name))):
-                text += f" ({len(ours)} of {planned})"
-            cells.append(Cell(text))
-        rows.append(cells)
-    filled = _filled(rows)
-    if not filled:
-        return None
+
+    def cell(name: str, column: Column) -> Cell:
+        ours, theirs = (_finite(_values(results, setting, n, column)) for n in (name, results.campaign.reference))
+        own = summarize(list(ours.values())).sd
+        if math.isnan(own):
+            return Cell("–")
+        base = summarize([theirs[seed] for seed in ours]).sd if set(ours) <= set(theirs) else math.nan
+        multiple = f" ({own / base:.2f} ×)" if base > 0 else ""
+        return Cell(f"{own * column.scale:.{column.decimals + 1}f}{multiple}{_part(results, setting, name, ours)}")
+
+    rows = _rows({name: results.title(name) for name in results.variations(setting)}, columns, cell)
     caption = f"Standard deviation over seeds, and as a multiple of cross-entropy's: {describe(results, setting)}"
-    return Table(caption, ["", *(c.heading for c in columns)], filled)
+    return Table(caption, _headings(columns), rows)
 
 
 def stopped_early(results: Results) -> Table | None:
-    """List the ablations that were stopped early: for each seed the step and the figure that decided; None if none.
-
-    Args:
-        results: of the campaign.
-    """
+    """List the ablations that were stopped early: for each seed the step and the figure that decided; None if none."""
     found: dict[str, tuple[str, str, int, Record]] = {}
     for point in results.campaign.points:
         record = results.record(point)
         if record is not None and record.status == "pruned":  # a run that several studies share is listed once
-            title = results.campaign.variation(point.variation).title
-            found.setdefault(point.run_id, (title, describe(results, setting_of(point)), point.seed, record))
+            where = describe(results, setting_of(point))
+            found.setdefault(point.run_id, (results.title(point.variation), where, point.seed, record))
     if not found:
         return None
-    settings = list(dict.fromkeys(setting for _, setting, _, _ in found.values()))
+    several = len({where for _, where, _, _ in found.values()}) > 1
     seeds = sorted({seed for _, _, seed, _ in found.values()})
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    for title, setting, seed, record in found.values():
-        cells.setdefault((title, setting), {})[seed] = _why(record)
-    rows = [
-        [
-            Cell(title if len(settings) == 1 else f"{title}; {setting}"),
-            *(Cell(by_seed.get(seed, "–")) for seed in seeds),
-        ]
-        for (title, setting), by_seed in cells.items()
-    ]
+    cells: dict[str, dict[int, str]] = {}
+    for title, where, seed, record in found.values():
+        cells.setdefault(f"{title}; {where}" if several else title, {})[seed] = _why(record)
+    rows = [[Cell(name), *(Cell(by_seed.get(seed, "–")) for seed in seeds)] for name, by_seed in cells.items()]
     decided = [record.decision for *_, record in found.values()]
     notes = [f"{rule[:1].upper()}{rule[1:]}." for rule in dict.fromkeys(d["rule"] for d in decided if "rule" in d)]
     if any(d.get("kind") == "halving" for d in decided):
         notes.append("A mean over the seeds of an ablation that were not stopped is one over those that did better.")
-    return Table(
-        "Stopped early by the budget's rule",
-        ["", *(f"seed {seed}" for seed in seeds)],
-        rows,
-        notes,
-    )
+    return Table("Stopped early by the budget's rule", ["", *(f"seed {seed}" for seed in seeds)], rows, notes)
 
 
 def _why(record: Record) -> str:
     decided: Mapping[str, Any] = record.decision
     if decided.get("kind") == "halving":
-        own = decided["figures"].get(record.name)
-        kept = [decided["figures"][name] for name in decided["kept"]]
-        limit = max((value for value in kept if value is not None), default=None)
-        went_on = f"{len(kept)} of {len(decided['figures'])} went on, up to {_shown(limit)}"
-        return f"step {decided['step']}: {_shown(own)} ({went_on})"
+        figures = decided["figures"]
+        limit = max((figures[name] for name in decided["kept"] if figures[name] is not None), default=None)
+        own, most = ("not finite" if v is None else f"{v:.5g}" for v in (figures.get(record.name), limit))
+        return f"step {decided['step']}: {own} ({len(decided['kept'])} of {len(figures)} went on, up to {most})"
     if decided.get("kind") == "limit":
         return f"no time left for its {decided['needed_seconds']:,.0f} s"
     return record.message
 
 
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.5g}"
-
-
-def clean_setting(results: Results, setting: Setting, main: str = "main") -> Setting | None:
+def _clean_setting(results: Results, setting: Setting, main: str) -> Setting | None:
     """Return the main study's setting of the same size and data, else its first one; None without a main study."""
     settings = results.settings(main)
     same = [s for s in settings if (s.size, s.data) == (setting.size, setting.data)]
-    found = same or settings
-    return found[0] if found else None
+    return next(iter(same or settings), None)
 
 
 def describe(results: Results, setting: Setting) -> str:
     """Return a setting in the words of the campaign's file."""
-    titles = results.campaign.titles
-    words = [
-        titles.get(kind, {}).get(getattr(setting, kind), getattr(setting, kind)) for kind in ("study", "size", "data")
-    ]
+    names = {"study": setting.study, "size": setting.size, "data": setting.data}
+    words = [results.campaign.titles.get(kind, {}).get(name, name) for kind, name in names.items()]
     return "; ".join([*words, *(f"{name} {value}" for name, value in setting.settings)])
 
 
-def _filled(rows: Sequence[Sequence[Cell]]) -> list[Sequence[Cell]]:
+def _headings(columns: Sequence[Column]) -> list[str]:
+    return ["", *(column.heading for column in columns)]
+
+
+def _rows(
+    titles: Mapping[str, str], columns: Sequence[Column], cell: Callable[[str, Column], Cell]
+) -> list[list[Cell]]:
+    """Return a row for each name that has a figure in any column."""
+    rows = [[Cell(title), *(cell(name, column) for column in columns)] for name, title in titles.items()]
     return [row for row in rows if any(cell.text != "–" for cell in row[1:])]
 
 
@@ -371,7 +310,14 @@ def _finite(values: Mapping[int, float]) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
-def _mean(column: Column, values: Sequence[float]) -> str:
+def _part(results: Results, setting: Setting, name: str, values: Mapping[int, float]) -> str:
+    """Say of how many seeds a figure is where some are missing."""
+    planned = len(results.points(setting, name))
+    return f" ({len(values)} of {planned})" if 0 < len(values) < planned else ""
+
+
+def _mean(column: Column, by_seed: Mapping[int, float]) -> str:
+    values = list(by_seed.values())
     if not values:
         return "–"
     if not np.isfinite(values).all():
@@ -388,8 +334,7 @@ def _best(results: Results, setting: Setting, names: Sequence[str], column: Colu
     for name in names:
         values = list(_values(results, setting, name, column).values())
         # compare only variations with all seeds: the missing ones may be the bad ones
-        complete = len(values) == len(results.points(setting, name))
-        if values and complete and np.isfinite(values).all():
+        if values and len(values) == len(results.points(setting, name)) and np.isfinite(values).all():
             means[name] = round(float(np.mean(values)) * column.scale, column.decimals)
     if not column.better or len(set(means.values())) < 2:
         return set()
@@ -397,37 +342,33 @@ def _best(results: Results, setting: Setting, names: Sequence[str], column: Colu
     return {name for name, value in means.items() if value == top}
 
 
-def _tests(results: Results, setting: Setting, names: Sequence[str], reference: str, column: Column) -> dict[str, str]:
+def _tests(results: Results, setting: Setting, names: Sequence[str], column: Column) -> dict[str, str]:
     """Return each variation's mark: stars of its paired t-test, and a dagger where it survives Holm's correction."""
-    found: dict[str, tuple[str, float]] = {}
+    reference = results.campaign.reference
+    found: dict[str, PairedComparison | None] = {}
     for name in names:
-        if name == reference:
-            continue
-        pairs = results.pairs(setting, name, reference, column.metric, scaled=column.scaled, split=column.split)
-        if len(pairs.seeds) >= 2 and np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all():
-            test = paired_difference(pairs.ours, pairs.theirs)
-            found[name] = (test.stars, test.p_value)
-        else:
-            found[name] = ("", math.nan)
+        if name != reference:
+            pairs = results.pairs(setting, name, reference, column.metric, scaled=column.scaled, split=column.split)
+            whole = len(pairs.seeds) >= 2 and np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()
+            found[name] = paired_difference(pairs.ours, pairs.theirs) if whole else None
     if not found:
         return {}
-    adjusted = holm([None if math.isnan(p) else p for _, p in found.values()])
+    adjusted = holm([None if test is None or math.isnan(test.p_value) else test.p_value for test in found.values()])
     return {
-        name: f"{' ' if stars else ''}{stars}{'†' if p <= ALPHA else ''}"
-        for (name, (stars, _)), p in zip(found.items(), adjusted, strict=True)
+        name: ("" if test is None or not test.stars else f" {test.stars}") + ("†" if p <= ALPHA else "")
+        for (name, test), p in zip(found.items(), adjusted, strict=True)
     }
 
 
 def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> list[str]:
     seeds: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        title = results.campaign.variation(name).title
         for point in results.points(setting, name):
             record = results.record(point)
             if record is None or record.status in ("ok", "pruned"):  # those stopped early have a table of their own
                 continue
             what = f"{record.status}: {record.message}" if record.message else record.status
-            seeds.setdefault((title, what), []).append(str(point.seed))
+            seeds.setdefault((results.title(name), what), []).append(str(point.seed))
     return [f"{title}, seed {', '.join(found)}: {what}" for (title, what), found in seeds.items()]
 
 
@@ -438,7 +379,6 @@ def missing_runs(results: Results) -> list[str]:
         record = results.record(point)
         if record is None or record.status in ("interrupted", "paused", "running"):
             what = "not run yet" if record is None else record.status
-            found[point.run_id] = (
-                f"{point.variation}, seed {point.seed}, {describe(results, setting_of(point))}: {what}"
-            )
+            place = describe(results, setting_of(point))
+            found[point.run_id] = f"{point.variation}, seed {point.seed}, {place}: {what}"
     return list(found.values())

@@ -31,23 +31,20 @@ _SIGN_OF = {"perplexity-gap": "perplexity", "rouge-gain": "ROUGE-L", "ece-gain":
 
 def headline(campaign: Campaign, findings: Sequence[Finding]) -> list[str]:
     """Return a sentence for each main variation that is judged, the method's own first: what holds, fails, is open."""
+    families = {f.key: FAMILIES.index(f.family) if f.family in FAMILIES else len(FAMILIES) for f in findings}
     sentences = []
-    judged = [v for v in campaign.variations if v.role == "main" and any(f.variation == v.name for f in findings)]
-    judged.sort(key=lambda v: not v.name.startswith("dpsm"))
-    for variation in judged:
+    for variation in sorted(campaign.variations, key=lambda v: not v.name.startswith("dpsm")):
         words = overall(findings, variation.name)
-        families = {f.key: f.family for f in findings}
+        if variation.role != "main" or not words:
+            continue
         parts = []
         for decision in ("holds", "fails", "cannot tell"):
-            keys = sorted((k for k, d in words.items() if d == decision), key=lambda k: _place(families[k]))
+            keys = sorted((key for key, said in words.items() if said == decision), key=families.__getitem__)
             if keys:
-                parts.append(f"{decision.capitalize()}: {'; '.join(_short(k) for k in keys)}.")
-        total = len(words)
-        held = sum(d == "holds" for d in words.values())
-        sentences.append(f"{variation.title}: {held} of {total} claims hold. {' '.join(parts)}")
-    if not sentences:
-        sentences.append("No variation has been compared with the reference yet.")
-    return sentences
+                parts.append(f"{decision.capitalize()}: {'; '.join(map(_short, keys))}.")
+        held = sum(said == "holds" for said in words.values())
+        sentences.append(f"{variation.title}: {held} of {len(words)} claims hold. {' '.join(parts)}")
+    return sentences or ["No variation has been compared with the reference yet."]
 
 
 #: What the columns of the tables mean; docs/calibration.md defines them.
@@ -71,11 +68,8 @@ def claim_line(finding: Finding) -> str:
         low = least if finding.low is None else f"[{_digits(finding.low, decimals)}"
         high = "∞)" if finding.high is None else f"{_digits(finding.high, decimals)}]"
         text += f" {low}, {high}"
-    limits = [
-        f"{word} {value:g}"
-        for word, value in (("at least", finding.at_least), ("at most", finding.at_most))
-        if value is not None
-    ]
+    bounds = (("at least", finding.at_least), ("at most", finding.at_most))
+    limits = [f"{word} {value:g}" for word, value in bounds if value is not None]
     what = {"ratio": "ratio", "share": "share"}.get(finding.scale, "difference")
     text += f"; claimed: {what} {' and '.join(limits)}; n = {finding.pairs}"
     # where the claim is undecided, show the smaller of the two p-values
@@ -106,10 +100,6 @@ def settings_line(campaign: Campaign, results: Results) -> str:
         "paired tests at 5 % with Holm's correction over the variations of a role; intervals are 90 %, so that each "
         "end is wrong with a chance of 5 %; everything else cannot be told."
     )
-
-
-def _place(family: str) -> int:
-    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
 
 
 def _short(key: str) -> str:

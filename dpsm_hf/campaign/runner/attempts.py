@@ -14,13 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ...runtime.child_process import Child, ChildResult, tail_of
+from ...runtime.child_process import Child
 from ...runtime.files import write_json
-from ..spec.design import Campaign
-from .collecting import collect, diverged, forget_results, has_results, is_finished, reached_step
+from .collecting import collect, diverged, forget_results, is_finished, reached_step
 from .launching import (
     LOG_NAME,
     SETTINGS_NAME,
+    Workplace,
     launch_command,
     launch_environment,
     run_folder,
@@ -36,13 +36,9 @@ LOG_LINES = 200
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "os error 28)", "[Errno 28]", "[Errno 122]")
 _OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "MemoryError",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "out of memory", "can't allocate memory", "Cannot allocate memory", "MemoryError", "CUBLAS_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
-)
+)  # fmt: skip
 # The exceptions below are what a launcher adds: they say that a process failed, not why.
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
 _LAUNCHER_ERRORS = ("subprocess.CalledProcessError", "torch.distributed.elastic")
@@ -51,59 +47,28 @@ _CODES = (
     re.compile(r"CalledProcessError: .*died with <Signals\.\w+: (\d+)>\."),
     re.compile(r"^\s*exitcode\s*:\s*(-?\d+)"),
 )
+_MEMORY_KILLS = r"^oom_kill (\d+)"
 _LITTLE_SPACE = 2**20
-# Windows has not all of them.
-_SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGKILL"))
 _SIGKILL = 9
-# a shell's codes for an interrupt and for SIGTERM, and what somebody may send; other signals are crashes
-_STOPPED = frozenset({130, 143, *(-number for number in _SIGNALS)})
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What all attempts of a campaign have in common.
-
-    Args:
-        campaign: the campaign.
-        directory: of the campaign, absolute.
-        names: of the runs, by id.
-        threads: of a run, shared by its processes.
-    """
-
-    campaign: Campaign
-    directory: Path
-    names: Mapping[str, str]
-    threads: int
+# Codes of what somebody may send, a shell's for an interrupt and for SIGTERM too; other signals are crashes. By name:
+# Windows has not all of them.
+_SENT = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGKILL")
+_STOPPED = frozenset({130, 143, *(-number for number in signal.Signals if number.name in _SENT)})
 
 
 class Attempt:
-    """A run under way.
-
-    Args:
-        place: what all attempts have in common.
-        run_id: of the run.
-        record: of earlier attempts, None for the first.
-        devices: GPUs that it may use.
-        tokenizer: the shared one, None where the run has its own.
-        rung: number of the rung of halving that it is to stop at, None to go to the end.
+    """A run under way, which may go to the end or, in halving, to the rung of this number (counted from 0).
 
     Raises:
         OSError: the record could not be written, or no process could be started.
     """
 
     def __init__(
-        self,
-        place: Workplace,
-        run_id: str,
-        record: Record | None,
-        *,
-        devices: Sequence[str] = (),
-        tokenizer: Path | None = None,
-        rung: int | None = None,
+        self, place: Workplace, run_id: str, devices: Sequence[str], tokenizer: Path | None, rung: int | None
     ) -> None:
         campaign, directory, name = place.campaign, place.directory, place.names[run_id]
-        run = campaign.runs[run_id]
-        self.run_id, self.devices, self.rung = run_id, tuple(devices), rung
+        run, record = campaign.runs[run_id], place.records.get(run_id)
+        self.devices, self.rung = tuple(devices), rung
         self.folder = run_folder(directory, run_id)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings = self.folder / SETTINGS_NAME
@@ -111,9 +76,7 @@ class Attempt:
         self._told: set[int] = set()
         stop = campaign.budget.halving_rungs[rung] if rung is not None else None
         forget_results(self.folder)
-        write_json(
-            script_settings(campaign, run, name, directory, tokenizer=tokenizer, stop_at_step=stop), self.settings
-        )
+        write_json(script_settings(campaign, run, name, directory, tokenizer, stop), self.settings)
         threads = max(1, place.threads // run.processes)
         command = launch_command(run, self.settings, threads)
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -122,20 +85,14 @@ class Attempt:
             attempt["devices"] = list(devices)
         if rung is not None:
             attempt["rung"] = rung
-        fresh = Record(run_id=run_id, name=name, task=run.task, arguments=dict(run.arguments))
-        self.record = replace(
-            record or fresh,
-            name=name,
-            status="running",
-            message="",
-            command=shown_command(command, directory),
-            attempts=[*(record.attempts if record is not None else ()), attempt],
-            machine=machine_facts(devices),
-        )
+        record = record or Record(run_id, name, run.task, dict(run.arguments))
+        known: dict[str, Any] = {"command": shown_command(command, directory), "machine": machine_facts(devices)}
+        attempts = [*record.attempts, attempt]
+        self.record = replace(record, name=name, status="running", message="", attempts=attempts, **known)
         write_record(self.record, self.folder)
         self._memory_kills = memory_kill_count()
         with (self.folder / LOG_NAME).open("a", encoding="utf-8") as log:
-            log.write(f"=== attempt {len(self.record.attempts)}, {started}, from step {attempt['from_step']} ===\n")
+            log.write(f"=== attempt {len(attempts)}, {started}, from step {attempt['from_step']} ===\n")
         environment = launch_environment(campaign, run, name, directory, devices=devices, threads=threads)
         self.child = Child(command, self.folder / LOG_NAME, environment)
 
@@ -164,43 +121,33 @@ class Attempt:
             return None
         if processes_of(self.settings):
             kill_run(self.settings)  # what its launcher has left behind would go on writing
-        self.record, ending = _finish(self, result)
-        write_record(self.record, self.folder)
+        before, now = self._memory_kills, memory_kill_count()
+        kills = now - before if now is not None and before is not None else None
+        free = shutil.disk_usage(self.folder).free
+        ending = classify(result.exit_code, self.child.tail(LOG_LINES), self.asked, kills, free)
+        record = collect(self.record, self.folder)
+        step = reached_step(self.folder)
+        if ending.status == "interrupted" and self.asked and step == 0:
+            ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
+        if ending.status == "ok":
+            ending = _finished(record, self.folder, self.rung, step)
+        to_step = int(record.efficiency.get("steps") or step) if ending.status == "ok" else step
+        facts = {"seconds": round(result.seconds, 2), "exit_code": result.exit_code, "to_step": to_step}
+        used = {"cpu_seconds": _rounded(result.cpu_seconds), "peak_memory_mb": _rounded(result.peak_memory_mb)}
+        self.record = _write_end(record, self.folder, ending, facts, used)
         return self.record, ending
 
 
-def _finish(attempt: Attempt, result: ChildResult) -> tuple[Record, Ending]:
-    before, now = attempt._memory_kills, memory_kill_count()
-    ending = classify(
-        result.exit_code,
-        tail_of(attempt.child.log, attempt.child.log_start, LOG_LINES),
-        asked=attempt.asked,
-        memory_kills=now - before if now is not None and before is not None else None,
-        free_bytes=shutil.disk_usage(attempt.folder).free,
-    )
-    record = collect(attempt.record, attempt.folder)
-    step = reached_step(attempt.folder)
-    if ending.status == "interrupted" and attempt.asked and step == 0:
-        ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
-    if ending.status == "ok":
-        ending = _finished(record, attempt.folder, attempt.rung, step)
-    facts = {
-        "seconds": round(result.seconds, 2),
-        "exit_code": result.exit_code,
-        "to_step": int(record.efficiency.get("steps") or step) if ending.status == "ok" else step,
-        "status": ending.status,
-        "message": ending.message,
-        "cpu_seconds": _rounded(result.cpu_seconds),
-        "peak_memory_mb": _rounded(result.peak_memory_mb),
-    }
-    return _ended(record, ending, facts), ending
-
-
-def _ended(record: Record, ending: Ending, facts: Mapping[str, Any]) -> Record:
-    """Return a record with what is known of the end of its last attempt."""
-    attempts = [*record.attempts[:-1], {**record.attempts[-1], **facts}]
+def _write_end(
+    record: Record, folder: Path, ending: Ending, facts: Mapping[str, Any], used: Mapping[str, Any]
+) -> Record:
+    """Return a record with what is known of the end of its last attempt, and write it."""
+    end = {**facts, "status": ending.status, "message": ending.message, **used}
+    attempts = [*record.attempts[:-1], {**record.attempts[-1], **end}]
     efficiency = {**record.efficiency, **_measured(attempts)}
-    return replace(record, status=ending.status, message=ending.message, attempts=attempts, efficiency=efficiency)
+    record = replace(record, status=ending.status, message=ending.message, attempts=attempts, efficiency=efficiency)
+    write_record(record, folder)
+    return record
 
 
 def _ok_or_diverged(record: Record) -> Ending:
@@ -209,7 +156,7 @@ def _ok_or_diverged(record: Record) -> Ending:
 
 
 def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Ending:
-    if has_results(folder):
+    if is_finished(folder, ended_well=True):
         return _ok_or_diverged(record)
     if rung is not None and step > 0:
         return Ending("paused", f"waits at step {step} for the runs it is compared with")
@@ -218,12 +165,10 @@ def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Endi
 
 def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return processor time and peak memory of all attempts; of one that nobody could measure the time is unknown."""
-    times = [attempt["cpu_seconds"] for attempt in attempts if attempt.get("cpu_seconds") is not None]
+    times = [attempt.get("cpu_seconds") for attempt in attempts]
     peaks = [attempt["peak_memory_mb"] for attempt in attempts if attempt.get("peak_memory_mb") is not None]
-    return {
-        "cpu_seconds": round(sum(times), 1) if len(times) == len(attempts) else None,
-        "peak_memory_mb": max(peaks, default=None),
-    }
+    whole = None if None in times else round(sum(filter(None, times)), 1)
+    return {"cpu_seconds": whole, "peak_memory_mb": max(peaks, default=None)}
 
 
 def _rounded(value: float | None) -> float | None:
@@ -231,12 +176,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def recover(record: Record, directory: Path) -> Record:
-    """Return the record of a run whose runner was killed, after ending what is left of its processes.
-
-    Args:
-        record: that says ``running``.
-        directory: of the campaign.
-    """
+    """Return the record of a run whose runner was killed, after ending what is left of its processes."""
     folder = run_folder(directory, record.run_id)
     orphans = end_orphans(folder / SETTINGS_NAME)
     record = collect(record, folder)
@@ -246,10 +186,7 @@ def recover(record: Record, directory: Path) -> Record:
     else:
         left = f"; {orphans} of its processes were still at work and have been stopped" if orphans else ""
         ending = Ending("interrupted", f"its runner ended without a word, killed for instance{left}")
-    facts = {"to_step": reached_step(folder), "status": ending.status, "message": ending.message}
-    record = _ended(record, ending, facts)
-    write_record(record, folder)
-    return record
+    return _write_end(record, folder, ending, {"to_step": reached_step(folder)}, {})
 
 
 # ---- how it ended --------------------------------------------------------------------------------------------------
@@ -273,19 +210,14 @@ class Ending:
 def classify(
     exit_code: int,
     lines: Sequence[str],
-    *,
     asked: bool = False,
     memory_kills: int | None = None,
     free_bytes: int | None = None,
 ) -> Ending:
-    """Say how a run ended.
+    """Say how a run ended by the exit code and the last lines of its launcher, and whether the runner interrupted it.
 
-    Args:
-        exit_code: of the launcher; negative for a signal.
-        lines: the last ones of its log.
-        asked: whether the runner has interrupted it.
-        memory_kills: processes that the kernel killed for want of memory meanwhile; None where it does not say.
-        free_bytes: room left on the disk; None where unknown.
+    ``memory_kills`` counts what the kernel killed for want of memory meanwhile, ``free_bytes`` is the room left on the
+    disk; None where unknown.
     """
     if exit_code == 0:
         return Ending("ok")
@@ -314,12 +246,7 @@ def classify(
 
 
 def real_exit_code(exit_code: int, lines: Sequence[str]) -> int:
-    """Return the exit code of the training process, which its launcher tells in words only.
-
-    Args:
-        exit_code: of the launcher.
-        lines: the last ones of its log.
-    """
+    """Return the exit code of the training process, which its launcher tells in words only."""
     if exit_code != 1:
         return exit_code
     for line in reversed(lines):
@@ -348,22 +275,17 @@ def memory_kill_count(root: Path = Path("/")) -> int | None:
     """Return how many processes the kernel has killed for want of memory so far, None where it does not say.
 
     That of the own control group where there is one, else that of the whole machine.
-
-    Args:
-        root: of the file system.
     """
-    group = ""
+    group = _in_file(r"^0::/*(.*?)/*$", root / "proc/self/cgroup") or ""
+    events = _in_file(_MEMORY_KILLS, root / "sys/fs/cgroup" / group / "memory.events")
+    count = events or _in_file(_MEMORY_KILLS, root / "proc/vmstat")
+    return None if count is None else int(count)
+
+
+def _in_file(pattern: str, path: Path) -> str | None:
+    """Return the first group of a pattern's first match in a file, None where there is no match or no file."""
     try:
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("0::"):
-                group = line[3:].strip("/")
+        match = re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        pass
-    for path in (root / "sys/fs/cgroup" / group / "memory.events", root / "proc/vmstat"):
-        try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-        except (OSError, ValueError):
-            continue
-    return None
+        return None
+    return match[1] if match else None

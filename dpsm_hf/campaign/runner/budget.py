@@ -17,9 +17,8 @@ Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hype
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -27,32 +26,22 @@ from ...runtime.files import json_number
 from ...tasks.steps import stop_step
 from ..spec.design import Budget, Campaign, Point
 from .collecting import newest_state
-from .launching import run_folder
+from .launching import Workplace, run_folder
 from .lock import RunnerError
 from .progress import duration
 from .records import SETTLED, Record
 
 
 def training_seconds(record: Record | None) -> float | None:
-    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured.
-
-    Args:
-        record: of the run.
-    """
+    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured."""
     return record.efficiency.get("train_seconds") if record is not None else None
 
 
 def prunable_runs(campaign: Campaign) -> set[str]:
-    """Return the ids of the runs that may be left out: they stand for ablations only.
-
-    Args:
-        campaign: with the roles of its variations.
-    """
-    roles: dict[str, set[str]] = {}
-    role = {variation.name: variation.role for variation in campaign.variations}
-    for point in campaign.points:
-        roles.setdefault(point.run_id, set()).add(role[point.variation])
-    return {run_id for run_id, found in roles.items() if found == {"ablation"}}
+    """Return the ids of the runs that may be left out: they stand for ablations only."""
+    main = {variation.name for variation in campaign.variations if variation.role == "main"}
+    needed = {point.run_id for point in campaign.points if point.variation in main}
+    return {point.run_id for point in campaign.points} - needed
 
 
 # ---- the limit -----------------------------------------------------------------------------------------------------
@@ -86,10 +75,6 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
     """Return, for each run, the mean measured training time of the reference in the same setting, by run id.
 
     Where that was not measured, at the same size, data and length; a run without either is left out.
-
-    Args:
-        campaign: with the points of the reference.
-        records: so far, by run id.
     """
     by_setting: dict[tuple[Any, ...], list[float]] = {}
     by_length: dict[tuple[Any, ...], list[float]] = {}
@@ -107,36 +92,20 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
 
 
 def awaited_references(campaign: Campaign, run_id: str) -> list[str]:
-    """Return the reference's runs that would tell how long a run takes.
-
-    Args:
-        campaign: with the points of the reference.
-        run_id: of the run.
-    """
+    """Return the reference's runs that would tell how long a run takes."""
     points = campaign.planned_points
-    if run_id not in points:
-        return []
-    point = points[run_id]
-    return [
-        other
-        for other, at in points.items()
-        if other != run_id
-        and at.variation == campaign.reference
-        and (at.setting == point.setting or campaign.length(at) == campaign.length(point))
-    ]
+
+    def tells(at: Point, point: Point) -> bool:
+        return at.setting == point.setting or campaign.length(at) == campaign.length(point)
+
+    others = [i for i, at in points.items() if at.variation == campaign.reference and i != run_id]
+    return [i for i in others if tells(points[i], points[run_id])] if run_id in points else []
 
 
 def ledger(
     campaign: Campaign, records: Mapping[str, Record], run_id: str, active: Iterable[str] = ()
 ) -> Ledger | None:
-    """Return the account before a run is started; None as long as the reference is not measured where it stands.
-
-    Args:
-        campaign: with the limit.
-        records: so far, by run id.
-        run_id: of the run that is to start.
-        active: ids of the runs under way.
-    """
+    """Return the account before a run is started; None as long as the reference is not measured where it stands."""
     reference = reference_seconds(campaign, records)
     if run_id not in reference:
         return None
@@ -152,45 +121,31 @@ def ledger(
         whole = reference[other] * fmean(ratios.get(points[other].variation, [1.0]))
         return max(0.0, whole - (training_seconds(records.get(other)) or 0.0))
 
-    reserved = sum(
-        left(other)
-        for other in reference
-        if other != run_id
-        and (other not in records or records[other].status not in SETTLED)
-        and (other in under_way or other not in prunable)
-    )
+    kept_for = [other for other in reference if other in under_way or other not in prunable]
+    open_ones = [i for i in kept_for if i != run_id and (i not in records or records[i].status not in SETTLED)]
     return Ledger(
         allowed=campaign.budget.limit * sum(reference.values()),
         spent=sum(training_seconds(records.get(other)) or 0.0 for other in reference),
-        reserved=reserved,
+        reserved=sum(map(left, open_ones)),
         needed=left(run_id),
         counted=len(reference),
     )
 
 
-def _limit_decision(campaign: Campaign, account: Ledger) -> dict[str, Any]:
-    """Return what is written into the record of a run that is left out."""
-    return {
-        "kind": "limit",
-        "rule": f"all runs together train at most {campaign.budget.limit:g} times as long as as many runs of "
-        f"{campaign.reference}, measured; ablations that do not fit in are left out",
-        "allowed_seconds": round(account.allowed, 1),
-        "spent_seconds": round(account.spent, 1),
-        "reserved_seconds": round(account.reserved, 1),
-        "needed_seconds": round(account.needed, 1),
-        "runs_counted": account.counted,
-    }
-
-
-def _explain_limit(decided: Mapping[str, Any]) -> str:
-    needed, spent, reserved, allowed = (
-        f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
-        for value in (decided[f"{kind}_seconds"] for kind in ("needed", "spent", "reserved", "allowed"))
+def _limit_decision(campaign: Campaign, account: Ledger) -> tuple[dict[str, Any], str]:
+    """Return what is written into the record of a run that is left out, and its message."""
+    rule = (
+        f"all runs together train at most {campaign.budget.limit:g} times as long as as many runs of "
+        f"{campaign.reference}, measured; ablations that do not fit in are left out"
     )
-    return (
-        f"left out: it needs {needed}, and with {spent} spent and {reserved} kept for main variations and runs under "
-        f"way that exceeds the {allowed} allowed; {decided['rule']}"
+    seconds = {kind: round(getattr(account, kind), 1) for kind in ("allowed", "spent", "reserved", "needed")}
+    shown = {kind: f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s" for kind, value in seconds.items()}
+    message = (
+        f"left out: it needs {shown['needed']}, and with {shown['spent']} spent and {shown['reserved']} kept for main "
+        f"variations and runs under way that exceeds the {shown['allowed']} allowed; {rule}"
     )
+    written = {f"{kind}_seconds": value for kind, value in seconds.items()}
+    return {"kind": "limit", "rule": rule, **written, "runs_counted": account.counted}, message
 
 
 # ---- successive halving --------------------------------------------------------------------------------------------
@@ -198,66 +153,46 @@ def _explain_limit(decided: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Ablations that are compared with each other.
-
-    Args:
-        setting: what they have in common, in words.
-        members: ids of their runs, in the order of the plan.
-    """
+    """Ablations that are compared with each other."""
 
     setting: str
     members: tuple[str, ...]
 
 
 def cohorts(campaign: Campaign) -> list[Cohort]:
-    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group.
-
-    Args:
-        campaign: whose budget may name a metric to compare by.
-    """
+    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group."""
     if campaign.budget.halving_metric is None:
         return []
     compared = prunable_runs(campaign) - {needed for run in campaign.runs.values() for needed in run.needs}
-    groups: dict[tuple[Any, ...], tuple[Point, list[str]]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for run_id, point in campaign.planned_points.items():
         if run_id in compared:
-            groups.setdefault((point.setting, point.seed), (point, []))[1].append(run_id)
-    return [Cohort(_in_words(point), tuple(members)) for point, members in groups.values() if len(members) > 1]
-
-
-def _in_words(point: Point) -> str:
-    varied = [f"{key} {value}" for key, value in point.settings.items()]
-    return ", ".join([point.study, point.size, point.data, *varied, f"seed {point.seed}"])
+            varied = [f"{key} {value}" for key, value in point.settings.items()]
+            words = ", ".join([point.study, point.size, point.data, *varied, f"seed {point.seed}"])
+            groups.setdefault((point.setting, point.seed, words), []).append(run_id)
+    return [Cohort(key[-1], tuple(members)) for key, members in groups.items() if len(members) > 1]
 
 
 def check_halving(campaign: Campaign) -> None:
     """Look whether the ablations are evaluated where halving is to compare them.
 
-    Args:
-        campaign: possibly made by hand; one from a file has been checked with its lines.
-
     Raises:
         RunnerError: evaluations are not by steps.
     """
-    for cohort in cohorts(campaign):
-        for run_id in cohort.members:
-            strategy = campaign.runs[run_id].arguments.get("eval_strategy")
-            if strategy != "steps":
-                raise RunnerError(
-                    f"budget: halving compares evaluations at one step; run {run_id} has eval_strategy={strategy!r}: "
-                    "set it to steps, with eval_steps, or leave halving_metric out."
-                )
+    for run_id in [run_id for cohort in cohorts(campaign) for run_id in cohort.members]:
+        strategy = campaign.runs[run_id].arguments.get("eval_strategy")
+        if strategy != "steps":
+            raise RunnerError(
+                f"budget: halving compares evaluations at one step; run {run_id} has eval_strategy={strategy!r}: "
+                "set it to steps, with eval_steps, or leave halving_metric out."
+            )
 
 
 def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
-    """Return the runs that go on: the best share, at least one, and those that equal the last of them.
+    """Return the runs that go on: the lowest share, at least one, and those that equal the last of them.
 
     Equal to the last digit are schedules that have not left cross-entropy yet: a rung before they do cannot tell them
     apart, and must not choose among them by the order of the plan.
-
-    Args:
-        figures: by run id, in the order of the plan; lower is better.
-        keep: share that is kept, rounded up.
     """
     count = max(1, math.ceil(round(len(figures) * keep, 6)))
     ranked = sorted(figures, key=figures.__getitem__)  # a stable sort: of those not finite the earlier in the plan
@@ -266,56 +201,34 @@ def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
 
 
 def rung_done(record: Record | None) -> int:
-    """Return how many rungs a run has passed: where it was compared and goes on.
-
-    Args:
-        record: of the run.
-    """
+    """Return how many rungs a run has passed: where it was compared and goes on."""
     decided: Mapping[str, Any] = record.decision if record is not None else {}
     return int(decided["rung"]) + 1 if decided.get("kind") == "halving" else 0
-
-
-def _figure_at(record: Record, metric: str, step: int) -> float | None:
-    """Return a figure of the evaluation at a step: infinity where it is not finite, None where it is missing."""
-    for entry in record.history:
-        if entry.get("step") == step and metric in entry:
-            value = entry[metric]
-            return float(value) if value is not None and math.isfinite(value) else math.inf
-    return None
 
 
 def _halving_decision(
     budget: Budget, cohort: Cohort, rung: int, step: int, figures: Mapping[str, float], names: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what is written into the records of all runs that were compared at a rung (counted from 0)."""
-    kept = survivors(figures, budget.halving_keep)
-    return {
-        "kind": "halving",
-        "rule": f"at {budget.halving_rungs[rung]:g} of the steps the best {budget.halving_keep:g} of the ablations of "
-        f"one setting and seed go on, and any equal to the last of them, by {budget.halving_metric} on the validation "
-        "split (lower is better)",
-        "setting": cohort.setting,
-        "rung": rung,
-        "rungs": len(budget.halving_rungs),
-        "step": step,
-        "metric": budget.halving_metric,
-        "figures": {names[run_id]: json_number(value) for run_id, value in figures.items()},
-        "kept": [names[run_id] for run_id in kept],
-    }
+    rule = (
+        f"at {budget.halving_rungs[rung]:g} of the steps the best {budget.halving_keep:g} of the ablations of one "
+        f"setting and seed go on, and any equal to the last of them, by {budget.halving_metric} on the validation "
+        "split (lower is better)"
+    )
+    place = {"setting": cohort.setting, "rung": rung, "rungs": len(budget.halving_rungs), "step": step}
+    found = {names[run_id]: json_number(value) for run_id, value in figures.items()}
+    kept = [names[run_id] for run_id in survivors(figures, budget.halving_keep)]
+    return {"kind": "halving", "rule": rule, **place, "metric": budget.halving_metric, "figures": found, "kept": kept}
 
 
 def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
     figures: Mapping[str, float | None] = decided["figures"]
-
-    def shown(value: float | None) -> str:
-        return "not finite" if value is None else f"{value:.6g}"
-
+    shown = {other: "not finite" if value is None else f"{value:.6g}" for other, value in figures.items()}
     # one setting and seed: the variation's name, which comes first, tells them apart
-    kept = ", ".join(f"{other.split('/')[0]} {shown(figures[other])}" for other in decided["kept"])
+    kept = ", ".join(f"{other.split('/')[0]} {shown[other]}" for other in decided["kept"])
     return (
         f"stopped at step {decided['step']} (rung {decided['rung'] + 1} of {decided['rungs']}): {decided['metric']} "
-        f"{shown(figures[name])}; of {len(figures)} compared, {len(decided['kept'])} went on: {kept} "
-        f"({decided['rule']})"
+        f"{shown[name]}; of {len(figures)} compared, {len(decided['kept'])} went on: {kept} ({decided['rule']})"
     )
 
 
@@ -323,51 +236,24 @@ def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
 
 
 class Pruning:
-    """Decide by the records what the budget has to say; nothing is written here.
+    """Decide by the records what the budget has to say; nothing is written here."""
 
-    Args:
-        campaign: with the budget.
-        directory: of the campaign.
-        names: of the runs, by id.
-        records: so far, by run id; shared with who writes them.
-        say: tells people something.
-    """
-
-    def __init__(
-        self,
-        campaign: Campaign,
-        directory: Path,
-        names: Mapping[str, str],
-        records: MutableMapping[str, Record],
-        say: Callable[[str], None],
-    ) -> None:
-        self._campaign, self._directory, self._names = campaign, directory, names
-        self._records, self._say = records, say
-        self._prunable = prunable_runs(campaign)
-        self._cohorts = cohorts(campaign)
+    def __init__(self, place: Workplace, say: Callable[[str], None]) -> None:
+        self._campaign, self._directory, self._names = place.campaign, place.directory, place.names
+        self._records, self._say = place.records, say
+        self._prunable, self._cohorts = prunable_runs(place.campaign), cohorts(place.campaign)
         self._members = {run_id for cohort in self._cohorts for run_id in cohort.members}
         self._warned = False
 
     # ---- before a start
 
     def next_rung(self, run_id: str) -> int | None:
-        """Return the number of the rung that a run has to stop at next, None where it may go to the end.
-
-        Args:
-            run_id: of the run.
-        """
+        """Return the number of the rung that a run has to stop at next, None where it may go to the end."""
         rung = rung_done(self._records.get(run_id))
         return rung if run_id in self._members and rung < len(self._campaign.budget.halving_rungs) else None
 
     def waits(self, run_id: str, rung: int | None, active: Collection[str], may_start: Callable[[str], bool]) -> bool:
-        """Return whether a run has to wait: at a rung for the others, or until the reference is measured.
-
-        Args:
-            run_id: of the run.
-            rung: of `next_rung`.
-            active: ids of the runs under way.
-            may_start: whether a run is still to come.
-        """
+        """Return whether a run has to wait: at a rung for the others, or until the reference is measured."""
         if rung is not None and self._reached(run_id, rung, active) is not None:
             return True
         if run_id not in self._prunable or run_id in reference_seconds(self._campaign, self._records):
@@ -375,18 +261,12 @@ class Pruning:
         return any(other in active or may_start(other) for other in awaited_references(self._campaign, run_id))
 
     def left_out(self, run_id: str, active: Collection[str]) -> Record | None:
-        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway.
-
-        Args:
-            run_id: of the run.
-            active: ids of the runs under way.
-        """
+        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway."""
         account = ledger(self._campaign, self._records, run_id, active)
         if account is None or account.fits:
             return None
         if run_id in self._prunable:
-            decided = _limit_decision(self._campaign, account)
-            return self._pruned(run_id, decided, _explain_limit(decided))
+            return self._pruned(run_id, *_limit_decision(self._campaign, account))
         if not self._warned:
             self._warned = True
             more = duration(account.reserved + account.needed)
@@ -406,42 +286,28 @@ class Pruning:
     def decide(self, active: Collection[str], may_start: Callable[[str], bool]) -> dict[str, Record]:
         """Return the new records of the runs that can be compared now: those that go on, and those that are stopped.
 
-        Args:
-            active: ids of the runs under way.
-            may_start: whether a run is still to come.
-
         Raises:
             RunnerError: no evaluation at the step has the metric.
         """
-        decided: dict[str, Record] = {}
-        for cohort in self._cohorts:
-            for rung in range(len(self._campaign.budget.halving_rungs)):
-                decided |= self._decide(cohort, rung, active, may_start)
-        return decided
-
-    def _decide(
-        self, cohort: Cohort, rung: int, active: Collection[str], may_start: Callable[[str], bool]
-    ) -> dict[str, Record]:
-        reached = {run_id: self._reached(run_id, rung, active) for run_id in cohort.members}
-        steps = {run_id: step for run_id, step in reached.items() if step is not None}
-        undecided = [
-            run_id
-            for run_id in steps
-            if self._records[run_id].status not in SETTLED and rung_done(self._records[run_id]) == rung
-        ]
-        behind = [run_id for run_id, step in reached.items() if step is None]
-        if not undecided or any(run_id in active or may_start(run_id) for run_id in behind):
-            return {}  # one may still get there
-        step = max(steps[run_id] for run_id in undecided)
-        figures = self._figures(steps, undecided, step)
-        decided = _halving_decision(self._campaign.budget, cohort, rung, step, figures, self._names)
-        found = {}
-        for run_id in undecided:
-            name = self._names[run_id]
-            if name in decided["kept"]:
-                found[run_id] = replace(self._records[run_id], decision=decided)
-            else:
-                found[run_id] = self._pruned(run_id, decided, _explain_halving(decided, name))
+        found: dict[str, Record] = {}
+        rungs = range(len(self._campaign.budget.halving_rungs))
+        for cohort, rung in [(cohort, rung) for cohort in self._cohorts for rung in rungs]:
+            reached = {run_id: self._reached(run_id, rung, active) for run_id in cohort.members}
+            steps = {run_id: step for run_id, step in reached.items() if step is not None}
+            going_on = [run_id for run_id in steps if self._records[run_id].status not in SETTLED]
+            undecided = [run_id for run_id in going_on if rung_done(self._records[run_id]) == rung]
+            behind = [run_id for run_id, step in reached.items() if step is None]
+            if not undecided or any(run_id in active or may_start(run_id) for run_id in behind):
+                continue  # one may still get there
+            step = max(steps[run_id] for run_id in undecided)
+            figures = self._figures(steps, undecided, step)
+            decided = _halving_decision(self._campaign.budget, cohort, rung, step, figures, self._names)
+            for run_id in undecided:
+                name = self._names[run_id]
+                if name in decided["kept"]:
+                    found[run_id] = replace(self._records[run_id], decision=decided)
+                else:
+                    found[run_id] = self._pruned(run_id, decided, _explain_halving(decided, name))
         return found
 
     def _figures(self, there: Iterable[str], undecided: Collection[str], step: int) -> dict[str, float]:
@@ -451,11 +317,11 @@ class Pruning:
         figures = {}
         for run_id in there:
             record = self._records[run_id]
-            figure = _figure_at(record, key, step)
-            if figure is not None:
-                figures[run_id] = figure
+            at_step = [entry for entry in record.history if entry.get("step") == step]
+            found = [entry[key] for entry in at_step if key in entry]
+            if found:
+                figures[run_id] = float(found[0]) if found[0] is not None and math.isfinite(found[0]) else math.inf
             elif run_id in undecided:  # who has come there without stopping may not have been evaluated there
-                at_step = [entry for entry in record.history if entry.get("step") == step]
                 names = sorted({name for entry in at_step for name in entry if name.startswith("eval_")})
                 said = f"it has {', '.join(names)}" if names else "there is none"
                 raise RunnerError(

@@ -22,95 +22,52 @@ _SPLITS = {"eval": "validation", "test": "test", "predict": "test"}
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written.
-
-    Args:
-        folder: of the run.
-    """
+    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written."""
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
-        if "global_step" in _state(found[step]):
+        if "global_step" in _readable(found[step] / STATE_NAME):
             yield step, found[step]
 
 
 def newest_state(folder: Path) -> Mapping[str, Any]:
-    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one.
-
-    Args:
-        folder: of the run.
-    """
-    own = _state(folder)
-    newest = next((path for _, path in checkpoints(folder)), None)
-    newer = _state(newest) if newest is not None else {}
+    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one."""
+    own = _readable(folder / STATE_NAME)
+    newer = next((_readable(path / STATE_NAME) for _, path in checkpoints(folder)), {})
     return own if own.get("global_step", -1) >= newer.get("global_step", -1) else newer
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    content = _readable(folder / STATE_NAME)
-    return content if isinstance(content, dict) else {}
-
-
 def reached_step(folder: Path) -> int:
-    """Return the step that a run would go on from; 0 where it would begin.
-
-    Args:
-        folder: of the run.
-    """
+    """Return the step that a run would go on from; 0 where it would begin."""
     return next((step for step, _ in checkpoints(folder)), 0)
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: Path, ended_well: bool = False) -> bool:
     """Return whether the script has come to its end: it writes the outcome last, in one step.
 
-    Args:
-        folder: of the run.
+    Of one that ended well any results tell that it came to its end, rather than stopped to go on later.
     """
-    return (folder / OUTCOME_NAME).exists()
-
-
-def has_results(folder: Path) -> bool:
-    """Return whether a script that ended well has come to its end, rather than stopped to go on later.
-
-    Args:
-        folder: of the run.
-    """
-    return is_finished(folder) or (folder / RESULTS_NAME).exists()
+    return (folder / OUTCOME_NAME).exists() or (ended_well and (folder / RESULTS_NAME).exists())
 
 
 def forget_results(folder: Path) -> None:
-    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's.
-
-    Args:
-        folder: of the run.
-    """
+    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's."""
     for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
-def clean_folder(folder: Path, *, keep_checkpoints: bool, keep_model: bool) -> None:
-    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them.
-
-    Args:
-        folder: of the run.
-        keep_checkpoints: leave them.
-        keep_model: leave the final weights.
-    """
-    if not keep_checkpoints:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
-    if not keep_model:
-        for pattern in _WEIGHTS:
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
+def clean_folder(folder: Path, keep_checkpoints: bool, keep_model: bool) -> None:
+    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them."""
+    for path in () if keep_checkpoints else folder.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in () if keep_model else _WEIGHTS:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
 
-    Args:
-        record: of the run; what is measured by the runner is kept.
-        folder: of the run.
-        logged: take the last evaluation of the log for that of the end where there is none.
+    Where ``logged``, the last evaluation of the log stands in for that of the end. What the runner measured is kept.
 
     Raises:
         ValueError: a file is no JSON.
@@ -123,18 +80,11 @@ def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     else:
         evaluated = (entry for entry in reversed(history) if "eval_nll" in entry or "eval_loss" in entry)
         outcome = _outcome_of_files(folder, next(evaluated, {}), history) if logged else {}
-    efficiency = {"train_seconds": seconds_trained(history), **_numbers(outcome.get("efficiency"))}
-    return replace(
-        record,
-        metrics=outcome.get("metrics") or {},
-        best_step=outcome.get("best_step"),
-        history=strict(history),
-        efficiency={**record.efficiency, **efficiency},
-        calibration=outcome.get("calibration") or {},
-        samples=outcome.get("samples") or (),
-        documents=outcome.get("documents") or {},
-        corruption=outcome.get("corruption") or {},
-    )
+    told = {key: value for key, value in (outcome.get("efficiency") or {}).items() if value is not None}
+    efficiency = {**record.efficiency, "train_seconds": seconds_trained(history), **told}
+    found: dict[str, Any] = {"best_step": outcome.get("best_step"), "samples": outcome.get("samples") or ()}
+    found |= {name: outcome.get(name) or {} for name in ("metrics", "calibration", "documents", "corruption")}
+    return replace(record, history=strict(history), efficiency=efficiency, **found)
 
 
 def read_run(folder: str | Path) -> Record:
@@ -143,9 +93,6 @@ def read_run(folder: str | Path) -> Record:
     Of a run that no campaign has started, the log history, the results and the calibration files are read, and a
     ``run.json`` where whoever started it has written one: ``name``, ``loss_type``, ``status`` (``finished`` or
     ``failed``), ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
-
-    Args:
-        folder: of the run.
 
     Raises:
         ValueError: the folder does not exist, holds no run, or holds a file that is not JSON.
@@ -177,10 +124,6 @@ def read_run(folder: str | Path) -> Record:
     return record if why is None else replace(record, status="diverged", message=why)
 
 
-def _numbers(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (values or {}).items() if value is not None}
-
-
 def _outcome_of_files(
     folder: Path, results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -193,32 +136,26 @@ def _outcome_of_files(
     calibration: dict[str, Any] = {}
     for path in sorted((folder / "calibration").glob("*.json")):  # by split, then by step
         content = _readable(path)
-        if isinstance(content, dict) and content.get("split") in _SPLITS:
+        if content.get("split") in _SPLITS:
             calibration[_SPLITS[content["split"]]] = content
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
     speed = statistics.median(speeds) if speeds else None
-    steps = newest_state(folder).get("global_step")
-    return {
-        "metrics": {"last": strict(metrics)} if metrics else {},
-        "efficiency": {"tokens_per_second": speed, "steps": steps},
-        "calibration": calibration,
-    }
+    efficiency = {"tokens_per_second": speed, "steps": newest_state(folder).get("global_step")}
+    last = {"last": strict(metrics)} if metrics else {}
+    return {"metrics": last, "efficiency": efficiency, "calibration": calibration}
 
 
-def _readable(path: Path) -> Any:
-    """Parse a JSON file that the Trainer writes in place; one that a kill has left incomplete counts as missing."""
+def _readable(path: Path) -> dict[str, Any]:
+    """Parse a JSON object that the Trainer writes in place; one that a kill has left incomplete counts as missing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def diverged(record: Record) -> str | None:
-    """Return what of a finished run's figures is not finite, None where all are.
-
-    Args:
-        record: with the figures of its folder.
-    """
+    """Return what of a finished run's figures is not finite, None where all are."""
     for split, figures in record.metrics.get("last", {}).items():
         for name in ("nll", "loss"):
             if name in figures and figures[name] is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...runtime.child_process import RUNNER_VARIABLE
 from ...tasks import TASKS
 from ..spec.design import TRACKERS, Campaign, Run
 from .lock import LAUNCHER, RunnerError
+from .records import Record
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "log.txt"
@@ -23,74 +25,52 @@ PROGRAM = ("-m", "dpsm_hf")
 _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
 
 
-def run_folder(directory: Path, run_id: str) -> Path:
-    """Return the folder of a run.
+@dataclass(frozen=True)
+class Workplace:
+    """What all runs of a campaign have in common; ``records``, by run id, change as they go on."""
 
-    Args:
-        directory: of the campaign.
-        run_id: `design.Run.id`.
-    """
+    campaign: Campaign
+    directory: Path
+    names: Mapping[str, str]
+    records: Mapping[str, Record]
+    threads: int = 1
+
+
+def run_folder(directory: Path, run_id: str) -> Path:
+    """Return the folder of a run."""
     return directory / "runs" / run_id
 
 
-def fill_in(arguments: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Replace ``{run:ID}`` by the output folder of that run and ``{campaign}`` by the campaign's folder.
-
-    Args:
-        arguments: of a run.
-        directory: of the campaign.
-    """
-
-    def path(match: re.Match[str]) -> str:
-        return str(run_folder(directory, match[2])) if match[2] else str(directory)
-
-    filled = _each_text(dict(arguments), lambda text: _PLACEHOLDER.sub(path, text))
-    assert isinstance(filled, dict)
-    return filled
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def fill_in(value: Any, directory: Path) -> Any:
+    """Replace ``{run:ID}`` by that run's folder and ``{campaign}`` by the campaign's, in texts at any depth."""
     if isinstance(value, str):
-        return change(value)
+        return _PLACEHOLDER.sub(lambda found: str(run_folder(directory, found[2]) if found[2] else directory), value)
     if isinstance(value, Mapping):
-        return {key: _each_text(item, change) for key, item in value.items()}
-    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: fill_in(item, directory) for key, item in value.items()}
+    return [fill_in(item, directory) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def script_settings(
-    campaign: Campaign,
-    run: Run,
-    name: str,
-    directory: Path,
-    *,
-    tokenizer: Path | None = None,
-    stop_at_step: float | None = None,
+    campaign: Campaign, run: Run, name: str, directory: Path, tokenizer: Path | None = None, stop: float | None = None
 ) -> dict[str, Any]:
     """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it.
 
-    Args:
-        campaign: the campaign.
-        run: the run.
-        name: of the run, for people.
-        directory: of the campaign.
-        tokenizer: the shared one that takes the place of ``train-bpe``.
-        stop_at_step: where to stop for the time being.
+    A shared tokenizer takes the place of ``train-bpe``; ``stop`` is the step or share of steps to stop at for now.
     """
     own = fill_in(run.arguments, directory)
     # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
-    keeping = {"save_strategy": "steps", "save_total_limit": 2}
     by_steps = own.get("eval_strategy") == "steps"
-    keeping["save_steps"] = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
+    every = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
+    keeping = {"save_strategy": "steps", "save_total_limit": 2, "save_steps": every}
     if own.get("save_strategy", "steps") != "steps" or "save_steps" in own:
         keeping = {"save_total_limit": 2}
     settings: dict[str, Any] = {**keeping, "disable_tqdm": True, "log_level": "warning", **own}
     if tokenizer is not None:
         settings["tokenizer_name"] = str(tokenizer)
         settings.pop("tokenizer_vocab_size", None)
-    if stop_at_step is not None:
-        settings["stop_at_step"] = stop_at_step
-    settings["output_dir"] = str(run_folder(directory, run.id))
-    settings["report_to"] = list(campaign.track) or "none"
+    if stop is not None:
+        settings["stop_at_step"] = stop
+    settings |= {"output_dir": str(run_folder(directory, run.id)), "report_to": list(campaign.track) or "none"}
     settings["run_name"] = name
     if "trackio" in campaign.track:
         settings.setdefault("project", _group(campaign))
@@ -98,67 +78,35 @@ def script_settings(
 
 
 def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
-    """Return the command line of a run; everything that a person's own accelerate configuration may decide is given.
-
-    Args:
-        run: the run.
-        settings: its settings file.
-        threads: of each process.
-    """
+    """Return the command line of a run; nothing is left to a person's own accelerate configuration."""
+    options = f"--num_processes {run.processes} --num_machines 1 --num_cpu_threads_per_process {threads}"
+    options += " --mixed_precision no --dynamo_backend no --main_process_port 0"  # the Trainer's own arguments decide
     several = ["--multi_gpu"] if run.processes > 1 else []
-    options = {
-        "num_processes": run.processes,
-        "num_machines": 1,
-        "num_cpu_threads_per_process": threads,
-        "mixed_precision": "no",  # the Trainer's own arguments decide
-        "dynamo_backend": "no",
-        "main_process_port": 0,
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     program = [*PROGRAM, TASKS[run.task].command, str(settings)]
-    return [sys.executable, "-m", LAUNCHER, *several, *words, *program]
+    return [sys.executable, "-m", LAUNCHER, *several, *options.split(), *program]
 
 
 def shown_command(command: Sequence[str], directory: Path) -> list[str]:
-    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder.
+    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder."""
 
-    Args:
-        command: of `launch_command`.
-        directory: of the campaign.
-    """
-    words = []
-    for word in command:
+    def shown(word: str) -> str:
         path = Path(word)
-        if word == sys.executable:
-            words.append("python")
-        elif path.is_absolute():
-            words.append(str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name)
-        else:
-            words.append(word)
-    return words
+        if word == sys.executable or not path.is_absolute():
+            return "python" if word == sys.executable else word
+        return str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name
+
+    return list(map(shown, command))
 
 
 def launch_environment(
     campaign: Campaign, run: Run, name: str, directory: Path, *, devices: Sequence[str] = (), threads: int = 1
 ) -> dict[str, str]:
-    """Return the environment variables of a run beyond those of the runner.
-
-    Args:
-        campaign: the campaign.
-        run: the run.
-        name: of the run, for people.
-        directory: of the campaign.
-        devices: the GPUs it may use; none leaves the variable alone.
-        threads: of each process.
-    """
+    """Return the environment variables of a run beyond those of the runner."""
     added = {RUNNER_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     if devices:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    defaults = {
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait spin, which starves another run on the same cores.
-        "GOMP_SPINCOUNT": "30000",
-    }
+    # Threads that wait spin, which starves another run on the same cores.
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "30000"}
     if "wandb" in campaign.track:
         added |= {"WANDB_RUN_GROUP": _group(campaign), "WANDB_RUN_ID": f"{_group(campaign)}-{run.id}"}
         # What goes on after an interrupt is the same run there.
@@ -176,10 +124,6 @@ def _group(campaign: Campaign) -> str:
 
 def check_campaign(campaign: Campaign, directory: Path) -> None:
     """Check, before the first run starts, for mistakes that would fail all runs, or one of them hours later.
-
-    Args:
-        campaign: the campaign.
-        directory: of the campaign.
 
     Raises:
         RunnerError: an unknown tracker, or a run that needs one that is not there.

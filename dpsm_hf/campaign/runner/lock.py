@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,9 +36,6 @@ def campaign_lock(directory: Path) -> Iterator[None]:
 
     The lock is the operating system's where it has one, so a killed runner leaves none behind; where it has none, the
     lock says which process holds it, and one that has ended holds it no more. ``runner.lock`` names the holder.
-
-    Args:
-        directory: of the campaign.
 
     Raises:
         RunnerError: another runner holds it, or one on another machine has not taken its name off.
@@ -72,11 +69,7 @@ def campaign_lock(directory: Path) -> Iterator[None]:
 
 
 def runner_at_work(directory: Path) -> str | None:
-    """Say who works in a campaign's folder, None where nobody does.
-
-    Args:
-        directory: of the campaign.
-    """
+    """Say who works in a campaign's folder, None where nobody does."""
     found = _holder(directory / LOCK_NAME)
     if not found:
         return None
@@ -106,84 +99,55 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def processes_of(settings: Path) -> list[psutil.Process]:
-    """Return the processes of a run: its launcher, one for each rank, and what those have started.
-
-    Args:
-        settings: the run's settings file, whose full path is on their command lines.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if str(settings) in process.cmdline() and process.pid != os.getpid():
-                found.append(process)
-    return found
+    """Return the processes of a run: its launcher, one for each rank, and what those have started."""
+    others = (process for process in psutil.process_iter(["cmdline", "ppid"]) if process.pid != os.getpid())
+    # None where this process may not see the command line
+    return [process for process in others if str(settings) in (process.info["cmdline"] or ())]
 
 
 def ranks_of(settings: Path) -> list[psutil.Process]:
-    """Return the training processes of a run, without their launcher and their own helpers.
-
-    Args:
-        settings: the run's settings file.
-    """
-    training = {}
-    for process in processes_of(settings):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if LAUNCHER not in process.cmdline():
-                training[process.pid] = (process, process.ppid())
-    return [process for process, parent in training.values() if parent not in training]
+    """Return the training processes of a run, without their launcher and their own helpers."""
+    training = {process.pid: process for process in processes_of(settings) if LAUNCHER not in process.info["cmdline"]}
+    return [process for process in training.values() if process.info["ppid"] not in training]
 
 
 def interrupt_run(settings: Path, told: Collection[int] = ()) -> set[int]:
     """Press Ctrl-C for a run: its training processes save a checkpoint and stop.
 
-    Args:
-        settings: the run's settings file.
-        told: ids of processes that know already; once more would stop them at once.
-
-    Returns:
-        The ids of all that know now.
+    Those in ``told`` know already; once more would stop them at once. Returns the ids of all that know now.
     """
     knowing = set(told)
     for process in ranks_of(settings):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.pid not in knowing:
+        if process.pid not in knowing:
+            with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGINT)
                 knowing.add(process.pid)
     return knowing
 
 
 def kill_run(settings: Path) -> None:
-    """Kill what there is of a run, and wait until it is gone.
-
-    Args:
-        settings: the run's settings file.
-    """
-    processes = processes_of(settings)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+    """Kill what there is of a run, and wait until it is gone."""
+    for process in processes_of(settings):
+        with contextlib.suppress(psutil.Error):
             process.kill()
-    until = time.monotonic() + _KILL_SECONDS
+    _wait_for_end(processes_of, settings, _KILL_SECONDS)
+
+
+def _wait_for_end(found: Callable[[Path], Collection[object]], settings: Path, seconds: float) -> None:
     # Not psutil's wait, which would take the exit code of a child away from who has started it.
-    while processes_of(settings) and time.monotonic() < until:
+    until = time.monotonic() + seconds
+    while found(settings) and time.monotonic() < until:
         time.sleep(0.05)
 
 
 def end_orphans(settings: Path, patience: float = ORPHAN_SECONDS) -> int:
-    """End what a killed runner has left of a run: first so that it can save a checkpoint, then at once.
+    """End what a killed runner has left of a run, and return how many training processes that were.
 
-    Args:
-        settings: the run's settings file.
-        patience: seconds to wait for the checkpoint.
-
-    Returns:
-        How many training processes there were.
+    First so that it can save a checkpoint, which it gets ``patience`` seconds for, then at once.
     """
     found = len(ranks_of(settings))
     if found:
         interrupt_run(settings)
-        until = time.monotonic() + patience
-        while ranks_of(settings) and time.monotonic() < until:
-            time.sleep(0.2)
-    if processes_of(settings):
-        kill_run(settings)
+        _wait_for_end(ranks_of, settings, patience)
+    kill_run(settings)
     return found

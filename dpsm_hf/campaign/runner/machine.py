@@ -14,12 +14,7 @@ from ...runtime.processor import processor_name
 
 
 def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, Any]:
-    """Return ``device``, ``versions``, ``cores``, and ``commit`` and ``dirty`` where the code is a git checkout.
-
-    Args:
-        devices: the GPUs of the run as CUDA_VISIBLE_DEVICES names them; none means the CPU.
-        root: folder of the code.
-    """
+    """Return ``device``, ``versions``, ``cores``, and ``commit`` and ``dirty`` where the code is a git checkout."""
     names = gpu_names()
     device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else processor_name()
     return {"device": device, "cores": cores(), "versions": versions(), **code_state(root)}
@@ -47,18 +42,14 @@ def visible_devices() -> tuple[str, ...]:
 
 
 def code_state(root: Path) -> dict[str, Any]:
-    """Return ``commit`` and ``dirty`` of a git checkout; nothing where the folder is none.
-
-    Args:
-        root: folder of the code.
-    """
-    top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
+    """Return ``commit`` and ``dirty`` of a git checkout; nothing where the folder is none."""
+    git = ("git", "-C", str(root))
+    top, _, commit = (_output([*git, "rev-parse", "--show-toplevel", "HEAD"]) or "").partition("\n")
     # An installation below somebody else's checkout is not theirs.
-    if not top or Path(top).resolve() != root.resolve():
+    if not commit or Path(top).resolve() != root.resolve():
         return {}
-    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
-    return {"commit": commit, "dirty": bool(changed)} if commit and changed is not None else {}
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit, "dirty": bool(changed)} if changed is not None else {}
 
 
 def _output(command: Sequence[str]) -> str | None:

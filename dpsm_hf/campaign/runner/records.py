@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json, strict, write_json
+from ...runtime.secrets import without_secrets
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
@@ -73,6 +74,11 @@ class Record:
     corruption: Mapping[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def seconds(self) -> float:
+        """Return the time of all attempts, as far as it was measured."""
+        return sum(float(attempt.get("seconds") or 0.0) for attempt in self.attempts)
+
     def value(self, name: str, *, split: str = "test", checkpoint: str = "last", scaled: bool = False) -> float | None:
         """Return a figure, None where it is missing or not finite.
 
@@ -84,27 +90,21 @@ class Record:
                 greedy texts) has one figure only.
         """
         found = self.metrics.get(checkpoint, {}).get(split, {})
+        value = found.get(name)
         if scaled:
-            value = found.get(f"{name}_scaled", found.get(name)) if "temperature" in found else None
-        else:
-            value = found.get(name)
+            value = found.get(f"{name}_scaled", value) if "temperature" in found else None
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def write_record(record: Record, directory: Path) -> Path:
-    """Write a record into its run's folder, in one step: a kill leaves the old one or the new one.
+    """Write a record into its run's folder, in one step, and return the file; a kill leaves the old one or the new.
 
-    Args:
-        record: the record.
-        directory: folder of the run.
-
-    Returns:
-        The file.
+    Credentials, in a message of the script for instance, are left out.
     """
     if record.status not in STATUSES:
         raise ValueError(f"status={record.status!r} is unknown; choose one of {', '.join(STATUSES)}.")
     path = directory / RECORD_NAME
-    write_json(strict(asdict(record)), path)
+    write_json(without_secrets(strict(asdict(record))), path)
     return path
 
 
@@ -115,9 +115,9 @@ def read_record(path: Path) -> Record:
         ValueError: if the file is no record of this schema; it names the file.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        found = content.get("schema") if isinstance(content, dict) else None
-        raise ValueError(f"{path} has schema {found!r}, this version reads {SCHEMA}: move it away to repeat the run.")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: move it away to repeat the run.")
     try:
         return Record(**content)
     except TypeError as error:
@@ -125,17 +125,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(directory: Path, run_ids: Iterable[str] | None = None) -> dict[str, Record]:
-    """Read the records of a campaign's folder by run id.
-
-    Args:
-        directory: of the campaign; records are in ``runs/<run id>/record.json``.
-        run_ids: the wanted ones; None reads all.
-    """
+    """Read the records of a campaign's folder by run id: of these runs, or of all."""
     folders = sorted((directory / "runs").glob("*")) if run_ids is None else [directory / "runs" / i for i in run_ids]
-    found = {}
-    for folder in folders:
-        path = folder / RECORD_NAME
-        if path.exists():
-            record = read_record(path)
-            found[record.run_id] = record
-    return found
+    records = [read_record(folder / RECORD_NAME) for folder in folders if (folder / RECORD_NAME).exists()]
+    return {record.run_id: record for record in records}

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +22,16 @@ from typing import TextIO
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
 from ..spec.design import Campaign
-from .attempts import Attempt, Ending, Workplace, recover
+from .attempts import Attempt, Ending, recover
 from .budget import Pruning, check_halving
 from .collecting import clean_folder
-from .launching import check_campaign, launch_environment, run_folder
+from .launching import LOG_NAME, Workplace, check_campaign, launch_environment, run_folder
 from .lock import RunnerError, campaign_lock, kill_run
 from .machine import cores, visible_devices
 from .progress import Progress, run_names
 from .records import RETRIES, SETTLED, Record, read_records, write_record
-from .tokenizer import shared_tokenizer, tokenizer_command, tokenizer_settings
+from .tokenizer import MODULE as TOKENIZER_MODULE
+from .tokenizer import shared_tokenizer, tokenizer_settings
 
 #: So many failed attempts, over all calls, and a run is left alone until it is asked for with ``retry``.
 MAX_FAILURES = 3
@@ -115,17 +117,14 @@ class _Runner:
         progress: Callable[..., Progress],
     ) -> None:
         self.campaign, self.directory, self.jobs, self.keep = campaign, directory, jobs, keep
-        names = run_names(campaign)
-        order = campaign.order
+        names, order = run_names(campaign), campaign.order
         self.order = _chosen(campaign, order, names, only) if only is not None else order
-        self.names = names
         self.records = read_records(directory, order)
         self.progress = progress(campaign, order, names, stream)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
-        self.place = Workplace(campaign, directory, names, threads)
+        self.place = Workplace(campaign, directory, names, self.records, threads)
         self.devices = self._pool(devices)
-        self.free = list(self.devices)
-        self.budget = Pruning(campaign, directory, names, self.records, self.progress.say)
+        self.budget = Pruning(self.place, self.progress.say)
         self.active: dict[str, Attempt] = {}
         self.tokenizers: dict[Path, Child] = {}
         self.broken: set[Path] = set()
@@ -162,14 +161,14 @@ class _Runner:
                         self._start()
                     if not self.active and not self.tokenizers:
                         break
-                    self._tick()
+                    now = time.perf_counter()
+                    self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
                     time.sleep(_POLL_SECONDS)
         finally:
             # Nothing is left here but after an error of the runner's own.
-            for attempt in self.active.values():
-                attempt.kill()
-            for child in self.tokenizers.values():
-                child.kill()
+            left: list[Attempt | Child] = [*self.active.values(), *self.tokenizers.values()]
+            for process in left:
+                process.kill()
         return self._sum_up()
 
     @contextmanager
@@ -190,30 +189,27 @@ class _Runner:
                 signal.signal(number, handler)
 
     def _stop(self) -> None:
-        at_once, first = self.signals > 1, not self.stopping
-        self.stopping = True
+        at_once = self.signals > 1
         for attempt in self.active.values():
             if at_once:
                 attempt.kill()
             elif not attempt.asked:
                 attempt.interrupt()
         saving = sum(attempt.saving for attempt in self.active.values())
-        if first and saving and not at_once:
+        if saving and not at_once and not self.stopping:
             how_many = f"{saving} runs save checkpoints" if saving > 1 else "saving a checkpoint"
             self.progress.say(f"Interrupted: {how_many}. Press Ctrl-C again to stop at once.")
+        self.stopping = True
         for child in self.tokenizers.values():
             child.kill()
 
     def _collect(self) -> None:
         for run_id, attempt in list(self.active.items()):
-            ended = attempt.poll()
-            if ended is not None:
+            if (ended := attempt.poll()) is not None:
                 del self.active[run_id]
-                self.free = [d for d in self.devices if d in self.free or d in attempt.devices]
                 self._take(run_id, *ended)
         for folder, child in list(self.tokenizers.items()):
-            result = child.poll()
-            if result is not None:
+            if (result := child.poll()) is not None:
                 del self.tokenizers[folder]
                 if result.exit_code != 0 and not self.signals:
                     self.broken.add(folder)
@@ -228,30 +224,21 @@ class _Runner:
         if ending.disk_full:
             self.fatal = ending.message
         self._clean(run_id)
+        log = f" (log: {run_folder(self.directory, run_id) / LOG_NAME})" if ending.status in RETRIES else ""
         seconds = record.attempts[-1].get("seconds") or 0.0
-        message = ending.message
-        if ending.status in ("failed", "oom", "diverged"):
-            message += f" (log: {run_folder(self.directory, run_id) / 'log.txt'})"
-        self.progress.ended(run_id, ending.status, seconds, message, self._left())
+        self.progress.ended(run_id, ending.status, seconds, ending.message + log, self._left())
 
     def _clean(self, run_id: str) -> None:
-        status = self.records[run_id].status if run_id in self.records else ""
+        status = self.records[run_id].status
         # One that ran out of memory may be taken up again where it was.
         if status in SETTLED and status != "oom" and run_id not in self.again:
-            clean_folder(
-                run_folder(self.directory, run_id),
-                keep_checkpoints=self.keep == "all",
-                keep_model=self.keep != "records" or run_id in self.needed,
-            )
+            keep_model = self.keep != "records" or run_id in self.needed
+            clean_folder(run_folder(self.directory, run_id), self.keep == "all", keep_model)
 
     def _left(self) -> float | None:
         waiting = [run_id for run_id in self.order if run_id in self.active or self._may_start(run_id)]
         estimate = self.progress.left(self.records, waiting, self.jobs)
         return 0.0 if not waiting else estimate if estimate is None else max(1.0, estimate)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
 
     # ---- what may start --------------------------------------------------------------------------------------------
 
@@ -266,10 +253,8 @@ class _Runner:
                 return False
         if shared_tokenizer(self.campaign.runs[run_id], self.directory) in self.broken:
             return False
-        return all(
-            self._is_ok(needed) or needed in self.active or self._may_start(needed)
-            for needed in self.campaign.runs[run_id].needs
-        )
+        needs = self.campaign.runs[run_id].needs
+        return all(self._is_ok(other) or other in self.active or self._may_start(other) for other in needs)
 
     def _may_come(self, run_id: str) -> bool:
         """Return whether a run will still be done, now or after a restart.
@@ -292,8 +277,7 @@ class _Runner:
             rung = self.budget.next_rung(run_id)
             if self.budget.waits(run_id, rung, self.active, self._may_start):
                 continue
-            left_out = self.budget.left_out(run_id, self.active)
-            if left_out is not None:
+            if (left_out := self.budget.left_out(run_id, self.active)) is not None:
                 self._write_down({run_id: left_out})
                 continue
             tokenizer = shared_tokenizer(run, self.directory)
@@ -301,14 +285,9 @@ class _Runner:
                 if tokenizer not in self.tokenizers:
                     self._train_tokenizer(run_id, tokenizer)
                 continue
-            devices = self._devices_for(run_id)
-            if devices is not None:
-                self.free = [device for device in self.free if device not in devices]
-                attempt = Attempt(
-                    self.place, run_id, self.records.get(run_id), devices=devices, tokenizer=tokenizer, rung=rung
-                )
-                self.active[run_id] = attempt
-                self.records[run_id] = attempt.record
+            if (devices := self._devices_for(run_id)) is not None:
+                attempt = Attempt(self.place, run_id, devices, tokenizer, rung)
+                self.active[run_id], self.records[run_id] = attempt, attempt.record
 
     def _write_down(self, decided: Mapping[str, Record]) -> None:
         for run_id, record in decided.items():
@@ -325,14 +304,16 @@ class _Runner:
         run = self.campaign.runs[run_id]
         if not self.devices or run.arguments.get("use_cpu"):
             return []
-        return self.free[: run.processes] if len(self.free) >= run.processes else None
+        taken = {device for attempt in self.active.values() for device in attempt.devices}
+        free = [device for device in self.devices if device not in taken]
+        return free[: run.processes] if len(free) >= run.processes else None
 
     def _train_tokenizer(self, run_id: str, folder: Path) -> None:
         run = self.campaign.runs[run_id]
         folder.parent.mkdir(parents=True, exist_ok=True)
         settings = folder.with_suffix(".json")
         write_json(tokenizer_settings(run, self.directory), settings)
-        command = tokenizer_command(run.task, settings, folder)
+        command = [sys.executable, "-m", TOKENIZER_MODULE, run.task, str(settings), str(folder)]
         kill_run(settings)  # that of a killed runner would write into the same folder
         environment = launch_environment(self.campaign, run, "tokenizer", self.directory, threads=self.place.threads)
         self.tokenizers[folder] = Child(command, folder.with_suffix(".log"), environment)
@@ -340,10 +321,7 @@ class _Runner:
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _sum_up(self) -> int:
-        counts: dict[str, int] = {}
-        for run_id in self.order:
-            status = self.records[run_id].status if run_id in self.records else "missing"
-            counts[status] = counts.get(status, 0) + 1
+        counts = Counter(self.records[i].status if i in self.records else "missing" for i in self.order)
         self.progress.say(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + ".")
         if self.fatal is not None:
             self.progress.say(f"error: {_full(self.directory, self.fatal)}")
@@ -360,9 +338,8 @@ def _chosen(campaign: Campaign, order: list[str], names: dict[str, str], only: S
     for pattern in only:
         found = {i for i in order if i == pattern or fnmatch.fnmatchcase(names[i], pattern)}
         if not found:
-            raise RunnerError(
-                f"only={pattern!r} is no run of this campaign; its runs are {', '.join(names.values())}."
-            )
+            known = ", ".join(names.values())
+            raise RunnerError(f"only={pattern!r} is no run of this campaign; its runs are {known}.")
         wanted |= found
     while more := {needed for i in wanted for needed in campaign.runs[i].needs} - wanted:
         wanted |= more

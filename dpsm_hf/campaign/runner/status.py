@@ -17,10 +17,6 @@ _LONGEST = 100
 def campaign_status(campaign: Campaign, directory: str | Path) -> str:
     """Return a table of all runs with their status, and sums below it; only records are read.
 
-    Args:
-        campaign: the campaign.
-        directory: its folder.
-
     Raises:
         ValueError: a record cannot be read; it is named.
     """
@@ -29,11 +25,10 @@ def campaign_status(campaign: Campaign, directory: str | Path) -> str:
     records = read_records(directory, order)
     holder = runner_at_work(directory)
     rows: list[tuple[str, ...]] = [("run", "id", "status", "attempts", "time", "trained", "why")]
-    rows += [_row(run_id, names[run_id], records.get(run_id), holder is not None) for run_id in order]
-    lines = table(rows)
+    rows += [(names[run_id], run_id, *_figures(records.get(run_id), holder is not None)) for run_id in order]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines.insert(1, "  ".join("-" * width for width in widths[:-1]) + "  " + "-" * 3)
-    counts = Counter(_status(records.get(run_id), holder is not None) for run_id in order)
+    lines = table([rows[0], tuple("-" * width for width in [*widths[:-1], 3]), *rows[1:]])
+    counts = Counter(row[2] for row in rows[1:])
     said = [f"{counts[status]} {status}" for status in (*STATUSES, "stopped", "missing") if counts[status]]
     lines += ["", f"{len(order)} runs: {', '.join(said)}."]
     waiting = [run_id for run_id in order if run_id not in records or records[run_id].status not in SETTLED]
@@ -44,25 +39,12 @@ def campaign_status(campaign: Campaign, directory: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _status(record: Record | None, at_work: bool) -> str:
+def _figures(record: Record | None, at_work: bool) -> tuple[str, ...]:
     if record is None:
-        return "missing"
-    # Its runner was killed: the next one takes it up again.
-    return "stopped" if record.status == "running" and not at_work else record.status
-
-
-def _row(run_id: str, name: str, record: Record | None, at_work: bool) -> tuple[str, ...]:
-    if record is None:
-        return (name, run_id, "missing", "0", "", "", "")
-    times = [attempt["seconds"] for attempt in record.attempts if attempt.get("seconds") is not None]
-    trained = training_seconds(record)
+        return ("missing", "0", "", "", "")
+    # Where its runner was killed the next one takes it up again.
+    status = "stopped" if record.status == "running" and not at_work else record.status
+    taken = record.seconds if any(attempt.get("seconds") is not None for attempt in record.attempts) else None
+    times = ["" if seconds is None else duration(seconds) for seconds in (taken, training_seconds(record))]
     why = record.message if len(record.message) <= _LONGEST else record.message[: _LONGEST - 3] + "..."
-    return (
-        name,
-        run_id,
-        _status(record, at_work),
-        str(len(record.attempts)),
-        duration(sum(times)) if times else "",
-        duration(trained) if trained is not None else "",
-        why,
-    )
+    return (status, str(len(record.attempts)), *times, why)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +20,22 @@ from ...tasks import get_task
 from ..spec.design import Run
 from .launching import fill_in
 
+#: What is started, in a process of its own, to train one.
+MODULE = "dpsm_hf.campaign.runner.tokenizer"
 TRAIN_BPE = "train-bpe"  # as in data.tokenizer, which needs torch to be imported
 # What decides the texts it is trained on, its size and its limit.
 _DECIDING = (
-    "dataset_name",
-    "dataset_config_name",
-    "train_file",
-    "validation_file",
-    "test_file",
-    "calibration_file",
-    "max_train_samples",
-    "text_column_name",
-    "text_column",
-    "summary_column",
-    "keep_linebreaks",
-    "streaming",
-    "max_steps",
-    "validation_split_percentage",
-    "calibration_split_percentage",
-    "fit_temperature",
-    "min_source_words",
-    "tokenizer_vocab_size",
-    "model_type",
-    "block_size",
-    "cache_dir",
-    "trust_remote_code",
-)
+    "dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file", "calibration_file",
+    "max_train_samples", "text_column_name", "text_column", "summary_column", "keep_linebreaks", "streaming",
+    "max_steps", "validation_split_percentage", "calibration_split_percentage", "fit_temperature", "min_source_words",
+    "tokenizer_vocab_size", "model_type", "block_size", "cache_dir", "trust_remote_code",
+)  # fmt: skip
 
 
 def shared_tokenizer(run: Run, directory: Path) -> Path | None:
-    """Return the folder of the tokenizer that a run shares with others; None where it has one of its own.
-
-    Args:
-        run: the run.
-        directory: of the campaign.
-    """
-    arguments = run.arguments
+    """Return the folder of the tokenizer that a run shares with others; None where it has one of its own."""
     # A given configuration has its own token ids, which only the script can bring into line with a new tokenizer.
-    if arguments.get("tokenizer_name") != TRAIN_BPE or arguments.get("config_name") is not None:
+    if run.arguments.get("tokenizer_name") != TRAIN_BPE or run.arguments.get("config_name") is not None:
         return None
     # files by what they hold, where that is known: the same name may come to hold another text
     contents = {key: value for key, value in run.contents.items() if key in _DECIDING}
@@ -67,37 +44,15 @@ def shared_tokenizer(run: Run, directory: Path) -> Path | None:
 
 
 def tokenizer_settings(run: Run, directory: Path) -> dict[str, Any]:
-    """Return the arguments of a run's script that decide its tokenizer; what corrupts or cuts the data does not.
-
-    Args:
-        run: the run.
-        directory: of the campaign.
-    """
+    """Return the arguments of a run's script that decide its tokenizer; what corrupts or cuts the data does not."""
     own = fill_in(run.arguments, directory)
     if not own.get("streaming"):
         own.pop("max_steps", None)  # which only a stream needs
     return {"tokenizer_name": TRAIN_BPE, **{key: own[key] for key in _DECIDING if key in own}}
 
 
-def tokenizer_command(task: str, settings: Path, folder: Path) -> list[str]:
-    """Return the command line that trains a tokenizer.
-
-    Args:
-        task: of the runs.
-        settings: file with `tokenizer_settings`.
-        folder: where it goes.
-    """
-    return [sys.executable, "-m", "dpsm_hf.campaign.runner.tokenizer", task, str(settings), str(folder)]
-
-
 def train_tokenizer(task: str, settings: Path, folder: Path) -> None:
-    """Train a tokenizer as a run of the task would; its folder appears whole or not at all.
-
-    Args:
-        task: of the runs.
-        settings: file with `tokenizer_settings`.
-        folder: where it goes.
-    """
+    """Train a tokenizer as a run of the task would; its folder appears whole or not at all."""
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -112,17 +67,6 @@ def train_tokenizer(task: str, settings: Path, folder: Path) -> None:
     shutil.rmtree(draft)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train a tokenizer as the command line says.
-
-    Args:
-        arguments: task, settings and folder; ``sys.argv[1:]`` when None.
-    """
-    end_with_runner()
-    task, settings, folder = sys.argv[1:] if arguments is None else arguments
-    train_tokenizer(task, Path(settings), Path(folder))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with_runner()
+    train_tokenizer(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -40,8 +40,7 @@ class Variation:
     """One way to train, as its difference from the base.
 
     Args:
-        name: of the variation, unique in the campaign.
-        title: in words, for tables.
+        name, title: unique in the campaign; the title is in words, for tables.
         role: ``main`` or ``ablation``.
         arguments: of the training script, beyond the base's.
         of: the variation whose runs it reads after temperature scaling; then it has no arguments and no runs.
@@ -96,9 +95,7 @@ class Point:
 
     Args:
         study: the part of the campaign it belongs to: ``main``, ``flipped-targets``, ``warm-up`` ...
-        variation: name of the variation.
-        size: name of the model's size.
-        data: name of the data set.
+        variation, size, data: names.
         seed: of weights and data order.
         run_id: `Run.id`.
         settings: what the study varies, by argument name.
@@ -192,19 +189,11 @@ class Campaign:
     planned: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def variation(self, name: str) -> Variation:
-        """Return a variation by its name.
-
-        Raises:
-            KeyError: if there is none of that name.
-        """
+        """Return a variation by its name; an unknown one is a KeyError."""
         return {v.name: v for v in self.variations}[name]
 
     def with_architecture(self, run: Run) -> Run:
-        """Return a run, with the model and tokenizer of the run that it starts from where it does.
-
-        Args:
-            run: one of `runs`.
-        """
+        """Return one of the runs, with the model and tokenizer of the run that it starts from where it does."""
         source = run
         while match := _RUN_FOLDER.fullmatch(str(source.arguments.get("model_name_or_path", ""))):
             source = self.runs[match[1]]
@@ -227,11 +216,7 @@ class Campaign:
         return found
 
     def length(self, point: Point) -> tuple[Any, ...]:
-        """Return what decides how long a run trains: runs that agree in it are as long as each other.
-
-        Args:
-            point: where the run stands.
-        """
+        """Return what decides how long the run at a point trains: runs that agree in it are as long as each other."""
         arguments = self.runs[point.run_id].arguments
         return (point.size, point.data, *(str(arguments.get(name)) for name in _LENGTH))
 

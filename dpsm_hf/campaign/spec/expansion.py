@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from .contradictions import campaign_refusals, check_spec, values_of
-from .design import Campaign, Point, Run, Variation
-from .local_files import EXTRA_ARGUMENT, content_hash
+from ...runtime.content import content_hash
+from ...runtime.yaml_lines import Place, Problems
+from .contradictions import campaign_refusals, check_spec
+from .design import Campaign, Point, Run
+from .local_files import EXTRA_ARGUMENT
 from .script_arguments import defaults_among, effective, refusals
-from .spec import Arguments, Given, SizeEntry, Spec, StudyEntry, VariationEntry
-from .yaml_lines import Place, Problems
+from .spec import Arguments, Given, SizeEntry, Spec, StartFrom, StudyEntry, VariationEntry, values_of
 
 # Sections, the more specific ones last.
 _SPECIFIC = ("base", "sizes", "data", "variations", "studies")
@@ -22,13 +24,11 @@ _SAID_AS = {"alpha": "alpha_end"}
 _FROM_SCRATCH = ("model_type", "config_overrides", "config_name", "tokenizer_name", "tokenizer_vocab_size")
 
 
-def expand(spec: Spec, scale: str, source: str, problems: Problems) -> Campaign:
+def expand(spec: Spec, problems: Problems) -> Campaign:
     """Return the campaign that a file describes.
 
     Args:
         spec: what the file says, without mistakes that its lines alone show.
-        scale: ``small`` or ``paper``.
-        source: the file's text.
         problems: gets what contradicts, or is refused by the script; the result is then of no use.
     """
     check_spec(spec, problems)
@@ -39,38 +39,7 @@ def expand(spec: Spec, scale: str, source: str, problems: Problems) -> Campaign:
             if seed in study.seeds:
                 plan.add_study(study, seed)
     problems.check()
-    return Campaign(
-        name=spec.name,
-        title=spec.title,
-        scale=scale,
-        task=spec.task,
-        variations=tuple(_variation(spec, entry) for entry in spec.variations.values()),
-        points=tuple(plan.points),
-        runs=plan.runs,
-        reference=spec.reference,
-        brier=spec.brier,
-        budget=spec.budget,
-        audit=spec.audit,
-        quality=spec.quality,
-        test_split=spec.test_split,
-        source=source,
-        track=spec.track,
-        preparations=plan.preparations,
-        titles={
-            "study": {name: entry.title for name, entry in spec.studies.items()},
-            "size": {name: entry.title for name, entry in spec.sizes.items()},
-            "data": {name: entry.title for name, entry in spec.data.items()},
-        },
-        planned={
-            "size": {name: dict(entry.architecture) for name, entry in spec.sizes.items()},
-            "data": {name: dict(entry.planned) for name, entry in spec.data.items()},
-        },
-    )
-
-
-def _variation(spec: Spec, entry: VariationEntry) -> Variation:
-    arguments = {name: given.value for name, given in entry.arguments.items() if given.value is not None}
-    return Variation(entry.name, entry.title, entry.role, arguments, entry.of.value if entry.of else None)
+    return replace(spec.design, points=tuple(plan.points), runs=plan.runs, preparations=plan.preparations)
 
 
 class _Expansion:
@@ -85,46 +54,36 @@ class _Expansion:
 
     def add_study(self, study: StudyEntry, seed: int) -> None:
         """Add the points of a study with one seed, the reference first at each place."""
-        names = sorted(study.variations, key=lambda name: name != self.spec.reference)
-        combinations = [
-            dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())
-        ]
-        for size, data, combination in itertools.product(study.sizes, study.data, combinations):
-            for name in names:
-                self.add_point(study, self.spec.variations[name], size, data, seed, combination)
+        names = sorted(study.variations, key=lambda name: name != self.spec.design.reference)
+        cells = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
+        for size, data, cell, name in itertools.product(study.sizes, study.data, cells, names):
+            self.add_point(study, self.spec.variations[name], self.spec.sizes[size], data, seed, cell)
 
     def add_point(
-        self,
-        study: StudyEntry,
-        variation: VariationEntry,
-        size: str,
-        data: str,
-        seed: int,
-        combination: Mapping[str, Given],
+        self, study: StudyEntry, variation: VariationEntry, size: SizeEntry, data: str, seed: int, cell: Arguments
     ) -> None:
-        spec, start = self.spec, self.spec.sizes[size]
+        spec = self.spec
         source = variation if variation.of is None else spec.variations[variation.of.value]
-        layers = (spec.base, start.arguments, spec.data[data].arguments, source.arguments)
-        given = _merged(*layers, study.arguments, combination)
-        if start.start_from is not None:
-            prepared = self.preparation(start, data, seed)
+        layers = (spec.base, size.arguments, spec.data[data].arguments, source.arguments, study.arguments, cell)
+        given = _merged(*layers)
+        if size.start_from is not None:
+            prepared = self.preparation(size, size.start_from, data, seed)
             if prepared is None:
                 return
             given = {name: value for name, value in given.items() if name not in _FROM_SCRATCH}
-            given["model_name_or_path"] = Given(f"{{run:{prepared}}}", start.place, f"sizes.{size}.start_from")
-        run = self.run(given, seed, start.processes, source.place, f"variations.{source.name}")
+            given["model_name_or_path"] = Given(f"{{run:{prepared}}}", size.place, f"sizes.{size.name}.start_from")
+        run = self.run(given, seed, size.processes, source.place, f"variations.{source.name}")
         if run is None:
             return
         self.runs.setdefault(run.id, run)
-        settings = {name: value.value for name, value in {**study.arguments, **combination}.items()}
+        settings = {name: value.value for name, value in {**study.arguments, **cell}.items()}
         scaled = variation.of is not None
-        self.points.append(Point(study.name, variation.name, size, data, seed, run.id, settings, scaled))
+        self.points.append(Point(study.name, variation.name, size.name, data, seed, run.id, settings, scaled))
 
-    def preparation(self, size: SizeEntry, data: str, seed: int) -> str | None:
+    def preparation(self, size: SizeEntry, start: StartFrom, data: str, seed: int) -> str | None:
         """Add the run whose model those of a size start from, and return its id."""
-        spec, start = self.spec, size.start_from
-        assert start is not None
-        reference = spec.variations[spec.reference].arguments
+        spec = self.spec
+        reference = spec.variations[spec.design.reference].arguments
         given = _merged(spec.base, size.arguments, spec.data[data].arguments, reference, start.arguments)
         own = seed if start.seed is None else start.seed
         run = self.run(given, own, size.processes, size.place, f"sizes.{size.name}.start_from", reported=False)
@@ -145,7 +104,7 @@ class _Expansion:
             place, key: what is wrong with it where no argument is to blame.
             reported: whether its figures are reported, not its model alone used.
         """
-        task = self.spec.task
+        task = self.spec.design.task
         values = effective(task, values_of(given))
         missing = [(given[name], path) for name in values for path in given[name].paths if not path.exists()]
         for argument, path in missing:
@@ -184,16 +143,10 @@ def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
     """Return what stands in the id for the arguments that name local files."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        paths = given[name].paths
-        if not paths:
-            continue
-        if name != EXTRA_ARGUMENT:
-            found[name] = content_hash(paths[0])
-            continue
-        hashes = {str(path): content_hash(path) for path in paths}
-        parts = [text.partition("=") for text in value]  # NAME=SOURCE,OPTIONS
-        found[name] = [
-            f"{head}={hashes.get(rest.partition(',')[0], rest.partition(',')[0])},{rest.partition(',')[2]}"
-            for head, _, rest in parts
-        ]
+        hashes = {str(path): content_hash(path) for path in given[name].paths}
+        if hashes and name == EXTRA_ARGUMENT:
+            parts = [re.fullmatch(r"([^=]*)=?([^,]*),?(.*)", text, re.DOTALL) for text in value]  # NAME=SOURCE,OPTIONS
+            found[name] = [f"{part[1]}={hashes.get(part[2], part[2])},{part[3]}" for part in parts if part is not None]
+        elif hashes:
+            found[name] = next(iter(hashes.values()))
     return found

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...runtime.yaml_lines import Located, Place, Problems, located, suggestion
 from ...tasks import TASKS
-from .design import ROLES, TRACKERS, Budget
+from .design import ROLES, TRACKERS, Budget, Campaign, Variation
 from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
 from .script_arguments import check_name, typed_value
-from .yaml_lines import Located, Place, Problems, located, suggestion
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ ENTRY_KEYS = {
 }
 #: A word for all variations.
 ALL = "all"
+# Keys of the audit beside its size, and the least number that each may have.
+_AUDIT = {"tokens": 2, "repeats": 1, "steps": 0, "sequences": 1, "length": 2}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Given:
 Arguments = Mapping[str, Given]
 
 
+def values_of(given: Arguments) -> dict[str, Any]:
+    """Return the arguments that have a value, as plain values."""
+    return {name: value.value for name, value in given.items() if value.value is not None}
+
+
 @dataclass(frozen=True)
 class Entry:
     """What all named entries have: a name, a title, arguments, and the line of the name."""
@@ -70,15 +77,18 @@ class VariationEntry(Entry):
     role: str = "main"
     of: Located | None = None
 
+    @property
+    def design(self) -> Variation:
+        """Return it without places."""
+        arguments = values_of(self.arguments)
+        return Variation(self.name, self.title, self.role, arguments, self.of.value if self.of else None)
+
 
 @dataclass(frozen=True)
 class StartFrom:
-    """A run that makes the model which the runs of a size start from.
+    """A run whose model the runs of a size start from; its seed is that of each of them where it has none.
 
-    Args:
-        title: in words.
-        arguments: on top of those of the base, the size, the data and the reference.
-        seed: of that run; None takes that of the run which starts from it.
+    Its arguments go on top of those of the base, the size, the data and the reference.
     """
 
     title: str
@@ -88,12 +98,9 @@ class StartFrom:
 
 @dataclass(frozen=True)
 class SizeEntry(Entry):
-    """A size of the model.
+    """A size of the model, and how many processes a run of it is launched on.
 
-    Args:
-        start_from: the run whose model is trained on; None for the script's own choice.
-        processes: to launch a run on.
-        architecture: ``model_type`` and ``config_overrides`` of a model on the hub, for the plan, which loads none.
+    ``architecture`` is ``model_type`` and ``config_overrides`` of a model on the hub, for the plan, which loads none.
     """
 
     start_from: StartFrom | None = None
@@ -112,11 +119,8 @@ class DataEntry(Entry):
 class StudyEntry(Entry):
     """A part of the campaign: which variations on which sizes, data and seeds, and what it changes for all of them.
 
-    Args:
-        variations, sizes, data: names.
-        seeds: numbers.
-        grid: values by argument; every combination is a setting of its own.
-        replaces: arguments that the study may change although a variation fixes them.
+    Every combination of the values of ``grid`` is a setting of its own. ``replaces`` are arguments that the study may
+    change although a variation fixes them.
     """
 
     variations: tuple[str, ...] = ()
@@ -129,27 +133,15 @@ class StudyEntry(Entry):
 
 @dataclass(frozen=True)
 class Spec:
-    """A campaign's file at one scale."""
+    """A campaign's file at one scale: the design without runs and points, and the entries that these come from."""
 
-    name: str
-    title: str
-    task: str
-    reference: str
-    brier: str
-    quality: tuple[str, bool]
-    test_split: str
+    design: Campaign
     base: Arguments
     variations: Mapping[str, VariationEntry]
     sizes: Mapping[str, SizeEntry]
     data: Mapping[str, DataEntry]
     studies: Mapping[str, StudyEntry]
-    budget: Budget
-    audit: Mapping[str, Any] | None
-    track: tuple[str, ...]
     places: Mapping[str, Place]
-
-
-# ---- the reader ----------------------------------------------------------------------------------------------------
 
 
 class SpecReader:
@@ -164,49 +156,60 @@ class SpecReader:
     def __init__(self, tree: Located, folder: Path, problems: Problems) -> None:
         self.tree, self.folder, self.problems = tree, folder, problems
         self.task = "language-modelling"
+        self.seeds: tuple[int, ...] = ()
+        self.variations: dict[str, VariationEntry] = {}
+        self.sizes: dict[str, SizeEntry] = {}
+        self.data: dict[str, DataEntry] = {}
 
-    def read(self) -> Spec:
-        """Return what the tree says; only of use where `problems` stayed empty."""
+    def read(self, scale: str, source: str) -> Spec:
+        """Return what the tree says; only of use where `problems` stayed empty.
+
+        Args:
+            scale: that the tree is of.
+            source: the file's text, for the design.
+        """
         top = self.keys(self.tree, "", (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
         self.task = self.choice(top.get("task"), "task", TASKS, self.task)
-        seeds = self.seeds(top.get("seeds"), "seeds")
+        self.seeds = self.seed_list(top.get("seeds"), "seeds")
         base = self.arguments(top.get("base"), "base")
-        variations = self.entries(top, "variations", self.variation)
-        sizes, data = self.entries(top, "sizes", self.size), self.entries(top, "data", self.data)
-        quality = self.keys(top.get("quality"), "quality", ("metric", "better"), ())
+        self.variations = self.entries(top, "variations", self.variation)
+        self.sizes = self.entries(top, "sizes", self.size)
+        self.data = self.entries(top, "data", self.data_set)
+        quality = self.keys(top.get("quality"), "quality", ("metric", "better"))
         better = self.choice(quality.get("better"), "quality.better", ("lower", "higher"), "lower")
-
-        def study(entry: Located, path: str, name: str) -> StudyEntry:
-            return self.study(entry, path, name, variations, sizes, data, seeds)
-
-        studies = self.entries(top, "studies", study)
-        for section in ("variations", "sizes", "data", "studies"):
+        studies = self.entries(top, "studies", self.study)
+        for section in ENTRY_KEYS:
             if section not in top:
                 self.wrong(self.tree, section, "is missing, here and under the scale; give at least one")
-        for role in ("reference", "brier"):
-            name = self.text(top.get(role), role)
-            if name and name not in variations:
-                self.problems.unknown(top[role].place, role, "a variation", name, variations)
-        return Spec(
+        compared = {role: self.text(top.get(role), role) for role in ("reference", "brier")}
+        for role, name in compared.items():
+            if name and name not in self.variations:
+                self.problems.unknown(top[role].place, role, "a variation", name, self.variations)
+        titled: dict[str, Mapping[str, Entry]] = {"study": studies, "size": self.sizes, "data": self.data}
+        design = Campaign(
             name=self.folder_name(top.get("name"), "name"),
             title=self.text(top.get("title"), "title", self.text(top.get("name"), "name")),
+            scale=scale,
             task=self.task,
-            reference=self.text(top.get("reference"), "reference"),
-            brier=self.text(top.get("brier"), "brier"),
+            variations=tuple(entry.design for entry in self.variations.values()),
+            points=(),
+            runs={},
+            reference=compared["reference"],
+            brier=compared["brier"],
+            budget=self.budget(top.get("budget")),
+            audit=self.audit(top.get("audit")),
             quality=(self.text(quality.get("metric"), "quality.metric", "perplexity"), better == "higher"),
             test_split=self.choice(top.get("test_split"), "test_split", ("test", "validation"), "test"),
-            base=base,
-            variations=variations,
-            sizes=sizes,
-            data=data,
-            studies=studies,
-            budget=self.budget(top.get("budget")),
-            audit=self.audit(top.get("audit"), sizes),
-            track=tuple(
-                self.choice(item, "track", TRACKERS, "") for item in self.items(top.get("track"), "track", empty=True)
-            ),
-            places={"base": self.tree.place, **{key: entry.place for key, entry in top.items()}},
+            source=source,
+            track=tuple(self.choice(x, "track", TRACKERS, "") for x in self.items(top.get("track"), "track", True)),
+            titles={kind: {name: entry.title for name, entry in of.items()} for kind, of in titled.items()},
+            planned={
+                "size": {name: dict(entry.architecture) for name, entry in self.sizes.items()},
+                "data": {name: dict(entry.planned) for name, entry in self.data.items()},
+            },
         )
+        places = {"base": self.tree.place, **{key: entry.place for key, entry in top.items()}}
+        return Spec(design, base, self.variations, self.sizes, self.data, studies, places)
 
     # ---- sections --------------------------------------------------------------------------------------------------
 
@@ -223,24 +226,10 @@ class SpecReader:
         for name, entry in given.value.items():
             if section == "variations" and name in (*ROLES, ALL):
                 self.wrong(entry, f"{section}.{name}", "this name means a group; choose another")
-            if "/" in name or "," in name or "*" in name or not name.strip():
+            if not name.strip() or set("/,*") & set(name):
                 self.wrong(entry, section, f"the name {name!r} has a character of / , * in it; leave it out")
             found[name] = read(entry, f"{section}.{name}", name)
         return found
-
-    def variation(self, entry: Located, path: str, name: str) -> VariationEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["variations"], ())
-        if "of" in given and "arguments" in given:
-            self.wrong(
-                given["of"],
-                f"{path}.of",
-                "contradicts arguments: it reads the figures of another variation's runs and has none; leave one out",
-            )
-        return VariationEntry(
-            *self.common(given, entry, path, name),
-            role=self.choice(given.get("role"), f"{path}.role", ROLES, "main"),
-            of=given.get("of"),
-        )
 
     def common(
         self, given: Mapping[str, Located], entry: Located, path: str, name: str
@@ -249,43 +238,43 @@ class SpecReader:
         title = self.text(given.get("title"), f"{path}.title", name)
         return name, title, entry.place, self.arguments(given.get("arguments"), f"{path}.arguments")
 
+    def variation(self, entry: Located, path: str, name: str) -> VariationEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["variations"])
+        if "of" in given and "arguments" in given:
+            what = (
+                "contradicts arguments: it reads the figures of another variation's runs and has none; leave one out"
+            )
+            self.wrong(given["of"], f"{path}.of", what)
+        common, role = (
+            self.common(given, entry, path, name),
+            self.choice(given.get("role"), f"{path}.role", ROLES, "main"),
+        )
+        return VariationEntry(*common, role, given.get("of"))
+
     def size(self, entry: Located, path: str, name: str) -> SizeEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["sizes"], ())
+        given = self.keys(entry, path, ENTRY_KEYS["sizes"])
         start = None
         if "start_from" in given:
             below = f"{path}.start_from"
-            keys = self.keys(given["start_from"], below, ("title", "arguments", "seed"), ())
+            keys = self.keys(given["start_from"], below, ("title", "arguments", "seed"))
             start = StartFrom(
                 self.text(keys.get("title"), f"{below}.title", f"the model that {name} starts from"),
                 self.arguments(keys.get("arguments"), f"{below}.arguments"),
                 self.integer(keys["seed"], f"{below}.seed", 0) if "seed" in keys else None,
             )
-        shape = self.keys(given.get("architecture"), f"{path}.architecture", ("model_type", "config_overrides"), ())
-        return SizeEntry(
-            *self.common(given, entry, path, name),
-            start_from=start,
-            processes=self.integer(given["processes"], f"{path}.processes", 1) if "processes" in given else 1,
-            architecture={key: self.text(item, f"{path}.architecture.{key}") for key, item in shape.items()},
-        )
+        shape = self.keys(given.get("architecture"), f"{path}.architecture", ("model_type", "config_overrides"))
+        common = self.common(given, entry, path, name)
+        processes = self.integer(given["processes"], f"{path}.processes", 1) if "processes" in given else 1
+        architecture = {key: self.text(item, f"{path}.architecture.{key}") for key, item in shape.items()}
+        return SizeEntry(*common, start, processes, architecture)
 
-    def data(self, entry: Located, path: str, name: str) -> DataEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["data"], ())
-        counts = {key: given[key] for key in ("train_tokens", "train_examples") if key in given}
-        return DataEntry(
-            *self.common(given, entry, path, name),
-            planned={key: self.integer(item, f"{path}.{key}", 1) for key, item in counts.items()},
-        )
+    def data_set(self, entry: Located, path: str, name: str) -> DataEntry:
+        given = self.keys(entry, path, ENTRY_KEYS["data"])
+        common = self.common(given, entry, path, name)
+        counts = [key for key in ("train_tokens", "train_examples") if key in given]
+        return DataEntry(*common, {key: self.integer(given[key], f"{path}.{key}", 1) for key in counts})
 
-    def study(
-        self,
-        entry: Located,
-        path: str,
-        name: str,
-        variations: Mapping[str, VariationEntry],
-        sizes: Mapping[str, SizeEntry],
-        data: Mapping[str, DataEntry],
-        seeds: tuple[int, ...],
-    ) -> StudyEntry:
+    def study(self, entry: Located, path: str, name: str) -> StudyEntry:
         given = self.keys(entry, path, ENTRY_KEYS["studies"], ("variations",))
         replaces = []
         for item in self.items(given.get("replaces"), f"{path}.replaces", empty=True):
@@ -294,17 +283,17 @@ class SpecReader:
                 self.wrong(item, f"{path}.replaces", wrong)
         return StudyEntry(
             *self.common(given, entry, path, name),
-            variations=self.chosen(given.get("variations"), f"{path}.variations", variations),
-            sizes=self.names(given.get("sizes"), f"{path}.sizes", "a size", sizes),
-            data=self.names(given.get("data"), f"{path}.data", "a data set", data),
-            seeds=self.seeds(given["seeds"], f"{path}.seeds") if "seeds" in given else seeds,
+            variations=self.chosen(given.get("variations"), f"{path}.variations"),
+            sizes=self.names(given.get("sizes"), f"{path}.sizes", "a size", self.sizes),
+            data=self.names(given.get("data"), f"{path}.data", "a data set", self.data),
+            seeds=self.seed_list(given["seeds"], f"{path}.seeds") if "seeds" in given else self.seeds,
             grid=self.grid(given.get("grid"), f"{path}.grid"),
             replaces=frozenset(replaces),
         )
 
     def grid(self, given: Located | None, path: str) -> dict[str, tuple[Given, ...]]:
-        found: dict[str, tuple[Given, ...]] = {}
-        for name, entry in self.keys(given, path, None, ()).items():
+        found = {}
+        for name, entry in self.keys(given, path).items():
             values: list[Given] = []
             for item in self.items(entry, f"{path}.{name}"):
                 value = self.argument(name, item, f"{path}.{name}")
@@ -317,42 +306,38 @@ class SpecReader:
         return found
 
     def budget(self, given: Located | None) -> Budget:
-        keys = self.keys(given, "budget", ("limit", "halving"), ())
+        keys = self.keys(given, "budget", ("limit", "halving"))
         default = Budget()
         limit = self.number(keys.get("limit"), "budget.limit", default.limit, 1.0, None)
         if "halving" not in keys:
             return Budget(limit=limit)
         halving = self.keys(keys["halving"], "budget.halving", ("metric", "rungs", "keep"), ("metric",))
-        rungs = default.halving_rungs
+        rungs, path = default.halving_rungs, "budget.halving.rungs"
         if "rungs" in halving:
-            path = "budget.halving.rungs"
             rungs = tuple(self.number(item, path, 0.5, 0.0, 1.0) for item in self.items(halving["rungs"], path))
         keep = self.number(halving.get("keep"), "budget.halving.keep", default.halving_keep, 0.0, 1.0)
         metric = self.text(halving.get("metric"), "budget.halving.metric") or None
         try:
             return Budget(limit, metric, rungs, keep)
         except ValueError:  # each number is a share by itself
-            path, what = "budget.halving.rungs", "the shares must rise; sort them and keep each once"
-            self.wrong(halving["rungs"], path, what)
+            self.wrong(halving["rungs"], path, "the shares must rise; sort them and keep each once")
             return default
 
-    def audit(self, given: Located | None, sizes: Iterable[str]) -> dict[str, Any] | None:
+    def audit(self, given: Located | None) -> dict[str, Any] | None:
         if given is None or given.value is None:
             return None
-        known = ("size", "tokens", "repeats", "steps", "sequences", "length")
-        least = {"steps": 0, "tokens": 2, "length": 2}
+        keys = self.keys(given, "audit", ("size", *_AUDIT))
         return {
-            key: self.choice(item, "audit.size", sizes, "")
+            key: self.choice(item, "audit.size", self.sizes, "")
             if key == "size"
-            else self.integer(item, f"audit.{key}", least.get(key, 1))
-            for key, item in self.keys(given, "audit", known, ()).items()
+            else self.integer(item, f"audit.{key}", _AUDIT[key])
+            for key, item in keys.items()
         }
 
     # ---- arguments -------------------------------------------------------------------------------------------------
 
     def arguments(self, given: Located | None, path: str) -> dict[str, Given]:
-        items = self.keys(given, path, None, ()).items()
-        found = {name: self.argument(name, item, f"{path}.{name}") for name, item in items}
+        found = {name: self.argument(name, item, f"{path}.{name}") for name, item in self.keys(given, path).items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def argument(self, name: str, given: Located, path: str) -> Given | None:
@@ -397,7 +382,7 @@ class SpecReader:
         self.problems.add(given.place, path, what)
 
     def keys(
-        self, given: Located | None, path: str, known: Iterable[str] | None, required: Iterable[str]
+        self, given: Located | None, path: str, known: Iterable[str] | None = None, required: Iterable[str] = ()
     ) -> dict[str, Located]:
         """Return the values by key; ``known`` of None takes any key."""
         if given is None:
@@ -407,13 +392,13 @@ class SpecReader:
                 self.wrong(given, path, f"has {given.kind} where keys with values belong")
                 return {}
             given = Located({}, given.place)
+        below = f"{path}." if path else ""
         for key, item in given.value.items():
             if known is not None and key not in known:
-                below = f"{path}.{key}" if path else key
-                self.problems.unknown(item.place, below, "a key that is known here", key, known)
+                self.problems.unknown(item.place, below + key, "a key that is known here", key, known)
         for key in required:
             if key not in given.value:
-                self.wrong(given, f"{path}.{key}" if path else key, "is missing; give it")
+                self.wrong(given, below + key, "is missing; give it")
         return {key: item for key, item in given.value.items() if known is None or key in known}
 
     def items(self, given: Located | None, path: str, empty: bool = False) -> list[Located]:
@@ -437,8 +422,7 @@ class SpecReader:
     def folder_name(self, given: Located | None, path: str) -> str:
         text = self.text(given, path)
         if given is not None and text and not re.fullmatch(r"[\w][\w.+-]*", text):
-            what = f"{text!r} names the folder of the results; use letters, digits and . _ + - alone"
-            self.wrong(given, path, what)
+            self.wrong(given, path, f"{text!r} names the folder of the results; use letters, digits and . _ + - alone")
         return text
 
     def choice(self, given: Located | None, path: str, allowed: Iterable[str], default: str) -> str:
@@ -468,7 +452,7 @@ class SpecReader:
             return default
         return float(value)
 
-    def seeds(self, given: Located | None, path: str) -> tuple[int, ...]:
+    def seed_list(self, given: Located | None, path: str) -> tuple[int, ...]:
         found: list[int] = []
         if given is None:
             self.wrong(self.tree, path, "is missing, here and under the scale; give [1, 2, 3] for instance")
@@ -485,25 +469,23 @@ class SpecReader:
         """Return names of a list, all known ones where it is left out."""
         if given is None:
             return tuple(known)
-        found = []
+        found: dict[str, None] = {}
         for item in self.items(given, path):
             name = self.text(item, path)
             if name in known:
-                found.append(name)
+                found.setdefault(name)
             elif name:
                 self.problems.unknown(item.place, path, what, name, known)
-        return tuple(dict.fromkeys(found))
+        return tuple(found)
 
-    def chosen(self, given: Located | None, path: str, known: Mapping[str, VariationEntry]) -> tuple[str, ...]:
+    def chosen(self, given: Located | None, path: str) -> tuple[str, ...]:
         """Return variations by name, by role, by a pattern with ``*``, or all; one word needs no list."""
-        if given is None:
-            return ()
-        listed = [given] if isinstance(given.value, str) else self.items(given, path)
-        wanted: set[str] = set()
+        listed = [given] if given is not None and isinstance(given.value, str) else self.items(given, path)
+        known, wanted = self.variations, set()
         for item in listed:
             word = self.text(item, path)
-            matching = [n for n, v in known.items() if word in (ALL, v.role) or fnmatch.fnmatchcase(n, word)]
+            matching = {n for n, v in known.items() if word in (ALL, v.role) or fnmatch.fnmatchcase(n, word)}
             if word and not matching:
                 self.problems.unknown(item.place, path, "a variation, a role or all", word, [*known, *ROLES, ALL])
-            wanted.update(matching)
+            wanted |= matching
         return tuple(name for name in known if name in wanted)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ...statistics import Decision, claim_test
+from ...runtime.files import json_number
+from ...statistics import Decision
 from ..audit.audit import audited_runs
 from ..spec.design import Campaign
 from .claims import Claim
-from .finding import ALPHA, Finding, Judged, corrected, finite, undecided
+from .finding import Finding, Judged, both_ends, corrected, undecided
 
 THROUGHPUT = Claim(
     "audited-throughput", "efficiency",
@@ -27,15 +27,11 @@ MEMORY = Claim(
 
 
 def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding]:
-    """Judge throughput and memory by an audit, for every variation that it has measured.
+    """Judge throughput and memory by the content of ``audit.json``, for every variation that it has measured.
 
     Throughput is tested on the rounds of the audit, each of which times all variations after another. Memory is
-    counted, not sampled: its difference has no interval.
-
-    Args:
-        campaign: its design.
-        audit: content of ``audit.json``. What was audited with another reference, at another scale or with other
-            arguments is left out.
+    counted, not sampled: its difference has no interval. What was audited with another reference, at another scale or
+    with other arguments is left out.
     """
     if (audit["reference"], audit["scale"]) != (campaign.reference, campaign.scale):
         return []
@@ -48,12 +44,11 @@ def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding
     memory = []
     for variation in campaign.variations:
         entry, run = audit["variations"].get(variation.name), runs.get(variation.name)
-        if entry is None or run is None or entry.get("run") != run.id:
-            continue
-        if variation.name in (campaign.reference, campaign.brier):
+        compared = variation.name in (campaign.reference, campaign.brier)
+        if compared or entry is None or run is None or entry.get("run") != run.id:
             continue
         throughput, need = (
-            undecided(claim, variation.name, setting, variation.role, note="not measured")
+            undecided(claim, variation.name, setting, variation.role, note=entry.get("message") or "not measured")
             for claim in (THROUGHPUT, MEMORY)
         )
         speed.setdefault(variation.role, []).append(_speed(entry, throughput))
@@ -64,23 +59,20 @@ def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding
 def _speed(entry: Mapping[str, Any], finding: Finding) -> Judged:
     rounds = [sample for sample in entry["samples"] if sample["reference_seconds"]]
     if not rounds:
-        return Judged(replace(finding, note=entry.get("message") or finding.note), math.nan, math.nan)
+        return Judged(finding)
     ours, theirs = (1 / np.array([sample[key] for sample in rounds]) for key in ("seconds", "reference_seconds"))
-    test = claim_test(ours, theirs, at_least=finding.at_least, scale="ratio", alpha=ALPHA)
-    opposite = claim_test(ours, theirs, at_most=finding.at_least, scale="ratio", alpha=ALPHA)
+    test, opposite = both_ends(finding, ours, theirs)
     finding = replace(
-        finding, estimate=test.estimate, low=finite(test.interval.low), high=finite(test.interval.high),
-        pairs=len(rounds), p_value=finite(test.p_value), note="pairs are rounds of the audit, not seeds",
+        finding, estimate=test.estimate, low=json_number(test.interval.low), high=json_number(test.interval.high),
+        pairs=len(rounds), p_value=json_number(test.p_value), note="pairs are rounds of the audit, not seeds",
     )  # fmt: skip
     return Judged(finding, test.p_value, opposite.p_value)
 
 
 def _memory(entry: Mapping[str, Any], finding: Finding) -> Finding:
     difference = entry.get("peak_memory_difference_mb")
-    if difference is None:
-        return replace(finding, note=entry.get("message") or finding.note)
-    assert finding.at_most is not None
+    if difference is None or finding.at_most is None:
+        return finding
     decision = Decision.HOLDS if difference <= finding.at_most else Decision.FAILS
-    return replace(
-        finding, decision=decision.value, estimate=difference, pairs=1, note="counted in one process, without spread"
-    )
+    note = "counted in one process, without spread"
+    return replace(finding, decision=decision.value, estimate=difference, pairs=1, note=note)

@@ -43,70 +43,54 @@ _PERPLEXITY = (
     ),
     Claim(
         "not-worst", "quality", "has a perplexity not above both cross-entropy's and Brier's", "perplexity",
-        against="worse of both", at_most=0.0, scaled=False,
+        "worse of both", at_most=0.0, scaled=False,
     ),
 )  # fmt: skip
-# Tasks whose quality is not stated in perplexity.
-_QUALITY = {
-    "summarization": (
-        Claim(
-            "rouge-gain", "quality", "gains at least 0.3 points of ROUGE-L over cross-entropy", "rougeL",
-            at_least=0.3, unit="points",
-        ),
-        Claim(
-            "not-worst", "quality", "has a ROUGE-L not below both cross-entropy's and Brier's", "rougeL",
-            against="worse of both", at_least=0.0, unit="points",
-        ),
+_ROUGE = (
+    Claim(
+        "rouge-gain", "quality", "gains at least 0.3 points of ROUGE-L over cross-entropy", "rougeL",
+        at_least=0.3, unit="points",
     ),
-}  # fmt: skip
+    Claim(
+        "not-worst", "quality", "has a ROUGE-L not below both cross-entropy's and Brier's", "rougeL",
+        "worse of both", at_least=0.0, unit="points",
+    ),
+)  # fmt: skip
+_COST = (
+    Claim(
+        "time-to-quality", "convergence",
+        "needs at most 110 % of the training time of cross-entropy for 95 % of cross-entropy's final quality",
+        "seconds_to_quality", scale="ratio", at_most=1.1,
+    ),
+    Claim(
+        "time-to-quality-brier", "convergence",
+        "needs at most 60 % of the training time of Brier for 95 % of cross-entropy's final quality",
+        "seconds_to_quality", "brier", "ratio", at_most=0.6,
+    ),
+    Claim(
+        "throughput", "efficiency", "trains at least 98 % of the tokens a second of cross-entropy",
+        "tokens_per_second", scale="ratio", at_least=0.98,
+    ),
+    Claim(
+        "memory", "efficiency", "needs at most 500 MB more memory than cross-entropy", "peak_memory_mb",
+        at_most=500.0, unit="MB",
+    ),
+)  # fmt: skip
 
 
 def claims_of(task: str, ece: str = "ece_15") -> tuple[Claim, ...]:
-    """Return the claims of the method for a task.
-
-    Args:
-        task: a key of `tasks.TASKS`.
-        ece: the calibration error they are stated in.
-    """
+    """Return the claims of the method for a task of `tasks.TASKS`, those of calibration stated in this error."""
     calibration = []
-    for scaled in (False, True):
-        suffix, words = ("-scaled", ", both after temperature scaling") if scaled else ("", "")
+    name = ece.replace("ece_", "ECE-") if ece.startswith("ece_") else ece.replace("_", " ")
+    for scaled, suffix, words in ((False, "", ""), (True, "-scaled", ", both after temperature scaling")):
         calibration += [
             Claim(
-                f"ece-gain{suffix}", "calibration",
-                f"has an {ece_words(ece)} at least 25 % below cross-entropy's{words}", ece, scale="ratio",
-                at_most=0.75, scaled=scaled,
+                f"ece-gain{suffix}", "calibration", f"has an {name} at least 25 % below cross-entropy's{words}", ece,
+                scale="ratio", at_most=0.75, scaled=scaled,
             ),
             Claim(
-                f"ece-brier{suffix}", "calibration", f"has an {ece_words(ece)} within 5 % of Brier's, or below{words}",
-                ece, against="brier", scale="ratio", at_most=1.05, scaled=scaled,
+                f"ece-brier{suffix}", "calibration", f"has an {name} within 5 % of Brier's, or below{words}", ece,
+                "brier", "ratio", at_most=1.05, scaled=scaled,
             ),
         ]  # fmt: skip
-    convergence = (
-        Claim(
-            "time-to-quality", "convergence",
-            "needs at most 110 % of the training time of cross-entropy for 95 % of cross-entropy's final quality",
-            "seconds_to_quality", scale="ratio", at_most=1.1,
-        ),
-        Claim(
-            "time-to-quality-brier", "convergence",
-            "needs at most 60 % of the training time of Brier for 95 % of cross-entropy's final quality",
-            "seconds_to_quality", against="brier", scale="ratio", at_most=0.6,
-        ),
-    )  # fmt: skip
-    efficiency = (
-        Claim(
-            "throughput", "efficiency", "trains at least 98 % of the tokens a second of cross-entropy",
-            "tokens_per_second", scale="ratio", at_least=0.98,
-        ),
-        Claim(
-            "memory", "efficiency", "needs at most 500 MB more memory than cross-entropy", "peak_memory_mb",
-            at_most=500.0, unit="MB",
-        ),
-    )  # fmt: skip
-    return (*_QUALITY.get(task, _PERPLEXITY), *calibration, *convergence, *efficiency)
-
-
-def ece_words(ece: str) -> str:
-    """Return a calibration error's name as people write it: ``ECE-15``."""
-    return ece.replace("ece_", "ECE-") if ece.startswith("ece_") else ece.replace("_", " ")
+    return (*(_ROUGE if task == "summarization" else _PERPLEXITY), *calibration, *_COST)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...statistics import Decision, holm
+import numpy as np
+
+from ...runtime.files import json_number
+from ...statistics import ClaimTest, Decision, claim_test, holm
 from .claims import Claim
 
 #: Family-wise error rate: the chance that any wrong claim of a family is said to hold.
@@ -63,12 +66,7 @@ class Finding:
 
 
 def undecided(claim: Claim, variation: str, setting: str, role: str, pairs: int = 0, note: str = "") -> Finding:
-    """Return the finding on a claim before anything is tested: it cannot be told.
-
-    Args:
-        claim: the claim.
-        variation, setting, role, pairs, note: of the finding.
-    """
+    """Return the finding on a claim before anything is tested: it cannot be told."""
     return Finding(
         claim.key, claim.family, claim.words, variation, setting, role, Decision.CANNOT_TELL.value, None, None, None,
         claim.at_least, claim.at_most, claim.scale, claim.unit, pairs, note=note,
@@ -77,30 +75,28 @@ def undecided(claim: Claim, variation: str, setting: str, role: str, pairs: int 
 
 @dataclass(frozen=True)
 class Judged:
-    """A finding before the correction, with the p-values of both its ends; NaN where nothing was tested.
-
-    Args:
-        finding: as it is before.
-        p_holds: one-sided, against "the claim is wrong".
-        p_fails: one-sided, against "the claim is right".
-    """
+    """A finding before the correction, and its one-sided p-values: small where it holds and where it fails, or NaN."""
 
     finding: Finding
-    p_holds: float
-    p_fails: float
+    p_holds: float = math.nan
+    p_fails: float = math.nan
+
+
+def both_ends(finding: Finding, ours: np.ndarray, theirs: np.ndarray) -> tuple[ClaimTest, ClaimTest]:
+    """Test that a finding's claim holds, and that it fails; figures that cannot be tested are a ValueError."""
+    holds, fails = (
+        claim_test(ours, theirs, at_least=low, at_most=high, scale=finding.scale, alpha=ALPHA)
+        for low, high in ((finding.at_least, finding.at_most), (finding.at_most, finding.at_least))
+    )
+    return holds, fails
 
 
 def corrected(tests: Sequence[Judged]) -> list[Finding]:
-    """Return the findings of one family with their decisions, by p-values after Holm's correction.
-
-    Args:
-        tests: of one claim and role.
-    """
-
-    holds, fails = (holm([None if math.isnan(p) else p for p in ps]) for ps in
-                    ([t.p_holds for t in tests], [t.p_fails for t in tests]))  # fmt: skip
+    """Return the findings of one family (of one claim and role) with their decisions, by Holm-corrected p-values."""
+    holds = holm([None if math.isnan(test.p_holds) else test.p_holds for test in tests])
+    fails = holm([None if math.isnan(test.p_fails) else test.p_fails for test in tests])
     found = []
-    for test, p_holds, p_fails in zip(tests, holds, fails, strict=True):
+    for test, p_holds, p_fails in zip(tests, holds.tolist(), fails.tolist(), strict=True):
         decision = Decision.CANNOT_TELL
         if p_holds <= ALPHA:  # False for NaN
             decision = Decision.HOLDS
@@ -108,18 +104,13 @@ def corrected(tests: Sequence[Judged]) -> list[Finding]:
             decision = Decision.FAILS
         found.append(
             replace(
-                test.finding, decision=decision.value, p_adjusted=finite(float(p_holds)),
-                p_fails=finite(test.p_fails), p_fails_adjusted=finite(float(p_fails)),
+                test.finding, decision=decision.value, p_adjusted=json_number(p_holds),
+                p_fails=json_number(test.p_fails), p_fails_adjusted=json_number(p_fails),
             )
         )  # fmt: skip
     return found
 
 
-def join(*notes: str) -> str:
-    """Return notes as one, without those that are empty."""
-    return "; ".join(note for note in notes if note)
-
-
-def finite(value: float) -> float | None:
-    """Return a number, None where it is infinite or NaN."""
-    return value if math.isfinite(value) else None
+def with_note(finding: Finding, *notes: str) -> Finding:
+    """Return a finding whose note goes on."""
+    return replace(finding, note="; ".join(note for note in (finding.note, *notes) if note))

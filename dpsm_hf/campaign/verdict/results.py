@@ -16,22 +16,15 @@ from ..spec.design import Campaign, Point
 ARRIVED = 0.95
 
 # figures of `Record.efficiency`, as opposed to metrics of an evaluation
-_EFFICIENCY = frozenset(
-    {
-        "train_seconds", "tokens_per_second", "peak_memory_mb", "peak_device_memory_mb", "flops_per_step", "steps",
-        "cpu_seconds", "energy_joules",
-    }
+_EFFICIENCY = (
+    "train_seconds", "tokens_per_second", "peak_memory_mb", "peak_device_memory_mb", "flops_per_step", "steps",
+    "cpu_seconds", "energy_joules",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs have in common that differ in variation and seed alone.
-
-    Args:
-        study, size, data: names.
-        settings: what the study varies, by argument name.
-    """
+    """What runs have in common that differ in variation and seed alone; ``settings`` is what the study varies."""
 
     study: str
     size: str
@@ -41,8 +34,7 @@ class Setting:
     @property
     def label(self) -> str:
         """Return it in words, for a table."""
-        extra = [f"{name} {value}" for name, value in self.settings]
-        return ", ".join([self.study, self.size, self.data, *extra])
+        return ", ".join([self.study, self.size, self.data, *(f"{name} {value}" for name, value in self.settings)])
 
     @property
     def plain(self) -> Setting:
@@ -52,14 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Figures of two variations, seed by seed.
-
-    Args:
-        seeds: of the pairs.
-        ours: figures of the variation.
-        theirs: of the one that it is compared with.
-        missing: seeds for which one of the two is missing.
-    """
+    """Figures of a variation and of the one that it is compared with, seed by seed, and the seeds that lack either."""
 
     seeds: tuple[int, ...]
     ours: np.ndarray
@@ -96,6 +81,10 @@ class Results:
     def variations(self, setting: Setting) -> list[str]:
         """Return the variations that are run in a setting, in the order of the campaign's tables."""
         return [v.name for v in self.campaign.variations if (setting, v.name) in self._points]
+
+    def title(self, variation: str) -> str:
+        """Return a variation's title by its name."""
+        return self.campaign.variation(variation).title
 
     def points(self, setting: Setting, variation: str) -> list[Point]:
         """Return the points of a variation in a setting: its seeds."""
@@ -144,12 +133,8 @@ class Results:
         planned = {p.seed for p in self.points(setting, variation)} & {p.seed for p in self.points(setting, other)}
         ours, theirs = (self.values(setting, name, metric, **how) for name in (variation, other))
         seeds = tuple(sorted(planned & set(ours) & set(theirs)))
-        return Pairs(
-            seeds,
-            np.array([ours[s] for s in seeds]),
-            np.array([theirs[s] for s in seeds]),
-            tuple(sorted(planned - set(seeds))),
-        )
+        first, second = (np.array([values[seed] for seed in seeds]) for values in (ours, theirs))
+        return Pairs(seeds, first, second, tuple(sorted(planned - set(seeds))))
 
     def to_quality(self, point: Point) -> tuple[float, float] | None:
         """Return the training seconds and the steps after which a run has 95 % of the reference's final quality.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from ...statistics import ClaimTest, Decision, claim_test, decide, power_note, sign_agreement
+from ...runtime.files import json_number
+from ...statistics import ClaimTest, Decision, decide, power_note, sign_agreement
+from ..spec.design import Variation
 from .claims import Claim, claims_of
-from .finding import ALPHA, Finding, Judged, corrected, finite, join, undecided
+from .finding import Finding, Judged, both_ends, corrected, undecided, with_note
 from .results import Pairs, Results, Setting
 
 #: Share of settings and seeds that have to agree.
@@ -34,22 +35,24 @@ def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str 
         claims: by default those of the task.
         study: whose settings are judged.
     """
-    campaign = results.campaign
-    claims = claims_of(campaign.task) if claims is None else claims
+    claims = claims_of(results.campaign.task) if claims is None else claims
     found: list[Finding] = []
     for claim in claims:
         tests: dict[str, list[Judged]] = {}
         for setting in results.settings(study):
-            for name in results.variations(setting):
-                if name in (campaign.reference, campaign.brier):
-                    continue
-                role = campaign.variation(name).role
-                if campaign.variation(name).of is not None and not _about_scaling(claim):
-                    continue
-                tests.setdefault(role, []).append(_judge(results, claim, setting, name, role))
-        for family in tests.values():
-            found += corrected(family)
+            for variation in _judged(results, setting):
+                # a variation that reads figures after scaling is judged on calibration before scaling alone
+                if variation.of is None or (claim.family == "calibration" and claim.scaled is False):
+                    judged = _judge(results, claim, setting, variation)
+                    tests.setdefault(variation.role, []).append(judged)
+        found += [finding for family in tests.values() for finding in corrected(family)]
     return [*found, *robustness(results, claims, study)]
+
+
+def _judged(results: Results, setting: Setting) -> list[Variation]:
+    """Return the variations of a setting but the two that they are compared with."""
+    campaign, there = results.campaign, results.variations(setting)
+    return [v for v in campaign.variations if v.name in there and v.name not in (campaign.reference, campaign.brier)]
 
 
 def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN_STUDY) -> list[Finding]:
@@ -58,35 +61,33 @@ def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN
     For quality and for calibration before scaling: the sign of the mean difference to the reference in the first
     setting of the main study is what is expected; it has to return in at least 75 % of all other settings and seeds.
     """
-    campaign = results.campaign
+    first = next(iter(results.settings(main_study)), None)
+    if first is None:
+        return []
+    others = [setting for setting in results.settings() if setting != first]
     found = []
     for claim in claims:
         if claim.against != "reference" or claim.scaled is True or claim.family not in ("quality", "calibration"):
             continue
-        for variation in campaign.variations:
-            if variation.name in (campaign.reference, campaign.brier) or variation.of is not None:
+        for variation in _judged(results, first):
+            if variation.of is not None:
                 continue
-            first = next(iter(results.settings(main_study)), None)
-            if first is None or variation.name not in results.variations(first):
-                continue
+            # leave out runs that belong to the first setting too: they would agree with themselves
             known = {point.run_id for point in results.points(first, variation.name)}
             cells: dict[Hashable, dict[Hashable, float | None]] = {}
-            for setting in results.settings():
-                if setting == first or variation.name not in results.variations(setting):
-                    continue
-                # leave out runs that belong to the first setting too: they would agree with themselves
+            for setting in others:
                 seeds = {p.seed for p in results.points(setting, variation.name) if p.run_id not in known}
-                found_there = _differences(results, claim, setting, variation.name)
-                cell: dict[Hashable, float | None] = {s: x for s, x in found_there.items() if s in seeds}
+                there = _differences(results, claim, setting, variation) if seeds else {}
+                cell: dict[Hashable, float | None] = {s: x for s, x in there.items() if s in seeds}
                 if cell:  # empty where the setting has no reference runs
                     cells[setting.label] = cell
             if cells:
-                main = list(_differences(results, claim, first, variation.name).values())
-                found.append(_agreement(claim, variation.name, variation.role, main, cells))
+                main = _differences(results, claim, first, variation).values()
+                found.append(_agreement(claim, variation, [x for x in main if x is not None], cells))
     return found
 
 
-def _differences(results: Results, claim: Claim, setting: Setting, variation: str) -> dict[int, float | None]:
+def _differences(results: Results, claim: Claim, setting: Setting, variation: Variation) -> dict[int, float | None]:
     """Return the difference to the reference by seed; None where one of the two is missing."""
     pairs = _pairs(results, claim, setting, variation)
     found: dict[int, float | None] = dict(zip(pairs.seeds, (pairs.ours - pairs.theirs).tolist(), strict=True))
@@ -94,89 +95,63 @@ def _differences(results: Results, claim: Claim, setting: Setting, variation: st
 
 
 def overall(findings: Iterable[Finding], variation: str) -> dict[str, str]:
-    """Return one word for each claim about a variation: over all settings it holds, fails in one, or cannot be told.
-
-    Args:
-        findings: of `verdict`.
-        variation: name.
-    """
-    words: dict[str, list[str]] = {}
+    """Return a word for each claim about a variation: over all settings it holds, fails in one, or cannot be told."""
+    words: dict[str, set[str]] = {}
     for finding in findings:
         if finding.variation == variation:
-            words.setdefault(finding.key, []).append(finding.decision)
+            words.setdefault(finding.key, set()).add(finding.decision)
+    fails, unknown = Decision.FAILS.value, Decision.CANNOT_TELL.value
     return {
-        key: Decision.FAILS.value
-        if Decision.FAILS.value in decisions
-        else Decision.HOLDS.value
-        if set(decisions) == {Decision.HOLDS.value}
-        else Decision.CANNOT_TELL.value
-        for key, decisions in words.items()
+        key: fails if fails in said else unknown if unknown in said else Decision.HOLDS.value
+        for key, said in words.items()
     }
 
 
-def _about_scaling(claim: Claim) -> bool:
-    """Return whether a claim applies to variations that read figures after scaling: only unscaled calibration."""
-    return claim.family == "calibration" and claim.scaled is False
-
-
-def _pairs(results: Results, claim: Claim, setting: Setting, variation: str) -> Pairs:
+def _pairs(results: Results, claim: Claim, setting: Setting, variation: Variation) -> Pairs:
     campaign = results.campaign
     # a variation that reads figures after scaling is compared with the others' before scaling
-    read = None if campaign.variation(variation).of is not None else claim.scaled
-    how: dict[str, Any] = {} if read is None else {"scaled": read}
+    scaled = None if variation.of is not None else claim.scaled
+    by_reference, by_brier = (
+        results.pairs(setting, variation.name, other, claim.metric, scaled=scaled)
+        for other in (campaign.reference, campaign.brier)
+    )
     if claim.against != "worse of both":
-        other = campaign.reference if claim.against == "reference" else campaign.brier
-        pairs = results.pairs(setting, variation, other, claim.metric, **how)
-    else:
-        ours, theirs = (
-            results.pairs(setting, variation, other, claim.metric, **how)
-            for other in (campaign.reference, campaign.brier)
-        )
-        worst = max if claim.at_most is not None else min
-        both = {
-            seed: (x, worst(y, theirs.theirs[theirs.seeds.index(seed)]))
-            for seed, x, y in zip(ours.seeds, ours.ours, ours.theirs, strict=True)
-            if seed in theirs.seeds
-        }
-        missing = (set(ours.seeds) | set(theirs.seeds) | set(ours.missing) | set(theirs.missing)) - set(both)
-        pairs = Pairs(
-            tuple(both),
-            np.array([x for x, _ in both.values()]),
-            np.array([y for _, y in both.values()]),
-            tuple(sorted(missing)),
-        )
-    return pairs
+        return by_reference if claim.against == "reference" else by_brier
+    worst = max if claim.at_most is not None else min
+    brier = dict(zip(by_brier.seeds, by_brier.theirs, strict=True))
+    triples = zip(by_reference.seeds, by_reference.ours, by_reference.theirs, strict=True)
+    both = {seed: (x, worst(y, brier[seed])) for seed, x, y in triples if seed in brier}
+    planned = {seed for pairs in (by_reference, by_brier) for seed in (*pairs.seeds, *pairs.missing)}
+    ours, theirs = (np.array([pair[side] for pair in both.values()]) for side in (0, 1))
+    return Pairs(tuple(both), ours, theirs, tuple(sorted(planned - set(both))))
 
 
-def _judge(results: Results, claim: Claim, setting: Setting, variation: str, role: str) -> Judged:
+def _judge(results: Results, claim: Claim, setting: Setting, variation: Variation) -> Judged:
     pairs = _pairs(results, claim, setting, variation)
     missing = f"missing: seed {', '.join(map(str, pairs.missing))}" if pairs.missing else ""
-    finding = undecided(claim, variation, setting.label, role, len(pairs.seeds), missing)
-    if not len(pairs.seeds):
-        return Judged(finding, math.nan, math.nan)
+    finding = undecided(claim, variation.name, setting.label, variation.role, len(pairs.seeds), missing)
+    if not pairs.seeds:
+        return Judged(finding)
     if not (np.isfinite(pairs.ours).all() and np.isfinite(pairs.theirs).all()):
-        return _censored(claim, pairs, finding, _training_times(results, claim, setting, variation, pairs))
+        other = results.campaign.brier if claim.against == "brier" else results.campaign.reference
+        ours, theirs = (results.values(setting, name, "train_seconds") for name in (variation.name, other))
+        times = ([of.get(seed, math.nan) for seed in pairs.seeds] for of in (ours, theirs))
+        return _censored(finding, pairs, *map(np.array, times))
     try:
-        test, opposite = (
-            claim_test(pairs.ours, pairs.theirs, at_least=low, at_most=high, scale=claim.scale, alpha=ALPHA)
-            for low, high in ((claim.at_least, claim.at_most), (claim.at_most, claim.at_least))
-        )
+        test, opposite = both_ends(finding, pairs.ours, pairs.theirs)
     except ValueError as error:  # a ratio needs positive figures
-        return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
-    note = finding.note
+        return Judged(with_note(finding, str(error)))
     if len(pairs.seeds) < 2:
-        note = join(note, "one seed has no spread: repeat with others")
+        finding = with_note(finding, "one seed has no spread: repeat with others")
     elif claim.scale == "difference" and test.decision is Decision.CANNOT_TELL:
         differences = pairs.ours - pairs.theirs
-        note = join(note, power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit).sentence)
-    return Judged(
-        replace(
-            finding, estimate=test.estimate, low=finite(test.interval.low), high=finite(test.interval.high),
-            p_value=finite(_p_of(test)), note=note,
-        ),
-        _p_of(test),
-        _p_of(opposite),
+        power = power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit)
+        finding = with_note(finding, power.sentence)
+    finding = replace(
+        finding, estimate=test.estimate, low=json_number(test.interval.low), high=json_number(test.interval.high),
+        p_value=json_number(_p_of(test)),
     )  # fmt: skip
+    return Judged(finding, _p_of(test), _p_of(opposite))
 
 
 def _p_of(test: ClaimTest) -> float:
@@ -184,18 +159,7 @@ def _p_of(test: ClaimTest) -> float:
     return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
 
 
-def _training_times(
-    results: Results, claim: Claim, setting: Setting, variation: str, pairs: Pairs
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the whole training time of each run of the pairs, NaN where it is not known."""
-    other = results.campaign.brier if claim.against == "brier" else results.campaign.reference
-    ours, theirs = (results.values(setting, name, "train_seconds") for name in (variation, other))
-    times = ([of.get(seed, math.nan) for seed in pairs.seeds] for of in (ours, theirs))
-    first, second = (np.array(values) for values in times)
-    return first, second
-
-
-def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndarray, np.ndarray]) -> Judged:
+def _censored(finding: Finding, pairs: Pairs, our_training: np.ndarray, their_training: np.ndarray) -> Judged:
     """Judge times of which some are infinite, of runs that never arrived.
 
     All that is known of such a time is that it is longer than the training. With the training's time in its place
@@ -203,74 +167,64 @@ def _censored(claim: Claim, pairs: Pairs, finding: Finding, whole: tuple[np.ndar
     the others never did, so that it may hold but not fail.
     """
     ours_never, theirs_never = np.isinf(pairs.ours), np.isinf(pairs.theirs)
-    note = (
-        f"{int(ours_never.sum())} of its {len(pairs.ours)} runs never got there, {int(theirs_never.sum())} of those "
-        "that it is compared with"
+    finding = with_note(
+        finding,
+        f"{ours_never.sum()} of its {len(pairs.ours)} runs never got there, {theirs_never.sum()} of those that it is "
+        "compared with",
     )
-    finding = replace(finding, note=join(finding.note, note))
-    ours = np.where(ours_never, whole[0], pairs.ours)
-    theirs = np.where(theirs_never, whole[1], pairs.theirs)
+    ours = np.where(ours_never, our_training, pairs.ours)
+    theirs = np.where(theirs_never, their_training, pairs.theirs)
     neither = bool((ours_never & theirs_never).any())
-    if neither or claim.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return Judged(finding, math.nan, math.nan)
+    if neither or finding.at_most is None or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return Judged(finding)
     try:
-        test = claim_test(ours, theirs, at_most=claim.at_most, scale=claim.scale, alpha=ALPHA)
-        opposite = claim_test(ours, theirs, at_least=claim.at_most, scale=claim.scale, alpha=ALPHA)
+        test, opposite = both_ends(finding, ours, theirs)
     except ValueError as error:  # a run had the quality before its first step, so a time is 0
-        return Judged(replace(finding, note=join(finding.note, str(error))), math.nan, math.nan)
+        return Judged(with_note(finding, str(error)))
     may_hold, may_fail = not ours_never.any(), not theirs_never.any()
-    bound = "at most" if may_hold else "at least"  # the training time stands in for an unknown, longer one
+    if may_hold != may_fail:  # the training time stands in for an unknown, longer one
+        finding = replace(finding, estimate=test.estimate)
+        finding = with_note(finding, f"so the ratio is {'at most' if may_hold else 'at least'} this")
     finding = replace(
         finding,
-        estimate=test.estimate if may_hold != may_fail else None,
-        high=finite(test.interval.high) if may_hold else None,
-        low=finite(test.interval.low) if may_fail else None,
-        p_value=finite(test.p_value) if may_hold else None,
-        note=join(finding.note, f"so the ratio is {bound} this") if may_hold != may_fail else finding.note,
+        high=json_number(test.interval.high) if may_hold else None,
+        low=json_number(test.interval.low) if may_fail else None,
+        p_value=json_number(test.p_value) if may_hold else None,
     )
     return Judged(finding, test.p_value if may_hold else math.nan, opposite.p_value if may_fail else math.nan)
 
 
 def _agreement(
     claim: Claim,
-    variation: str,
-    role: str,
-    main: Sequence[float | None],
+    variation: Variation,
+    main: Sequence[float],
     cells: Mapping[Hashable, Mapping[Hashable, float | None]],
 ) -> Finding:
-    known = [value for value in main if value is not None]
-    mean = float(np.mean(known)) if known else math.nan
+    metric = claim.metric
+    if "_" in metric or "rouge" in metric:
+        metric = metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-")
     same_sign = Claim(
-        f"same-sign-{claim.key}",
-        "robustness",
-        f"differs from cross-entropy in {_metric_words(claim.metric)} in the same direction as in the first setting "
+        f"same-sign-{claim.key}", "robustness",
+        f"differs from cross-entropy in {metric} in the same direction as in the first setting "
         f"of the main study, in at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
-        claim.metric,
-        scale="share",
-        at_least=AGREEMENT,
-    )
+        claim.metric, scale="share", at_least=AGREEMENT,
+    )  # fmt: skip
     settings = "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings"
-    finding = undecided(same_sign, variation, settings, role)
+    finding = undecided(same_sign, variation.name, settings, variation.role)
+    mean = float(np.mean(main)) if main else math.nan
     if math.isnan(mean) or mean == 0:
-        return replace(finding, note="the main study has no difference whose sign could return")
+        return with_note(finding, "the main study has no difference whose sign could return")
     agreement = sign_agreement(cells, 1 if mean > 0 else -1)
     seen = agreement.same + agreement.opposite + agreement.zero
     if not seen:
-        return replace(finding, note="no other setting has been run")
+        return with_note(finding, "no other setting has been run")
     note = f"{agreement.same} of {seen} settings and seeds"
     decision = decide(agreement.bounds, at_least=AGREEMENT)
     if seen + agreement.missing < FEWEST_SIGNS:
-        decision, note = (
-            Decision.CANNOT_TELL,
-            f"{note}, which are too few to agree: at least {FEWEST_SIGNS} are needed",
-        )
-    if agreement.missing:
-        note += f"; {agreement.missing} missing"
+        decision = Decision.CANNOT_TELL
+        note += f", which are too few to agree: at least {FEWEST_SIGNS} are needed"
     return replace(
         finding, decision=decision.value, estimate=agreement.share, low=agreement.interval.low,
-        high=agreement.interval.high, pairs=seen, note=note,
+        high=agreement.interval.high, pairs=seen,
+        note=f"{note}; {agreement.missing} missing" if agreement.missing else note,
     )  # fmt: skip
-
-
-def _metric_words(metric: str) -> str:
-    return metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-") if "_" in metric or "rouge" in metric else metric

@@ -98,20 +98,8 @@ def distinct_n(
     Over all texts, ``|union_i G_n(i)| / sum_i D(i)``; the mean over texts is that of ``|G_n(i)| / D(i)`` where
     ``D(i) > 0``. ``G_n(i)`` is the set of n-grams of text i (no n-gram spans two texts), and ``D(i)`` is its number of
     words ``w_i``, or, with ``divide_by="ngrams"``, its number of n-grams ``max(0, w_i - n + 1)``. NaN where no text
-    has ``D(i) > 0``. The value over all texts falls with more or longer texts: compare equal amounts.
-
-    Args:
-        texts: N texts.
-        n: lengths of the n-grams, in words, each at least 1.
-        divide_by: ``"words"`` or ``"ngrams"``.
-        lowercase: whether to lower-case texts first.
-        tokenizer: from a text to its words; None splits at white space.
-
-    Returns:
-        ``distinct_<n>`` and ``distinct_<n>_mean`` for each n, in [0, 1], and ``texts``, ``empty_texts``, ``words``.
-
-    Raises:
-        ValueError: if there is no text, or an option cannot be.
+    has ``D(i) > 0``. The value over all texts falls with more or longer texts: compare equal amounts. Arguments,
+    results and errors are those of `_KWARGS_DESCRIPTION`.
 
     Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016), section 5,
     which scales by the number of generated words.

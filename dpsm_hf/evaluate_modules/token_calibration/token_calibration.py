@@ -123,36 +123,19 @@ class TokenCalibration(evaluate.Metric):
             columns["document"] = _document_numbers(documents, len(references))[kept]
         calibration = dpsm_calibration.TokenCalibration()
         calibration.update(**columns)
-        return _results(calibration, **chosen)
-
-
-def _results(
-    calibration: dpsm_calibration.TokenCalibration,
-    *,
-    bins: int,
-    intervals: bool,
-    curve: bool,
-    level: float,
-    samples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the metrics, and intervals and curve if asked for, as plain numbers, lists and dicts."""
-    results: dict[str, Any] = calibration.compute()
-    results.setdefault(f"ece_{bins}", float(equal_width_ece(calibration.totals(), bins)))
-    if intervals:
-        found = calibration.intervals(level=level, samples=samples, seed=seed)
-        results["intervals"] = {name: [json_number(bound) for bound in interval] for name, interval in found.items()}
-    if curve:
-        results["curve"] = calibration.curve(bins).as_dict()
-    return results
+        bins = chosen["bins"]
+        results: dict[str, Any] = calibration.compute()
+        results.setdefault(f"ece_{bins}", float(equal_width_ece(calibration.totals(), bins)))
+        if chosen["intervals"]:
+            found = calibration.intervals(level=chosen["level"], samples=chosen["samples"], seed=chosen["seed"])
+            results["intervals"] = {name: [json_number(bound) for bound in pair] for name, pair in found.items()}
+        if chosen["curve"]:
+            results["curve"] = calibration.curve(bins).as_dict()
+        return results
 
 
 def _check_confidences(confidence: np.ndarray, correct: np.ndarray, places: np.ndarray) -> None:
-    """Raise for the first place with an impossible confidence or reference.
-
-    Raises:
-        ValueError: naming it and its place.
-    """
+    """Raise for the first place with an impossible confidence or reference."""
     if len(wrong := np.flatnonzero(~((confidence >= 0) & (confidence <= 1)))):
         raise ValueError(
             f"predictions[{places[wrong[0]]}]={confidence[wrong[0]]} lies outside [0, 1]: give the probability of "
@@ -171,15 +154,8 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
 
     ``confidence = max_j p_j``; right where the label's probability is as large (a tie counts as right);
     ``nll = -log p_y``, ``brier = sum_j (p_j - [j = y])**2``, ``spherical = 1 - p_y / ||p||``,
-    ``entropy = -sum_j p_j log p_j``.
-
-    Args:
-        rows: ``[N][V]`` probabilities, used as they are: nothing is normalized.
-        labels: ``[N]`` classes.
-        places: ``[N]`` where each row stood in the input, for messages.
-
-    Raises:
-        ValueError: naming the first row that is not a distribution, or the first label that is not a class.
+    ``entropy = -sum_j p_j log p_j``. Rows ``[N][V]`` are used as they are: nothing is normalized. Messages name the
+    place where a row stood in the input.
     """
     lengths = [len(row) if row is not None else 0 for row in rows]
     for i, length in enumerate(lengths):
@@ -189,10 +165,10 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
                 "each row must have one for each class."
             )
     p = np.array(rows, dtype=np.float64).reshape(len(rows), lengths[0] if lengths else 1)
-    sound = ((p >= 0) & (p <= 1)).all(-1)
-    if len(wrong := np.flatnonzero(~sound)):
-        value = p[wrong[0]][~((p[wrong[0]] >= 0) & (p[wrong[0]] <= 1))][0]
-        raise ValueError(f"predictions[{places[wrong[0]]}] holds {value}, outside [0, 1]: give it after the softmax.")
+    if len(outside := np.argwhere(~((p >= 0) & (p <= 1)))):
+        row, column = outside[0]
+        value = p[row, column]
+        raise ValueError(f"predictions[{places[row]}] holds {value}, outside [0, 1]: give it after the softmax.")
     if len(wrong := np.flatnonzero(np.abs(p.sum(-1) - 1) > _SUM_TOLERANCE)):
         raise ValueError(
             f"predictions[{places[wrong[0]]}] adds up to {p[wrong[0]].sum():g}, not 1: give the probabilities of all "
@@ -222,11 +198,7 @@ def _scores(rows: Sequence[Sequence[float] | None], labels: np.ndarray, places: 
 
 
 def _document_numbers(documents: Sequence[int | None], places: int) -> np.ndarray:
-    """Return the numbers of the documents as int64 ``[places]``.
-
-    Raises:
-        ValueError: unless there is one whole number from 0 on for each place.
-    """
+    """Return the numbers of the documents as int64 ``[places]``, one whole number from 0 on for each."""
     if len(documents) != places:
         raise ValueError(f"documents holds {len(documents)} numbers for {places} places; give one for each.")
     numbers = np.array(documents, dtype=np.float64)  # None becomes NaN

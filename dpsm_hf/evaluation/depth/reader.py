@@ -148,8 +148,7 @@ class DepthReader:
         return torch.cat(found)
 
     def _logits(self, layer: nn.Module, rows: Tensor) -> Tensor:
-        z = layer(rows)
-        bias = added_bias(self._core)
+        z, bias = layer(rows), added_bias(self._core)
         return post_ops(self._core)(z if bias is None else z + bias.to(z.device))
 
     # ---- what the model is -----------------------------------------------------------------------------------------
@@ -258,13 +257,12 @@ class _Listener:
         inside = set(self._layer.modules())
         try:
             for name, module in self._core.named_modules() if find_tail else ():
-                parts = name.split(".")
-                numbers = [i for i, part in enumerate(parts) if part.isdigit()]
                 if module in inside or self._layer in module.modules():
                     continue
-                if numbers and numbers[0] == len(parts) - 1:
+                numbers = [part.isdigit() for part in name.split(".")]
+                if any(numbers) and numbers.index(True) == len(numbers) - 1:
                     handles.append(module.register_forward_hook(self._after_layer))
-                elif not numbers:
+                elif not any(numbers):
                     handles.append(module.register_forward_pre_hook(self._before_module, with_kwargs=True))
                     handles.append(module.register_forward_hook(self._after_module))
             yield
@@ -273,9 +271,9 @@ class _Listener:
                 handle.remove()
 
     def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        tensors = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
-        if tensors and isinstance(tensors[0], Tensor):
-            self._last = self._current = tensors[0]
+        first = next(iter(output), None) if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            self._last = self._current = first
             self._chain, self._open = [], None
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -321,11 +319,7 @@ class _Listener:
             yield
 
     def tail(self, name: str) -> _Tail:
-        """Return what was seen between the last layer and the output layer, after running it a second time.
-
-        Raises:
-            DepthReaderError: if that does not give what the output layer was given.
-        """
+        """Return what was seen between the last layer and the output layer, after running it a second time."""
         reason = f"cannot tell what {name} does between its last layer and its output layer"
         if self._last is None:
             raise DepthReaderError(f"{reason}: none of its modules is a numbered layer.")

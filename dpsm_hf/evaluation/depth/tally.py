@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...calibration.accumulator import BLOCKS, check_seen
-from ...calibration.intervals import Interval, basic_interval, block_weights, check_resampling
+from ...calibration.blocks import BLOCKS, BlockSums, check_seen
+from ...calibration.intervals import Interval, basic_interval, block_figures
 from ...runtime.devices import float64_device
-from ...runtime.files import json_number
+from ...runtime.files import strict
 
 
-class DepthTally:
+class DepthTally(BlockSums):
     """Count tokens by depth and by block of documents, in fixed memory.
 
     Args:
@@ -26,12 +24,14 @@ class DepthTally:
         ValueError: if that is no number of layers.
     """
 
+    TENSORS = ("count",)
+
     def __init__(self, layers: int) -> None:
+        super().__init__()
         if not isinstance(layers, int) or layers < 1:
             raise ValueError(f"layers={layers} must be a whole number from 1 on; DepthReader.layers tells it.")
         self.layers = layers
         self.count = torch.zeros(BLOCKS, layers + 1, dtype=torch.int64)
-        self._undocumented = 0
 
     @property
     def tokens(self) -> int:
@@ -48,9 +48,8 @@ class DepthTally:
         Raises:
             ValueError: if shapes disagree, or a depth or a document is out of range. Nothing is added then.
         """
-        fits = document is None or document.shape == depths.shape
-        if depths.dtype.is_floating_point or depths.dim() != 1 or not fits:
-            shape = None if document is None else tuple(document.shape)
+        shape = None if document is None else tuple(document.shape)
+        if depths.dtype.is_floating_point or depths.dim() != 1 or shape not in (None, tuple(depths.shape)):
             raise ValueError(
                 f"depths must be whole numbers [n] and document [n] or None, but they are {depths.dtype} "
                 f"{tuple(depths.shape)} and {shape}."
@@ -62,37 +61,15 @@ class DepthTally:
                 f"depths lie between {int(depths.min())} and {int(depths.max())}; they must lie in 0..{self.layers}, "
                 "the layers of this tally."
             )
-        if document is None:
-            first = self._undocumented
-            block = torch.arange(first, first + len(depths), device=home) % BLOCKS
-            self._undocumented = (first + len(depths)) % BLOCKS
-        else:
-            if not bool((document >= 0).all()):
-                raise ValueError("document must hold numbers from 0 on, one for each token.")
-            block = document.to(home, torch.int64) % BLOCKS
+        if document is not None and not bool((document >= 0).all()):
+            raise ValueError("document must hold numbers from 0 on, one for each token.")
+        block = self.blocks_of(document, len(depths), home)
         self.to(home)
         self.count.view(-1).index_add_(0, block * (self.layers + 1) + depths, torch.ones_like(depths))
 
-    def reduce(self, function: Callable[[Tensor], Tensor]) -> DepthTally:
-        """Return a new tally whose tensor is ``function`` of this one's: a sum over processes, say."""
-        result = DepthTally(self.layers)
-        result.count = function(self.count)
-        return result
-
-    def to(self, device: torch.device) -> DepthTally:
-        """Move the tally to a device and return it; on MPS it stays on the host, as the others do."""
-        home = float64_device(device)
-        if self.count.device != home:
-            self.count = self.count.to(home)
-        return self
-
     @property
     def mean(self) -> float:
-        """Return the expected depth, ``sum_l l * n_l / n`` in layers.
-
-        Raises:
-            ValueError: if no token was seen.
-        """
+        """Return the expected depth, ``sum_l l * n_l / n`` in layers; ValueError if no token was seen."""
         return float(self._means(np.ones((1, BLOCKS)))[0])
 
     def interval(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> Interval:
@@ -101,12 +78,8 @@ class DepthTally:
         Raises:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
         """
-        check_resampling(level, samples)
-        mean = self.mean
-        weights = block_weights(self.count.sum(1).cpu().numpy(), samples, seed)
-        if weights is None:
-            return Interval(math.nan, math.nan)
-        return basic_interval(mean, self._means(weights), level, (0.0, float(self.layers)))
+        drawn = block_figures(self._means, self.count.sum(1).cpu().numpy(), level, samples, seed)
+        return basic_interval(self.mean, drawn, level, (0.0, float(self.layers)))
 
     def _means(self, weights: np.ndarray) -> np.ndarray:
         """Return the mean depth ``[samples]`` for so many copies of each block."""
@@ -116,16 +89,14 @@ class DepthTally:
         return drawn @ np.arange(self.layers + 1) / drawn.sum(1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a record holds: the mean, its interval, the layers, tokens by depth, and the share of depth.
-
-        ``share`` is ``mean / layers``: 1 where every token needs all layers.
+        """Return what a record holds; ``share`` is ``mean / layers``, 1 where every token needs all layers.
 
         Raises:
             ValueError: if no token was seen.
         """
         return {
             "mean": self.mean,
-            "interval": [json_number(bound) for bound in self.interval()],
+            "interval": strict(self.interval()),
             "layers": self.layers,
             "tokens": self.tokens,
             "counts": self.count.sum(0).tolist(),

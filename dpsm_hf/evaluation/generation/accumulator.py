@@ -21,7 +21,7 @@ from torch import Tensor
 from ...calibration import Interval, TokenCalibration
 from ...rules.losses import IGNORE_INDEX
 from ...runtime.distributed import process_index, process_number, real_rows
-from ...runtime.files import json_number
+from ...runtime.files import strict
 from .forecasts import forecast_curve, forecast_figures, forecast_intervals
 
 # What a generated token's view is called, by the name of `TokenCalibration`: its event is support, not "the top label
@@ -45,7 +45,6 @@ GENERATED_METRICS = (
 
 # One row for each summary, float64 (whole numbers are exact below 2**53); text_quality is NaN where it was not given.
 _COLUMNS = ("sample", "log_probability", "length", "text_length", "reference_length", "common", "text_quality")
-
 
 # A float32 logarithm of a softmax may miss zero by as much.
 _ROUNDING = 1e-5
@@ -121,9 +120,7 @@ class GeneratedCalibration:
         counted &= kept[:, None]
         _check_tokens(loss, p, counted)
         loss, p = loss.clamp_min(0), p.clamp_max(1)
-        other = torch.full((batch,), math.nan, dtype=torch.float64)
-        if text_quality is not None:
-            other = _qualities(text_quality, batch)
+        other = torch.full((batch,), math.nan).double() if text_quality is None else _qualities(text_quality, batch)
 
         special = torch.tensor(self.special_tokens, dtype=torch.int64)
         text = counted & ~torch.isin(ids, special)
@@ -161,12 +158,11 @@ class GeneratedCalibration:
             )
         if batch and int(number.min()) < 0:
             raise ValueError(f"samples holds {int(number.min())}; samples are numbered from 0 on.")
-        kept = kept.clone()
-        here: set[int] = set()
+        known, new = set(self._seen), torch.zeros_like(kept)
         for row in kept.nonzero().flatten().tolist():
-            kept[row] = int(number[row]) not in self._seen and int(number[row]) not in here
-            here.add(int(number[row]))
-        return number, kept
+            new[row] = int(number[row]) not in known
+            known.add(int(number[row]))
+        return number, new
 
     def set_text_quality(self, values: Any) -> None:
         """Give every summary another quality, ROUGE of its words say, once it is known.
@@ -241,9 +237,8 @@ class GeneratedCalibration:
         """
         found = dict(zip(_COLUMNS, self._table().numpy().T, strict=True))
         with np.errstate(invalid="ignore"):
-            found["mean_log_probability"] = found["log_probability"] / np.where(
-                found["length"] > 0, found["length"], np.nan
-            )
+            length = np.where(found["length"] > 0, found["length"], np.nan)
+            found["mean_log_probability"] = found["log_probability"] / length
         found["confidence"] = np.exp(found["mean_log_probability"])
         found["quality"] = 2 * found["common"] / np.maximum(found["text_length"] + found["reference_length"], 1)
         return found
@@ -324,20 +319,16 @@ class GeneratedCalibration:
         found: dict[str, Any] = {"tokens": self.tokens.tokens}
         if self.tokens.tokens:
             metrics, intervals = self.tokens.compute(), self.intervals("tokens")
-            found["metrics"] = {new: json_number(metrics[name]) for name, new in _OF_TOKENS.items() if name in metrics}
-            found["intervals"] = {
-                new: [json_number(bound) for bound in intervals[name]]
-                for name, new in _OF_TOKENS.items()
-                if name in intervals
-            }
+            found["metrics"] = strict({new: metrics[name] for name, new in _OF_TOKENS.items() if name in metrics})
+            found["intervals"] = strict(
+                {new: intervals[name] for name, new in _OF_TOKENS.items() if name in intervals}
+            )
             found["curve"] = self.tokens.curve(bins).as_dict()
         for view, (confidence, quality) in self._forecasts().items():
             found[view] = {
                 "count": len(confidence),
-                "metrics": {name: json_number(value) for name, value in forecast_figures(confidence, quality).items()},
-                "intervals": {
-                    name: [json_number(bound) for bound in interval] for name, interval in self.intervals(view).items()
-                },
+                "metrics": strict(forecast_figures(confidence, quality)),
+                "intervals": strict(self.intervals(view)),
                 "curve": forecast_curve(confidence, quality),
             }
         return found
@@ -351,9 +342,8 @@ def _as_shape(values: Tensor, like: Tensor, name: str) -> Tensor:
 
 def _check_tokens(nll: Tensor, probability: Tensor, counted: Tensor) -> None:
     """Raise for what no generated token can have, with its place."""
-    nll, probability = torch.where(counted, nll, 0.0), torch.where(counted, probability, 0.0)
-    broken = torch.isnan(nll) | torch.isnan(probability)
-    outside = (nll < -_ROUNDING) | (probability < 0) | (probability > 1 + _ROUNDING)
+    broken = counted & (torch.isnan(nll) | torch.isnan(probability))
+    outside = counted & ((nll < -_ROUNDING) | (probability < 0) | (probability > 1 + _ROUNDING))
     if bool(broken.any()):
         row, place = broken.nonzero()[0].tolist()
         raise FloatingPointError(
@@ -372,8 +362,8 @@ def _qualities(values: Any, number: int) -> Tensor:
     found = torch.as_tensor(values).detach().cpu().double()
     if found.shape != (number,):
         raise ValueError(f"the quality of texts has shape {tuple(found.shape)}; expected [{number}], one for each.")
-    if not bool(((found >= 0) & (found <= 1)).all()):  # False for NaN too
-        wrong = found[~((found >= 0) & (found <= 1))]
+    wrong = found[~((found >= 0) & (found <= 1))]  # NaN too
+    if len(wrong):
         raise ValueError(f"quality {float(wrong[0])} lies outside [0, 1]; divide a ROUGE in percent by 100.")
     return found
 

@@ -112,9 +112,7 @@ def _beginning(
     if start is None:
         return None
     # one for all, or one for each row
-    return (
-        torch.as_tensor(start, device=generated.device, dtype=generated.dtype).reshape(-1, 1).expand(len(generated), 1)
-    )
+    return torch.as_tensor(start).to(generated).reshape(-1, 1).expand(len(generated), 1)
 
 
 def _own_choices(generated: Tensor, given: int, setting: _Setting, positions: int | None) -> Tensor:
@@ -148,4 +146,4 @@ def _greatest_length(given: int, setting: _Setting, positions: int | None) -> in
 def _is_one_of(tokens: Tensor, ids: Any) -> Tensor:
     if ids is None:
         return torch.zeros_like(tokens, dtype=torch.bool)
-    return torch.isin(tokens, torch.as_tensor(ids, device=tokens.device, dtype=tokens.dtype).reshape(-1))
+    return torch.isin(tokens, torch.as_tensor(ids).to(tokens).reshape(-1))

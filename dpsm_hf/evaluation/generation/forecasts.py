@@ -97,22 +97,16 @@ def forecast_curve(confidence: Array, quality: Array, bins: int = FORECAST_BINS)
     """
     member = _equal_mass(confidence, bins)
     count = np.bincount(member, minlength=bins)
-    found: dict[str, Any] = {
-        "bins": bins,
-        "count": count.tolist(),
-        "confidence": [],
-        "quality": [],
-        "low": [],
-        "high": [],
-    }
+    names = ("confidence", "quality", "low", "high")
+    found: dict[str, Any] = {"bins": bins, "count": count.tolist(), **{name: [None] * bins for name in names}}
     for index, size in enumerate(count.tolist()):
-        of_bin = quality[member == index]
-        mean = float(of_bin.mean()) if size else None
-        half = 1.959964 * float(of_bin.std(ddof=1)) / math.sqrt(size) if size > 1 else None
-        found["confidence"].append(float(confidence[member == index].mean()) if size else None)
-        found["quality"].append(mean)
-        found["low"].append(None if mean is None or half is None else max(0.0, mean - half))
-        found["high"].append(None if mean is None or half is None else min(1.0, mean + half))
+        if size:
+            of_bin = quality[member == index]
+            mean = float(of_bin.mean())
+            found["confidence"][index], found["quality"][index] = float(confidence[member == index].mean()), mean
+            if size > 1:
+                half = 1.959964 * float(of_bin.std(ddof=1)) / math.sqrt(size)
+                found["low"][index], found["high"][index] = max(0.0, mean - half), min(1.0, mean + half)
     return found
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions, with_tail
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions, with_tail
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
@@ -22,37 +18,19 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return with_tail(brier, row, options)
 
 
-@functools.cache
-def kernel() -> Any:
-    """Return the Triton function of the rule, see `Rule`."""
-    global tl  # where Triton looks for it
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def brier(
-        weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING: tl.constexpr
-    ):
-        gap = q
-        value = q * q + r
-        if SMOOTHING > 0:
-            gap = q - epsilon
-            value = (gap + share) * (gap + share) + r - 2.0 * share * q + (size - 1.0) * share * share
-        a = weight * 2.0 * (p * gap - r)
-        target = -(weight * 2.0 * p * (gap * q + r))
-        return weight * value, a, weight * 2.0, 0.0, weight, target
-
-    return brier
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+    """Do the same for one row, in Triton."""
+    gap = q
+    value = q * q + r
+    if SMOOTHING > 0:
+        gap = q - epsilon
+        value = (gap + share) * (gap + share) + r - 2.0 * share * q + (size - 1.0) * share * share
+    a = weight * 2.0 * (p * gap - r)
+    target = -(weight * 2.0 * p * (gap * q + r))
+    return weight * value, a, weight * 2.0, 0.0, weight, target
 
 
 RULE = Rule(
-    name="brier",
-    score=score,
-    kernel=kernel,
-    formula="Σ_j (p_j - [j = y])²",
-    proper="yes",
-    bounds="[0, 2]",
-    source="Brier (1950)",
-    order=3,
-    score_smoothing=True,
-)
+    "brier", score, kernel, formula="Σ_j (p_j - [j = y])²", proper="yes", bounds="[0, 2]", source="Brier (1950)",
+    order=3, score_smoothing=True,
+)  # fmt: skip

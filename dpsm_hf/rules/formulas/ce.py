@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
@@ -19,36 +15,40 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return RowScore(value, 1.0, 0.0, -eps / vocab_size, 0.0, off_target_mass - row.miss)
 
 
-@functools.cache
-def kernel() -> Any:
-    """Return the Triton function of the rule, see `Rule`."""
-    global tl  # where Triton looks for it
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def ce(
-        weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING: tl.constexpr
-    ):
-        value = nll
-        d = 0.0
-        target = 0.0
-        if SMOOTHING == 1:
-            value = (1.0 - epsilon) * nll + epsilon * (log_sum - mean)
-            d = -(weight * share)
-            target = weight * (epsilon * (size - 1.0) / size)
-        return weight * value, weight, 0.0, d, 0.0, target - weight * q
-
-    return ce
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+    """Do the same for one row, in Triton."""
+    value = nll
+    d = 0.0
+    target = 0.0
+    if SMOOTHING == 1:
+        value = (1.0 - epsilon) * nll + epsilon * (log_sum - mean)
+        d = -(weight * share)
+        target = weight * (epsilon * (size - 1.0) / size)
+    return weight * value, weight, 0.0, d, 0.0, target - weight * q
 
 
-RULE = Rule(
-    name="ce",
-    score=score,
-    kernel=kernel,
-    formula="-log p_y",
-    proper="yes",
-    bounds="[0, ∞)",
-    source="Good (1952)",
-    order=2,
-)
+def with_uniform_share(plain: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
+    """Return the label-smoothed form of a rule that reads p_y alone.
+
+    The uniform part of the smoothed label is scored by the logarithm: where the rule equals cross-entropy, this is
+    label-smoothed cross-entropy.
+    """
+    epsilon, share = options.label_smoothing, 1.0 / options.vocab_size
+    if not epsilon:
+        return plain
+    uniform = RowScore(row.log_normalizer - row.mean_logit, 1.0, 0.0, -share, 0.0, row.p_target - share)
+    return plain.scaled(1 - epsilon).plus(uniform.scaled(epsilon))
+
+
+def uniform_kernel(value, a, target, weight, p, log_sum, mean, size, epsilon, share, SMOOTHING):
+    """Add the uniform part to a rule that is scaled by ``1 - epsilon``, in Triton."""
+    d = 0.0
+    if SMOOTHING == 1:
+        value += weight * epsilon * (log_sum - mean)
+        a += weight * epsilon
+        d = -(weight * share)
+        target += weight * epsilon * (p - 1.0 / size)
+    return value, a, 0.0, d, 0.0, target
+
+
+RULE = Rule("ce", score, kernel, formula="-log p_y", proper="yes", bounds="[0, ∞)", source="Good (1952)", order=2)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions
 from . import brier, ce
 
 
@@ -16,39 +12,18 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return log_part.plus(brier.score(row, options).scaled(options.alpha))
 
 
-@functools.cache
-def kernel() -> Any:
-    """Return the Triton function of the rule, see `Rule`."""
-    global tl, log_score, brier_score  # where Triton looks for them
-    import triton
-    import triton.language as tl
-
-    log_score, brier_score = ce.kernel(), brier.kernel()
-
-    @triton.jit
-    def dpsm(
-        weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING: tl.constexpr
-    ):
-        value, a, b, d, tail, target = log_score(
-            weight * (1.0 - alpha), p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha,
-            SMOOTHING,
-        )  # fmt: skip
-        value_2, a_2, b_2, d_2, tail_2, target_2 = brier_score(
-            weight * alpha, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING
-        )
-        return value + value_2, a + a_2, b + b_2, d + d_2, tail + tail_2, target + target_2
-
-    return dpsm
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+    """Do the same for one row, in Triton."""
+    value, a, b, d, tail, target = ce.kernel(
+        weight * (1.0 - alpha), p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING
+    )
+    value_2, a_2, b_2, d_2, tail_2, target_2 = brier.kernel(
+        weight * alpha, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING
+    )
+    return value + value_2, a + a_2, b + b_2, d + d_2, tail + tail_2, target + target_2
 
 
 RULE = Rule(
-    name="dpsm",
-    score=score,
-    kernel=kernel,
-    formula="(1 - α) CE + α Brier",
-    proper="yes, at every α",
-    bounds="[0, ∞)",
-    source="this package",
-    order=1,
-    score_smoothing=True,
-)
+    "dpsm", score, kernel, formula="(1 - α) CE + α Brier", proper="yes, at every α", bounds="[0, ∞)",
+    source="this package", order=1, score_smoothing=True,
+)  # fmt: skip

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from ..rows import RowScore, RowStatistics
-from ..rule import Rule, RuleOptions, with_tail
+from ..rows import RowScore, RowStatistics, Rule, RuleOptions, with_tail
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
@@ -22,40 +18,22 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return with_tail(RowScore(value, -share / norm, expected / norm**3, 0.0, 0.0, target), row, options)
 
 
-@functools.cache
-def kernel() -> Any:
-    """Return the Triton function of the rule, see `Rule`."""
-    global tl  # where Triton looks for it
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def spherical(
-        weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING: tl.constexpr
-    ):
-        cube = norm * norm * norm
-        value = r / (norm * (norm + p))
-        expected = p
-        own = r
-        a = 0.0
-        if SMOOTHING > 0:
-            value += (epsilon * p - share) / norm
-            expected = (1.0 - epsilon) * p + share
-            own = (1.0 - epsilon) * r - share * (p * q - r)
-            a = -(share / norm)
-        return weight * value, weight * a, weight * (expected / cube), 0.0, weight, -(weight * (p / cube * own))
-
-    return spherical
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+    """Do the same for one row, in Triton."""
+    cube = norm * norm * norm
+    value = r / (norm * (norm + p))
+    expected = p
+    own = r
+    a = 0.0
+    if SMOOTHING > 0:
+        value += (epsilon * p - share) / norm
+        expected = (1.0 - epsilon) * p + share
+        own = (1.0 - epsilon) * r - share * (p * q - r)
+        a = -(share / norm)
+    return weight * value, weight * a, weight * (expected / cube), 0.0, weight, -(weight * (p / cube * own))
 
 
 RULE = Rule(
-    name="spherical",
-    score=score,
-    kernel=kernel,
-    formula="1 - p_y / ‖p‖",
-    proper="yes",
-    bounds="[0, 1]",
-    source="Gneiting & Raftery (2007); on tokens Shao et al. (2024)",
-    order=4,
-    score_smoothing=True,
-)
+    "spherical", score, kernel, formula="1 - p_y / ‖p‖", proper="yes", bounds="[0, 1]",
+    source="Gneiting & Raftery (2007); on tokens Shao et al. (2024)", order=4, score_smoothing=True,
+)  # fmt: skip

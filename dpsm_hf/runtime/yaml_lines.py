@@ -19,12 +19,7 @@ Scalar: TypeAlias = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was written: a line of a file, or an option of the command line.
-
-    Args:
-        source: name of the file, or the option.
-        line: counted from 1; None for the command line.
-    """
+    """Where something was written: a line of a file, counted from 1, or an option of the command line."""
 
     source: str
     line: int | None = None
@@ -40,10 +35,12 @@ class Located:
     Args:
         value: a scalar, a list of `Located`, or a dictionary of them by key (whose places are those of the keys).
         place: where it was written.
+        written: of a scalar, the text as it stands in the file: ``no`` of False, ``007`` of 7.
     """
 
     value: Any
     place: Place
+    written: str | None = None
 
     @property
     def kind(self) -> str:
@@ -60,12 +57,7 @@ class Located:
 
 
 def located(value: Any, place: Place) -> Located:
-    """Return a plain value as if all of it had been written at one place.
-
-    Args:
-        value: scalar, list or dictionary.
-        place: the place.
-    """
+    """Return a plain value as if all of it had been written at one place."""
     if isinstance(value, dict):
         return Located({str(key): located(item, place) for key, item in value.items()}, place)
     if isinstance(value, list):
@@ -74,11 +66,7 @@ def located(value: Any, place: Place) -> Located:
 
 
 class SpecError(ValueError):
-    """Everything that is wrong with a campaign's file, a line each: ``FILE:LINE: key: what is wrong; remedy``.
-
-    Args:
-        problems: the lines.
-    """
+    """Everything that is wrong with a campaign's file, a line each: ``FILE:LINE: key: what is wrong; remedy``."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -92,25 +80,12 @@ class Problems:
     found: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, place: Place, key: str, what: str) -> None:
-        """Note a problem.
-
-        Args:
-            place: where it is.
-            key: the dotted path of the key; empty for the whole file.
-            what: what is wrong, and the remedy.
-        """
+        """Note what is wrong at a place and a key's dotted path (empty for the whole file), with the remedy."""
         line = f"{place}: {key}: {what}" if key else f"{place}: {what}"
         self.found.setdefault(line, (place.line or 0, len(self.found)))
 
     def unknown(self, place: Place, key: str, what: str, name: str, known: Iterable[str]) -> None:
-        """Note a name that does not exist, with those that are near.
-
-        Args:
-            place, key: as in `add`.
-            what: what the name is one of, with an article: ``a variation``.
-            name: the unknown name.
-            known: those that exist.
-        """
+        """Note a name that is not ``what`` (``a variation``, say), with those of the known ones that are near."""
         self.add(place, key, f"{name!r} is not {what}; {suggestion(name, known)}")
 
     def check(self) -> None:
@@ -124,12 +99,7 @@ class Problems:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return what to write in place of an unknown name: the nearest ones, or the whole list where it is short.
-
-    Args:
-        name: the unknown name.
-        known: those that exist.
-    """
+    """Return what to write in place of an unknown name: the nearest ones, or the whole list where it is short."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=3)
     if close:
@@ -152,13 +122,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
+def read_yaml(
+    text: str,
+    name: str,
+    problems: Problems,
+    wanted: str = "a campaign is keys with values, this is not; see docs/campaigns.md",
+) -> Located | None:
     """Read a YAML text whose top level has keys.
 
     Args:
         text: the text.
         name: of the file, for the places.
         problems: gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags.
+        wanted: what is said of a file whose top level has no keys.
 
     Returns:
         The values with their places; None where there is nothing to go on with.
@@ -168,20 +144,16 @@ def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(name, mark.line + 1 if mark is not None else 1)
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        problems.add(
-            place,
-            "",
-            f"this is no valid YAML: {what}; look at this line and the one before"
-            " (a value with ${NAME} needs quotes within braces)",
-        )
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = "look at this line and the one before (a value with ${NAME} needs quotes within braces)"
+        problems.add(place, "", f"this is no valid YAML: {said}; {hint}")
         return None
     except yaml.YAMLError as error:  # characters that YAML does not allow
         problems.add(Place(name, 1), "", f"this is no valid YAML: {' '.join(str(error).split())}; remove them")
         return None
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1 if node is not None else 1
-        problems.add(Place(name, line), "", "a campaign is keys with values, this is not; see docs/campaigns.md")
+        problems.add(Place(name, line), "", wanted)
         return None
     return _Reader(name, problems).read(node, "")
 
@@ -195,7 +167,7 @@ class _Reader:
     def read(self, node: yaml.Node, path: str, place: Place | None = None) -> Located:
         place = place or self.place(node)
         if isinstance(node, yaml.ScalarNode):
-            return Located(self.scalar(node, path), place)
+            return Located(self.scalar(node, path), place, node.value)
         if id(node) in self.above:
             self.problems.add(place, path, "this alias contains itself; write the values out")
             return Located(None, place)
