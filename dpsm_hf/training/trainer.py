@@ -555,11 +555,14 @@ class DPSMMixin(ResumingMixin):
         return output
 
     def _gathered_rows(self, tensors: Any) -> Any:
-        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too."""
+        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too.
+
+        Only what was generated has several, and is ``[rows, T]``. The loss of a batch comes once a row of a full one.
+        """
         rows = self._batch_rows
-        if not isinstance(tensors, Tensor) or not rows or len(tensors) <= rows or len(tensors) % rows:
-            return self.accelerator.gather_for_metrics(tensors)
-        return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
+        if isinstance(tensors, Tensor) and tensors.dim() > 1 and 0 < rows < len(tensors) and not len(tensors) % rows:
+            return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
+        return self.accelerator.gather_for_metrics(tensors)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
         dpsm, scaler = self.dpsm, self.temperature_scaler
