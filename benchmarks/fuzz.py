@@ -125,7 +125,8 @@ def _sound(name: str, hint: Any, choices: list[str], form: str) -> st.SearchStra
         pairs.append(st.sampled_from(words))
     elif int in options:
         least = max(2, AT_LEAST.get(name, 2))
-        pairs.append(st.integers(least, 60).flatmap(lambda n: st.sampled_from([(n, n), *([(str(n), n)] * text)])))
+        whole = st.integers(least, least + 58)
+        pairs.append(whole.flatmap(lambda n: st.sampled_from([(n, n), *([(str(n), n)] * text)])))
     elif float in options:
         numbers = st.sampled_from([0.25, 0.5, 0.75])
         pairs.append(numbers.flatmap(lambda x: st.sampled_from([(x, x), *([(f"{x:e}", x)] * text)])))

@@ -21,6 +21,7 @@ AT_LEAST: Mapping[str, float] = {
         ("max_source_length", "max_target_length", "val_max_target_length", "preprocessing_num_workers"), 1
     ),
     "min_source_words": 0,
+    "tokenizer_vocab_size": 261,  # the bytes, the special tokens and one merge
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "dataloader_num_workers", "seed"), 0),
     **dict.fromkeys(("data_seed", "logging_steps", "eval_steps", "save_steps", "label_smoothing_factor"), 0),
