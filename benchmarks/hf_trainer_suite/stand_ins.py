@@ -5,6 +5,7 @@ Everything is loaded from it as from a cache that was filled online, so nothing 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,8 @@ def _byte_pairs() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(_SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    names = {"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def _word_pieces() -> PreTrainedTokenizerFast:
@@ -125,8 +127,14 @@ NAMES: Mapping[str, _Kind] = {
 }
 
 
-def hub_cache(home: Path) -> Path:
-    """Return the value of HF_HOME whose hub cache holds the stand-ins, made on first use."""
+def hub_cache(folder: Path) -> Path:
+    """Return the value of HF_HOME whose hub cache holds the stand-ins, made on first use.
+
+    Args:
+        folder: for the caches; each version of Transformers and of this file has one of its own.
+    """
+    written = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    home = folder / f"{transformers.__version__}-{written}"
     if (home / _DONE).exists():
         return home
     shutil.rmtree(home, ignore_errors=True)

@@ -93,14 +93,16 @@ def test_stand_ins_load_as_from_a_cache_that_was_filled_online(tmp_path: Path, m
         ids = tokenizer("hello world", return_tensors="pt").input_ids
         assert tokenizer.decode(ids[0]) == "hello world" and bool(torch.isfinite(model(ids).logits).all())
     (home / "mine").touch()
-    assert stand_ins.hub_cache(home) == home and (home / "mine").exists()  # made once
+    assert stand_ins.hub_cache(tmp_path / "home") == home and (home / "mine").exists()  # made once
 
 
 def outcome(what: str, trainers: int = 1, error: str = "") -> table.Outcome:
     return table.Outcome(what, trainers, error)
 
 
-def test_the_table_compares_what_makes_a_trainer_and_passes_with_transformers(monkeypatch: Any) -> None:
+def test_the_table_compares_what_makes_a_trainer_and_passes_with_transformers(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(differences, "CROSS_ENTROPY", {"test_b": "it counts"})
     monkeypatch.setattr(table, "REFUSALS", ("no meaning",))
     ce = {"t.py::test_a": outcome("passed"), "t.py::test_b[x]": outcome("failed", 1, "two more")}
@@ -122,6 +124,9 @@ def test_the_table_compares_what_makes_a_trainer_and_passes_with_transformers(mo
     assert [row.dpsm for row in found] == ["refused"] * 3 + ["failed"] * 2
     assert table.unexplained(found) == ["t.py::test_c"]
     assert "| DPSMTrainer, ce | 1 of 3 | 0 | 1 | 1 |" in table.page(found, "# Heading")
+    table.write_csv(found, tmp_path / "suite.csv")
+    assert table.rows(table.earlier(tmp_path / "suite.csv")) == found  # a partial run keeps the other rows
+    assert table.earlier(tmp_path / "none.csv") == {}
 
 
 def test_a_source_that_is_none_and_a_clone_that_fails_say_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
@@ -157,7 +162,7 @@ def test_the_whole_suite_on_a_small_source(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(stand_ins, "NAMES", {})
     written, page = tmp_path / "suite.csv", tmp_path / "page.md"
     command = ["--source", str(folder), "--cache", str(tmp_path), "--csv", str(written), "--page", str(page)]
-    assert suite.main([*command, "--columns", "ce"]) == 1  # nobody gave a reason for test_counts
+    assert suite.main([*command, "--columns", "stock", "ce"]) == 1  # nobody gave a reason for test_counts
     with written.open(encoding="utf-8") as file:
         found = {row["test"].rsplit("::", 1)[-1]: row for row in csv.DictReader(file)}
     outcomes = {name: (row["stock"], row["ce"], row["ce_bare"], row["trainers"]) for name, row in found.items()}
