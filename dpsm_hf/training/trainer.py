@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,7 +45,7 @@ from .component_gradients import check_component_norms, component_norms, next_st
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
+from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -219,7 +218,7 @@ class DPSMMixin(_Base):
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
-            batch = self._corrupted(batch)
+            batch = self._corruptor.flipped(batch, self.state.global_step)
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
         scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
@@ -244,13 +243,6 @@ class DPSMMixin(_Base):
             )
         if self.corruption.flips is not None:
             raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
-
-    def _corrupted(self, batch: Batch, *, counted: bool = True) -> Batch:
-        step = self.state.global_step
-        labels, shift_labels = self._corruptor.flipped(
-            batch.labels, batch.shift_labels, batch.alignment, step, counted=counted
-        )
-        return replace(batch, labels=labels, shift_labels=shift_labels)
 
     def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
@@ -304,7 +296,8 @@ class DPSMMixin(_Base):
         """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
         prepared = self._prepare_inputs(dict(inputs))
         count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
-        batch = self._corrupted(self._current_scorer().batch(self.model, prepared, count), counted=False)
+        batch = self._current_scorer().batch(self.model, prepared, count)
+        batch = self._corruptor.flipped(batch, self.state.global_step, counted=False)
         scaler = getattr(self.accelerator, "scaler", None)
 
         def loss_under(rule: Objective) -> Tensor:
