@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
 from ..evaluation.panel import EvaluationPanel, reported_names
-from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler, UnfittableError
+from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
 from ..models.language_model import vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
@@ -278,19 +278,16 @@ class DPSMMixin(_Base):
             name_steps(self.optimizer)
         with self._accumulation.micro_batch(num_items_in_batch, own=own) as count, named:
             loss = super().training_step(model, inputs, count)
-        if self._unannounced:
-            self._announce(None if self._accumulation.scored else f"{type(self).__name__}.compute_loss")
+        if self._unannounced:  # now it is known whether a subclass's `compute_loss` calls this class's
+            self._unannounced = False
+            other = None if self._accumulation.scored else f"{type(self).__name__}.compute_loss"
+            for announcer in self._callbacks(AlphaScheduleCallback):
+                announcer.announce(self.args, self.state, other)
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
             raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
         return loss
-
-    def _announce(self, loss_of: str | None) -> None:
-        """Say what is trained, now that it is known whether a subclass's `compute_loss` calls this class's."""
-        self._unannounced = False
-        for announcer in self._callbacks(AlphaScheduleCallback):
-            announcer.announce(self.args, self.state, loss_of)
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
         """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
@@ -338,10 +335,7 @@ class DPSMMixin(_Base):
         return output
 
     def _forget_preparation_for_evaluation(self) -> None:
-        """Let Accelerate make the model parallel although it was evaluated before: it prepares a model only once.
-
-        Otherwise each process would train a model of its own.
-        """
+        # Accelerate prepares a model only once: evaluated before, each process would train a model of its own
         parallel = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if parallel and self.model_wrapped is self.model:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes the autocast of its forward off
@@ -385,9 +379,8 @@ class DPSMMixin(_Base):
             self._corruptor.gather(self.args.device)
             if self.args.should_save:
                 # before the others: a checkpoint is complete with its trainer_state.json, the last
-                self._corruptor.save(
-                    Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                )
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / name)
         super()._save_checkpoint(model, trial)
 
     def corruption_record(self) -> dict[str, int] | None:
@@ -538,13 +531,12 @@ class DPSMMixin(_Base):
                 "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
             )
         if self.dpsm.fit_temperature and not self.is_in_train:
-            self._fit_if_possible()
+            self._temperature.fit_if_possible(self.model, self.fit_temperature)
         self.panel = None  # two would be held otherwise
         evaluation = self._new_evaluation(dataset)
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         with self._collecting(evaluation):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(*arguments)
             self.panel = evaluation.finish(self.args.device)
         self._report(self.panel, output, metric_key_prefix)
         return output
@@ -557,17 +549,12 @@ class DPSMMixin(_Base):
         return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
-        dpsm, scaler = self.dpsm, self.temperature_scaler
+        dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
         return Evaluation(
-            self.model,
-            self.processing_class,
-            dataset,
-            byte_lengths=self._token_bytes.of(self.processing_class),
-            temperature=None if scaler is None else scaler.temperature,
-            classwise_tokens=dpsm.classwise_tokens,
-            depth=dpsm.expected_depth,
-            generated=self._predicts_with_generate() and dpsm.generated_calibration,
-        )
+            self.model, tokenizer, dataset, byte_lengths=self._token_bytes.of(tokenizer),
+            temperature=None if scaler is None else scaler.temperature, classwise_tokens=dpsm.classwise_tokens,
+            depth=dpsm.expected_depth, generated=self._predicts_with_generate() and dpsm.generated_calibration,
+        )  # fmt: skip
 
     def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
         """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
@@ -696,16 +683,6 @@ class DPSMMixin(_Base):
                 bar.close()
                 callback.prediction_bar = None
         return moments.finish(self.args.device)
-
-    def _fit_if_possible(self) -> None:
-        """Fit for the weights as they are; where no temperature is best, the metrics are reported without one."""
-        if self._temperature.known(self.model):
-            return
-        try:
-            self.fit_temperature()
-        except UnfittableError as error:
-            self._temperature.keep(self.model, None)
-            logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
 
 
 def _without_missing_labels(inputs: dict[str, Any]) -> dict[str, Any]:
