@@ -125,7 +125,7 @@ class Evaluation(Collector):
 
 
 class MomentPass(Collector):
-    """Sum the moments at one temperature that another is fitted with, in one pass over the data."""
+    """Sum what the fit of a temperature asks for at one value of it, in one pass over the data."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
