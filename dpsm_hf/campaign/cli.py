@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.files import write_json
+from ..runtime.yaml_lines import SpecError
 from .runner import running
 from .runner.records import RETRIES
 from .spec.design import SCALES, Campaign
-from .spec.yaml_lines import SpecError
 
 PLAN_NAME = "plan.json"
 

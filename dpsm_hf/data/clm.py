@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 PACKINGS = ("split", "batch")
 BOUNDARIES = ("auto", "row", "blank_line")
 IGNORED = -100
+_TEXTS = ("string", "large_string", "string_view", "null")
 _TOKENIZED = Features({"input_ids": List(Value("int32"))})
 _FEATURES = Features(
     {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int64"))}
@@ -91,9 +92,11 @@ def choose_text_column(
     """
     check_columns(dataset, {option: wanted}, split)
     names = column_names(dataset)
+    if not names:
+        raise ValueError(f"The {split} split has no columns: give data with a text in every row.")
     column = wanted if wanted is not None else "text" if "text" in names else names[0]
     feature = dataset.features.get(column) if dataset.features is not None else None
-    if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+    if feature is not None and getattr(feature, "dtype", None) not in _TEXTS:
         raise ValueError(
             f"The column {column!r} of the {split} split holds {feature}, not text. Name a text column with "
             f"{option}; the columns are {', '.join(map(repr, names))}."
@@ -168,7 +171,12 @@ def normalize_text(text: str | None, options: ClmPreprocessing) -> str:
     Returns:
         The text.
     """
-    text = text or ""
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise ValueError(
+            f"The column to model must hold text; a row holds {type(text).__name__} ({str(text)[:40]}). Name another "
+            "column with --text_column_name."
+        )
     if options.unicode_nfkc:
         text = unicodedata.normalize("NFKC", text)
     return text.lower() if options.lowercase else text

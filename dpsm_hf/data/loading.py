@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import functools
 import glob
-import gzip
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +12,10 @@ from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import parquet
 
+from .file_checks import check_file
 from .python_text import load_python_docs, load_python_docstrings
 
 logger = logging.getLogger(__name__)
@@ -208,6 +208,10 @@ def file_builder(path: str) -> str:
     compressed = bool(suffixes) and suffixes[-1] == "gz"
     extension = suffixes[-2] if compressed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     builder = FILE_BUILDERS.get(extension)
+    if builder is None and Path(path).is_dir():
+        raise ValueError(
+            f"The data file {path!r} is a folder: name a file in it, or give the folder with --dataset_name."
+        )
     if builder is None or (compressed and builder == "parquet"):
         raise ValueError(
             f"The data file {path!r} must end in {', '.join('.' + known for known in FILE_BUILDERS)} "
@@ -287,6 +291,9 @@ def _load_named(
     if (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(name)
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in saved.items()}) if streaming else saved
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.suffix == ".parquet" or {".json", ".jsonl"} & set(path.suffixes[-2:]):
+            check_file(str(path), f"--dataset_name {name}:")
     try:
         loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except ConnectionError as error:
@@ -299,6 +306,8 @@ def _load_named(
             f"There is no data set {name!r}: not on the Hugging Face hub (or it is private or gated, and --token does "
             f"not open it), and not as a local folder. {remedy}"
         ) from None
+    except DatasetGenerationError as error:
+        raise ValueError(f"The data set {name!r} could not be read: {error.__cause__ or error}") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
@@ -314,12 +323,11 @@ def _load_files(
 ) -> AnyDatasetDict:
     builder = file_builder(next(iter(files.values())))
     for split, path in files.items():
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--{split}_file {path!r}: there is no such file.")
-        if Path(path).stat().st_size == 0:
+        if Path(path).is_file() and Path(path).stat().st_size == 0:
             raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} has no bytes.")
-        if builder != "parquet":
-            check_utf8(path)
+        check_file(path, f"--{split}_file")
+        if builder == "parquet" and not parquet.read_metadata(path).num_rows:
+            raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} holds none.")
     loaded = {
         split: _load_file(builder, split, path, streaming, keep_linebreaks, cache_dir) for split, path in files.items()
     }
@@ -344,46 +352,9 @@ def _load_file(
         )
         if streaming:
             next(iter(part), None)  # a stream reports errors only when its first row is read
-    except (DatasetsError, ValueError, StopIteration, OSError) as error:
+    except Exception as error:  # of many kinds, none of which names the file
         cause = error.__cause__ or error
         if type(cause).__name__ in _NO_ROWS or "corresponds to no data" in str(cause):
             raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} holds none.") from error
         raise ValueError(f"--{split}_file {path!r} could not be read as {builder}: {cause}") from error
     return part
-
-
-def check_utf8(path: str) -> None:
-    """Raise for a text file that is not UTF-8, naming the first wrong byte.
-
-    Args:
-        path: A file, possibly ending in ``.gz`` (the offset then counts in the unpacked text).
-
-    Raises:
-        ValueError: The file is not UTF-8, or not gzip though it is named so.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed = 0
-    opener = gzip.open if path.lower().endswith(".gz") else open
-    start = b""
-    try:
-        with opener(path, "rb") as file:
-            while block := file.read(1 << 20):
-                start = start or block[:4]
-                pending = len(decoder.getstate()[0])
-                decoder.decode(block)
-                consumed += len(block)
-            pending = len(decoder.getstate()[0])
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        # error.start counts from the bytes that the decoder had held back from the previous block
-        offset = consumed - pending + error.start
-        raise ValueError(
-            f"The file {path!r} is not UTF-8: byte {offset} is 0x{error.object[error.start]:02x} ({error.reason}). "
-            f"Convert it first, for instance with: iconv -f {_guess_encoding(start)} -t UTF-8 {path} > converted.txt"
-        ) from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"The file {path!r} is not a complete gzip file: {error}") from error
-
-
-def _guess_encoding(start: bytes) -> str:
-    return "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"

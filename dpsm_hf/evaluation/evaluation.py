@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..rules.losses import IGNORE_INDEX, TokenScores
 from ..runtime.devices import float64_device
 from ..runtime.distributed import sum_over_processes
 from .depth import DepthReader
+from .forced_tokens import forced_labels, forced_token_ids
 from .generation.scoring import FreeRunning
 from .panel import EvaluationPanel, check_finite, real_tokens
 from .temperature import Moments
@@ -80,6 +81,7 @@ class Evaluation(Collector):
         temperature: also report what scaling by it would give.
         classwise_tokens: report the calibration of so many of the most frequent tokens; 0 leaves it out.
         depth: report the expected depth.
+        ignore_forced_tokens: keep the labels that a text is made to begin with out of all figures but their own.
         generated: report the calibration of what is generated, if the model is an encoder-decoder.
     """
 
@@ -93,6 +95,7 @@ class Evaluation(Collector):
         temperature: float | None = None,
         classwise_tokens: int = 0,
         depth: bool = False,
+        ignore_forced_tokens: bool = False,
         generated: bool = False,
     ) -> None:
         super().__init__()
@@ -108,6 +111,7 @@ class Evaluation(Collector):
             temperature=temperature,
             classes=frequent_labels(dataset, classwise_tokens, unscored=unscored) if classwise_tokens else None,
             layers=None if self._reader is None else self._reader.layers,
+            forced_tokens=forced_token_ids(core, tokenizer) if ignore_forced_tokens else None,
         )
         self.extra = self._panel.extra
 
@@ -125,10 +129,16 @@ class Evaluation(Collector):
 
 
 class MomentPass(Collector):
-    """Sum what the fit of a temperature asks for at one value of it, in one pass over the data."""
+    """Sum the moments that a temperature is fitted with, in one pass over the data.
 
-    def __init__(self, temperature: float) -> None:
+    Args:
+        temperature: that they are taken at.
+        forced_tokens: ids of tokens that a text is made to begin with, which nothing is fitted on.
+    """
+
+    def __init__(self, temperature: float, forced_tokens: Sequence[int] = ()) -> None:
         super().__init__()
+        self._forced_tokens = torch.tensor(list(forced_tokens), dtype=torch.int64)
         self.extra = ExtraStatistics(moments_at=temperature)
         self._sums: Tensor | None = None
 
@@ -136,6 +146,9 @@ class MomentPass(Collector):
         batch_size = inputs["labels"].shape[0]
         check_finite(scores, batch_size)
         mask = real_tokens(scores, batch_size)
+        if len(self._forced_tokens):
+            rows = targets.reshape(batch_size, -1).to(mask.device)
+            mask = mask & ~forced_labels(rows, self._forced_tokens).flatten()
         assert scores.extra is not None  # asked for above
         home = float64_device(mask.device)
         columns = scores.extra[mask].to(home).double()

@@ -16,6 +16,7 @@ from ..rules.losses import TokenScores
 from ..runtime.distributed import process_index, process_number, real_rows
 from ..runtime.files import strict
 from .depth import DepthTally
+from .forced_tokens import forced_labels
 from .generation import GENERATED_METRICS, GeneratedCalibration
 
 #: What a row of the head's statistics tells of a token, beside confidence and correct.
@@ -24,7 +25,7 @@ ROW_SCORES = ("nll", "brier", "spherical", "entropy")
 #: Metrics whose confidence interval is reported among the metrics too, as ``<name>_low`` and ``<name>_high``.
 WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
 
-#: Metrics of the tokens whose label ends a text, reported as ``eos_<name>``.
+#: Metrics of the tokens whose label ends a text (``eos_<name>``), and of those it is made to begin with (``forced_``).
 OF_EOS = ("tokens", "nll", "brier", "label_probability", "token_accuracy", "confidence", "signed_gap", "ece_15")
 
 # Ends of the names of metrics of which more is better; of the others either less is, or neither.
@@ -43,6 +44,8 @@ class EvaluationPanel:
         temperature: also score every token from its logits divided by this.
         classes: ids of the tokens whose class-wise calibration is wanted.
         layers: of the decoder, where the depth of its tokens is to be counted.
+        forced_tokens: ids of the tokens that a text is made to begin with; those labels are counted alone and not
+            among all. None counts them like any other.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class EvaluationPanel:
         temperature: float | None = None,
         classes: Tensor | None = None,
         layers: int | None = None,
+        forced_tokens: Sequence[int] | None = None,
     ) -> None:
         self.tokens = TokenCalibration()
+        self.forced = None if forced_tokens is None else TokenCalibration()
         self.eos = TokenCalibration() if eos_tokens else None
         self.scaled = None if temperature is None else TokenCalibration()
         self.classwise = None if classes is None else ClassCalibration(classes)
@@ -63,6 +68,7 @@ class EvaluationPanel:
         self.generated: GeneratedCalibration | None = None
         self.temperature = temperature
         self._eos_tokens = torch.tensor(list(eos_tokens), dtype=torch.int64)
+        self._forced_tokens = torch.tensor(list(forced_tokens or ()), dtype=torch.int64)
         self._byte_lengths = byte_lengths
         wanted = temperature is not None or classes is not None
         #: What the head is to compute of each token beside the usual statistics.
@@ -98,6 +104,10 @@ class EvaluationPanel:
         rows = {name: column for name, column in rows.items() if column is not None}
         if self._byte_lengths is not None:
             rows["label_bytes"] = self._bytes_of(targets)
+        if self.forced is not None:
+            forced = mask & forced_labels(targets.view(batch_size, -1), self._forced_tokens).flatten()
+            self.forced.update(**rows, mask=forced, document=document)
+            mask = mask & ~forced
         self.tokens.update(**rows, mask=mask, document=document)
         if self.eos is not None:
             ends = mask & torch.isin(targets, self._eos_tokens.to(device))
@@ -123,7 +133,7 @@ class EvaluationPanel:
     def reduce(self, function: Callable[[Tensor], Tensor], device: torch.device) -> EvaluationPanel:
         """Join the panels of all processes: replace every tensor by ``function`` of it, on that device."""
         self._intervals = None
-        for name in ("tokens", "eos", "scaled", "classwise", "depth"):
+        for name in ("tokens", "eos", "forced", "scaled", "classwise", "depth"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part.to(device).reduce(function))
@@ -139,9 +149,10 @@ class EvaluationPanel:
             low, high = intervals.get(name, (math.nan, math.nan))
             if math.isfinite(low) and math.isfinite(high):
                 found |= {f"{name}_low": low, f"{name}_high": high}
-        if self.eos is not None and self.eos.tokens:
-            of_eos = self.eos.compute()
-            found |= {f"eos_{name}": of_eos[name] for name in OF_EOS if name in of_eos}
+        for part, view in (("eos", self.eos), ("forced", self.forced)):
+            if view is not None and view.tokens:
+                figures = view.compute()
+                found |= {f"{part}_{name}": figures[name] for name in OF_EOS if name in figures}
         if self.temperature is not None and self.scaled is not None:
             found["temperature"] = self.temperature
             scaled = self.scaled.compute()
@@ -166,8 +177,9 @@ class EvaluationPanel:
     def record(self, bins: int) -> dict[str, Any]:
         """Return what a calibration file holds: metrics, intervals and curves of every view, as JSON can hold them."""
         found: dict[str, Any] = {"tokens": self.tokens.tokens, **_view(self.tokens, bins, self.intervals)}
-        if self.eos is not None and self.eos.tokens:
-            found["eos"] = _view(self.eos, bins)
+        for part, view in (("eos", self.eos), ("forced", self.forced)):
+            if view is not None and view.tokens:
+                found[part] = _view(view, bins)
         if self.scaled is not None and self.temperature is not None:
             found["temperature"] = self.temperature
             found["scaled"] = _view(self.scaled, bins)
@@ -193,7 +205,7 @@ def reported_names() -> tuple[str, ...]:
     return (
         *METRICS,
         *(f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")),
-        *(f"eos_{name}" for name in OF_EOS),
+        *(f"{part}_{name}" for part in ("eos", "forced") for name in OF_EOS),
         *(f"{name}_scaled" for name in METRICS),
         "temperature",
         "classwise_ece",

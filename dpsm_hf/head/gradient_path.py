@@ -33,15 +33,30 @@ def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
     A region compiled by torch.compile is one node of the graph. Only its direct inputs are yielded: which of its
     outputs uses which of them cannot be seen.
     """
+    for node in _nodes(output, stop):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+
+
+def depends_on(output: Any, node: Any) -> bool:
+    """Return whether a tensor's graph leads through a node."""
+    if node is None or not isinstance(output, Tensor):
+        return False
+    return output.grad_fn is node or any(
+        following is node for passed in _nodes(output, node) for following, _ in passed.next_functions
+    )
+
+
+def _nodes(output: Tensor, stop: Any) -> Iterator[Any]:
+    """Yield the nodes of a tensor's graph, up to one that is not gone beyond."""
     pending, seen = [output.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node is stop or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
+        yield node
         following = [node for node, _ in node.next_functions]
         if type(node).__name__ == "CompiledFunctionBackward":  # a region of torch.compile
             following = [node for node in following if hasattr(node, "variable")]

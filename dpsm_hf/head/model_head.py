@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,12 +21,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from ..models.language_model import Alignment, align_targets, core_model
+from ..models.language_model import (
+    Alignment,
+    align_targets,
+    check_positions,
+    core_model,
+    is_compiled,
+    logits_in,
+    loss_in,
+)
 from ..models.output_layer import added_bias, output_layer, post_ops
+from ..models.own_loss import replacement_of, turn
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import IGNORE_INDEX, TokenScores
 from ..rules.scoring_rules import Objective
-from .gradient_path import leaves, loss_after, output_of
+from .gradient_path import depends_on, leaves, loss_after, output_of
 from .options import Head, HeadOptions, LinearHead, ModuleHead
 from .scoring_loss import ScoredRows, TokenLabels, score_hidden
 
@@ -35,12 +43,13 @@ from .scoring_loss import ScoredRows, TokenLabels, score_hidden
 # model does with its logits it can do to them.
 _CHECKED_ROWS = 4
 
-# Two threads that score with one model take turns: each puts back what it found.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
 
 class FusedHeadError(RuntimeError):
     """The tokens of this model cannot be scored inside its head; the message says why."""
+
+
+class OtherLossError(FusedHeadError):
+    """In training the model computes its loss without its loss function, so it is not to be given labels."""
 
 
 @dataclass
@@ -57,7 +66,7 @@ class ScoredOutput(ModelOutput):
     entropy: Tensor | None = None
     extra: Tensor | None = None
     targets: Tensor | None = None
-    aux_loss: Tensor | None = None
+    added: Tensor | None = None  # by the model to the loss of its tokens
 
     def scores(self) -> TokenScores:
         """Return the token scores, with the loss of the batch."""
@@ -78,6 +87,8 @@ class ScoringRequest:
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None chooses for the device.
         extra: further columns for each token, in evaluation.
+        labelled: the batch has labels, for what the model adds to its loss: its own loss function is replaced.
+        leads: the model's hidden states begin before the first label.
     """
 
     labels: Tensor
@@ -87,6 +98,8 @@ class ScoringRequest:
     entropy: bool = False
     chunk_tokens: int | None = None
     extra: ExtraStatistics | None = None
+    labelled: bool = False
+    leads: bool = False
 
     def targets(self, length: int) -> Tensor:
         """Return the label of each of ``length`` positions."""
@@ -105,6 +118,7 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.core = core_model(model)
+        self._model = model
         self._checked: set[tuple[Any, ...]] = set()
         self._thread = 0
         self._grad_enabled = True
@@ -121,13 +135,14 @@ class FusedHead:
         self._replacements = (self._score_model, self._score_layer)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], request: ScoringRequest) -> ScoredOutput:
-        """Call the wrapped model on a batch without labels and return the scores.
+        """Call the wrapped model on a batch and return the scores; with labels only as the request says.
 
         Raises:
             FusedHeadError: if the model does not use its output layer as expected, or (at the first call) does
                 something with its logits that is not known here.
         """
-        with _LOCKS.setdefault(self.core, threading.RLock()):
+        with turn(self.core):
+            self._model = model
             self._request, self._thread, self._grad_enabled = request, threading.get_ident(), torch.is_grad_enabled()
             # its labels are known long before the device has the hidden states: ask for their rows now
             self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
@@ -135,7 +150,13 @@ class FusedHead:
             self._compared = False
             try:
                 with self._patched():
-                    output = model(**batch)
+                    if request.labelled:
+                        with replacement_of(self.core).active(self.core) as replacement:
+                            output = model(**batch)
+                        if replacement.calls != 1 and not is_compiled(model):
+                            raise self._other_loss()
+                    else:
+                        output = model(**batch)
             finally:
                 self._request = self._rows = self._result = self._raw = self._node = None
                 self._core_forward = self._layer_forward = _missing
@@ -199,7 +220,10 @@ class FusedHead:
         options = HeadOptions(
             request.objective, post_ops(self.core), request.entropy, request.chunk_tokens, extra=request.extra
         )
-        targets = request.targets(hidden_states.shape[-2]).to(hidden_states.device)
+        length = hidden_states.shape[-2]
+        if request.alignment is not None and hidden_states.dim() == request.labels.dim() + 1:
+            check_positions(self._model, request.labels, length, leads=request.leads)
+        targets = request.targets(length).to(hidden_states.device)
         if targets.shape != hidden_states.shape[:-1]:
             raise FusedHeadError(
                 f"the output layer is given hidden states of shape {tuple(hidden_states.shape)} for labels of shape "
@@ -227,15 +251,21 @@ class FusedHead:
         if threading.get_ident() != self._thread:
             return output
         if self._result is None:
+            if self._request is not None and self._request.labelled and not replacement_of(self.core).calls:
+                raise self._other_loss()
             raise FusedHeadError(f"{type(self.core).__name__} makes its logits without calling its output layer")
-        named = isinstance(output, Mapping)
-        logits = output.get("logits") if named else output[0]
+        labelled = self._request is not None and self._request.labelled
+        added, logits = loss_in(output) if labelled else None, logits_in(output)
         if self._raw is not None:
             self._compare(logits, self._raw)
+            if depends_on(added, self._node):
+                raise FusedHeadError(f"{type(self.core).__name__} adds to its loss what it makes of its logits")
         (scores, targets), self._result = self._result, None
-        aux_loss = output.get("aux_loss") if named else None
         loss = loss_after(scores.loss, logits)
-        return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, aux_loss=aux_loss)
+        return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, added=added)
+
+    def _other_loss(self) -> OtherLossError:
+        return OtherLossError(f"{type(self.core).__name__} computes its loss in training without its loss function")
 
     def _head(self, hidden: Tensor) -> Head:
         layer = self._layer

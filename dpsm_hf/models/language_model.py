@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -53,15 +53,23 @@ def _class_names(*tables: Mapping[str, Any]) -> frozenset[str]:
 
 _ALIGNED = (
     _UNSHIFTED_CAUSAL_LMS
-    | _class_names(
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    | _class_names(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     | {"EncoderDecoderModel", "SpeechEncoderDecoderModel", "VisionEncoderDecoderModel"}
 )
-_SHIFTED = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - _ALIGNED
+# Of these an encoder-decoder is aligned and a decoder shifted: what hears or sees may be either.
+_LANGUAGE_MODELS = _class_names(
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+
+# What models said when they were asked.
+_ASKED: weakref.WeakKeyDictionary[nn.Module, Alignment] = weakref.WeakKeyDictionary()
+
+# Kinds of prompt learning whose virtual tokens are input like others; prefixes are keys and values without logits.
+_PROMPTS_WITH_LOGITS = frozenset({PeftType.PROMPT_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.P_TUNING})
 
 # Keys of a batch that only the loss uses; Trainer adds skip_logits where Liger has replaced the forward.
 _FOR_THE_LOSS = ("labels", "shift_labels", "skip_logits")
@@ -101,63 +109,82 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def label_alignment(model: nn.Module) -> Alignment | None:
     """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown.
 
-    Classes are looked up by name in Transformers' tables. What counts is the class that defines ``forward``, since a
-    subclass with its own forward may compute another loss.
+    What the model said when it was asked (`dpsm_hf.models.own_loss`) counts. Before its first scored batch, classes
+    are looked up by name in Transformers' tables: the class that defines ``forward``, since a subclass with its own
+    forward may compute another loss.
     """
     core = core_model(model)
+    if core in _ASKED:
+        return _ASKED[core]
     name = next(base for base in type(core).__mro__ if "forward" in vars(base)).__name__
     if name in _ALIGNED:
         return "aligned"
-    return "shifted" if name in _SHIFTED else None
+    if name not in _LANGUAGE_MODELS:
+        return None
+    return "aligned" if getattr(getattr(core, "config", None), "is_encoder_decoder", False) else "shifted"
 
 
-def probe_alignment(model: nn.Module, inputs: Mapping[str, Any]) -> Alignment:
-    """Find the alignment of an unknown model: the one whose cross-entropy on a batch equals the model's own loss.
+def remember_alignment(core: nn.Module, alignment: Alignment) -> None:
+    """Keep what a model answered, for `label_alignment`."""
+    _ASKED[core] = alignment
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Return how many positions PEFT's prompt tuning puts before the text, which no label belongs to."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        if isinstance(inner, PeftModel):
+            config = inner.active_peft_config
+            prompted = config.is_prompt_learning and config.peft_type in _PROMPTS_WITH_LOGITS
+            return int(config.num_virtual_tokens) if prompted else 0
+        inner = _wrapped(inner)
+    return 0
+
+
+def loss_in(outputs: Any) -> Tensor | None:
+    """Return the loss in the outputs of a model that was given labels: named, first in a tuple, or the only tensor."""
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    else:
+        loss = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return loss if isinstance(loss, Tensor) and loss.dim() < 2 else None
+
+
+def logits_in(outputs: Any) -> Tensor | None:
+    """Return the logits in the outputs of a model: named, the first of a tuple that is no number, or the only tensor.
+
+    A tuple begins with those of loss, router loss and logits that the model computed.
+    """
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, Tensor):
+        logits = outputs if outputs.dim() > 1 else None
+    else:
+        logits = next((part for part in outputs if isinstance(part, Tensor) and part.dim() > 1), None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def check_positions(model: nn.Module, labels: Tensor, length: int, *, leads: bool) -> None:
+    """Refuse labels that do not belong to the positions of a model's logits one by one.
 
     Args:
-        model: called without gradient, in evaluation mode so that no random number is drawn.
-        inputs: a batch with ``labels``.
+        model: the language model, possibly wrapped.
+        labels: ``[B, labels]``.
+        length: positions of the model's logits.
+        leads: whether the model's logits begin before the labels, with those of an image, say.
 
     Raises:
-        ValueError: if neither possibility reproduces the model's loss.
+        ValueError: if labels are missing.
     """
-    core, labels = core_model(model), inputs["labels"]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            loss, logits = _loss_and_logits(model(**inputs))
-            found: dict[Alignment, float] = {}
-            if loss is not None and logits is not None and logits.shape[:-1] == labels.shape:
-                flat = logits.float().reshape(-1, logits.shape[-1])
-                for alignment in get_args(Alignment):
-                    targets = align_targets(labels, logits.shape[-2], alignment).reshape(-1)
-                    found[alignment] = float(F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX))
-            own = None if loss is None else float(loss.float().mean())
-            fits = [a for a, value in found.items() if own is not None and math.isclose(value, own, rel_tol=1e-3)]
-            if len(fits) > 1:
-                # an untrained model: both losses are near log V. With a label in the first place alone, an aligned
-                # model has a loss and a shifted one has none.
-                first = torch.full_like(labels, IGNORE_INDEX)
-                first[..., 0] = labels[labels != IGNORE_INDEX][0]
-                alone, _ = _loss_and_logits(model(**{**inputs, "labels": first}))
-                scored = alone is not None and float(alone.float().mean()) > 0  # False for NaN
-                fits = ["aligned" if scored else "shifted"]
-    finally:
-        model.train(was_training)
-    if fits:
-        return fits[0]
+    virtual = virtual_tokens(model)
+    if leads or length <= labels.shape[-1] + virtual:
+        return
+    expected = f"{labels.shape[-1]}" if not virtual else f"{labels.shape[-1]} after {virtual} virtual tokens"
     raise ValueError(
-        f"{type(core).__name__} is not a language model that DPSM knows, and its own loss on the first batch ({own}) "
-        f"is not the cross-entropy of its logits against the labels (shifted by one or aligned: {found}). "
-        "DPSM scores tokens from logits [batch, length, vocabulary]; loss_type='ce' trains any model as Trainer does."
+        f"{type(core_model(model)).__name__} returned logits for {length} positions, but the labels have {expected}: "
+        "which of them they belong to cannot be known. Make labels as long as input_ids, with -100 where nothing is "
+        "scored."
     )
-
-
-def _loss_and_logits(outputs: Any) -> tuple[Tensor | None, Tensor | None]:
-    named = isinstance(outputs, Mapping)
-    loss, logits = (outputs.get("loss"), outputs.get("logits")) if named else (outputs[0], outputs[1])
-    return loss if isinstance(loss, Tensor) else None, logits if isinstance(logits, Tensor) else None
 
 
 def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
@@ -196,34 +223,37 @@ def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[s
     if not getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         return batch
     if batch.get("decoder_input_ids") is None and batch.get("decoder_inputs_embeds") is None:
-        prepare = getattr(core, "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None:
-            raise ValueError(
-                f"{type(core).__name__} cannot make decoder_input_ids from labels; let the data collator add them "
-                "(DataCollatorForSeq2Seq(tokenizer, model=model) does)."
-            )
-        batch["decoder_input_ids"] = prepare(labels=inputs["labels"])
+        batch["decoder_input_ids"] = _decoder_input_ids(core, inputs["labels"])
     return batch
 
 
-def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
-    """Return the weighted load-balancing loss of a mixture-of-experts model, or None where it has none.
+def _decoder_input_ids(core: nn.Module, labels: Tensor) -> Tensor:
+    """Return what a decoder is fed for these labels: by the model's own method, or shifted to the right by one.
 
-    Models add it themselves only when they are given labels; here they are not.
-
-    Raises:
-        ValueError: if ``output_router_logits`` is on but the output has no ``aux_loss``.
+    That these are what the model itself would have made of its labels is checked at the first batch.
     """
-    config = getattr(core_model(model), "config", None)
-    if not getattr(config, "output_router_logits", False):
-        return None
-    auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    if not isinstance(auxiliary, Tensor):
+    prepare = getattr(core, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return cast(Tensor, prepare(labels=labels))
+    start, pad = (_token_of_decoder(core, name) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None or pad is None:
         raise ValueError(
-            f"{type(core_model(model)).__name__} has output_router_logits=True but returns no aux_loss without "
-            "labels, so its router cannot be trained here; set output_router_logits=False or loss_type='ce'."
+            f"{type(core).__name__} cannot make decoder_input_ids from labels: its configuration has no "
+            "decoder_start_token_id or pad_token_id. Set both in model.config, or add decoder_input_ids to the "
+            "batches in a collator of your own: the labels shifted to the right by one, with the start token in front "
+            "and padding for -100 (DataCollatorForSeq2Seq leaves them out for a model without "
+            "prepare_decoder_input_ids_from_labels)."
         )
-    return float(getattr(config, "router_aux_loss_coef", 0.0)) * auxiliary
+    shifted = torch.cat([torch.full_like(labels[..., :1], start), labels[..., :-1]], dim=-1)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, pad)
+
+
+def _token_of_decoder(core: nn.Module, name: str) -> int | None:
+    config: Any = core.config
+    parts = [config, *(getattr(config, part, None) for part in ("text_config", "decoder"))]
+    parts.append(getattr(core, "generation_config", None))
+    found = (part.get(name) if isinstance(part, dict) else getattr(part, name, None) for part in parts)
+    return next((int(value) for value in found if isinstance(value, int)), None)
 
 
 def end_tokens(core: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:

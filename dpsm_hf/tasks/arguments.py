@@ -52,7 +52,7 @@ class ModelSource:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
     token: str | None = field(
-        default=None, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
+        default=None, repr=False, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with a model. Only for code you have read."}

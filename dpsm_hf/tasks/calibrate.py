@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
         "into its output weights where that is exact"
     )
     run.add_argument("--apply", choices=APPLICATIONS, default="none", help=text)
+    text = "keep the labels that a text is made to begin with (BART's first <s>) out of the figures and of the fit"
+    run.add_argument("--ignore_forced_tokens", action="store_true", help=text)
     run.add_argument("--trust_remote_code", action="store_true", help="allow a model that brings code of its own")
     return command
 
@@ -116,6 +118,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         TemperatureScaler().fold_into(model)
     args: Any = task.training_class(
         output_dir=options.output_dir, loss_type="ce", fit_temperature=True, calibration_bins=options.bins,
+        ignore_forced_tokens=options.ignore_forced_tokens,
         per_device_eval_batch_size=options.per_device_eval_batch_size, bf16=options.bf16, use_cpu=options.use_cpu,
         dataloader_pin_memory=torch.cuda.is_available(), report_to="none",
     )  # fmt: skip

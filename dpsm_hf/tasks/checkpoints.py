@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..training.checkpoint_files import STATE_NAME, examine, read_object
+from ..training.resuming import agreed, newest_sound
 from ..training.trainer import DPSMMixin
 from .stopping import StopAtStep, StopOnInterrupt, graceful_interrupt
 
@@ -21,25 +22,61 @@ _START_AFRESH = ("none", "false", "no")
 _RESUME_LAST = ("true", "yes", "last")
 
 
-def detect_checkpoint(training_args: TrainingArguments) -> str | None:
+def check_output_dir(training_args: TrainingArguments) -> None:
+    """Refuse an output folder that is a file, or that nothing can be written into, before anything is loaded.
+
+    Raises:
+        NotADirectoryError, PermissionError: naming it.
+    """
+    folder = Path(str(training_args.output_dir)).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(
+            f"--output_dir {training_args.output_dir}: {there} is a file, not a folder. Name a folder, which need not "
+            "exist yet, or move the file away."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"--output_dir {training_args.output_dir}: {there} cannot be written to. Mend its permissions, or name "
+            "another folder."
+        )
+
+
+def detect_checkpoint(training_args: TrainingArguments, *, strict: bool = False) -> str | None:
     """Find the checkpoint a training run has to start from, and say so.
 
     ``--resume_from_checkpoint PATH`` is used as it is; ``last`` (or ``true``) insists on a checkpoint in
-    ``output_dir``; ``none`` starts afresh. Left out, the newest complete checkpoint in ``output_dir`` is
-    continued with a warning. A checkpoint that a killed process left half-written is passed over.
+    ``output_dir``; ``none`` starts afresh. Left out, the newest sound checkpoint in ``output_dir`` is continued with a
+    warning. One that a killed process left half-written, or that is damaged, is named and passed over.
 
     Args:
         training_args: The arguments of the run.
+        strict: Stop where one would be passed over.
 
     Returns:
         The path of a checkpoint, or None to start from step 0.
 
     Raises:
-        ValueError: The named checkpoint does not exist or is incomplete, or ``last`` finds none.
+        ValueError: The named checkpoint does not exist or cannot be read, ``last`` finds none, all that there is lacks
+            an optimizer's state, or something is wrong and `strict`.
     """
     if not training_args.do_train:
         return None
-    wanted = training_args.resume_from_checkpoint
+    found: str | None = None
+    error: str | None = None
+    if training_args.process_index == 0:
+        try:
+            found = _detect(training_args, strict)
+        except ValueError as problem:
+            error = str(problem)
+    found, error = agreed((found, error))
+    if error is not None:
+        raise ValueError(error)
+    return found
+
+
+def _detect(training_args: TrainingArguments, strict: bool) -> str | None:
+    wanted, processes = training_args.resume_from_checkpoint, training_args.world_size
     word = str(wanted).lower() if wanted is not None else ""
     if wanted is not None and word in _START_AFRESH:
         return None
@@ -47,19 +84,42 @@ def detect_checkpoint(training_args: TrainingArguments) -> str | None:
         path = Path(wanted)
         if not path.is_dir():
             raise ValueError(f"--resume_from_checkpoint {wanted!r}: there is no such folder.")
-        if not _is_complete(path):
+        found = examine(path, processes)
+        if not found.has_weights or (strict and not found.sound):
             raise ValueError(
-                f"--resume_from_checkpoint {wanted!r} has no readable trainer_state.json, so it is not a complete "
-                "checkpoint. Name another one, or leave the option out to take the newest complete one."
+                f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: {found.describe()}. Name another "
+                "one, or leave the option out to take the newest complete one."
             )
         return str(path)
     output_dir = training_args.output_dir
     if output_dir is None:
         return None
-    last = last_complete_checkpoint(output_dir)
-    if last is None and wanted is not None:
-        raise ValueError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir!r}.")
-    if last is not None and wanted is None:
+    choice = newest_sound(output_dir, processes)
+    if choice.passed_over and strict:
+        raise ValueError(
+            f"--resume_strict: {choice.describe()} Leave the option out to go on from that, or start afresh with "
+            "--resume_from_checkpoint none."
+        )
+    if choice.sound is None:
+        usable = next((found for found in choice.passed_over if found.has_weights), None)
+        if usable is not None:
+            raise ValueError(
+                f"{usable.folder} has weights, but training cannot go on from it exactly: {usable.describe()} "
+                "(--save_only_model leaves that out). Go on with new moments and a new learning rate with "
+                f"--resume_from_checkpoint {usable.folder}, start afresh with --resume_from_checkpoint none, or use "
+                "another --output_dir."
+            )
+        if wanted is not None:
+            why = f" {choice.describe()}" if choice.passed_over else ""
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir!r}.{why}"
+            )
+    if choice.passed_over:
+        logger.warning("%s", choice.describe())
+    if choice.sound is None:
+        return None
+    last = str(choice.sound.folder)
+    if wanted is None:
         logger.warning(
             "Found %s: training continues from there. To start afresh instead, use another --output_dir or "
             "--resume_from_checkpoint none.",
@@ -68,40 +128,18 @@ def detect_checkpoint(training_args: TrainingArguments) -> str | None:
     return last
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Give the newest checkpoint folder whose trainer state, the last file written, can be read.
+def last_complete_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str | None:
+    """Give the newest sound checkpoint folder, of which each part can be read.
 
     Args:
         output_dir: Folder that holds ``checkpoint-<step>`` folders; may be absent.
+        processes: That train.
 
     Returns:
         Its path, or None.
     """
-    root = Path(output_dir)
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = {
-        int(path.name[len(prefix) :]): path
-        for path in (root.glob(f"{prefix}*") if root.is_dir() else ())
-        if path.is_dir() and path.name[len(prefix) :].isdigit()
-    }
-    for step in sorted(steps, reverse=True):
-        if _is_complete(steps[step]):
-            return str(steps[step])
-        logger.warning("%s is incomplete (interrupted while it was written) and is passed over.", steps[step])
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return _step(checkpoint) is not None
-
-
-def _step(checkpoint: Path) -> int | None:
-    """Return the step of a checkpoint; None if it is not complete."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state.get("global_step") if isinstance(state, dict) else None
+    found = newest_sound(str(output_dir), processes).sound
+    return None if found is None else str(found.folder)
 
 
 def train_and_save(
@@ -151,7 +189,10 @@ def train_and_save(
         raise SystemExit(0)
     trainer.save_model()
     metrics = dict(result.metrics)
-    if checkpoint is not None and _step(Path(checkpoint)) == trainer.state.global_step:
+    if (
+        checkpoint is not None
+        and (read_object(Path(checkpoint) / STATE_NAME) or {}).get("global_step") == trainer.state.global_step
+    ):
         # nothing was left to train: the mean loss and the speed of no step are no figures
         metrics = {name: metrics[name] for name in ("total_flos", "train_seconds", "epoch") if name in metrics}
     if train_samples is not None:
@@ -166,7 +207,7 @@ def _say_how_to_resume(trainer: Trainer) -> None:
     if not trainer.is_world_process_zero():
         return
     output_dir = trainer.args.output_dir
-    last = last_complete_checkpoint(output_dir) if output_dir is not None else None
+    last = last_complete_checkpoint(output_dir, trainer.args.world_size) if output_dir is not None else None
     if last is None:
         logger.warning("Training was interrupted at step %s; no checkpoint was saved.", trainer.state.global_step)
         return

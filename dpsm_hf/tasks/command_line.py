@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
-import json
 import logging
+import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 
 import datasets
 import transformers
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from ..runtime.typed_values import typed_value
+from ..runtime.yaml_lines import Place
+from .settings_files import CONFIG_FILE_SUFFIXES, as_written, read_settings
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE_SUFFIXES = (".json", ".yaml", ".yml")
 
 # Names that transformers 4 scripts used and transformers 5 dropped, with what to write today.
 REMOVED_ARGUMENTS = {
@@ -42,10 +44,10 @@ REMOVED_ARGUMENTS = {
 def parse_script_arguments(
     dataclass_types: Sequence[type], argv: Sequence[str] | None = None, prog: str | None = None
 ) -> tuple[Any, ...]:
-    """Parse a command line, or one JSON or YAML file, into the given argument dataclasses.
+    """Parse a command line into the given argument dataclasses, with a JSON or YAML file of settings in it or not.
 
-    A file is checked as strictly as a command line: unknown keys, wrong choices and numbers that YAML reads
-    as text (``5e-5`` without a dot) are handled before any dataclass is built.
+    ``--config FILE``, or a file as the first word, gives settings that the other words override. Values of a file and
+    of the command line are checked and converted alike before any dataclass is built.
 
     Args:
         dataclass_types: The dataclasses, in the order of the result.
@@ -56,59 +58,134 @@ def parse_script_arguments(
         One instance per dataclass.
 
     Raises:
-        ValueError: An unknown or removed argument, or a file that is not a mapping of arguments.
+        ValueError: An unknown or removed argument, a value that an argument does not take, or a file that is not a
+            mapping of arguments; with the file, the line and what is expected.
         FileNotFoundError: The configuration file does not exist.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(tuple(dataclass_types), prog=prog)  # type: ignore[arg-type]
-    if len(arguments) == 1 and arguments[0].endswith(CONFIG_FILE_SUFFIXES):
-        return parser.parse_dict(_read_config_file(Path(arguments[0]), dataclass_types))
-    parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    unknown = [word for word in parsed[-1] if word.startswith("-")] or parsed[-1]
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith(CONFIG_FILE_SUFFIXES) and not words[0].startswith("-"):
+        words.insert(0, "--config")
+    parser = _Parser(tuple(dataclass_types), prog=prog)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="dpsm_hf: JSON or YAML file of settings, by the names of these options; options beside it override it.",
+    )
+    parser.names.remove("config")  # a list to append to begins as nothing
+    # without dataclasses, parsing gives the words; what is not given stays out
+    parser.dataclass_types = []
+    namespace, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    unknown = [word for word in rest if word.startswith("-")] or rest
     if unknown:
         names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in unknown]
         raise ValueError(_explain_unknown(names, _field_names(dataclass_types), "on the command line"))
-    return tuple(parsed[:-1])
+    given = {name: value for name, value in vars(namespace).items() if value is not _Parser.ABSENT}
+    arguments = _Arguments(dataclass_types)
+    for path in given.pop("config") or []:
+        arguments.read_file(Path(path))
+    for name, value in given.items():
+        arguments.add(name, value, Place(f"--{name}"))
+    return arguments.build()
 
 
-def _read_config_file(path: Path, dataclass_types: Sequence[type]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"The configuration file {str(path)!r} does not exist.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ValueError(f"The configuration file {str(path)!r} is not valid {kind}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"The configuration file {str(path)!r} must hold a mapping of argument names to values.")
-    known = _field_names(dataclass_types)
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        raise ValueError(_explain_unknown(unknown, known, f"in {str(path)!r}"))
-    for dataclass_type in dataclass_types:
-        hints = typing.get_type_hints(dataclass_type)
-        for field in dataclasses.fields(dataclass_type):
-            if field.name not in values:
-                continue
-            values[field.name] = _coerce(values[field.name], hints[field.name], field.name, path)
-            choices = field.metadata.get("choices")
-            if choices is not None and values[field.name] is not None and values[field.name] not in choices:
-                allowed = ", ".join(map(str, choices))
-                raise ValueError(f"{field.name} = {values[field.name]!r} in {str(path)!r} is not one of {allowed}.")
-    return values
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that leaves values as the words that were typed, and options that were not given out."""
+
+    ABSENT = object()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.names: list[str] = []
+        super().__init__(*args, **options)
+
+    def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
+        """Add an option; one of true or false can stand alone, whatever its default is."""
+        action = super().add_argument(*flags, **options)
+        if action.type is string_to_bool:
+            action.nargs, action.const = "?", True
+        action.type, action.required = None, False
+        if action.default is not argparse.SUPPRESS:
+            self.names.append(action.dest)
+        return action
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words; what has a value beforehand gets no default."""
+        absent = argparse.Namespace(**dict.fromkeys(self.names, self.ABSENT))
+        return super().parse_known_args(args, namespace or absent)
 
 
-def _coerce(value: Any, hint: Any, name: str, path: Path) -> Any:
-    """Turn text into a number where the field wants one: YAML 1.1 reads ``5e-5`` and ``1_0`` as text."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, str) and str not in options and (int in options or float in options):
-        try:
-            number = float(value)
-        except ValueError as error:
-            raise ValueError(f"{name} = {value!r} in {str(path)!r} should be a number.") from error
-        return number if float in options else int(number) if number.is_integer() else number
-    return value
+class _Arguments:
+    """The values of arguments, checked one by one, and the dataclasses that are made of them."""
+
+    def __init__(self, dataclass_types: Sequence[type]) -> None:
+        self.dataclass_types = dataclass_types
+        self.hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+        self.fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind)}
+        self.values: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any, place: Place, written: Any = None) -> None:
+        """Take a value, in place of an earlier one of the same argument.
+
+        Args:
+            name: Of the argument.
+            value: As it was read.
+            place: Where it was read.
+            written: The text of the file behind the value, which is taken where the value itself is of a wrong kind.
+
+        Raises:
+            ValueError: naming argument, value, place and what is expected.
+        """
+        problem = ""
+        for candidate in (value,) if written is None else (value, written):
+            try:
+                self.values[name] = typed_value(
+                    name, self.hints[name], candidate, choices=self.fields[name].metadata.get("choices", ())
+                )
+                return
+            except ValueError as error:
+                problem = problem or str(error)
+        if place.line is None:
+            raise ValueError(f"{place} {value}: this {problem}.")
+        shown = "null" if value is None else str(written) if isinstance(value, bool) and written else repr(value)
+        raise ValueError(f"{name} = {shown} in {place} {problem}.")
+
+    def read_file(self, path: Path) -> None:
+        """Take the values of a file.
+
+        Raises:
+            ValueError, FileNotFoundError: As `read_settings`, and for names and values that there are not.
+        """
+        given = read_settings(path)
+        known = _field_names(self.dataclass_types)
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(_explain_unknown(unknown, known, f"in {str(path)!r}"))
+        for name, item in given.items():
+            self.add(name, item.plain(), item.place, as_written(item))
+
+    def build(self) -> tuple[Any, ...]:
+        """Return an instance of each dataclass.
+
+        Raises:
+            ValueError: an argument without a default is missing, or a dataclass refuses its values.
+        """
+        built = []
+        for kind in self.dataclass_types:
+            fields = [field for field in dataclasses.fields(kind) if field.init]
+            for field in fields:
+                if field.name not in self.values and field.default is field.default_factory is dataclasses.MISSING:
+                    raise ValueError(f"--{field.name} is missing: give it, or {field.name} in a settings file.")
+            own = {field.name: self.values[field.name] for field in fields if field.name in self.values}
+            try:
+                built.append(kind(**own))
+            except ValueError:
+                raise
+            except Exception as error:  # of a file that is not there, or of keys that are unknown, without the option
+                words = {
+                    name: re.findall(r"[\w./-]+", str(v)) for name, v in own.items() if isinstance(v, (str, dict))
+                }
+                near = [f"--{name}" for name, found in words.items() if any(word in str(error) for word in found)]
+                raise ValueError(f"{', '.join(near) or kind.__name__}: {error}") from error
+        return tuple(built)
 
 
 def _field_names(dataclass_types: Sequence[type]) -> list[str]:

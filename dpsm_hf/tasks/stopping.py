@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StoppingArguments:
-    """When to stop early."""
+    """When to stop early, and what may be gone on from."""
 
     stop_at_step: float | None = field(
         default=None,
@@ -34,6 +34,14 @@ class StoppingArguments:
         },
     )
 
+    resume_strict: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: stop where the newest checkpoint is damaged or incomplete, or was saved with other data "
+            "or settings, instead of taking an older one or going on with a warning."
+        },
+    )
+
     def check_stopping(self) -> None:
         """Refuse a step that cannot be reached.
 
@@ -41,7 +49,7 @@ class StoppingArguments:
             ValueError: it is not positive, or no whole number of steps.
         """
         stop = self.stop_at_step
-        if stop is not None and (stop <= 0 or (stop >= 1 and stop != int(stop))):
+        if stop is not None and not (0 < stop < 1 or (float(stop).is_integer() and stop >= 1)):
             raise ValueError(f"--stop_at_step {stop} must be a whole number of steps, or a share between 0 and 1.")
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -13,8 +14,11 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
 from ..runtime.child_process import end_with_runner
+from ..runtime.content import content_hash
+from ..runtime.secrets import hide_in_logs
+from ..training.run_facts import RunFacts
 from .arguments import OutcomeArguments, settle_best_checkpoint
-from .checkpoints import best_weights, detect_checkpoint, train_and_save
+from .checkpoints import best_weights, check_output_dir, detect_checkpoint, train_and_save
 from .command_line import parse_script_arguments, setup_logging
 from .model_building import build_config_from_scratch, hub_options, load_config
 from .outcome import Outcome, discard_outcome
@@ -109,6 +113,15 @@ class Task(ABC):
             ("calibration", training.fit_temperature, None),
         )
         return {split: most for split, wanted, most in candidates if wanted}
+
+    def data_facts(self) -> dict[str, str]:
+        """Return what the run trains on, for its checkpoints: names, and of files what they hold."""
+        data = self.data_args
+        facts = {name: getattr(data, name) for name in ("dataset_name", "dataset_config_name", "train_file")}
+        for name, value in facts.items():
+            if value is not None and Path(value).exists():
+                facts[name] = f"{Path(value).name} ({content_hash(Path(value))[:23]})"
+        return {name: value for name, value in facts.items() if value is not None}
 
     @property
     def most_extra_rows(self) -> int | None:
@@ -359,6 +372,7 @@ class Task(ABC):
         task = cls.parse(argv, prog)
         training = task.training_args
         setup_logging(training)
+        hide_in_logs((task.model_args.token, training.hub_token))
         if training.device.type == "cpu":
             training.dataloader_pin_memory = False  # it speeds up copies to a GPU; torch warns where there is none
         task.check()
@@ -370,14 +384,17 @@ class Task(ABC):
     def run(self) -> dict[str, float]:
         """Train, evaluate and write down what came of it, as far as the arguments ask for it; see `main`."""
         training, outcome_args = self.training_args, self.outcome_args
+        check_output_dir(training)
+        strict = self.data_args.resume_strict
+        checkpoint = detect_checkpoint(training, strict=strict)
         discard_outcome(training)
-        checkpoint = detect_checkpoint(training)
         self.load_data()
         set_seed(training.seed)
         tokenizer = self.load_tokenizer(self.training_texts, resuming=checkpoint is not None)
         model = self.load_model(tokenizer)
         rows, collator = self.prepare_rows(tokenizer, model)
         trainer = self.make_trainer(model, tokenizer, rows, collator)
+        trainer.run_facts = RunFacts(self.data_facts(), strict=strict)
         results: dict[str, float] = {}
         if training.do_train:
             samples = number_of_rows(rows["train"], self.wanted_splits()["train"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..head.options import FUSED_MODES
 from ..rules.registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
 from ..rules.schedules import AlphaSchedule, get_alpha_schedule
 from ..rules.scoring_rules import Objective
+from ..runtime.typed_values import typed_value
 
 
 @dataclass
@@ -100,6 +103,14 @@ class DPSMArguments:
         default=0,
         metadata={"help": "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off."},
     )
+    ignore_forced_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "dpsm_hf: keep the labels that a text is made to begin with (BART's first <s>, a language code) "
+            "out of the calibration metrics and the temperature, and report them apart, as eval_forced_...; the loss "
+            "is not changed."
+        },
+    )
     fit_temperature: bool = field(
         default=False,
         metadata={
@@ -132,6 +143,14 @@ class DPSMArguments:
     )
 
     def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            value = getattr(self, name)
+            try:
+                converted = typed_value(name, hint, value)
+            except ValueError as error:
+                raise ValueError(f"{name}={value!r} {error}.") from None
+            if not (isinstance(value, int) and value == converted):  # 5 steps are reported as 5, not as 5.0
+                setattr(self, name, converted)
         parent: Any = super()
         own: Any = self
         metric = getattr(own, "metric_for_best_model", None)
@@ -140,8 +159,8 @@ class DPSMArguments:
             own.greater_is_better = False
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
-        self.objective()
         self.schedule()
+        self.objective()
         for rule in RULES.values():
             for parameter in rule.parameters:
                 value = getattr(self, parameter.name)
@@ -195,6 +214,12 @@ class DPSMArguments:
             limit=self.alpha_feedback_limit,
             metric=self.alpha_feedback_metric,
         )
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    hints = typing.get_type_hints(DPSMArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(DPSMArguments)}
 
 
 @dataclass

@@ -179,7 +179,12 @@ def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
 
 
 def describe_non_finite(
-    loss: float, place: str, scores: TokenScores | None, targets: Tensor | None, vocab_size: int | None
+    loss: float,
+    place: str,
+    scores: TokenScores | None,
+    targets: Tensor | None,
+    vocab_size: int | None,
+    updated: bool = False,
 ) -> str:
     """Return what is to be said about a training loss that is NaN or infinite.
 
@@ -189,7 +194,13 @@ def describe_non_finite(
         scores: of the micro-batch, flattened to N tokens, if it was scored.
         targets: its labels as they were scored, ``[..., T]``.
         vocab_size: of the model, if it tells.
+        updated: whether the optimizer may have used its gradient.
     """
+    used = (
+        "The weights may have been updated with it, but they were not saved"
+        if updated
+        else "Nothing was updated with it: the last checkpoint is sound"
+    )
     cause = ""
     if scores is not None and targets is not None:
         bad = (scores.scored & ~torch.isfinite(scores.nll)).nonzero()
@@ -202,6 +213,6 @@ def describe_non_finite(
                 f"micro-batch at position {token}."
             )
     return (
-        f"the training loss is {loss} at {place}.{cause} Nothing was updated with it: the last checkpoint is sound. "
+        f"the training loss is {loss} at {place}.{cause} {used}. "
         "Usual remedies: a lower learning rate, max_grad_norm, bf16 instead of fp16, a look at that sample."
     )

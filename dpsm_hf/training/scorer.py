@@ -11,21 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
-from ..head.model_head import FusedHead, FusedHeadError, ScoringRequest
+from ..head.model_head import FusedHead, FusedHeadError, OtherLossError, ScoringRequest
 from ..models.language_model import (
     Alignment,
     align_targets,
+    check_positions,
     core_model,
     inputs_without_labels,
     is_compiled,
     label_alignment,
-    probe_alignment,
-    router_loss,
+    logits_in,
+    loss_in,
+    virtual_tokens,
 )
 from ..models.output_layer import output_layer
+from ..models.own_loss import OwnLoss, correct_own_loss, own_loss, replacement_of
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import IGNORE_INDEX, TokenScores, score_tokens
 from ..rules.scoring_rules import Objective
@@ -46,6 +50,13 @@ class Batch:
     shift_labels: Tensor | None  #: the targets where the collator made them, ``[B, T]``
     alignment: Alignment  #: which label a row of the logits predicts
     denominator: Tensor | int  #: the loss is the sum over tokens divided by this
+    share: Tensor  #: of this batch in its optimizer step
+    own_loss: OwnLoss | None = None  #: what the model's own loss is made of; None if it has not been asked
+
+    @property
+    def labelled_inputs(self) -> dict[str, Any]:
+        """Return the inputs with the labels that the model's own loss is made of."""
+        return {**self.inputs, "labels": self.labels}
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,12 @@ class BatchRule:
 class ScoredBatch:
     """What `Scorer.score` makes of a batch."""
 
-    loss: Tensor  #: 0-d, differentiable
+    loss: Tensor  #: of the tokens, 0-d, differentiable
     outputs: Any  #: of the model; without logits if it was scored inside its head
     scores: TokenScores  #: of each token, detached, ``[B * T]``
     targets: Tensor  #: the labels they were scored against, ``[B, T]``
+    added: Tensor | None = None  #: what the model adds to the loss of its tokens, in training
+    labelled: bool = False  #: the model was given labels, and its outputs hold what it made of them
 
 
 class ScoredLoss(dict[str, Tensor]):
@@ -130,32 +143,39 @@ class Scorer:
                 is fed.
         """
         labels, shift_labels = inputs["labels"], inputs.get("shift_labels")
-        if self.alignment is None and bool((labels != IGNORE_INDEX).any()):
-            self.alignment = probe_alignment(own, inputs)
+        found = own_loss(own, inputs)
+        self.alignment = label_alignment(own) if found is None else found.alignment
         alignment = self.alignment or "aligned"  # unknown only as long as nothing was scored
-        denominator = self._denominator(labels, shift_labels, alignment, num_items_in_batch)
-        return Batch(own, inputs_without_labels(own, inputs), labels, shift_labels, alignment, denominator)
+        # the step's tokens are counted by the trainer, and not for every model as its loss counts them
+        shifted = alignment == "shifted" if num_items_in_batch is None else _is_counted_shifted(core_model(own))
+        if num_items_in_batch is None and virtual_tokens(own):
+            shifted = False  # the last of them predicts the first label
+        counted = shift_labels if shift_labels is not None else labels[..., 1:] if shifted else labels
+        count = (counted != IGNORE_INDEX).sum()
+        denominator = self._denominator(labels.device, count, num_items_in_batch)
+        return Batch(
+            own,
+            inputs_without_labels(own, inputs),
+            labels,
+            shift_labels,
+            alignment,
+            denominator,
+            share=count / denominator,
+            own_loss=found,
+        )
 
     def _denominator(
-        self,
-        labels: Tensor,
-        shift_labels: Tensor | None,
-        alignment: Alignment,
-        num_items_in_batch: Tensor | int | None,
+        self, device: torch.device, count: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor | int:
         if num_items_in_batch is None:
-            if shift_labels is not None:
-                labels = shift_labels
-            elif alignment == "shifted":
-                labels = labels[..., 1:]
-            return (labels != IGNORE_INDEX).sum().clamp_min(1)
+            return count.clamp_min(1)
         if not isinstance(num_items_in_batch, Tensor):
             return max(1, num_items_in_batch)
         if self.args.n_gpu > 1:  # DataParallel: one entry a replica; the logits are gathered, so one number is right
             replicas = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
             num_items_in_batch = num_items_in_batch.reshape(-1)[0] * replicas
         # a step whose labels are all ignored has a loss of 0 with a graph, not 0 / 0
-        return num_items_in_batch.clamp_min(1).to(labels.device)
+        return num_items_in_batch.clamp_min(1).to(device)
 
     def score(
         self,
@@ -194,6 +214,8 @@ class Scorer:
         core = core_model(model)
         if self.dpsm.fused_head == "off" or core is not core_model(batch.own):
             return False
+        if model.training and batch.own_loss is not None and batch.own_loss.adds:
+            return False  # what it adds is what its loss is more than the cross-entropy of its logits
         return self._not_fused is None or self._not_fused() is not core
 
     def _score_in_head(
@@ -209,6 +231,7 @@ class Scorer:
                 raise FusedHeadError("data parallelism in one process copies modules; start one process a GPU")
             if self.head is None or self.head.core is not core:
                 self.head = FusedHead(model)
+            labelled = _adds_to_replaced(model, batch)
             request = ScoringRequest(
                 labels=batch.labels if batch.shift_labels is None else batch.shift_labels,
                 alignment=batch.alignment if batch.shift_labels is None else None,
@@ -217,9 +240,11 @@ class Scorer:
                 entropy=not model.training,
                 chunk_tokens=self.dpsm.chunk_tokens,
                 extra=extra,
+                labelled=labelled,
+                leads=batch.own_loss is not None and batch.own_loss.leads,
             )
             checked = self.head.checked
-            outputs = self.head(model, batch.inputs, request)
+            outputs = self.head(model, batch.labelled_inputs if labelled else batch.inputs, request)
         except Exception as error:
             # from a model whose head was checked it is no failure of the head; and full logits need more memory still
             if checked or isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
@@ -229,11 +254,13 @@ class Scorer:
         if not checked and sum_over_processes(torch.tensor(float(failure is not None), device=self.args.device)):
             failure = failure or FusedHeadError("another process could not")
             torch.set_rng_state(random_state)  # the attempt has drawn its dropout; the batch draws it again
+            if isinstance(failure, OtherLossError) and batch.own_loss is not None:
+                return self._score_in_head(model, _without_labels(batch), rule, extra)
             if isinstance(failure, FusedHeadError) and self.dpsm.fused_head == "on":
                 self._give_up_fusing(batch.own, failure)
             return None, failure
         scores = replace(outputs.scores(), loss=None)  # what is kept for the log and for errors is to hold no graph
-        return ScoredBatch(outputs.loss, outputs, scores, outputs.targets), None
+        return ScoredBatch(outputs.loss, outputs, scores, outputs.targets, outputs.added), None
 
     def _give_up_fusing(self, own: nn.Module, failure: Exception) -> None:
         reason = str(failure) if isinstance(failure, FusedHeadError) else f"{type(failure).__name__}: {failure}"
@@ -256,30 +283,116 @@ class Scorer:
         # a hook on the layer would be another program to torch.compile, and replicas would share it
         seen = active() and self.args.n_gpu <= 1 and not is_compiled(model)
         with HeadRanges(output_layer(core_model(model)) if seen else None) as head:
-            outputs = model(**batch.inputs)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            outputs, added = self._call(model, batch)
+        labelled = added is not None
+        logits = _logits(core_model(model), outputs)
         with named(HEAD):
             loss, scores, targets = _score_logits(logits, batch, rule, extra)
+            if labelled and batch.own_loss is not None and batch.own_loss.adds:
+                added = _more_than_cross_entropy(added, logits, targets)
         head.until_hidden(loss)
-        return ScoredBatch(loss, outputs, replace(scores, loss=None), targets)
+        return ScoredBatch(loss, outputs, replace(scores, loss=None), targets, added, labelled)
+
+    def _call(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor | None]:
+        """Return the outputs of the model and the loss in them, zero but for what it adds where that can be."""
+        core, found = core_model(model), batch.own_loss
+        if _adds_to_replaced(model, batch):
+            random_state = torch.get_rng_state()
+            with replacement_of(core).active(core, any_thread=self.args.n_gpu > 1) as replacement:
+                outputs = model(**batch.labelled_inputs)
+            if replacement.calls or is_compiled(model):
+                return outputs, _one(loss_in(outputs))
+            # a forward that was put in place of the class's own, such as Liger's, may take another way in training
+            batch = _without_labels(batch)
+            torch.set_rng_state(random_state)
+        elif model.training and core is core_model(batch.own) and found is not None and found.adds:
+            outputs = model(**batch.labelled_inputs)
+            return outputs, _one(loss_in(outputs))
+        return model(**batch.inputs), None
 
 
-def with_router_loss(scored: ScoredBatch, batch: Batch) -> Tensor:
-    """Return the loss of a batch of training, with the load balancing of a mixture of experts where there is one.
+def _one(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.mean()  # data parallelism gathers one a replica
 
-    Weighted by its share of the step's tokens, that too is independent of the split into micro-batches.
+
+def _is_counted_shifted(core: nn.Module) -> bool:
+    """Return whether `Trainer` counts a model's tokens without the first label of every row."""
+    encodes = bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
+    return LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss and not encodes
+
+
+def _without_labels(batch: Batch) -> Batch:
+    """Return a batch whose model, from now on, is given no labels: it computes its loss in training in another way."""
+    assert batch.own_loss is not None
+    found = replace(batch.own_loss, replaceable=False)
+    correct_own_loss(core_model(batch.own), found)
+    return replace(batch, own_loss=found)
+
+
+def _adds_to_replaced(model: nn.Module, batch: Batch) -> bool:
+    """Return whether the model is called with labels and its loss function replaced, for what it adds in training."""
+    found = batch.own_loss
+    return model.training and found is not None and found.replaceable and core_model(model) is core_model(batch.own)
+
+
+def _more_than_cross_entropy(loss: Tensor | None, logits: Tensor, targets: Tensor) -> Tensor | None:
+    if loss is None or not bool((targets != IGNORE_INDEX).any()):
+        return None
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    return loss - F.cross_entropy(flat, targets.reshape(-1).to(flat.device), ignore_index=IGNORE_INDEX)
+
+
+def _logits(core: nn.Module, outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs.
+
+    Raises:
+        ValueError: if there are none.
     """
-    auxiliary = router_loss(batch.own, scored.outputs)
-    if auxiliary is None:
+    logits = logits_in(outputs)
+    if logits is None or logits.dim() < 2 or not logits.shape[-1] or not logits.shape[-2]:
+        found = f"logits of shape {tuple(logits.shape)}" if logits is not None else "no tensor of logits"
+        raise ValueError(
+            f"{type(core).__name__} returned {found}, so its tokens cannot be scored. A forward that was replaced to "
+            "save memory (Unsloth's, Liger's fused cross-entropy) leaves them out in training: let it return them "
+            "(Unsloth: set the environment variable UNSLOTH_RETURN_LOGITS=1) or load the model "
+            "without that replacement; DPSM's own head (fused_head='auto') saves that memory."
+        )
+    return logits
+
+
+def with_added_terms(scored: ScoredBatch, batch: Batch) -> Tensor:
+    """Return the loss of a batch of training, with what the model adds: load balancing of experts, a z-loss.
+
+    Weighted by its share of the step's tokens, that too is a mean over the whole step at any split into micro-batches.
+    """
+    if scored.added is None:
         return scored.loss
-    return scored.loss + auxiliary.to(scored.loss.device) * scored.scores.scored.sum() / batch.denominator
+    return scored.loss + scored.added.to(scored.loss.device) * batch.share
+
+
+def with_loss(scored: ScoredBatch, loss: Tensor) -> Any:
+    """Return a model's outputs with the loss that was computed for it, in the place of its own."""
+    outputs = scored.outputs
+    if isinstance(outputs, Tensor):
+        return (loss, outputs)
+    if isinstance(outputs, ModelOutput):
+        return type(outputs)(**{**outputs, "loss": loss})
+    if isinstance(outputs, Mapping):
+        return {"loss": loss, **{key: value for key, value in outputs.items() if key != "loss"}}
+    has_loss = scored.labelled or outputs[0] is None
+    return (loss, *(outputs[1:] if has_loss else outputs))
 
 
 def _score_logits(
     logits: Tensor, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
 ) -> tuple[Tensor, TokenScores, Tensor]:
     labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
-    targets = align_targets(labels, logits.shape[-2], alignment) if shift_labels is None else shift_labels
+    if shift_labels is None:
+        leads = batch.own_loss is not None and batch.own_loss.leads
+        check_positions(batch.own, labels, logits.shape[-2], leads=leads)
+        targets = align_targets(labels, logits.shape[-2], alignment)
+    else:
+        targets = shift_labels
     # labels are checked here, before cross-entropy would index with a wrong one
     scores = score_tokens(
         logits.detach() if rule.as_trainer else logits,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ from transformers.utils import logging
 
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
+from ..evaluation.forced_tokens import forced_token_ids
 from ..evaluation.panel import EvaluationPanel, reported_names
 from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
-from ..models.language_model import vocabulary_size
+from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
@@ -45,7 +46,8 @@ from .component_gradients import check_component_norms, component_norms, next_st
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_router_loss
+from .resuming import ResumingMixin
+from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -53,13 +55,8 @@ logger = logging.get_logger(__name__)
 _LABELS = ("labels", "shift_labels")
 _Callback = TypeVar("_Callback", bound=TrainerCallback)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DPSMMixin(_Base):
+class DPSMMixin(ResumingMixin):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -222,7 +219,8 @@ class DPSMMixin(_Base):
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
         scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
-        loss = with_router_loss(scored, batch) if training else scored.loss
+        loss = with_added_terms(scored, batch) if training else scored.loss
+        outputs = with_loss(scored, loss) if return_outputs else None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
             # data parallelism averages gradients over processes, but the denominator is already global
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -230,7 +228,6 @@ class DPSMMixin(_Base):
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
-        outputs = (loss, *scored.outputs) if isinstance(scored.outputs, tuple) else scored.outputs
         return (loss, outputs) if return_outputs else loss
 
     def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -286,7 +283,7 @@ class DPSMMixin(_Base):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
         return loss
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
@@ -324,6 +321,7 @@ class DPSMMixin(_Base):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
+        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
@@ -542,18 +540,22 @@ class DPSMMixin(_Base):
         return output
 
     def _gathered_rows(self, tensors: Any) -> Any:
-        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too."""
+        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too.
+
+        Only what was generated has several, and is ``[rows, T]``. The loss of a batch comes once a row of a full one.
+        """
         rows = self._batch_rows
-        if not isinstance(tensors, Tensor) or not rows or len(tensors) <= rows or len(tensors) % rows:
-            return self.accelerator.gather_for_metrics(tensors)
-        return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
+        if isinstance(tensors, Tensor) and tensors.dim() > 1 and 0 < rows < len(tensors) and not len(tensors) % rows:
+            return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
+        return self.accelerator.gather_for_metrics(tensors)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
         dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
         return Evaluation(
             self.model, tokenizer, dataset, byte_lengths=self._token_bytes.of(tokenizer),
             temperature=None if scaler is None else scaler.temperature, classwise_tokens=dpsm.classwise_tokens,
-            depth=dpsm.expected_depth, generated=self._predicts_with_generate() and dpsm.generated_calibration,
+            depth=dpsm.expected_depth, ignore_forced_tokens=dpsm.ignore_forced_tokens,
+            generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )  # fmt: skip
 
     def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
@@ -674,7 +676,10 @@ class DPSMMixin(_Base):
 
     def _moments(self, dataloader: Any, temperature: float) -> Moments:
         """Return the sums that a temperature is fitted with, at one temperature, from a pass over the data."""
-        moments = MomentPass(temperature)
+        ignored = self.dpsm.ignore_forced_tokens
+        moments = MomentPass(
+            temperature, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
+        )
         with self._collecting(moments):
             super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
         for callback in self.callback_handler.callbacks:

@@ -71,19 +71,22 @@ class TrainingLog:
         for name, total in zip(_COLUMNS, totals, strict=True) if tokens else ():
             found[_NAMES.get(name, name)] = total / tokens
         if any(value != value for value in found.values()):
-            raise self.non_finite(float("nan"), step, vocab_size)
+            raise self.non_finite(float("nan"), step, vocab_size, updated=True)
         found |= self.component_norms
         self.component_norms = {}
         return found, int(tokens)
 
-    def non_finite(self, loss: float, step: int, vocab_size: int | None) -> FloatingPointError:
+    def non_finite(
+        self, loss: float, step: int, vocab_size: int | None, *, updated: bool = False
+    ) -> FloatingPointError:
         """Return the error for a loss of the last micro-batch that is NaN or infinite, with its place and cause.
 
         Args:
             loss: the loss.
             step: optimizer steps done so far.
             vocab_size: of the model, if it tells.
+            updated: whether the optimizer may have used its gradient.
         """
         place = f"optimizer step {step + 1}, micro-batch {self._micro_batch}"
         scores, targets = self._last or (None, None)
-        return FloatingPointError(describe_non_finite(loss, place, scores, targets, vocab_size))
+        return FloatingPointError(describe_non_finite(loss, place, scores, targets, vocab_size, updated))

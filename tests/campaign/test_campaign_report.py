@@ -397,3 +397,19 @@ def test_after_temperature_scaling_nobody_is_there_twice(
     assert "cross-entropy" in names and "cross-entropy, temperature-scaled" not in names
     names = [row[0].text for row in comparison(results, setting, QUALITY["language-modelling"], "x").rows]
     assert "cross-entropy, temperature-scaled" in names
+
+
+def test_no_text_and_no_title_leaves_its_place_in_the_markdown_page(
+    written: tuple[Campaign, Path, dict[str, Record]],
+) -> None:
+    """A model may write fences of any length, and a campaign's file any title."""
+    made, folder, found = written
+    for run_id, record in found.items():
+        sample = {"prompt": "p", "reference": "r", "output": "before\n`````\n# after"}
+        write_record(replace(record, samples=[sample]), folder / "runs" / run_id)
+    markdown = write_campaign_report(replace(made, title="<b> [1] `x` | *y*"), folder)[1].read_text()
+    assert "``````text\nbefore\n`````\n# after\n``````" in markdown
+    assert (
+        markdown.startswith("# \\<b> \\[1\\] \\`x\\` \\| \\*y\\*\n")
+        or "\n# \\<b> \\[1\\] \\`x\\` \\| \\*y\\*\n" in markdown
+    )

@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpsm_hf.data import loading
-from dpsm_hf.data.loading import check_columns, check_utf8, file_builder, load_text_datasets
+from dpsm_hf.data.file_checks import check_utf8
+from dpsm_hf.data.loading import check_columns, file_builder, load_text_datasets
 
 LINES = [f"This is line number {index} of a text." for index in range(40)]
 

@@ -31,10 +31,9 @@ from dpsm_hf.models.language_model import (
     core_model,
     inputs_without_labels,
     label_alignment,
-    probe_alignment,
-    router_loss,
     vocabulary_size,
 )
+from dpsm_hf.models.own_loss import own_loss
 from tests.tiny import LENGTH, VOCAB, make_data, make_model
 
 
@@ -87,6 +86,12 @@ class Custom(nn.Module):
         if self.returns == "tuple":
             return (loss, logits)
         return CausalLMOutput(loss=loss, logits=logits)
+
+
+def alignment_of(model: nn.Module, inputs: dict[str, Any]) -> str:
+    found = own_loss(model, inputs)
+    assert found is not None
+    return found.alignment
 
 
 def batch(rows: int = 4, length: int = LENGTH) -> dict[str, Tensor]:
@@ -143,7 +148,7 @@ def test_the_alignment_reproduces_the_models_own_loss(name: str) -> None:
     targets = align_targets(inputs["labels"], logits.shape[-2], alignment)
     ours = F.cross_entropy(logits.reshape(-1, VOCAB), targets.reshape(-1))
     assert ours.item() == pytest.approx(own.loss.item(), rel=1e-5)
-    assert probe_alignment(model, inputs) == alignment
+    assert alignment_of(model, inputs) == alignment
 
 
 def test_every_causal_lm_that_says_it_does_not_shift_is_listed() -> None:
@@ -202,11 +207,11 @@ def test_vocabulary_is_that_of_the_head() -> None:
 def test_probe_finds_the_alignment(rule: str, returns: str) -> None:
     model = Custom(rule, returns).train()
     state = torch.get_rng_state()
-    assert probe_alignment(model, batch()) == rule
+    assert alignment_of(model, batch()) == rule
     assert model.training, "the probe left the model in evaluation mode"
     assert torch.equal(torch.get_rng_state(), state), "the probe drew random numbers"
-    assert probe_alignment(model.eval(), batch()) == rule and not model.training
-    assert probe_alignment(Parallel2(model), batch()) == rule
+    assert alignment_of(model.eval(), batch()) == rule and not model.training
+    assert alignment_of(Parallel2(model), batch()) == rule
 
 
 class Parallel2(Parallel):
@@ -220,12 +225,12 @@ def test_probe_of_an_untrained_model(rule: str, scale: float) -> None:
     """Both alignments give a loss near log V, so the value alone does not distinguish them."""
     inputs = batch()
     inputs["labels"][:, :3] = -100
-    assert probe_alignment(Custom(rule, scale=scale), inputs) == rule
+    assert alignment_of(Custom(rule, scale=scale), inputs) == rule
 
 
 def test_probe_gives_up_with_a_reason() -> None:
     with pytest.raises(ValueError, match=r"Custom is not a language model that DPSM knows.*loss_type='ce'") as caught:
-        probe_alignment(Custom("odd"), batch())
+        alignment_of(Custom("odd"), batch())
     own = Custom("odd").eval()(**batch()).loss.item()
     assert f"{own:.4f}"[:5] in str(caught.value)
 
@@ -234,14 +239,14 @@ def test_probe_gives_up_with_a_reason() -> None:
             return {"loss": torch.tensor(1.0), "logits": torch.zeros(len(input_ids), 2)}
 
     with pytest.raises(ValueError, match="Classifier is not a language model"):
-        probe_alignment(Classifier(), batch())
+        alignment_of(Classifier(), batch())
 
     class Silent(nn.Module):
         def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
             return {"logits": torch.zeros(*input_ids.shape, VOCAB)}
 
     with pytest.raises(ValueError, match=r"own loss on the first batch \(None\)"):
-        probe_alignment(Silent(), batch())
+        alignment_of(Silent(), batch())
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------
@@ -310,27 +315,5 @@ def test_an_encoder_decoder_that_cannot_make_them() -> None:
         config = type("Config", (), {"is_encoder_decoder": True})()
 
     assert label_alignment(Strange()) is None  # no class that Transformers knows: it is probed
-    with pytest.raises(ValueError, match="Strange cannot make decoder_input_ids .*DataCollatorForSeq2Seq"):
+    with pytest.raises(ValueError, match=r"Strange cannot make decoder_input_ids .*DataCollatorForSeq2Seq"):
         inputs_without_labels(Strange(), batch())
-
-
-# ---- mixtures of experts -------------------------------------------------------------------------------------------
-
-
-def test_router_loss_is_what_the_model_adds() -> None:
-    model, inputs = tiny_mixtral(output_router_logits=True), batch()
-    outputs = model(input_ids=inputs["input_ids"])
-    auxiliary = router_loss(model, outputs)
-    assert auxiliary is not None and auxiliary.requires_grad
-    targets = align_targets(inputs["labels"], outputs.logits.shape[-2], "shifted")
-    ce = F.cross_entropy(outputs.logits.reshape(-1, VOCAB), targets.reshape(-1))
-    assert (ce + auxiliary).item() == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
-    assert auxiliary.item() == pytest.approx(0.05 * outputs.aux_loss.item())
-
-
-def test_no_router_no_loss() -> None:
-    model = tiny_mixtral(output_router_logits=False)
-    assert router_loss(model, model(batch()["input_ids"])) is None
-    assert router_loss(Custom("shifted"), {}) is None
-    with pytest.raises(ValueError, match="MixtralForCausalLM has output_router_logits=True but returns no aux_loss"):
-        router_loss(tiny_mixtral(output_router_logits=True), {"logits": torch.zeros(1)})

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainingArguments
 
 from dpsm_hf.data.tokenizer import train_bpe_tokenizer
@@ -90,6 +92,9 @@ def test_unknown_arguments_say_what_to_write(argv, message):
 def make_checkpoint(folder, step, state='{"global_step": 1}'):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
+    save_file({"weight": torch.zeros(1)}, path / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step}, path / name)
     if state is not None:
         (path / "trainer_state.json").write_text(state)
     return str(path)

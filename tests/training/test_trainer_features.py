@@ -271,8 +271,10 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent(tmp_pa
                          logging_steps=1, **extra)  # fmt: skip
         logged.append([e["loss"] for e in train(trainer_class(model=penalised(), args=arguments, train_dataset=data))])
     assert logged[0] == logged[1]
-    with pytest.raises(ValueError, match="Penalised is not a language model that DPSM knows"):
-        DPSMTrainer(model=penalised(), args=config(tmp_path), train_dataset=data).train()
+    # at alpha = 0 the mix is cross-entropy, and the penalty stays added although it is made of the logits
+    arguments = config(tmp_path, max_steps=2, alpha_schedule="constant", alpha_end=0.0, learning_rate=5e-5)
+    mixed = [e["loss"] for e in train(DPSMTrainer(model=penalised(), args=arguments, train_dataset=data))]
+    assert mixed == pytest.approx(logged[0], rel=1e-5)
 
 
 def test_an_encoder_decoder_that_is_no_language_model_trains_as_in_trainer(tmp_path: Path) -> None:

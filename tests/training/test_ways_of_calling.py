@@ -231,6 +231,23 @@ def test_several_sequences_a_sample_are_all_kept(by_config: bool, tmp_path: Path
     assert seen == [21, 21] and len(predicted.predictions) == 21 and len(predicted.label_ids) == 7
 
 
+@pytest.mark.parametrize("rows", [9, 10, 12])
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_smaller_last_batch_weighs_as_in_trainer(name: str, rows: int, tmp_path: Path) -> None:
+    """A last batch of 1, 2 or 4 of 8 rows: Trainer repeats its loss 8 times, and drops what fills it up."""
+    ours = DPSMSeq2SeqTrainer if name in SEQ2SEQ else DPSMTrainer
+    data = make_data(name, rows)
+    losses = [
+        # Seq2SeqTrainer keeps what fills up the last batch, which weighs as much as the others then
+        kind(model=make_model(name), args=args, eval_dataset=data).evaluate()["eval_loss"]
+        for kind, args in (
+            (ours, build(ours, name, tmp_path, data=data).args),
+            (Trainer, build(Trainer, name, tmp_path, data=data).args),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_best_checkpoint_is_that_of_the_best_metric(plain: bool, tmp_path: Path) -> None:
     trainer = build(

@@ -26,12 +26,14 @@ def render(template: str, path: Path, **context: Any) -> Path:
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("*", "\\*")
+    """Return text of a campaign's file or a record as one line that stands for itself, in a table or a title."""
+    return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def _markdown_quote(text: str) -> str:
-    # four backticks, because the text may itself contain a fence of three
-    return f"````text\n{text.strip()}\n````"
+    """Return a text of a model between fences that are longer than any in it."""
+    fence = "`" * max(4, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text.strip()}\n{fence}"
 
 
 def sections(*made: tuple[str, str, list[dict[str, str]]]) -> list[dict[str, Any]]:

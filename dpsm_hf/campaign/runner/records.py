@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json, strict, write_json
+from ...runtime.secrets import without_secrets
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
@@ -96,11 +97,14 @@ class Record:
 
 
 def write_record(record: Record, directory: Path) -> Path:
-    """Write a record into its run's folder, in one step, and return the file; a kill leaves the old one or the new."""
+    """Write a record into its run's folder, in one step, and return the file; a kill leaves the old one or the new.
+
+    Credentials, in a message of the script for instance, are left out.
+    """
     if record.status not in STATUSES:
         raise ValueError(f"status={record.status!r} is unknown; choose one of {', '.join(STATUSES)}.")
     path = directory / RECORD_NAME
-    write_json(strict(asdict(record)), path)
+    write_json(without_secrets(strict(asdict(record))), path)
     return path
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...calibration import METRICS, lower_is_better
+from ...runtime.yaml_lines import Located, Problems, suggestion
 from .script_arguments import defaults_among, effective
 from .spec import Spec, StudyEntry, VariationEntry, values_of
-from .yaml_lines import Located, Problems, suggestion
 
 #: Metrics that quality may be measured by, and whether more is better.
 QUALITY = {

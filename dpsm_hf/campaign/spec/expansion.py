@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...runtime.content import content_hash
+from ...runtime.yaml_lines import Place, Problems
 from .contradictions import campaign_refusals, check_spec
 from .design import Campaign, Point, Run
-from .local_files import EXTRA_ARGUMENT, content_hash
+from .local_files import EXTRA_ARGUMENT
 from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StartFrom, StudyEntry, VariationEntry, values_of
-from .yaml_lines import Place, Problems
 
 # Sections, the more specific ones last.
 _SPECIFIC = ("base", "sizes", "data", "variations", "studies")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...data.loading import EMBEDDED_DATASETS
+from ...runtime.secrets import REMEDY, hidden, is_secret_name, is_secret_value
+from ...runtime.yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 from .design import SCALES, Campaign, Point
 from .expansion import expand
 from .spec import ENTRY_KEYS, KEYS, SCALED, SpecReader
-from .yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 
 __all__ = ["SHIPPED", "SpecError", "apply_override", "campaign_file", "load_campaign", "select"]
 
@@ -51,9 +52,11 @@ def load_campaign(
     if tree is None:
         problems.check()
         raise AssertionError("a tree is missing without a reason")
+    _refuse_credentials(tree, text, problems)
     chosen = _at_scale(tree, scale, problems)
     for override in overrides or ():
         apply_override(chosen, override, problems)
+    _refuse_credentials(Located(chosen, tree.place), "", problems)
     spec = SpecReader(Located(chosen, tree.place), path.resolve().parent, problems).read(scale, text)
     problems.check()
     return select(expand(spec, problems), only or ())
@@ -81,6 +84,48 @@ def _read(path: Path, problems: Problems) -> str:
         problems.add(Place(str(path)), "", f"this is not UTF-8 (byte {error.start}); convert it first")
     problems.check()
     return ""
+
+
+def _refuse_credentials(tree: Located, text: str, problems: Problems) -> None:
+    """Stop at credentials: what a campaign's file holds is copied into settings, records and reports.
+
+    They are looked for before anything else, so that no other message repeats one.
+
+    Raises:
+        SpecError: naming their lines, not what they are.
+    """
+    own = Problems()
+    what = f"looks like a credential, which would be copied into settings, records and reports; {REMEDY}"
+    lines = set()
+    for path, place in _credentials(tree, ""):
+        own.add(place, path, what)
+        lines.add(place.line)
+    for number, line in enumerate(text.splitlines(), 1):
+        if number not in lines and hidden(line) != line:  # in a comment, or over several lines
+            own.add(Place(tree.place.source, number), "", f"this line holds what {what}")
+    own.check()
+
+
+def _credentials(given: Located, path: str, below: bool = False) -> Iterator[tuple[str, Place]]:
+    """Yield keys whose values look like credentials.
+
+    Args:
+        given: a value.
+        path: its key, dotted.
+        below: whether it is part of what goes by a credential's name.
+    """
+    if isinstance(given.value, dict):
+        for key, item in given.value.items():
+            # a section may have an entry of such a name, whose keys are looked at by themselves
+            settings = {"base", "arguments"} & {*path.split(".")} or not isinstance(item.value, dict)
+            yield from _credentials(
+                item, f"{path}.{key}" if path else key, below or (settings and is_secret_name(key))
+            )
+    elif isinstance(given.value, list):
+        for item in given.value:
+            yield from _credentials(item, path, below)
+    elif isinstance(given.value, str) and given.value and (below or is_secret_value(given.value)):
+        yield path, given.place
 
 
 def _at_scale(tree: Located, scale: str, problems: Problems) -> dict[str, Located]:
@@ -151,7 +196,8 @@ def _written(written: str, path: str, problems: Problems) -> Located | None:
     # the text is one value of a file of one line
     read = read_yaml(f"value: {written}\n", _SET.source, own)
     if own.found or read is None or set(read.value) != {"value"}:
-        problems.add(_SET, path, f"{written!r} is no value; write a number, a word or a list as in the file")
+        shown = repr(hidden(written)) if not is_secret_name(path.rpartition(".")[2].strip()) else "this"
+        problems.add(_SET, path, f"{shown} is no value; write a number, a word or a list as in the file")
         return None
     return located(read.value["value"].plain(), _SET)
 

@@ -1,9 +1,7 @@
-"""Local files and folders named in a campaign's file: found from its folder, and known by what they hold."""
+"""Local files and folders named in a campaign's file: found from its folder."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -17,8 +15,6 @@ EXTRA_ARGUMENT = "extra_eval_datasets"
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _PATH_STARTS = ("/", "./", "../", "~")
-# A file that is larger counts by its size, its first and its last part: hashing a whole crawl would take minutes.
-_LARGEST, _PART = 256 << 20, 1 << 20
 
 
 def expand_variables(text: str) -> str:
@@ -47,31 +43,3 @@ def local_path(argument: str, text: str, folder: Path) -> Path | None:
     if argument not in FILE_ARGUMENTS and not (argument in (*SOURCE_ARGUMENTS, EXTRA_ARGUMENT) and is_path):
         return None
     return Path(os.path.normpath(folder / Path(text).expanduser()))
-
-
-def content_hash(path: Path) -> str:
-    """Return a hash of what a file, or all files of a folder, hold; names within the folder count, its own does not.
-
-    A file of more than 256 MB counts by its size and its first and last MB.
-    """
-    if path.is_file():
-        status = path.stat()
-        return _file_hash(path, status.st_size, status.st_mtime_ns)
-    digest = hashlib.sha256()
-    for file in sorted(found for found in path.rglob("*") if found.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{content_hash(file)}\0".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-@functools.cache
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if size <= _LARGEST:
-            while block := file.read(_PART):
-                digest.update(block)
-        else:
-            digest.update(f"{size}\0".encode() + file.read(_PART))
-            file.seek(-_PART, os.SEEK_END)
-            digest.update(file.read(_PART))
-    return f"sha256:{digest.hexdigest()}"

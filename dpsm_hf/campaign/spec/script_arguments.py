@@ -12,16 +12,17 @@ import io
 import logging
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from types import UnionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ...runtime import typed_values
+from ...runtime.typed_values import describe, options_of, words_of
+from ...runtime.yaml_lines import Located, suggestion
 from ...tasks import TASKS, get_task
 from ...tasks.command_line import REMOVED_ARGUMENTS
-from .yaml_lines import Located, suggestion
 
 #: What the campaign itself gives to every run, and why a file cannot.
 RESERVED = {
@@ -73,64 +74,18 @@ def typed_value(task: str, name: str, given: Located) -> Any:
         ValueError: if the value has another type, or is none of the allowed ones.
     """
     hint, field = argument_fields(task)[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-    value = _as_option(given.plain(), options)
-    if value is _WRONG:
-        raise ValueError(f"{given.kind} ({given.plain()!r}) where the script takes {_describe(options)}")
-    choices = field.metadata.get("choices") or [word for o in options for word in _words(o)]
+    value, choices = given.plain(), [str(choice) for choice in field.metadata.get("choices", ())] or words_of(hint)
     if choices and isinstance(value, str) and value not in choices:
-        raise ValueError(f"{value!r} is not allowed; {suggestion(value, [str(choice) for choice in choices])}")
-    return value
-
-
-_WRONG = object()
-
-
-def _as_option(value: Any, options: Sequence[Any]) -> Any:
-    if isinstance(value, bool):
-        return value if bool in options else _WRONG
-    if isinstance(value, (int, float)):
-        if float in options:
-            return float(value)
-        return int(value) if int in options and float(value).is_integer() else _WRONG
-    if isinstance(value, str):
-        if str in options or any(_words(option) for option in options):
-            return value
-        # a list of one
-        return [value] if any(_item(option) is str for option in options) else _WRONG
-    if isinstance(value, list):
-        items = [_item(option) for option in options if _item(option) is not None]
-        converted = [_as_option(element, items) for element in value]
-        return _WRONG if not items or any(element is _WRONG for element in converted) else converted
-    accepts = any(option is dict or typing.get_origin(option) is dict for option in options)
-    return value if isinstance(value, dict) and accepts else _WRONG
-
-
-def _item(option: Any) -> Any:
-    """Return the type of the items of a list, None for what is no list."""
-    if option is list:
-        return str
-    return typing.get_args(option)[0] if typing.get_origin(option) is list else None
-
-
-def _words(option: Any) -> list[str]:
-    """Return the words that an enumeration allows."""
-    if typing.get_origin(option) is Literal:
-        return [word for word in typing.get_args(option) if isinstance(word, str)]
-    members: list[enum.Enum] = list(option) if isinstance(option, enum.EnumMeta) else []
-    return [str(member.value) for member in members]
-
-
-def _describe(options: Sequence[Any]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys with values"}
-    found = []
-    for option in options:
-        if _item(option) is not None:
-            found.append("a list")
-        elif option is not type(None):
-            named = names.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option)))
-            found.append(" or ".join(_words(option)) or named)
-    return " or ".join(dict.fromkeys(found))
+        raise ValueError(f"{value!r} is not allowed; {suggestion(value, choices)}")
+    try:
+        return typed_values.typed_value(name, hint, value, text=False)
+    except ValueError as error:
+        quotes = isinstance(value, bool) and (choices or str in options_of(hint))
+        raise ValueError(
+            f"{given.kind} ({value!r}) where the script takes {describe(hint, choices)}"
+            + ("; YAML reads a bare word such as no, off or yes as this: put it in quotes" if quotes else "")
+            + (f": it {error}" if isinstance(value, (int, float, str)) and not isinstance(value, bool) else "")
+        ) from None
 
 
 def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:

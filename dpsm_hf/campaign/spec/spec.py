@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...runtime.yaml_lines import Located, Place, Problems, located, suggestion
 from ...tasks import TASKS
 from .design import ROLES, TRACKERS, Budget, Campaign, Variation
 from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
 from .script_arguments import check_name, typed_value
-from .yaml_lines import Located, Place, Problems, located, suggestion
 
 T = TypeVar("T")
 

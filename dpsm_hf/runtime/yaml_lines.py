@@ -35,10 +35,12 @@ class Located:
     Args:
         value: a scalar, a list of `Located`, or a dictionary of them by key (whose places are those of the keys).
         place: where it was written.
+        written: of a scalar, the text as it stands in the file: ``no`` of False, ``007`` of 7.
     """
 
     value: Any
     place: Place
+    written: str | None = None
 
     @property
     def kind(self) -> str:
@@ -120,13 +122,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
+def read_yaml(
+    text: str,
+    name: str,
+    problems: Problems,
+    wanted: str = "a campaign is keys with values, this is not; see docs/campaigns.md",
+) -> Located | None:
     """Read a YAML text whose top level has keys.
 
     Args:
         text: the text.
         name: of the file, for the places.
         problems: gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags.
+        wanted: what is said of a file whose top level has no keys.
 
     Returns:
         The values with their places; None where there is nothing to go on with.
@@ -145,7 +153,7 @@ def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
         return None
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1 if node is not None else 1
-        problems.add(Place(name, line), "", "a campaign is keys with values, this is not; see docs/campaigns.md")
+        problems.add(Place(name, line), "", wanted)
         return None
     return _Reader(name, problems).read(node, "")
 
@@ -159,7 +167,7 @@ class _Reader:
     def read(self, node: yaml.Node, path: str, place: Place | None = None) -> Located:
         place = place or self.place(node)
         if isinstance(node, yaml.ScalarNode):
-            return Located(self.scalar(node, path), place)
+            return Located(self.scalar(node, path), place, node.value)
         if id(node) in self.above:
             self.problems.add(place, path, "this alias contains itself; write the values out")
             return Located(None, place)

@@ -1,0 +1,156 @@
+"""The pytest plugin of the suite: whose trainer the tests get, and what becomes of each of them.
+
+`benchmarks.hf_trainer_suite` names it in PYTEST_PLUGINS, so that the processes that a test starts have it too. The
+environment says which column is run and where the outcomes go.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import transformers.trainer
+import transformers.trainer_seq2seq
+
+from benchmarks.hf_trainer_suite.columns import COLUMNS, Column
+from dpsm_hf import AlphaScheduleCallback, CalibrationCallback, DPSMSeq2SeqTrainer, DPSMTrainer
+from dpsm_hf.training.arguments import DPSMArguments
+
+COLUMN, REPORT, SECONDS = "DPSM_SUITE_COLUMN", "DPSM_SUITE_REPORT", "DPSM_SUITE_SECONDS"
+_WORST = ("skipped", "passed", "failed")
+_BOUNDARY = 400  # characters of an error that are kept
+
+
+class Outcomes:
+    """Write one line of JSON per test: its outcome, how many trainers it made, and what it failed with."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._trainers = 0
+        self._reports: list[Any] = []
+
+    def count(self, trainer: type) -> None:
+        """Count the trainers that a test makes."""
+        original = trainer.__init__  # type: ignore[misc]
+
+        @functools.wraps(original)
+        def counted(*args: Any, **kwargs: Any) -> None:
+            self._trainers += 1
+            original(*args, **kwargs)
+
+        trainer.__init__ = counted  # type: ignore[misc]
+
+    def pytest_runtest_logstart(self) -> None:
+        """Begin a test."""
+        self._trainers, self._reports = 0, []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keep what its phases and subtests report."""
+        self._reports.append(report)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Write the line of a test that is over."""
+        # a test is skipped in its setup or its call; only what was called can have passed
+        called = [r for r in self._reports if r.when == "call" or r.outcome != "passed"]
+        outcome = max((r.outcome for r in called), key=_WORST.index, default="skipped")
+        failed = [r for r in self._reports if r.outcome == outcome != "passed"]
+        line = {
+            "test": nodeid,
+            "outcome": outcome,
+            "trainers": self._trainers,
+            "seconds": round(sum(r.duration for r in self._reports), 2),
+            "error": _said(failed[0]) if failed else "",
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Write a line for a file that cannot be imported: its tests would be missing without a word."""
+        if report.failed:
+            line = {"test": report.nodeid, "outcome": "failed", "trainers": 0, "seconds": 0.0, "error": _said(report)}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _said(report: Any) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        text = crash.message
+    elif isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
+        text = report.longrepr[2].removeprefix("Skipped: ")
+    else:
+        text = report.longreprtext.strip().splitlines()[-1] if report.longreprtext.strip() else ""
+    return " ".join(text.split())[:_BOUNDARY]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """End a test that takes too long, as failed."""
+    seconds = int(os.environ.get(SECONDS, "300"))
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"{item.nodeid} took more than {seconds} seconds")
+
+    earlier = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count trainers and write outcomes; a process that a test starts only gets the trainer."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # as Transformers' own conftest
+    if path := os.environ.pop(REPORT, ""):
+        outcomes = Outcomes(Path(path))
+        outcomes.count(transformers.trainer.Trainer if not _STOCK else _STOCK[0])
+        config.pluginmanager.register(outcomes)
+
+
+_STOCK: list[type] = []
+
+
+def in_place_of(stock: type, ours: type, column: Column) -> type:
+    """Return a trainer of ours that tests can take for a Transformers trainer."""
+
+    def dpsm(self: Any) -> DPSMArguments:
+        found = super(swapped, self).dpsm  # type: ignore[misc]
+        if not isinstance(self.args, DPSMArguments):
+            for name, value in (column.settings or {}).items():
+                setattr(found, name, value)
+        return found
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(swapped, self).__init__(*args, **kwargs)  # type: ignore[misc]
+        if not column.callbacks:
+            for kind in (AlphaScheduleCallback, CalibrationCallback):
+                self.remove_callback(kind)
+
+    members = {"dpsm": property(dpsm), "__init__": init, "__module__": stock.__module__}
+    swapped: Any = type(stock.__name__, (ours,), members)
+    return swapped
+
+
+def swap(column: Column) -> None:
+    """Give every later import of a trainer from Transformers one of ours."""
+    stock, seq2seq = transformers.Trainer, transformers.Seq2SeqTrainer
+    _STOCK.append(stock)
+    if not column.ours:
+        return
+    for module in (transformers, transformers.trainer):
+        module.Trainer = in_place_of(stock, DPSMTrainer, column)  # type: ignore[attr-defined]
+    for module in (transformers, transformers.trainer_seq2seq):
+        module.Seq2SeqTrainer = in_place_of(seq2seq, DPSMSeq2SeqTrainer, column)  # type: ignore[attr-defined]
+
+
+# before any test module is imported
+swap(COLUMNS[os.environ.get(COLUMN, "stock")])

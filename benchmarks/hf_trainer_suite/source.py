@@ -1,0 +1,77 @@
+"""Where Transformers' tests come from: the user's own git, or a folder that is there already."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import transformers
+
+URL = "https://github.com/huggingface/transformers"
+TESTS = Path("tests") / "trainer"
+_CHECKED_OUT = ("tests/trainer", "tests/fixtures")
+
+
+def tag() -> str:
+    """Return the name that the installed version has in Transformers' repository."""
+    return f"v{transformers.__version__}"
+
+
+def downloaded(cache: Path) -> Path:
+    """Return a checkout of Transformers' tests at the installed version, cloned on first use.
+
+    Raises:
+        RuntimeError: if git could not clone, with what it said.
+    """
+    folder = cache / tag()
+    if (folder / TESTS).is_dir():
+        return folder
+    part = folder.with_name(f"{folder.name}.part")  # an interrupted clone is no checkout
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    _git("clone", "--depth", "1", "--branch", tag(), "--filter=blob:none", "--sparse", URL, str(part))
+    _git("-C", str(part), "sparse-checkout", "set", *_CHECKED_OUT)
+    part.rename(folder)
+    return folder
+
+
+def checked(folder: Path) -> Path:
+    """Return a folder that the user named, after looking for the tests in it.
+
+    Raises:
+        FileNotFoundError: if it is no checkout of Transformers.
+    """
+    if not (folder / TESTS).is_dir():
+        raise FileNotFoundError(
+            f"--source {folder} has no {TESTS.as_posix()}: name the folder that `git clone {URL}` made."
+        )
+    return folder.resolve()
+
+
+def described(folder: Path) -> str:
+    """Return which commit of Transformers a folder holds, as far as git knows."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "a folder without git"
+    lines = found.stdout.split()
+    if found.returncode or len(lines) != 2 or Path(lines[0]).resolve() != folder.resolve():
+        return "a folder without git"
+    return f"commit {lines[1][:12]}"
+
+
+def _git(*arguments: str) -> None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(
+            "git is not installed; install it, or name a checkout of Transformers with --source."
+        ) from None
+    if done.returncode:
+        raise RuntimeError(
+            f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}\n"
+            f"Without access to GitHub, name a checkout of {URL} at {tag()} with --source FOLDER."
+        )

@@ -1,0 +1,71 @@
+"""Ways in which a checkpoint is damaged, each a function of its folder, with the file that is to be named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+Damage = Callable[[Path], None]
+
+
+def emptied(name: str) -> Damage:
+    """As a kill leaves a file, or a crash whose blocks were never written."""
+    return lambda folder: (folder / name).write_bytes(b"")
+
+
+def cut(name: str) -> Damage:
+    """As a full disk leaves it."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) * 2 // 3])
+
+    return damage
+
+
+def zeroed(name: str) -> Damage:
+    """The right length, but the end is zeros, as after a loss of power."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        half = len(content) // 2
+        (folder / name).write_bytes(content[:half] + bytes(len(content) - half))
+
+    return damage
+
+
+def flipped(name: str) -> Damage:
+    """A bit in the middle of what torch wrote is another one."""
+
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(bytes(content))
+
+    return damage
+
+
+def lost(name: str) -> Damage:
+    """The file is not there."""
+    return lambda folder: (folder / name).unlink()
+
+
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "weights cut": (cut(WEIGHTS), WEIGHTS),
+    "weights empty": (emptied(WEIGHTS), WEIGHTS),
+    "weights lost": (lost(WEIGHTS), WEIGHTS),
+    "optimizer cut": (cut(OPTIMIZER), OPTIMIZER),
+    "optimizer empty": (emptied(OPTIMIZER), OPTIMIZER),
+    "optimizer zeroed": (zeroed(OPTIMIZER), OPTIMIZER),
+    "optimizer flipped": (flipped(OPTIMIZER), OPTIMIZER),
+    "optimizer lost": (lost(OPTIMIZER), OPTIMIZER),
+    "scheduler empty": (emptied("scheduler.pt"), "scheduler.pt"),
+    "scheduler lost": (lost("scheduler.pt"), "scheduler.pt"),
+    "random state cut": (cut("rng_state.pth"), "rng_state.pth"),
+    "random state lost": (lost("rng_state.pth"), "rng_state.pth"),
+    "state cut": (cut("trainer_state.json"), "trainer_state.json"),
+    "state empty": (emptied("trainer_state.json"), "trainer_state.json"),
+    "state lost": (lost("trainer_state.json"), "trainer_state.json"),
+    "configuration cut": (cut("config.json"), "config.json"),
+}
