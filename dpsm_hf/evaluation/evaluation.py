@@ -63,12 +63,7 @@ class Collector:
         return last
 
     def add(self, scores: TokenScores, targets: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Add the scores of a batch.
-
-        Args:
-            scores: of this process's batch, flattened.
-            targets: the labels they were scored against.
-            inputs: the batch, with ``labels``; on the device where `reads_inputs` says so.
+        """Add the flattened scores of this process's batch; its inputs are on the device where `reads_inputs` says so.
 
         Raises:
             FloatingPointError: if the logits of a scored token are NaN or infinite.
@@ -148,7 +143,6 @@ class MomentPass(Collector):
         self._sums: Tensor | None = None
 
     def add(self, scores: TokenScores, targets: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Add the scores of a batch."""
         batch_size = inputs["labels"].shape[0]
         check_finite(scores, batch_size)
         mask = real_tokens(scores, batch_size)

@@ -29,15 +29,7 @@ WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
 OF_EOS = ("tokens", "nll", "brier", "label_probability", "token_accuracy", "confidence", "signed_gap", "ece_15")
 
 # Ends of the names of metrics of which more is better; of the others either less is, or neither.
-_HIGHER_IS_BETTER = (
-    "accuracy",
-    "label_probability",
-    "resolution",
-    "auroc",
-    "supported",
-    "quality",
-    "rank_correlation",
-)
+_MORE_IS_BETTER = ("accuracy", "label_probability", "resolution", "auroc", "supported", "quality", "rank_correlation")
 
 #: Not reported a second time after temperature scaling, which leaves them as they are.
 _UNSCALED = ("tokens", "token_accuracy", "uncertainty", "label_bytes")
@@ -81,13 +73,9 @@ class EvaluationPanel:
         wanted = temperature is not None or classes is not None
         #: What the head is to compute of each token beside the usual statistics.
         self.extra = ExtraStatistics(temperature=temperature, classes=classes) if wanted else None
-        self._samples = 0
+        #: How many samples were seen, with and without a scored token, those that fill up a batch too.
+        self.samples = 0
         self._intervals: Mapping[str, tuple[float, float]] | None = None
-
-    @property
-    def samples(self) -> int:
-        """Return the number of samples seen, with and without a scored token, those that fill up a batch too."""
-        return self._samples
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
@@ -106,8 +94,8 @@ class EvaluationPanel:
         check_finite(scores, batch_size)
         self._intervals = None
         device = scores.scored.device
-        first = self._samples + process_index() * batch_size
-        self._samples += process_number() * batch_size
+        first = self.samples + process_index() * batch_size
+        self.samples += process_number() * batch_size
         numbers = torch.arange(first, first + batch_size, device=device)
         document = numbers.repeat_interleave(scores.scored.numel() // max(1, batch_size))
         mask = real_tokens(scores, batch_size)
@@ -208,11 +196,8 @@ def _view(
     calibration: TokenCalibration, bins: int, intervals: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, Any]:
     intervals = calibration.intervals() if intervals is None else intervals
-    return {
-        "metrics": strict(calibration.compute()),  # a perplexity may be infinite
-        "intervals": strict(intervals),
-        "curve": calibration.curve(bins).as_dict(),
-    }
+    figures = {"metrics": calibration.compute(), "intervals": intervals}
+    return {**strict(figures), "curve": calibration.curve(bins).as_dict()}  # a perplexity may be infinite
 
 
 def reported_names() -> tuple[str, ...]:
@@ -230,14 +215,10 @@ def reported_names() -> tuple[str, ...]:
 
 
 def better_direction(name: str) -> str | None:
-    """Return ``"lower"`` or ``"higher"``, whichever is better of a metric; None where neither is (`signed_gap`, say).
-
-    Args:
-        name: of `reported_names`.
-    """
+    """Return which is better of a metric, ``"lower"`` or ``"higher"``; None where neither is (`signed_gap`, say)."""
     if lower_is_better(name):
         return "lower"
-    return "higher" if re.sub("_(scaled|low|high)$", "", name).endswith(_HIGHER_IS_BETTER) else None
+    return "higher" if re.sub("_(scaled|low|high)$", "", name).endswith(_MORE_IS_BETTER) else None
 
 
 def real_tokens(scores: TokenScores, batch_size: int) -> Tensor:

@@ -260,13 +260,21 @@ class FittedTemperature:
         """Forget it: the weights change, or the data it is fitted on."""
         self._fitted = None
 
-    def known(self, model: nn.Module) -> bool:
-        """Return whether a fit was tried for the weights as they are now."""
+    def _known(self, model: nn.Module) -> bool:
         return self._fitted is not None and self._fitted[0] == fingerprint(model)
 
     def of(self, model: nn.Module) -> TemperatureScaler | None:
         """Return the temperature for the weights as they are now; None if there is none."""
-        return self._fitted[1] if self._fitted is not None and self.known(model) else None
+        return self._fitted[1] if self._fitted is not None and self._known(model) else None
+
+    def fit_if_possible(self, model: nn.Module, fit: Callable[[], object]) -> None:
+        """Fit once for the weights as they are, and keep None, with a warning, where no temperature is best."""
+        if not self._known(model):
+            try:
+                fit()
+            except UnfittableError as error:
+                self.keep(model, None)
+                logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
 
 
 def _shared_with(model: nn.Module, layer: nn.Module) -> str:

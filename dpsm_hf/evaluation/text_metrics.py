@@ -201,11 +201,7 @@ def load_bert_scorer(
 
 
 def bert_scores(
-    predictions: Sequence[str],
-    references: Sequence[Reference],
-    *,
-    scorer: Any = None,
-    **options: Any,
+    predictions: Sequence[str], references: Sequence[Reference], *, scorer: Any = None, **options: Any
 ) -> dict[str, float]:
     """Return mean BERTScore precision, recall and F1 of predictions against references.
 
@@ -255,10 +251,7 @@ def generation_lengths(token_ids: np.ndarray | Sequence[Sequence[int]], pad_toke
         pad_token_id: The tokenizer's padding id.
 
     Returns:
-        int64 [N].
-
-    Raises:
-        ValueError: If there are no rows.
+        int64 [N]; ValueError if there are no rows.
     """
     if len(token_ids) == 0:
         raise ValueError("generation_lengths got no generated sequence: the evaluation set is empty.")

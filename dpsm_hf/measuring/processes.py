@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..runtime.environment import PACKAGE
@@ -66,25 +67,14 @@ def process_memory(name: str) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return a percentile by linear interpolation.
-
-    Args:
-        values: at least one, in any order.
-        share: in [0, 1]; 0.5 is the median.
-    """
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    """Return a percentile of at least one value by linear interpolation; the share 0.5 is the median."""
+    return float(np.quantile(values, share))
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """Return the median, the tenth and the ninetieth percentile of values, and how many there are."""
-    return {
-        "median": percentile(values, 0.5), "p10": percentile(values, 0.1), "p90": percentile(values, 0.9),
-        "samples": len(values),
-    }  # fmt: skip
+    shares = {"median": 0.5, "p10": 0.1, "p90": 0.9}
+    return {**{name: percentile(values, share) for name, share in shares.items()}, "samples": len(values)}
 
 
 def device_name(device: torch.device) -> str:
@@ -123,11 +113,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def own_process_environment(exact_memory: bool) -> dict[str, str]:
-    """Return the environment of a child that measures: it finds this package, and malloc does as the measure needs.
-
-    Args:
-        exact_memory: for measuring peak memory, see `EXACT_MEMORY`.
-    """
+    """Return the environment of a child that measures: it finds this package, and malloc does as the measure needs."""
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     # as in the runs of a campaign, see `runtime.child_process`: on cores that others use too, spinning threads crawl

@@ -43,23 +43,12 @@ TASKS = {
 
 
 def get_task(name: str) -> type[Task]:
-    """Import a task and return its class.
-
-    Args:
-        name: a key of `TASKS`.
-
-    Raises:
-        KeyError: there is no task of that name.
-    """
+    """Import a task of `TASKS` and return its class; KeyError if there is none of that name."""
     entry = TASKS[name]
     task: type[Task] = getattr(importlib.import_module(entry.module), entry.class_name)
     return task
 
 
 def task_of_model(config: PreTrainedConfig) -> type[Task]:
-    """Return the first task for models of this kind: language models, or encoder-decoders.
-
-    Args:
-        config: of the model.
-    """
+    """Return the first task for models of this kind: language models, or encoder-decoders."""
     return next(task for task in map(get_task, TASKS) if task.encoder_decoder == bool(config.is_encoder_decoder))

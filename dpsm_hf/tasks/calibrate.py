@@ -25,6 +25,7 @@ from . import task_of_model
 from .scaled_model import PLACES, check_target, save_scaled
 
 APPLICATIONS = ("none", *PLACES)
+_MODEL = "model"  # folder of the scaled model in that of the output
 
 _OTHER_DATA = "a temperature is judged on other data than it is fitted on."
 _LOCAL_REMEDY = (
@@ -132,7 +133,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         folder = Path(options.output_dir)
         print(f"\ntemperature: {folder / FILE_NAME}\ndiagram: {folder / 'calibration' / 'test-step-000000.png'}")
         if options.apply != "none":
-            target = _target(options)
+            target = folder / _MODEL
             save_scaled(model, tokenizer, scaler, target, place=options.apply, source=options.model)
             print(f"model with the temperature in its {options.apply.replace('_', ' ')}: {target}")
     return metrics
@@ -155,7 +156,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--calibration_file and --test_file are both {options.test_file!r}: {_OTHER_DATA}")
     if options.apply != "none":
         try:
-            check_target(_target(options), options.model)
+            check_target(Path(options.output_dir) / _MODEL, options.model)
         except ValueError as error:
             raise ValueError(f"--output_dir {options.output_dir!r}: {error}") from None
     for name in ("max_samples", "per_device_eval_batch_size", "block_size", "bins"):
@@ -175,10 +176,6 @@ def _check_model(model: str) -> None:
         )
 
 
-def _target(options: argparse.Namespace) -> Path:
-    return Path(options.output_dir) / "model"
-
-
 def _splits(options: argparse.Namespace) -> dict[str, Any]:
     if options.dataset is None:
         files = {"calibration_file": options.calibration_file, "test_file": options.test_file}
@@ -190,10 +187,8 @@ def _splits(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     for name, split in names.items():
         if split not in raw:
-            known = ", ".join(map(repr, raw))
-            raise ValueError(
-                f"{options.dataset} has no {split!r} split; it has {known}. Choose one with --{name}_split."
-            )
+            there = f"{options.dataset} has no {split!r} split; it has {', '.join(map(repr, raw))}."
+            raise ValueError(f"{there} Choose one with --{name}_split.")
     return {name: raw[split] for name, split in names.items()}
 
 

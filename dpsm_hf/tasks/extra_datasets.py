@@ -45,22 +45,14 @@ class ExtraDataset:
         return Path(self.source).is_file()
 
     def load(self, **options: Any) -> AnyDataset:
-        """Load the split.
-
-        Args:
-            options: of `load_text_datasets` that are no sources: ``streaming``, ``cache_dir`` ...
-
-        Raises:
-            ValueError, FileNotFoundError, ConnectionError: as `load_text_datasets`, naming the option too.
-        """
+        """Load the split with further options of `load_text_datasets`, whose errors then name the option too."""
         try:
             if self.is_file:
                 return load_text_datasets(test_file=self.source, required_splits=["test"], **options)["test"]
             given = {"validation_split_percentage": None, **options}
             raw = load_text_datasets(self.source, self.config, required_splits=(), **given)
-            split = self.split or next((name for name in ("test", "validation") if name in raw), None)
-            if split is None and len(raw) == 1:
-                split = next(iter(raw))
+            only = next(iter(raw)) if len(raw) == 1 else None
+            split = self.split or next((name for name in ("test", "validation") if name in raw), only)
             if split not in raw:
                 there = ", ".join(map(repr, raw))
                 raise ValueError(f"it has the splits {there}; name one with ,split=... behind the source.")
@@ -71,12 +63,7 @@ class ExtraDataset:
     def pair_columns(self, column_names: Sequence[str], own: tuple[str, str]) -> tuple[str, str]:
         """Decide which columns hold texts and summaries: named ones, those of a known set, the run's, the first two.
 
-        Args:
-            column_names: that are there.
-            own: columns of the run's own pairs.
-
-        Raises:
-            ValueError: as `resolve_columns`, naming the option too.
+        Errors are those of `resolve_columns`, and name the option too.
         """
         given = (self.text_column, self.summary_column)
         if given == (None, None) and known_columns(self.source) is None and set(own) <= set(column_names):
@@ -88,10 +75,7 @@ class ExtraDataset:
 
 
 def parse_extra_datasets(words: Sequence[str]) -> list[ExtraDataset]:
-    """Read the values of --extra_eval_datasets.
-
-    Args:
-        words: each ``NAME=SOURCE[,config=C][,split=S][,text=COLUMN][,summary=COLUMN]``.
+    """Read the values of --extra_eval_datasets, each ``NAME=SOURCE`` with options such as ``,split=test`` behind it.
 
     Raises:
         ValueError: if one is not of this form, or a name is no identifier, is taken, or means something else.
@@ -111,9 +95,7 @@ def parse_extra_datasets(words: Sequence[str]) -> list[ExtraDataset]:
                     f"{_OPTION} {word}: {option!r} is not understood; write {_SYNTAX}, each at most once."
                 )
             values[key] = value
-        extra = ExtraDataset(
-            name, source, values.get("config"), values.get("split"), values.get("text"), values.get("summary")
-        )
+        extra = ExtraDataset(name, source, *map(values.get, _KEYS))
         if extra.is_file and (extra.config or extra.split):
             raise ValueError(f"{_OPTION} {word}: a file has neither configurations nor splits; leave them out.")
         found[name] = extra

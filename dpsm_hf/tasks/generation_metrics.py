@@ -17,17 +17,9 @@ PREDICTIONS_JSONL = "generated_predictions.jsonl"
 
 
 def decode_ids(token_ids: np.ndarray | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Turn rows of token ids into stripped texts without special tokens.
-
-    Args:
-        token_ids: [N, T] ids; -100 stands for padding.
-        tokenizer: Its pad token replaces -100, which no tokenizer can decode.
-
-    Returns:
-        N texts.
-    """
+    """Turn rows of token ids ``[N, T]``, -100 for padding, into N stripped texts without special tokens."""
     rows = np.asarray(token_ids)
-    rows = np.where(rows != -100, rows, tokenizer.pad_token_id)
+    rows = np.where(rows != -100, rows, tokenizer.pad_token_id)  # no tokenizer can decode -100
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
@@ -44,9 +36,6 @@ def summary_metrics(
         tokenizer: Decodes predictions and labels.
         use_stemmer: Porter stemming in ROUGE.
         bert_scorer: From `text_metrics.load_bert_scorer`; None leaves BERTScore out.
-
-    Returns:
-        A function of an `EvalPrediction` whose predictions are token ids.
     """
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
@@ -55,10 +44,8 @@ def summary_metrics(
             generated = generated[0]
         predictions = decode_ids(generated, tokenizer)
         references = decode_ids(evaluation.label_ids, tokenizer)  # type: ignore[arg-type]
-        scores = {
-            name: round(value, 4)
-            for name, value in rouge_scores(predictions, references, use_stemmer=use_stemmer).items()
-        }
+        rouge = rouge_scores(predictions, references, use_stemmer=use_stemmer)
+        scores = {name: round(value, 4) for name, value in rouge.items()}
         if bert_scorer is not None:
             scores |= bert_scores(predictions, references, scorer=bert_scorer)
         scores["gen_len"] = float(generation_lengths(generated, int(tokenizer.pad_token_id)).mean())
@@ -68,27 +55,15 @@ def summary_metrics(
 
 
 def write_predictions(
-    output_dir: str | os.PathLike[str],
-    predictions: Sequence[str],
-    documents: Sequence[str],
-    references: Sequence[str],
+    output_dir: str | os.PathLike[str], predictions: Sequence[str], documents: Sequence[str], references: Sequence[str]
 ) -> tuple[str, str]:
     """Write the generated summaries as text (one a line) and as JSON lines beside their sources.
 
     A line break inside a prediction becomes a space in the text file, so that its lines stay those of the test set;
-    the JSON lines keep it.
-
-    Args:
-        output_dir: Folder for `generated_predictions.txt` and `generated_predictions.jsonl`.
-        predictions: N generated summaries.
-        documents: N source texts.
-        references: N reference summaries, uncut.
-
-    Returns:
-        The two paths.
+    the JSON lines keep it. Returns the two paths.
 
     Raises:
-        ValueError: If the three do not have the same length.
+        ValueError: If predictions, documents and (uncut) references are not as many.
     """
     if not len(predictions) == len(documents) == len(references):
         raise ValueError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import (
@@ -34,6 +34,7 @@ from ..data.clm import (
 )
 from ..data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, file_builder
 from ..data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, check_vocab_size, column_texts
+from ..runtime.options import option
 from ..training.arguments import DPSMConfig
 from ..training.trainer import DPSMTrainer
 from .arguments import DataSource, ModelSource
@@ -53,12 +54,8 @@ _DEFAULT_BLOCK_SIZE = 1024
 class ModelArguments(ModelSource):
     """Which model, configuration and tokenizer to use."""
 
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Number type of the model's weights; auto takes that of the saved ones.",
-            "choices": _DTYPES,
-        },
+    dtype: str | None = option(
+        "Number type of the model's weights; auto takes that of the saved ones.", choices=_DTYPES
     )
 
     def __post_init__(self) -> None:
@@ -93,60 +90,40 @@ class ModelArguments(ModelSource):
 class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
     """Which texts to train and evaluate on, and how they become rows of tokens."""
 
-    test_file: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: file that --do_predict evaluates on, of the same kind."}
+    test_file: str | None = option("dpsm_hf: file that --do_predict evaluates on, of the same kind.")
+    max_train_samples: int | None = option("Train on this many rows of tokens at most.")
+    max_eval_samples: int | None = option("Evaluate on this many rows of tokens at most.")
+    streaming: bool = option("Read the data while training; needs --max_steps.", False)
+    block_size: int | None = option(
+        "Tokens of a row; by default what tokenizer and model take, 1024 where that is more."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many rows of tokens at most."}
+    overwrite_cache: bool = option("Prepare anew what is cached.", False)
+    validation_split_percentage: int | None = option(
+        "Share of the train split to evaluate on where there is no validation split.", 5
     )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many rows of tokens at most."}
+    preprocessing_num_workers: int | None = option("Processes that tokenize.")
+    keep_linebreaks: bool = option("Keep the line ends of txt files.", True)
+    max_predict_samples: int | None = option("dpsm_hf: --do_predict evaluates on this many rows of tokens at most.")
+    text_column_name: str | None = option("dpsm_hf: column with the text; text, or else the first, when left out.")
+    packing: str = option(
+        "dpsm_hf: split joins all texts of a split and loses nothing but a short end; batch joins 1,000 "
+        "texts at a time and drops what is left of each thousand, exactly like run_clm.py.",
+        "split",
+        choices=PACKINGS,
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a row; by default what tokenizer and model take, 1024 where that is more."},
+    min_remainder: int = option("dpsm_hf: drop the end of a split if it is shorter than this many tokens.", 32)
+    drop_empty_lines: bool = option("dpsm_hf: leave out rows of blank text.", False)
+    unicode_nfkc: bool = option("dpsm_hf: bring texts to Unicode's NFKC form.", False)
+    lowercase: bool = option("dpsm_hf: turn letters into small ones.", False)
+    add_eos_between_documents: bool | None = option(
+        "dpsm_hf: put the end-of-sequence token behind every document. Left out: true for python-docs, "
+        "whose rows are whole documents, false for everything else, like run_clm.py."
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare anew what is cached."})
-    validation_split_percentage: int | None = field(
-        default=5, metadata={"help": "Share of the train split to evaluate on where there is no validation split."}
-    )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line ends of txt files."})
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "dpsm_hf: --do_predict evaluates on this many rows of tokens at most."}
-    )
-    text_column_name: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: column with the text; text, or else the first, when left out."}
-    )
-    packing: str = field(
-        default="split",
-        metadata={
-            "help": "dpsm_hf: split joins all texts of a split and loses nothing but a short end; batch joins 1,000 "
-            "texts at a time and drops what is left of each thousand, exactly like run_clm.py.",
-            "choices": list(PACKINGS),
-        },
-    )
-    min_remainder: int = field(
-        default=32, metadata={"help": "dpsm_hf: drop the end of a split if it is shorter than this many tokens."}
-    )
-    drop_empty_lines: bool = field(default=False, metadata={"help": "dpsm_hf: leave out rows of blank text."})
-    unicode_nfkc: bool = field(default=False, metadata={"help": "dpsm_hf: bring texts to Unicode's NFKC form."})
-    lowercase: bool = field(default=False, metadata={"help": "dpsm_hf: turn letters into small ones."})
-    add_eos_between_documents: bool | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: put the end-of-sequence token behind every document. Left out: true for python-docs, "
-            "whose rows are whole documents, false for everything else, like run_clm.py."
-        },
-    )
-    document_boundary: str = field(
-        default="auto",
-        metadata={
-            "help": "dpsm_hf: what ends a document: row, every row; blank_line, a row of blank text, for data whose "
-            "rows are lines; auto, blank_line for txt files and row otherwise.",
-            "choices": list(BOUNDARIES),
-        },
+    document_boundary: str = option(
+        "dpsm_hf: what ends a document: row, every row; blank_line, a row of blank text, for data whose "
+        "rows are lines; auto, blank_line for txt files and row otherwise.",
+        "auto",
+        choices=BOUNDARIES,
     )
 
     def __post_init__(self) -> None:
@@ -168,20 +145,10 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
         self.preprocessing(self.block_size if self.block_size is not None else _DEFAULT_BLOCK_SIZE)
 
     def preprocessing(self, block_size: int) -> ClmPreprocessing:
-        """Settle the options that depend on the data.
-
-        Args:
-            block_size: Tokens of a row.
-
-        Returns:
-            The options for `prepare_clm_datasets`.
-
-        Raises:
-            ValueError: An option is out of range.
-        """
-        between = self.add_eos_between_documents
+        """Return the options of `prepare_clm_datasets`; ValueError if one is out of range."""
+        between, boundary = self.add_eos_between_documents, self.document_boundary
         if between is None:
-            between = self.dataset_name in EMBEDDED_DATASETS or self.document_boundary != "auto"
+            between = self.dataset_name in EMBEDDED_DATASETS or boundary != "auto"
         return ClmPreprocessing(
             block_size=block_size,
             packing=self.packing,
@@ -190,9 +157,7 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
             unicode_nfkc=self.unicode_nfkc,
             lowercase=self.lowercase,
             add_eos_between_documents=between,
-            document_boundary=(
-                natural_boundary(self.files().values()) if self.document_boundary == "auto" else self.document_boundary
-            ),
+            document_boundary=natural_boundary(self.files().values()) if boundary == "auto" else boundary,
         )
 
 
@@ -202,16 +167,7 @@ def natural_boundary(files: Iterable[str]) -> str:
 
 
 def resolve_block_size(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Settle the tokens of a row the way run_clm.py does.
-
-    Args:
-        wanted: --block_size, or None.
-        tokenizer: Bounds a row with its model_max_length.
-        config: Bounds the default with its max_position_embeddings.
-
-    Returns:
-        Tokens of a row.
-    """
+    """Return the tokens of a row, settled as run_clm.py does, the tokenizer bounding --block_size too."""
     limit = tokenizer.model_max_length
     if wanted is not None:
         if wanted > limit:
@@ -243,11 +199,7 @@ class LanguageModelling(Task):
     # ---- arguments -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse options that contradict each other across the groups, before anything is loaded.
-
-        Raises:
-            ValueError: A split that is asked for cannot exist, or a stream has no end.
-        """
+        """Refuse options that contradict each other across the groups; see `Task.check`."""
         model, data, training = self.model_args, self.data_args, self.training_args
         if data.dataset_name is None:
             if training.do_train and data.train_file is None:
@@ -299,12 +251,8 @@ class LanguageModelling(Task):
                     f"--extra_eval_datasets {extra.name}: language modelling has no summaries; leave summary= out."
                 )
             with self.training_args.main_process_first(desc=f"loading {extra.name}"):
-                texts = extra.load(
-                    streaming=data.streaming,
-                    keep_linebreaks=data.keep_linebreaks,
-                    cache_dir=self.model_args.cache_dir,
-                    token=self.model_args.token,
-                )
+                how = {"streaming": data.streaming, "keep_linebreaks": data.keep_linebreaks}
+                texts = extra.load(**how, cache_dir=self.model_args.cache_dir, token=self.model_args.token)
             own = data.text_column_name
             chosen = extra.text_column or (own if own in column_names(texts) else None)
             choose_text_column(texts, chosen, extra.name)
@@ -322,7 +270,6 @@ class LanguageModelling(Task):
         )
 
     def training_texts(self) -> Iterable[str]:
-        """Return the texts of the train split, which a tokenizer may be trained on."""
         column = choose_text_column(self.texts["train"], self.data_args.text_column_name, "train")
         return column_texts(self.texts["train"], [column])
 
@@ -349,7 +296,6 @@ class LanguageModelling(Task):
     def calibration_rows(
         cls, options: argparse.Namespace, texts: Mapping[str, Any], tokenizer: Any, model: Any
     ) -> tuple[dict[str, Any], DataCollator]:
-        """Turn texts into rows for ``dpsm calibrate``; see `Task.calibration_rows`."""
         positions = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_BLOCK_SIZE
         check_block_size(model.config, options.block_size)
         block_size = options.block_size or min(_DEFAULT_BLOCK_SIZE, positions, tokenizer.model_max_length)
@@ -368,26 +314,22 @@ class LanguageModelling(Task):
 
     @property
     def tokenizer_length(self) -> int:
-        """Return the longest text in tokens that a tokenizer trained for the run is to take."""
         return self.data_args.block_size or DEFAULT_MAX_LENGTH
 
     @property
     def block_size(self) -> int | None:
-        """Return --block_size."""
         size: int | None = self.data_args.block_size
         return size
 
     def longest_row(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-        """Return the tokens of a row; all rows have as many."""
         return resolve_block_size(self.data_args.block_size, tokenizer, config)
 
     def make_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         """Load or make the configuration; a loaded one gets the special tokens of a tokenizer trained for the run."""
         config = super().make_config(tokenizer)
         if self.model_args.config_name is not None and self.model_args.tokenizer_name == TRAIN_BPE:
-            config.update(
-                {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-            )
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            config.update({name: getattr(tokenizer, name) for name in names})
         return config
 
     def dtype_options(self, *, saved: bool) -> dict[str, Any]:
@@ -403,7 +345,6 @@ class LanguageModelling(Task):
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, trainer: Any, split: str, prefix: str, rows: Any) -> dict[str, float]:
-        """Evaluate the model on a split; see `Task.evaluate`."""
         metrics = super().evaluate(trainer, split, prefix, rows)
         # exp(loss) is off where a model's loss divides by another count than the scored tokens, as GPT-2's does.
         if prefix == "eval":
@@ -411,11 +352,9 @@ class LanguageModelling(Task):
         return metrics
 
     def sample_outputs(self, trainer: Any, split: str, rows: Any) -> list[dict[str, str]]:
-        """Let the model go on from the first half of the first rows."""
         return continuations(trainer, rows, self.outcome_args.sample_outputs)
 
     def model_card(self) -> dict[str, Any]:
-        """Return what the model card says beyond what the trainer knows."""
         card = super().model_card()
         if self.data_args.dataset_name in EMBEDDED_DATASETS:
             del card["dataset_tags"]  # a tag links to the hub, where those are not

@@ -25,11 +25,7 @@ def hub_options(model_args: ModelSource) -> dict[str, Any]:
 
 
 def load_config(model_args: ModelSource) -> PreTrainedConfig | None:
-    """Load the configuration of --config_name or --model_name_or_path; None where neither is given.
-
-    Args:
-        model_args: Of the run.
-    """
+    """Load the configuration of --config_name or --model_name_or_path; None where neither is given."""
     source = model_args.config_name or model_args.model_name_or_path
     if source is None:
         return None
@@ -52,12 +48,9 @@ def build_config_from_scratch(
 
     Args:
         model_type: A key of ``transformers.CONFIG_MAPPING`` such as ``gpt2`` or ``bart``.
-        overrides: ``name=value`` pairs joined by commas, for instance ``n_embd=128,n_layer=4``.
+        overrides: As `parse_config_overrides` takes them.
         tokenizer: The tokenizer of the run, or None to keep the configuration's own vocabulary.
         block_size: Tokens of a training row, or None when rows are bounded elsewhere.
-
-    Returns:
-        The configuration.
 
     Raises:
         ValueError: No or unknown model type, an unknown or malformed override, a vocabulary smaller than
@@ -78,12 +71,8 @@ def build_config_from_scratch(
     names = {_real_name(default, name) for name in given}
     values: dict[str, Any] = dict(given)
     if tokenizer is not None:
-        wanted = {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        names_of_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        wanted = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names_of_ids}}
         if default.is_encoder_decoder:
             # BART starts decoding with </s>, T5 and PEGASUS with <pad>: keep the family's choice, renumbered.
             starts_with_eos = getattr(default, "decoder_start_token_id", None) == default.eos_token_id
@@ -106,15 +95,7 @@ def build_config_from_scratch(
 
 
 def check_block_size(config: PreTrainedConfig, block_size: int | None) -> None:
-    """Refuse rows that are longer than the model has learned positions for; warn where positions are rotary.
-
-    Args:
-        config: The model's configuration.
-        block_size: Tokens of a training row, or None when that is not known yet.
-
-    Raises:
-        ValueError: ``block_size`` exceeds ``max_position_embeddings`` (``n_positions`` in GPT-2).
-    """
+    """Refuse, by a ValueError, rows longer than the model has learned positions for; warn where those are rotary."""
     positions = getattr(config, "max_position_embeddings", None)
     if block_size is None or not isinstance(positions, int) or not 0 < positions < block_size:
         return
@@ -131,17 +112,10 @@ def check_block_size(config: PreTrainedConfig, block_size: int | None) -> None:
 
 
 def parse_config_overrides(overrides: str | None, default: PreTrainedConfig) -> dict[str, Any]:
-    """Read ``name=value,name=value`` with the types that the default configuration has.
-
-    Args:
-        overrides: The text, or None.
-        default: A configuration with default values; its attributes are the names allowed.
-
-    Returns:
-        Values by name.
+    """Read ``name=value,name=value`` with the types that a configuration with default values has.
 
     Raises:
-        ValueError: A piece without ``=``, an unknown name, or a value of the wrong type.
+        ValueError: A piece without ``=``, a name that the configuration has not, or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     for piece in filter(None, (part.strip() for part in (overrides or "").split(","))):

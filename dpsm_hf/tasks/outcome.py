@@ -78,8 +78,7 @@ class Outcome:
             checkpoint: ``last`` for the weights at the end of training (with ``load_best_model_at_end`` these are the
                 best, and go by that name), or ``best``.
             split: validation, test, or the name of a further set.
-            metrics: as the trainer returned them.
-            prefix: of their names.
+            metrics: as the trainer returned them, ``prefix`` before each name.
             rows: the set that was evaluated; its labels' digest tells whether two runs evaluated the same.
         """
         checkpoint = self._loaded if checkpoint == "last" else checkpoint
@@ -153,10 +152,6 @@ def document_sums(panel: EvaluationPanel, rows: Any = None) -> dict[str, np.ndar
 
     A document is an evaluated row; row ``i`` of the set is in block ``i mod 128``, on any number of processes and
     with batches of any size, so that two runs on the same rows have the same blocks.
-
-    Args:
-        panel: of the evaluation, over all processes.
-        rows: the set.
 
     Returns:
         ``count``, ``correct``, ``confidence`` ``[128, 15]`` by block and equal-width bin of confidence; ``nll``,

@@ -19,12 +19,7 @@ _SOURCE_START = 400
 
 
 def continuations(trainer: DPSMMixin, rows: Any, number: int) -> list[dict[str, str]]:
-    """Let the model continue the first half of the first rows, greedily, up to their length.
-
-    Args:
-        trainer: of the model as it is now; every process calls this.
-        rows: of token ids.
-        number: of texts.
+    """Let the model continue the first half of the first rows, greedily, up to their length; every process calls this.
 
     Returns:
         ``prompt``, ``reference`` (how the row goes on) and ``output`` of each; nothing from a model that does not
@@ -60,12 +55,11 @@ def continuations(trainer: DPSMMixin, rows: Any, number: int) -> list[dict[str, 
 def summaries(
     trainer: DPSMSeq2SeqTrainer, rows: Any, pairs: Any, columns: tuple[str, str], number: int
 ) -> list[dict[str, str]]:
-    """Let the model summarise the first texts, as evaluation does.
+    """Let the model summarise the first texts, as evaluation does; every process calls this.
 
     Args:
-        trainer: of the model as it is now; every process calls this.
-        rows: the set as token ids.
-        pairs: the same as texts.
+        trainer: of the model as it is now.
+        rows, pairs: the set as token ids and as texts.
         columns: of the texts and the summaries.
         number: of texts.
 

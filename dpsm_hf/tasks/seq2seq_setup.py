@@ -170,12 +170,9 @@ def resize_positions(model: PreTrainedModel, new_positions: int) -> None:
 
 
 def fit_positions(model: PreTrainedModel, longest_row: int, resize: bool | None) -> None:
-    """Make sure the model has a position for every token of the longest row, or say what to do.
+    """Make sure the model has a position for every token of the longest row, source or target.
 
-    Args:
-        model: The model.
-        longest_row: The largest of the source and target lengths in tokens.
-        resize: None resizes with a warning, True resizes, False refuses by a ValueError.
+    ``resize=None`` adds positions with a warning, True adds them, False refuses by a ValueError that says what to do.
     """
     limit = position_limit(model)
     if limit is None or longest_row <= limit:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
@@ -30,6 +30,7 @@ from ..data.loading import column_names
 from ..data.summarization import TokenizationSettings, filter_pairs, resolve_columns, tokenize_split
 from ..data.tokenizer import TRAIN_BPE, column_texts
 from ..evaluation.text_metrics import load_bert_scorer, sentence_splitter_name
+from ..runtime.options import option
 from ..training.arguments import DPSMSeq2SeqConfig
 from ..training.trainer import DPSMSeq2SeqTrainer
 from .arguments import DataSource, ModelSource
@@ -58,12 +59,9 @@ _MOST_SOURCE, _MOST_TARGET = 1024, 128
 class ModelArguments(ModelSource):
     """Which model, configuration and tokenizer to use."""
 
-    resize_position_embeddings: bool | None = field(
-        default=None,
-        metadata={
-            "help": "What to do when rows may be longer than the model's positions: true adds positions, false is an "
-            "error, left out adds them with a warning."
-        },
+    resize_position_embeddings: bool | None = option(
+        "What to do when rows may be longer than the model's positions: true adds positions, false is an "
+        "error, left out adds them with a warning."
     )
 
 
@@ -71,56 +69,33 @@ class ModelArguments(ModelSource):
 class DataTrainingArguments(StoppingArguments, SummaryStressArguments, DataSource):
     """Which pairs to use, how to cut them, and how to score what is generated."""
 
-    lang: str | None = field(default=None, metadata={"help": "Language code of the data, required by mBART (en_XX)."})
-    text_column: str | None = field(default=None, metadata={"help": "Column with the full texts."})
-    summary_column: str | None = field(default=None, metadata={"help": "Column with the summaries."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Preprocess again instead of reading the cache."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for preprocessing."})
-    max_source_length: int = field(
-        default=1024, metadata={"help": "Tokens kept of a source, special tokens and prefix included."}
+    lang: str | None = option("Language code of the data, required by mBART (en_XX).")
+    text_column: str | None = option("Column with the full texts.")
+    summary_column: str | None = option("Column with the summaries.")
+    overwrite_cache: bool = option("Preprocess again instead of reading the cache.", False)
+    preprocessing_num_workers: int | None = option("Processes for preprocessing.")
+    max_source_length: int = option("Tokens kept of a source, special tokens and prefix included.", 1024)
+    max_target_length: int = option("Tokens kept of a summary in training.", 128)
+    val_max_target_length: int | None = option(
+        "Tokens kept of a summary in evaluation and prediction, and the length limit of generation unless "
+        "--generation_max_length is given. By default --max_target_length."
     )
-    max_target_length: int = field(default=128, metadata={"help": "Tokens kept of a summary in training."})
-    val_max_target_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens kept of a summary in evaluation and prediction, and the length limit of generation unless "
-            "--generation_max_length is given. By default --max_target_length."
-        },
+    pad_to_max_length: bool = option("Pad every row to the full lengths (TPU) instead of batch by batch.", False)
+    max_train_samples: int | None = option("Use only the first so many training pairs.")
+    max_eval_samples: int | None = option("Use only the first so many validation pairs.")
+    max_predict_samples: int | None = option("Use only the first so many test pairs.")
+    num_beams: int | None = option(
+        "Beams of generation in evaluation and prediction, unless --generation_num_beams is given.", 1
     )
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad every row to the full lengths (TPU) instead of batch by batch."}
+    ignore_pad_token_for_loss: bool = option("Leave padding in the labels out of the loss.", True)
+    source_prefix: str | None = option("Text before every source (T5: 'summarize: ').")
+    forced_bos_token: str | None = option("Token that generation writes first (mBART-50: the language code).")
+    min_source_words: int = option("dpsm_hf: leave out pairs whose text has fewer words; 0 keeps all.", 0)
+    bertscore: bool = option("dpsm_hf: report BERTScore too; needs --predict_with_generate.", False)
+    bertscore_model: str | None = option(
+        "dpsm_hf: model of BERTScore, a hub name or a folder (English: roberta-large)."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many training pairs."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many validation pairs."}
-    )
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first so many test pairs."})
-    num_beams: int | None = field(
-        default=1,
-        metadata={"help": "Beams of generation in evaluation and prediction, unless --generation_num_beams is given."},
-    )
-    ignore_pad_token_for_loss: bool = field(
-        default=True, metadata={"help": "Leave padding in the labels out of the loss."}
-    )
-    source_prefix: str | None = field(default=None, metadata={"help": "Text before every source (T5: 'summarize: ')."})
-    forced_bos_token: str | None = field(
-        default=None, metadata={"help": "Token that generation writes first (mBART-50: the language code)."}
-    )
-    min_source_words: int = field(
-        default=0, metadata={"help": "dpsm_hf: leave out pairs whose text has fewer words; 0 keeps all."}
-    )
-    bertscore: bool = field(
-        default=False, metadata={"help": "dpsm_hf: report BERTScore too; needs --predict_with_generate."}
-    )
-    bertscore_model: str | None = field(
-        default=None,
-        metadata={"help": "dpsm_hf: model of BERTScore, a hub name or a folder (English: roberta-large)."},
-    )
-    bertscore_num_layers: int | None = field(
-        default=None, metadata={"help": "dpsm_hf: layer that BERTScore compares; required for a folder."}
-    )
+    bertscore_num_layers: int | None = option("dpsm_hf: layer that BERTScore compares; required for a folder.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +106,11 @@ class DataTrainingArguments(StoppingArguments, SummaryStressArguments, DataSourc
                 raise ValueError(f"--{name} is {value}; give at least 1, or leave it out.")
         if self.val_max_target_length is None:
             self.val_max_target_length = self.max_target_length
+
+    @property
+    def map_options(self) -> dict[str, Any]:
+        """Return the options of `datasets.Dataset.map`."""
+        return {"num_proc": self.preprocessing_num_workers, "load_from_cache_file": not self.overwrite_cache}
 
 
 class Summarization(Task):
@@ -149,11 +129,7 @@ class Summarization(Task):
     # ---- arguments -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse options that contradict each other before anything is loaded.
-
-        Raises:
-            ValueError: With the two options and the way out.
-        """
+        """Refuse options that contradict each other; see `Task.check`."""
         model, data, training = self.model_args, self.data_args, self.training_args
         if model.model_name_or_path is not None:
             for name in ("model_type", "config_overrides"):
@@ -204,18 +180,13 @@ class Summarization(Task):
     @staticmethod
     def row_tokens(arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Return the most tokens of a source and of a summary."""
-        return int(arguments.get("max_source_length", _MOST_SOURCE)), int(
-            arguments.get("max_target_length", _MOST_TARGET)
-        )
+        source = arguments.get("max_source_length", _MOST_SOURCE)
+        return int(source), int(arguments.get("max_target_length", _MOST_TARGET))
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
     def load_data(self) -> None:
-        """Load the splits that the run needs and the extra sets, without unusable pairs and cut to their limits.
-
-        Raises:
-            ValueError: The splits have their pairs in different columns.
-        """
+        """Load splits and further sets without unusable pairs; ValueError if splits have them in different columns."""
         data = self.data_args
         self.bert_scorer = self._load_bert_scorer()  # before training: one that cannot be had is found out now
         raw = self.load_splits(list(self.wanted_splits()), validation_split_percentage=None)
@@ -242,14 +213,8 @@ class Summarization(Task):
         """Keep the usable pairs of a split or further set, so many at most."""
         data = self.data_args
         with self.training_args.main_process_first(desc=f"filtering {name}"):
-            kept, _ = filter_pairs(
-                pairs,
-                *columns,
-                min_source_words=data.min_source_words,
-                split=name,
-                num_proc=data.preprocessing_num_workers,
-                load_from_cache_file=not data.overwrite_cache,
-            )
+            least = data.min_source_words
+            kept, _ = filter_pairs(pairs, *columns, min_source_words=least, split=name, **data.map_options)
         if name == "train":
             kept = data.take_low_resource(kept, columns)
         self.columns[name] = columns
@@ -258,19 +223,16 @@ class Summarization(Task):
     def _load_bert_scorer(self) -> Any:
         """Load the scorer of --bertscore, or return None without it."""
         data = self.data_args
-        if not data.bertscore:
-            return None
         language = (data.lang or "en").split("_")[0]
-        return load_bert_scorer(data.bertscore_model, language, num_layers=data.bertscore_num_layers)
+        model, layers = data.bertscore_model, data.bertscore_num_layers
+        return load_bert_scorer(model, language, num_layers=layers) if data.bertscore else None
 
     def training_texts(self) -> Iterable[str]:
-        """Return texts and summaries of the train split, which a tokenizer may be trained on."""
         return column_texts(self.texts["train"], self.columns["train"])
 
     def prepare_rows(
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> tuple[dict[str, Any], DataCollator]:
-        """Turn the pairs of every split and further set into rows of token ids."""
         data, rows = self.data_args, {}
         for split, pairs in self.texts.items():
             limit = data.max_target_length if split == "train" else data.val_max_target_length
@@ -283,14 +245,7 @@ class Summarization(Task):
                 ignore_pad_token_for_loss=data.ignore_pad_token_for_loss,
             )
             with self.training_args.main_process_first(desc=f"tokenising the {split} set"):
-                rows[split] = tokenize_split(
-                    pairs,
-                    tokenizer,
-                    settings,
-                    split=split,
-                    num_proc=data.preprocessing_num_workers,
-                    load_from_cache_file=not data.overwrite_cache,
-                )
+                rows[split] = tokenize_split(pairs, tokenizer, settings, split=split, **data.map_options)
         collator = DataCollatorForSeq2Seq(
             tokenizer,
             model=model,  # it makes decoder_input_ids with the model's prepare_decoder_input_ids_from_labels
@@ -303,7 +258,6 @@ class Summarization(Task):
     def calibration_rows(
         cls, options: argparse.Namespace, texts: Mapping[str, Any], tokenizer: Any, model: Any
     ) -> tuple[dict[str, Any], DataCollator]:
-        """Turn pairs into rows for ``dpsm calibrate``; see `Task.calibration_rows`."""
         positions = position_limit(model)
         lengths: dict[str, Any] = {}
         for name, most in (("max_source_length", _MOST_SOURCE), ("max_target_length", _MOST_TARGET)):
@@ -326,7 +280,6 @@ class Summarization(Task):
 
     @property
     def tokenizer_length(self) -> int:
-        """Return the longest text in tokens that a tokenizer trained for the run is to take."""
         length: int = self.data_args.max_source_length
         return length
 
@@ -335,11 +288,7 @@ class Summarization(Task):
         return int(self.data_args.max_source_length + self.data_args.max_target_length)
 
     def make_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-        """Load or make the configuration, and refuse that of a model that is no encoder-decoder.
-
-        Raises:
-            ValueError: With the way out.
-        """
+        """Load or make the configuration, and refuse, by a ValueError, that of a model that is no encoder-decoder."""
         config = super().make_config(tokenizer)
         if not config.is_encoder_decoder:
             raise ValueError(
@@ -357,7 +306,6 @@ class Summarization(Task):
         return tokenizer
 
     def fit_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Fit the model to the tokenizer, the languages and the lengths of the run."""
         data = self.data_args
         fit_vocabulary(model, tokenizer)
         set_languages(model, tokenizer, data.lang, data.forced_bos_token)
@@ -406,10 +354,8 @@ class Summarization(Task):
         return dict(output.metrics or {})
 
     def sample_outputs(self, trainer: Any, split: str, rows: Any) -> list[dict[str, str]]:
-        """Let the model summarise the first texts."""
         return summaries(trainer, rows, self.texts[split], self.columns[split], self.outcome_args.sample_outputs)
 
     def model_card(self) -> dict[str, Any]:
-        """Return what the model card says beyond what the trainer knows."""
         card = super().model_card()
         return card if self.data_args.lang is None else {**card, "language": self.data_args.lang}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..evaluation.panel import EvaluationPanel
@@ -44,21 +44,13 @@ class AlphaScheduleCallback(TrainerCallback):
         self._said = ""
         self._unlogged: str | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Describe the schedule of this run."""
         if not self.waits:
             self.announce(args, state)
 
     def announce(self, args: TrainingArguments, state: TrainerState, loss_of: str | None = None) -> None:
-        """Print what is trained and warn of a schedule that is not what was meant.
-
-        Args:
-            args: of the trainer.
-            state: of the trainer.
-            loss_of: whose loss is trained, where it is not the one that the arguments describe.
-        """
+        """Print what is trained (by ``loss_of``, if given), and warn of a schedule that is not what was meant."""
         if loss_of is not None:
             self._print(state, f"the loss is that of {loss_of}: loss_type and the alpha schedule have no effect")
             return
@@ -88,13 +80,11 @@ class AlphaScheduleCallback(TrainerCallback):
             tqdm.write(f"DPSM | {sentence}")  # print would land behind the progress bar
         self._said = sentence
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Let the next training be announced too."""
         self._said = ""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Add the schedule to the entry that was just written: not to what trackers draw as numbers."""
         if self._unlogged is not None and state.log_history:
             entry: dict[str, Any] = state.log_history[-1]
@@ -122,14 +112,7 @@ def _file_name(prefix: str) -> str:
 
 
 def calibration_record(panel: EvaluationPanel, prefix: str, step: int, bins: int) -> dict[str, Any]:
-    """Return what a file of `CalibrationCallback` holds.
-
-    Args:
-        panel: what the evaluation saw, over all processes.
-        prefix: of its metrics.
-        step: optimizer steps that the weights were trained.
-        bins: of the diagram.
-    """
+    """Return what a file of `CalibrationCallback` holds; ``step`` is how long the weights were trained."""
     return {"schema": 2, "step": step, "split": prefix, **panel.record(bins)}
 
 
@@ -167,9 +150,12 @@ class CalibrationCallback(TrainerCallback):
     def stop_listening(self) -> None:
         """Leave scoring to the trainer."""
         self._listens = False
+        self._remove_hook()
+
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
+        self._hook = None
 
     def _listen(self, model: nn.Module | None) -> None:
         if self._listens and self._hook is None and model is not None:
@@ -185,9 +171,7 @@ class CalibrationCallback(TrainerCallback):
         targets = align_targets(labels, logits.shape[-2], alignment)
         self._batch = score_tokens(logits.detach(), targets), targets, labels.shape[0]
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
         """Add the batch that was just scored; calls of the model outside of an evaluation are not counted."""
         loader = kwargs.get("eval_dataloader")
         if self._loader is not loader:  # the evaluation before this one may have been interrupted
@@ -201,34 +185,24 @@ class CalibrationCallback(TrainerCallback):
         except FloatingPointError as error:  # a Trainer reports eval_loss nan and goes on
             logger.warning_once(f"CalibrationCallback leaves this batch out: {error}")
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         """Begin to listen to the model of this trainer."""
-        self.stop_listening()
         self._listens = True
+        self._remove_hook()
         self._listen(kwargs.get("model"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """Listen to the model that is trained, which model_init may just have made."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._remove_hook()
         self._listen(kwargs.get("model"))
 
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
+    def on_predict(self, *_: Any, **kwargs: Any) -> None:
         """Forget what `Trainer.predict` scored: it belongs to no evaluation."""
         self._panel = self._loader = None
 
     # ---- what is written -------------------------------------------------------------------------------------------
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Write the files of this evaluation."""
         metrics = kwargs.get("metrics")
         panel, self._panel = self._panel or EvaluationPanel(), None

@@ -80,11 +80,7 @@ class TrainingClock:
 
 
 def seconds_trained(log_history: _History) -> float | None:
-    """Return the seconds trained up to the last entry that tells it; None if none does.
-
-    Args:
-        log_history: of a trainer's state; that of a resumed run begins with what its checkpoint had logged.
-    """
+    """Return the seconds trained up to the last entry of a trainer's log that tells it; None if none does."""
     times = [float(value) for entry in log_history for key, value in entry.items() if key.endswith(CLOCK)]
     return max(times, default=None)
 

@@ -22,19 +22,14 @@ _PARTS = {"grad_norm_ce": Objective("ce"), "grad_norm_brier": Objective("brier")
 def check_component_norms(trainer: Trainer, *, owns_loss: bool) -> None:
     """Look whether the norms can be measured in a training.
 
-    Args:
-        trainer: as it is set up.
-        owns_loss: whether the loss is computed by a scoring rule of this package.
-
     Raises:
-        ValueError: if weights are sharded, activation checkpointing is re-entrant, or the loss is not ours.
+        ValueError: if weights are sharded, activation checkpointing is re-entrant, or the loss is not computed by a
+            scoring rule of this package.
     """
     kinds = {
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "data parallelism in one process": trainer.args.n_gpu > 1,
-        "tensor parallelism": trainer.get_tp_size() > 1,
-    }
+        "FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled,
+        "data parallelism in one process": trainer.args.n_gpu > 1, "tensor parallelism": trainer.get_tp_size() > 1,
+    }  # fmt: skip
     if found := [kind for kind, there in kinds.items() if there]:
         raise ValueError(
             f"log_component_grad_norms needs whole weights on each process, which {found[0]} does not leave "
@@ -90,9 +85,8 @@ def component_norms(
         with torch.random.fork_rng(devices):
             loss = loss_under(rule)
         total: Tensor = torch.zeros((), device=device)
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True
-        ):
+        gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             part = torch.zeros_like(parameter) if gradient is None else gradient
             total = total + (sum_over_processes(part.float()) / shares).square().sum().to(total.device)
         norms[name] = float(total.sqrt()) / scale

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data.corruption import SummarySwaps, TargetFlips, pair_keys
-from ..models.language_model import Alignment, core_model
+from ..models.language_model import core_model
 from ..rules.losses import IGNORE_INDEX
 from ..runtime.distributed import process_index, sum_over_processes
 from ..runtime.files import write_json
+from .scorer import Batch
 
 logger = logging.get_logger(__name__)
 
@@ -100,29 +102,26 @@ class Corruptor:
 
     # ---- flipped targets -------------------------------------------------------------------------------------------
 
-    def flipped(
-        self, labels: Tensor, shift_labels: Tensor | None, alignment: Alignment, step: int, *, counted: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the labels, or the shifted ones, with the flips of a step.
+    def flipped(self, batch: Batch, step: int, *, counted: bool = True) -> Batch:
+        """Return a batch whose labels, or shifted ones where the collator made them, have the flips of a step.
 
         Args:
-            labels: ``[B, T]``.
-            shift_labels: the targets where the collator made them, ``[B, T]``; then these are flipped.
-            alignment: which label a row of the logits predicts.
+            batch: of training.
             step: optimizer steps done so far.
             counted: whether the tokens go into the counts.
         """
         if self.flips is None:
-            return labels, shift_labels
-        first = 1 if shift_labels is None and alignment == "shifted" else 0  # nothing predicts the first token
+            return batch
+        labels, shift_labels = batch.labels, batch.shift_labels
+        first = 1 if shift_labels is None and batch.alignment == "shifted" else 0  # nothing predicts the first token
         targets = (labels if shift_labels is None else shift_labels)[..., first:]
         flipped, changed = self.flips(targets, step)
         if counted:
             sums = torch.stack([(targets != IGNORE_INDEX).sum(), changed.sum()])
             self._pending = sums if self._pending is None else self._pending + sums
         if shift_labels is not None:
-            return labels, flipped
-        return (torch.cat([labels[..., :first], flipped], -1) if first else flipped), None
+            return replace(batch, shift_labels=flipped)
+        return replace(batch, labels=torch.cat([labels[..., :first], flipped], -1) if first else flipped)
 
     # ---- swapped summaries -----------------------------------------------------------------------------------------
 
@@ -153,7 +152,9 @@ class Corruptor:
 
         device = trainer.args.device
         width = max(batch["labels"].shape[-1] for batch in batches)
-        labels = torch.cat([_widened(batch["labels"], width) for batch in batches]).to(device)
+        narrow = (batch["labels"] for batch in batches)
+        wide = [F.pad(labels, (0, width - labels.shape[-1]), value=IGNORE_INDEX) for labels in narrow]
+        labels = torch.cat(wide).to(device)
         keys = [torch.cat(parts).to(device) for parts in zip(*map(pair_keys, batches), strict=True)]
         everyone = gathered(labels, IGNORE_INDEX)
         pairs, summaries = (gathered(key, 0) for key in keys)
@@ -220,14 +221,7 @@ class Corruptor:
         return flips + (["pairs", "swapped_summaries"] if self.swaps is not None else [])
 
     def record(self, step: int) -> dict[str, int] | None:
-        """Return what was corrupted up to the last log, checkpoint or end of the training; None for clean training.
-
-        Args:
-            step: optimizer steps done so far.
-
-        Returns:
-            As `DPSMMixin.corruption_record`.
-        """
+        """Return what was corrupted so far, ``step`` optimizer steps; see `DPSMMixin.corruption_record`."""
         if not self.active:
             return None
         record = {name: self._totals[name] for name in self._counted()}
@@ -236,7 +230,3 @@ class Corruptor:
         if self._from_step:
             record["counted_from_step"] = self._from_step
         return record
-
-
-def _widened(labels: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(labels, (0, width - labels.shape[-1]), value=IGNORE_INDEX)

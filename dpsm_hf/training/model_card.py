@@ -28,10 +28,7 @@ _METRICS = {
 def objective_section(arguments: DPSMArguments, max_steps: int, log_history: Sequence[Mapping[str, Any]]) -> str:
     """Return Markdown with the training objective and the last evaluation's token metrics.
 
-    Args:
-        arguments: the DPSM fields in force.
-        max_steps: optimizer steps of the run, which shares of the schedule refer to; 0 if nothing was trained.
-        log_history: of the trainer's state.
+    Shares of the schedule refer to ``max_steps``, the optimizer steps of the run; 0 if nothing was trained.
     """
     lines = ["## Training objective", ""]
     if arguments.loss_type == "dpsm":
@@ -40,20 +37,15 @@ def objective_section(arguments: DPSMArguments, max_steps: int, log_history: Seq
             lines.append(f"Schedule: {arguments.schedule().describe(max_steps)}.")
     else:
         lines.append(f"The token-level scoring rule `{arguments.loss_type}`.")
-    options = [
-        f"`{name}={value:g}`"
-        for name in ("label_smoothing_factor", "score_smoothing", "z_loss")
-        if (value := getattr(arguments, name, 0.0))
-    ]
-    if options:
+    names = ("label_smoothing_factor", "score_smoothing", "z_loss")
+    if options := [f"`{name}={value:g}`" for name in names if (value := getattr(arguments, name, 0.0))]:
         lines.append("Options: " + ", ".join(options) + ".")
     last = next((entry for entry in reversed(log_history) if "eval_nll" in entry), None)
     if last is not None:
         lines += ["", f"Evaluation at step {last['step']}, token-level and top-label, one run:", ""]
         lines += ["| metric | value |", "|---|---|"]
-        lines += [
-            f"| {text} | {last[f'eval_{name}']:,.6g} |" for name, text in _METRICS.items() if f"eval_{name}" in last
-        ]
+        known = {name: text for name, text in _METRICS.items() if f"eval_{name}" in last}
+        lines += [f"| {text} | {last[f'eval_{name}']:,.6g} |" for name, text in known.items()]
     return "\n".join(lines)
 
 
@@ -62,9 +54,6 @@ def with_equal_columns(log_history: Sequence[Mapping[str, Any]]) -> list[dict[st
 
     The card's table takes its columns from the first evaluation and fails on others. Before training a model may
     generate nothing but empty texts, so that there are no figures of generated tokens yet.
-
-    Args:
-        log_history: of the trainer's state.
     """
     columns = dict.fromkeys(key for entry in log_history if "eval_loss" in entry for key in entry)
     return [

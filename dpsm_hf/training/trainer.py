@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
 from ..evaluation.forced_tokens import forced_token_ids
 from ..evaluation.panel import EvaluationPanel, reported_names
-from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler, UnfittableError
+from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
 from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
@@ -48,7 +47,7 @@ from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
 from .resuming import ResumingMixin
-from .scorer import Batch, BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
+from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -216,7 +215,7 @@ class DPSMMixin(ResumingMixin):
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
-            batch = self._corrupted(batch)
+            batch = self._corruptor.flipped(batch, self.state.global_step)
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
         scored = self._scorer.score(model, batch, self._rule(training), logits_needed=logits_needed, extra=extra)
@@ -241,13 +240,6 @@ class DPSMMixin(ResumingMixin):
             )
         if self.corruption.flips is not None:
             raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
-
-    def _corrupted(self, batch: Batch, *, counted: bool = True) -> Batch:
-        step = self.state.global_step
-        labels, shift_labels = self._corruptor.flipped(
-            batch.labels, batch.shift_labels, batch.alignment, step, counted=counted
-        )
-        return replace(batch, labels=labels, shift_labels=shift_labels)
 
     def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
@@ -283,25 +275,23 @@ class DPSMMixin(ResumingMixin):
             name_steps(self.optimizer)
         with self._accumulation.micro_batch(num_items_in_batch, own=own) as count, named:
             loss = super().training_step(model, inputs, count)
-        if self._unannounced:
-            self._announce(None if self._accumulation.scored else f"{type(self).__name__}.compute_loss")
+        if self._unannounced:  # now it is known whether a subclass's `compute_loss` calls this class's
+            self._unannounced = False
+            other = None if self._accumulation.scored else f"{type(self).__name__}.compute_loss"
+            for announcer in self._callbacks(AlphaScheduleCallback):
+                announcer.announce(self.args, self.state, other)
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
             raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
         return loss
 
-    def _announce(self, loss_of: str | None) -> None:
-        """Say what is trained, now that it is known whether a subclass's `compute_loss` calls this class's."""
-        self._unannounced = False
-        for announcer in self._callbacks(AlphaScheduleCallback):
-            announcer.announce(self.args, self.state, loss_of)
-
     def _measure_components(self, inputs: dict[str, Any]) -> None:
         """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
         prepared = self._prepare_inputs(dict(inputs))
         count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
-        batch = self._corrupted(self._current_scorer().batch(self.model, prepared, count), counted=False)
+        batch = self._current_scorer().batch(self.model, prepared, count)
+        batch = self._corruptor.flipped(batch, self.state.global_step, counted=False)
         scaler = getattr(self.accelerator, "scaler", None)
 
         def loss_under(rule: Objective) -> Tensor:
@@ -343,10 +333,7 @@ class DPSMMixin(ResumingMixin):
         return output
 
     def _forget_preparation_for_evaluation(self) -> None:
-        """Let Accelerate make the model parallel although it was evaluated before: it prepares a model only once.
-
-        Otherwise each process would train a model of its own.
-        """
+        # Accelerate prepares a model only once: evaluated before, each process would train a model of its own
         parallel = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if parallel and self.model_wrapped is self.model:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes the autocast of its forward off
@@ -390,9 +377,8 @@ class DPSMMixin(ResumingMixin):
             self._corruptor.gather(self.args.device)
             if self.args.should_save:
                 # before the others: a checkpoint is complete with its trainer_state.json, the last
-                self._corruptor.save(
-                    Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                )
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / name)
         super()._save_checkpoint(model, trial)
 
     def corruption_record(self) -> dict[str, int] | None:
@@ -543,13 +529,12 @@ class DPSMMixin(ResumingMixin):
                 "told from the others: some tokens are evaluated twice. Leave dispatch_batches at its default."
             )
         if self.dpsm.fit_temperature and not self.is_in_train:
-            self._fit_if_possible()
+            self._temperature.fit_if_possible(self.model, self.fit_temperature)
         self.panel = None  # two would be held otherwise
         evaluation = self._new_evaluation(dataset)
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         with self._collecting(evaluation):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(*arguments)
             self.panel = evaluation.finish(self.args.device)
         self._report(self.panel, output, metric_key_prefix)
         return output
@@ -565,18 +550,13 @@ class DPSMMixin(ResumingMixin):
         return self.accelerator.gather_for_metrics(tensors)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
-        dpsm, scaler = self.dpsm, self.temperature_scaler
+        dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
         return Evaluation(
-            self.model,
-            self.processing_class,
-            dataset,
-            byte_lengths=self._token_bytes.of(self.processing_class),
-            temperature=None if scaler is None else scaler.temperature,
-            classwise_tokens=dpsm.classwise_tokens,
-            depth=dpsm.expected_depth,
-            ignore_forced_tokens=dpsm.ignore_forced_tokens,
+            self.model, tokenizer, dataset, byte_lengths=self._token_bytes.of(tokenizer),
+            temperature=None if scaler is None else scaler.temperature, classwise_tokens=dpsm.classwise_tokens,
+            depth=dpsm.expected_depth, ignore_forced_tokens=dpsm.ignore_forced_tokens,
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
-        )
+        )  # fmt: skip
 
     def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
         """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
@@ -708,16 +688,6 @@ class DPSMMixin(ResumingMixin):
                 bar.close()
                 callback.prediction_bar = None
         return moments.finish(self.args.device)
-
-    def _fit_if_possible(self) -> None:
-        """Fit for the weights as they are; where no temperature is best, the metrics are reported without one."""
-        if self._temperature.known(self.model):
-            return
-        try:
-            self.fit_temperature()
-        except UnfittableError as error:
-            self._temperature.keep(self.model, None)
-            logger.warning(f"no temperature was fitted, and no metric is reported after scaling: {error}")
 
 
 def _without_missing_labels(inputs: dict[str, Any]) -> dict[str, Any]:

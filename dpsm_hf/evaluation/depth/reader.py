@@ -344,9 +344,8 @@ class _Listener:
         error = float((mine * scale - given).abs().max()) if len(mine) else 0.0
         # a module that computes on fewer rows may add its products up in another order
         if error > 64 * eps * float(given.abs().max() if len(given) else 0.0):
-            raise DepthReaderError(
-                f"{reason}: {modules} and a factor of {scale:.4g} leave a difference of {error:.3g}."
-            )
+            message = f"{reason}: {modules} and a factor of {scale:.4g} leave a difference of {error:.3g}."
+            raise DepthReaderError(message)
         # the least squares are not told from 1 by more than the rounding of the states
         return _Tail(tuple(self._chain), 1.0 if abs(scale - 1.0) <= eps else scale)
 

@@ -95,10 +95,6 @@ class DepthTally(BlockSums):
             ValueError: if no token was seen.
         """
         return {
-            "mean": self.mean,
-            "interval": strict(self.interval()),
-            "layers": self.layers,
-            "tokens": self.tokens,
-            "counts": self.count.sum(0).tolist(),
-            "share": self.mean / self.layers,
-        }
+            "mean": self.mean, "interval": strict(self.interval()), "layers": self.layers, "tokens": self.tokens,
+            "counts": self.count.sum(0).tolist(), "share": self.mean / self.layers,
+        }  # fmt: skip

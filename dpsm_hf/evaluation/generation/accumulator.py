@@ -291,11 +291,8 @@ class GeneratedCalibration:
     def intervals(self, view: str) -> Mapping[str, Interval]:
         """Return the confidence intervals of a view, by the names of `TokenCalibration` or of `forecast_figures`.
 
-        Args:
-            view: "tokens", "summary" or "summary_text".
-
         Raises:
-            ValueError: if nothing is known of that view.
+            ValueError: if nothing is known of that view, which is "tokens", "summary" or "summary_text".
         """
         if view not in self._intervals:  # they take a second or so, and are wanted by the log and by the record
             forecasts = self._forecasts()
@@ -320,9 +317,8 @@ class GeneratedCalibration:
         if self.tokens.tokens:
             metrics, intervals = self.tokens.compute(), self.intervals("tokens")
             found["metrics"] = strict({new: metrics[name] for name, new in _OF_TOKENS.items() if name in metrics})
-            found["intervals"] = strict(
-                {new: intervals[name] for name, new in _OF_TOKENS.items() if name in intervals}
-            )
+            of_metrics = {new: intervals[name] for name, new in _OF_TOKENS.items() if name in intervals}
+            found["intervals"] = strict(of_metrics)
             found["curve"] = self.tokens.curve(bins).as_dict()
         for view, (confidence, quality) in self._forecasts().items():
             found[view] = {

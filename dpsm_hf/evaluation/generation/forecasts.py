@@ -28,16 +28,12 @@ _NEARLY_ONE = 1 - 1e-9
 
 
 def forecast_figures(confidence: Array, quality: Array) -> dict[str, float]:
-    """Return how well a confidence forecasts a quality; NaN where that cannot be told.
+    """Return how well a confidence forecasts a quality, ``[N]`` each in [0, 1]; NaN where that cannot be told.
 
     ``confidence`` and ``quality`` are their means, ``signed_gap`` the difference (positive: over-confident),
     ``adaptive_ece`` is ``sum_b n_b / n * |quality_b - confidence_b|`` over ten bins of equal mass (biased upwards on
     few texts, as every ECE), ``auroc`` the chance that a text better than the median has a higher confidence than one
     that is not (ties count half), and ``rank_correlation`` is Spearman's, Pearson's of the ranks, mean ranks for ties.
-
-    Args:
-        confidence: ``[N]`` in [0, 1].
-        quality: ``[N]`` in [0, 1].
 
     Source: Spearman, "The proof and measurement of association between two things" (1904); Nguyen & O'Connor,
         "Posterior calibration and exploratory analysis for natural language processing models" (2015) for the bins.
@@ -56,12 +52,6 @@ def forecast_intervals(
 
     The basic bootstrap, for the rank correlation on the scale of ``artanh``, where its spread hardly depends on it.
 
-    Args:
-        confidence, quality: as `forecast_figures` takes them.
-        level: of confidence, in (0, 1).
-        samples: resamples.
-        seed: of the resampling.
-
     Raises:
         ValueError: for a level or a number of samples out of range.
 
@@ -73,10 +63,8 @@ def forecast_intervals(
     if number < FEWEST_TEXTS:
         return {name: Interval(math.nan, math.nan) for name in point}
     weights = resampling_weights(number, samples, seed)
-    parts = [
-        _weighted(confidence, quality, weights[start : start + _AT_A_TIME].astype(np.float64))
-        for start in range(0, samples, _AT_A_TIME)
-    ]
+    some = (weights[start : start + _AT_A_TIME].astype(np.float64) for start in range(0, samples, _AT_A_TIME))
+    parts = [_weighted(confidence, quality, of_texts) for of_texts in some]
     drawn = {name: np.concatenate([part[name] for part in parts]) for name in point}
     intervals = {}
     for name, value in point.items():
