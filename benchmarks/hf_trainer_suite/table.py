@@ -142,7 +142,7 @@ def _summary(table: Sequence[Row], comparable: Sequence[Row]) -> list[str]:
     lines = [
         f"{len(table)} tests ran; {len(comparable)} are comparable: they make a trainer and pass with `Trainer` here. "
         f"Of the others {other['makes no trainer']} make none, {other['skipped']} were skipped and {other['failed']} "
-        "fail with `Trainer` too (no hub, no GPU, a package that is not installed).",
+        "fail with `Trainer` too.",
         "",
         "| trainer | comparable tests that pass | refused | fail with a reason | open |",
         "|---|---|---|---|---|",
@@ -171,7 +171,7 @@ def _by_file(comparable: Sequence[Row]) -> list[str]:
 
 
 def _differing(comparable: Sequence[Row]) -> list[str]:
-    lines = ["| test | ce | ce without our callbacks | dpsm | reason |", "|---|---|---|---|---|"]
+    lines = ["| test | ce | ce, without our callbacks and clock | dpsm | reason |", "|---|---|---|---|---|"]
     for row in comparable:
         if row.ce == "passed" and row.dpsm in ("passed", "refused", ""):
             continue
