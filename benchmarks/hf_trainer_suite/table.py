@@ -83,7 +83,9 @@ def rows(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Row]:
     made = []
     for test in sorted({test for column in outcomes.values() for test in column}):
         of = {name: column[test] for name, column in outcomes.items() if test in column}
-        row = Row(test, **{name: found.outcome for name, found in of.items()})
+        row = Row(test)
+        for name, found in of.items():
+            setattr(row, name, found.outcome)
         row.trainers = max((found.trainers for found in of.values()), default=0)
         if "ce" in of:
             row.error = of["ce"].error if of["ce"].outcome == "failed" else ""
