@@ -34,7 +34,8 @@ with `DPSMTrainer` at `loss_type="ce"` and `fused_head="off"`, and with `DPSMTra
 `Seq2SeqTrainer` are replaced before the tests import them; nothing else of them is touched, and none of their code is
 in this repository. Models of the hub are replaced by tiny random ones of the same kind (`stand_ins.py`).
 
-- *ce, counted without ours* runs what fails with ce once more, without the two callbacks that `DPSMTrainer` adds.
+- *ce, without our callbacks and clock* runs what fails with ce once more, without the two callbacks that `DPSMTrainer`
+  adds and with its clock of training standing still: what passes then failed for nothing else.
 - *refused*: the test trains something that is no language model (a regression, a classifier), and `loss_type="dpsm"`
   says so instead of training it.
 

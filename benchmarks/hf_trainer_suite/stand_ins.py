@@ -36,7 +36,7 @@ def _byte_pairs() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(_SENTENCES, trainer)
-    names = {"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    names: dict[str, Any] = {"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
@@ -49,7 +49,7 @@ def _word_pieces() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(_SENTENCES, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", ends)
-    return transformers.BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
+    return transformers.BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)  # type: ignore[attr-defined]
 
 
 def _pieces() -> PreTrainedTokenizerFast:
@@ -71,29 +71,51 @@ def _gpt2(words: int) -> Any:
 
 
 def _llama(words: int) -> Any:
-    config = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=words, **config))
 
 
 def _gpt_neo(words: int) -> Any:
-    config = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    }
     return transformers.GPTNeoForCausalLM(
         transformers.GPTNeoConfig(vocab_size=words, max_position_embeddings=128, **config)
     )
 
 
 def _bert(words: int) -> Any:
-    config = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=words, **config))
 
 
 def _distilbert(words: int) -> Any:
-    config = {"dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 4}
+    config: dict[str, Any] = {"dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 4}
     return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=words, **config))
 
 
 def _t5(words: int) -> Any:
-    config = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    config: dict[str, Any] = {
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=words, **config))
 
 
