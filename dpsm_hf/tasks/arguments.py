@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..calibration import lower_is_better
 from ..data.loading import check_percentage, check_sources
+from ..runtime.options import option
 from .extra_datasets import ExtraDataset, parse_extra_datasets
 
 #: What the best checkpoint is best in where nothing is said.
@@ -19,78 +20,51 @@ DEFAULT_METRIC = "eval_nll"
 class ModelSource:
     """Where model, configuration and tokenizer come from; the names are those of the Hugging Face examples."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."},
+    model_name_or_path: str | None = option(
+        "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."
     )
-    model_type: str | None = field(
-        default=None,
-        metadata={"help": "Type of a model to train from scratch: gpt2, llama, opt ...; bart, t5, pegasus, mbart ..."},
+    model_type: str | None = option(
+        "Type of a model to train from scratch: gpt2, llama, opt ...; bart, t5, pegasus, mbart ..."
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Changes to --model_type's configuration, for instance n_embd=128,n_layer=4 or d_model=128."
-        },
+    config_overrides: str | None = option(
+        "Changes to --model_type's configuration, for instance n_embd=128,n_layer=4 or d_model=128."
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration (hub name or folder), where it is not the model's own."}
+    config_name: str | None = option("Configuration (hub name or folder), where it is not the model's own.")
+    tokenizer_name: str | None = option(
+        "Tokenizer (hub name or folder), where it is not the model's own; train-bpe trains a byte-level "
+        "BPE on the train split (dpsm_hf)."
     )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer (hub name or folder), where it is not the model's own; train-bpe trains a byte-level "
-            "BPE on the train split (dpsm_hf)."
-        },
-    )
-    tokenizer_vocab_size: int | None = field(
-        default=None, metadata={"help": "dpsm_hf: vocabulary size of --tokenizer_name train-bpe (4096)."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the hub."})
-    use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Ask for the tokenizer that is backed by the tokenizers library."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    tokenizer_vocab_size: int | None = option("dpsm_hf: vocabulary size of --tokenizer_name train-bpe (4096).")
+    cache_dir: str | None = option("Folder for downloads from the hub.")
+    use_fast_tokenizer: bool = option("Ask for the tokenizer that is backed by the tokenizers library.", True)
+    model_revision: str = option("Branch, tag or commit of the model on the hub.", "main")
     token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token for private files; by default that of `hf auth login`."}
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model. Only for code you have read."}
-    )
+    trust_remote_code: bool = option("Run Python code that comes with a model. Only for code you have read.", False)
 
 
 @dataclass
 class DataSource:
     """Where the rows of each split come from; the names are those of the Hugging Face examples."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data set: a hub name, a folder, or text that comes with Python (dpsm_hf): python-docs, the "
-            "language reference and docstrings, or python-docstrings, docstrings and their summary lines."
-        },
+    dataset_name: str | None = option(
+        "Data set: a hub name, a folder, or text that comes with Python (dpsm_hf): python-docs, the "
+        "language reference and docstrings, or python-docstrings, docstrings and their summary lines."
     )
-    dataset_config_name: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the data set; for Python's own, site-packages adds installed packages."},
+    dataset_config_name: str | None = option(
+        "Configuration of the data set; for Python's own, site-packages adds installed packages."
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "File to train on: csv, json, jsonl or parquet, for language modelling also txt; also .gz."},
+    train_file: str | None = option(
+        "File to train on: csv, json, jsonl or parquet, for language modelling also txt; also .gz."
     )
-    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on, of the same kind."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "File that --do_predict evaluates on, of the same kind."}
-    )
-    calibration_file: str | None = field(
-        default=None, metadata={"help": "dpsm_hf: file that --fit_temperature fits on, of the same kind."}
-    )
-    calibration_split_percentage: int = field(
-        default=5,
-        metadata={
-            "help": "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
-            "where there is no calibration split."
-        },
+    validation_file: str | None = option("File to evaluate on, of the same kind.")
+    test_file: str | None = option("File that --do_predict evaluates on, of the same kind.")
+    calibration_file: str | None = option("dpsm_hf: file that --fit_temperature fits on, of the same kind.")
+    calibration_split_percentage: int = option(
+        "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
+        "where there is no calibration split.",
+        5,
     )
 
     def __post_init__(self) -> None:
@@ -116,34 +90,24 @@ class DataSource:
 class OutcomeArguments:
     """What a run is to leave behind beside the model, and when it may end early."""
 
-    extra_eval_datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: further sets to evaluate on after training, out of domain for instance, each as "
-            "NAME=SOURCE[,config=..][,split=..][,text=COLUMN][,summary=COLUMN]; SOURCE is what --dataset_name takes, "
-            "or a file. Figures are reported as NAME_..., with the temperature of the in-domain calibration split."
-        },
+    extra_eval_datasets: list[str] | None = option(
+        "dpsm_hf: further sets to evaluate on after training, out of domain for instance, each as "
+        "NAME=SOURCE[,config=..][,split=..][,text=COLUMN][,summary=COLUMN]; SOURCE is what --dataset_name takes, "
+        "or a file. Figures are reported as NAME_..., with the temperature of the in-domain calibration split."
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: stop training after so many evaluations in a row without a new best of "
-            f"--metric_for_best_model, by default {DEFAULT_METRIC}; needs --eval_strategy."
-        },
+    early_stopping_patience: int | None = option(
+        "dpsm_hf: stop training after so many evaluations in a row without a new best of "
+        f"--metric_for_best_model, by default {DEFAULT_METRIC}; needs --eval_strategy."
     )
-    evaluate_best: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: evaluate the best checkpoint too, after the last weights, as best_eval_... and so on; "
-            f"best by --metric_for_best_model, by default {DEFAULT_METRIC}. Every evaluation must save a checkpoint."
-        },
+    evaluate_best: bool = option(
+        "dpsm_hf: evaluate the best checkpoint too, after the last weights, as best_eval_... and so on; "
+        f"best by --metric_for_best_model, by default {DEFAULT_METRIC}. Every evaluation must save a checkpoint.",
+        False,
     )
-    sample_outputs: int = field(
-        default=0,
-        metadata={
-            "help": "dpsm_hf: put so many texts written by the model into outcome.json: greedy continuations of the "
-            "first rows of the test (or validation) split, or their summaries."
-        },
+    sample_outputs: int = option(
+        "dpsm_hf: put so many texts written by the model into outcome.json: greedy continuations of the "
+        "first rows of the test (or validation) split, or their summaries.",
+        0,
     )
 
     def __post_init__(self) -> None:
@@ -182,13 +146,11 @@ def settle_best_checkpoint(outcome_args: OutcomeArguments, training_args: Any) -
         wanted.append(f"--early_stopping_patience {outcome_args.early_stopping_patience}")
     if outcome_args.evaluate_best:
         wanted.append("--evaluate_best")
-    for option in wanted:
+    for name in wanted:
         if not training_args.do_train:
-            raise ValueError(
-                f"{option} concerns training and needs --do_train; a run that ended is not trained again."
-            )
+            raise ValueError(f"{name} concerns training and needs --do_train; a run that ended is not trained again.")
         if training_args.eval_strategy == IntervalStrategy.NO:
-            raise ValueError(f"{option} needs evaluations during training: pass --eval_strategy steps or epoch.")
+            raise ValueError(f"{name} needs evaluations during training: pass --eval_strategy steps or epoch.")
     if wanted and training_args.metric_for_best_model is None:
         training_args.metric_for_best_model, training_args.greater_is_better = DEFAULT_METRIC, False
     metric = training_args.metric_for_best_model

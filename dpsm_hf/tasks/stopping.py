@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ..runtime.options import option
 from .steps import stop_step
 
 logger = logging.getLogger(__name__)
@@ -25,21 +26,16 @@ logger = logging.getLogger(__name__)
 class StoppingArguments:
     """When to stop early, and what may be gone on from."""
 
-    stop_at_step: float | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: stop there with a checkpoint, the schedules still those of the full length; the same "
-            "command without it goes on to the end. 1 or more counts steps, below 1 is a share of all, rounded up to "
-            "the next evaluation."
-        },
+    stop_at_step: float | None = option(
+        "dpsm_hf: stop there with a checkpoint, the schedules still those of the full length; the same "
+        "command without it goes on to the end. 1 or more counts steps, below 1 is a share of all, rounded up to "
+        "the next evaluation."
     )
 
-    resume_strict: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: stop where the newest checkpoint is damaged or incomplete, or was saved with other data "
-            "or settings, instead of taking an older one or going on with a warning."
-        },
+    resume_strict: bool = option(
+        "dpsm_hf: stop where the newest checkpoint is damaged or incomplete, or was saved with other data "
+        "or settings, instead of taking an older one or going on with a warning.",
+        False,
     )
 
     def check_stopping(self) -> None:

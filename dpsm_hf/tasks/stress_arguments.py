@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -13,6 +13,7 @@ from ..data.corruption import REPLACEMENTS, SummarySwaps, TargetFlips, exact_sha
 from ..data.loading import AnyDataset
 from ..data.subsets import low_resource, split_fold
 from ..models.language_model import vocabulary_size
+from ..runtime.options import option
 from ..training.corruption import Corruption
 
 logger = logging.getLogger(__name__)
@@ -25,41 +26,25 @@ _SHARES = ("flip_target_tokens", "flip_steps", "swap_summaries", "low_resource")
 class StressArguments:
     """Which targets are corrupted in training, and which part of the training set is used."""
 
-    flip_target_tokens: float | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: replace this share of the target tokens by others in training; inputs and evaluation "
-            "stay clean."
-        },
+    flip_target_tokens: float | None = option(
+        "dpsm_hf: replace this share of the target tokens by others in training; inputs and evaluation stay clean."
     )
-    flip_steps: float | None = field(
-        default=None, metadata={"help": "dpsm_hf: share of the optimizer steps with flipped targets; left out, all."}
+    flip_steps: float | None = option("dpsm_hf: share of the optimizer steps with flipped targets; left out, all.")
+    flip_replacement: str | None = option(
+        "dpsm_hf: what flipped targets become: uniform, any other ordinary token (left out, too); "
+        "unigram, one drawn as often as it is a label of the training set.",
+        choices=REPLACEMENTS,
     )
-    flip_replacement: str | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: what flipped targets become: uniform, any other ordinary token (left out, too); "
-            "unigram, one drawn as often as it is a label of the training set.",
-            "choices": list(REPLACEMENTS),
-        },
+    low_resource: float | None = option(
+        "dpsm_hf: train on this share of the training set, chosen by a hash of each example; smaller "
+        "shares are parts of larger ones."
     )
-    low_resource: float | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: train on this share of the training set, chosen by a hash of each example; smaller "
-            "shares are parts of larger ones."
-        },
+    cross_validation_fold: int | None = option(
+        "dpsm_hf: validate on this fold of the train split, from 0 on, and train on the others; needs "
+        "--cross_validation_folds."
     )
-    cross_validation_fold: int | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: validate on this fold of the train split, from 0 on, and train on the others; needs "
-            "--cross_validation_folds."
-        },
-    )
-    cross_validation_folds: int | None = field(
-        default=None,
-        metadata={"help": "dpsm_hf: number of folds, told apart by a hash of each example, never by its place."},
+    cross_validation_folds: int | None = option(
+        "dpsm_hf: number of folds, told apart by a hash of each example, never by its place."
     )
 
     def check_stress(self, training_args: TrainingArguments) -> None:
@@ -178,12 +163,9 @@ class StressArguments:
 class SummaryStressArguments(StressArguments):
     """The stress tests of pairs: those of all training sets, and summaries that belong to other texts."""
 
-    swap_summaries: float | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: exchange the summaries of this share of the pairs of each optimizer step in training; "
-            "none of them keeps its own."
-        },
+    swap_summaries: float | None = option(
+        "dpsm_hf: exchange the summaries of this share of the pairs of each optimizer step in training; "
+        "none of them keeps its own."
     )
 
     def check_stress(self, training_args: TrainingArguments) -> None:

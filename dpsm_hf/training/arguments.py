@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -16,6 +16,7 @@ from ..head.options import FUSED_MODES
 from ..rules.registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
 from ..rules.schedules import AlphaSchedule, get_alpha_schedule
 from ..rules.scoring_rules import Objective
+from ..runtime.options import option
 from ..runtime.typed_values import typed_value
 
 
@@ -28,118 +29,80 @@ class DPSMArguments:
         ValueError: for a value out of its range, an unknown schedule, or options that contradict each other.
     """
 
-    loss_type: str = field(
-        default="dpsm",
-        metadata={
-            "help": "dpsm_hf: the training loss. dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the "
-            "others are fixed. Whatever is chosen, eval_loss is cross-entropy and NLL, Brier and ECE are reported.",
-            "choices": list(LOSS_TYPES),
-        },
+    loss_type: str = option(
+        "dpsm_hf: the training loss. dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the "
+        "others are fixed. Whatever is chosen, eval_loss is cross-entropy and NLL, Brier and ECE are reported.",
+        "dpsm",
+        choices=LOSS_TYPES,
     )
-    alpha_schedule: str = field(
-        default="linear",
-        metadata={
-            "help": "dpsm_hf: how alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a "
-            "name registered with register_alpha_schedule."
-        },
+    alpha_schedule: str = option(
+        "dpsm_hf: how alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a "
+        "name registered with register_alpha_schedule.",
+        "linear",
     )
-    alpha_start: float | None = field(
-        default=None, metadata={"help": "dpsm_hf: alpha before the ramp, in [0, 1]; 0 if left out."}
+    alpha_start: float | None = option("dpsm_hf: alpha before the ramp, in [0, 1]; 0 if left out.")
+    alpha_end: float = option("dpsm_hf: alpha after the ramp, in [0, 1]; of constant, the fixed one.", 1.0)
+    alpha_warmup_steps: float = option(
+        "dpsm_hf: length of the ramp; 1 or more counts steps, below 1 is a share of all.", 0.1
     )
-    alpha_end: float = field(
-        default=1.0,
-        metadata={"help": "dpsm_hf: alpha after the ramp, in [0, 1]; of constant, the fixed one."},
+    alpha_hold: float | None = option(
+        "dpsm_hf: length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
+        "(late_linear and step: 0.5, else 0)."
     )
-    alpha_warmup_steps: float = field(
-        default=0.1,
-        metadata={"help": "dpsm_hf: length of the ramp; 1 or more counts steps, below 1 is a share of all."},
+    alpha_feedback_gain: float = option(
+        "dpsm_hf: feedback: alpha moves by gain * (confidence - accuracy) at evaluations.", 2.0
     )
-    alpha_hold: float | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: length of the phase before the ramp or the switch, in the unit of alpha_warmup_steps "
-            "(late_linear and step: 0.5, else 0)."
-        },
+    alpha_feedback_limit: float = option("dpsm_hf: feedback: the most that alpha moves after one evaluation.", 0.1)
+    alpha_feedback_metric: str = option(
+        "dpsm_hf: feedback: the logged held-out gap that moves alpha.", "eval_signed_gap"
     )
-    alpha_feedback_gain: float = field(
-        default=2.0,
-        metadata={"help": "dpsm_hf: feedback: alpha moves by gain * (confidence - accuracy) at evaluations."},
-    )
-    alpha_feedback_limit: float = field(
-        default=0.1, metadata={"help": "dpsm_hf: feedback: the most that alpha moves after one evaluation."}
-    )
-    alpha_feedback_metric: str = field(
-        default="eval_signed_gap", metadata={"help": "dpsm_hf: feedback: the logged held-out gap that moves alpha."}
-    )
-    score_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off."},
+    score_smoothing: float = option(
+        "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off.", 0.0
     )
     focal_gamma: float = rule_parameter("focal_gamma")
-    z_loss: float = field(
-        default=0.0, metadata={"help": "dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off."}
+    z_loss: float = option("dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off.", 0.0)
+    fused_head: str = option(
+        "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
+        "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
+        "loss_type=ce then Trainer bit for bit).",
+        "auto",
+        choices=FUSED_MODES,
     )
-    fused_head: str = field(
-        default="auto",
-        metadata={
-            "help": "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
-            "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
-            "loss_type=ce then Trainer bit for bit).",
-            "choices": list(FUSED_MODES),
-        },
+    chunk_tokens: int | None = option(
+        "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 128 to "
+        "256 on a CPU, up to 2048 on a GPU, by the size of the vocabulary."
     )
-    chunk_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "dpsm_hf: tokens that the fused head scores at a time; fewer take less memory. Left out: 128 to "
-            "256 on a CPU, up to 2048 on a GPU, by the size of the vocabulary."
-        },
+    calibration_bins: int = option(f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}.", 15)
+    classwise_tokens: int = option(
+        "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off.", 0
     )
-    calibration_bins: int = field(
-        default=15,
-        metadata={"help": f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}."},
+    ignore_forced_tokens: bool = option(
+        "dpsm_hf: keep the labels that a text is made to begin with (BART's first <s>, a language code) "
+        "out of the calibration metrics and the temperature, and report them apart, as eval_forced_...; the loss "
+        "is not changed.",
+        False,
     )
-    classwise_tokens: int = field(
-        default=0,
-        metadata={"help": "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off."},
-    )
-    ignore_forced_tokens: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: keep the labels that a text is made to begin with (BART's first <s>, a language code) "
-            "out of the calibration metrics and the temperature, and report them apart, as eval_forced_...; the loss "
-            "is not changed."
-        },
-    )
-    fit_temperature: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: fit a temperature on the calibration split before an evaluation that is not part of "
-            "training, and report every metric after scaling too, as eval_..._scaled."
-        },
+    fit_temperature: bool = option(
+        "dpsm_hf: fit a temperature on the calibration split before an evaluation that is not part of "
+        "training, and report every metric after scaling too, as eval_..._scaled.",
+        False,
     )
 
-    generated_calibration: bool = field(
-        default=True,
-        metadata={
-            "help": "dpsm_hf: with predict_with_generate, score the generated tokens once more and report how far "
-            "their probabilities can be believed, as eval_generated_... and eval_summary_...; one forward a batch."
-        },
+    generated_calibration: bool = option(
+        "dpsm_hf: with predict_with_generate, score the generated tokens once more and report how far "
+        "their probabilities can be believed, as eval_generated_... and eval_summary_...; one forward a batch.",
+        True,
     )
-    log_component_grad_norms: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: log the gradient norms that cross-entropy and the Brier score would have alone, as "
-            "grad_norm_ce and grad_norm_brier; two more passes of one micro-batch at every logged step, whose time "
-            "does not count as training."
-        },
+    log_component_grad_norms: bool = option(
+        "dpsm_hf: log the gradient norms that cross-entropy and the Brier score would have alone, as "
+        "grad_norm_ce and grad_norm_brier; two more passes of one micro-batch at every logged step, whose time "
+        "does not count as training.",
+        False,
     )
-    expected_depth: bool = field(
-        default=False,
-        metadata={
-            "help": "dpsm_hf: report after how many layers a token's most likely successor no longer changes; one "
-            "more forward a batch."
-        },
+    expected_depth: bool = option(
+        "dpsm_hf: report after how many layers a token's most likely successor no longer changes; one "
+        "more forward a batch.",
+        False,
     )
 
     def __post_init__(self) -> None:
