@@ -30,15 +30,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Located:
-    """A value of the file and its place.
+    """A value of the file, and where it was written; of the entries of a dictionary their keys' places."""
 
-    Args:
-        value: a scalar, a list of `Located`, or a dictionary of them by key (whose places are those of the keys).
-        place: where it was written.
-    """
-
-    value: Any
+    value: Any  # a scalar, a list of `Located`, or a dictionary of them by key
     place: Place
+    key: str = ""  # its dotted path, see `with_keys`; the items of a list have that of the list
 
     @property
     def kind(self) -> str:
@@ -63,6 +59,16 @@ def located(value: Any, place: Place) -> Located:
     return Located(value, place)
 
 
+def with_keys(given: Located, key: str = "") -> Located:
+    """Return a value whose parts, at any depth, know their dotted path."""
+    value = given.value
+    if isinstance(value, dict):
+        value = {name: with_keys(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+    elif isinstance(value, list):
+        value = [with_keys(item, key) for item in value]
+    return Located(value, given.place, key)
+
+
 class SpecError(ValueError):
     """Everything that is wrong with a campaign's file, a line each: ``FILE:LINE: key: what is wrong; remedy``."""
 
@@ -82,16 +88,16 @@ class Problems:
         line = f"{place}: {key}: {what}" if key else f"{place}: {what}"
         self.found.setdefault(line, (place.line or 0, len(self.found)))
 
+    def at(self, given: Located, what: str) -> None:
+        """Note what is wrong with a value that knows its path."""
+        self.add(given.place, given.key, what)
+
     def unknown(self, place: Place, key: str, what: str, name: str, known: Iterable[str]) -> None:
         """Note a name that is not ``what`` (``a variation``, say), with those of the known ones that are near."""
         self.add(place, key, f"{name!r} is not {what}; {suggestion(name, known)}")
 
     def check(self) -> None:
-        """Raise what was found.
-
-        Raises:
-            SpecError: if there is anything, sorted by line.
-        """
+        """Raise what was found, sorted by line, as a SpecError."""
         if self.found:
             raise SpecError(sorted(self.found, key=lambda line: self.found[line]))
 
@@ -121,15 +127,9 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, name: str, problems: Problems) -> Located | None:
-    """Read a YAML text whose top level has keys.
+    """Read a YAML text whose top level has keys, from a file of this name; None where nothing can be gone on with.
 
-    Args:
-        text: the text.
-        name: of the file, for the places.
-        problems: gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags.
-
-    Returns:
-        The values with their places; None where there is nothing to go on with.
+    ``problems`` gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
