@@ -38,7 +38,13 @@ def expand(spec: Spec, problems: Problems) -> Campaign:
 
     What contradicts, or is refused by the script, goes to ``problems`` and is raised.
     """
-    check_spec(spec, problems)
+    _check_variations(spec, problems)
+    _check_figures(spec, problems)
+    if _MAIN_STUDY not in spec.studies:
+        place = spec.places.get("studies", spec.places["base"])
+        problems.add(place, "studies", f"the study {_MAIN_STUDY} is missing, which the verdict is about; add it")
+    for name, study in spec.studies.items():
+        _check_study(spec, study, problems, f"studies.{name}")
     problems.check()
     plan = _Expansion(spec, problems)
     for seed in dict.fromkeys(seed for study in spec.studies.values() for seed in study.seeds):
@@ -103,8 +109,9 @@ class _Expansion:
     def run(
         self, given: Arguments, seed: int, processes: int, place: Place, key: str, reported: bool = True
     ) -> Run | None:
-        """Return a run, None where something is wrong with it, which is then noted: at a place and key of its own
-        where no argument is to blame. ``reported`` is whether its figures are used, not its model alone.
+        """Return a run, None where something is wrong with it: noted at ``place`` where no argument is to blame.
+
+        ``reported`` is whether its figures are used, not its model alone.
         """
         task = self.spec.design.task
         values = effective(task, values_of(given))
@@ -155,17 +162,6 @@ def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
 
 
 # ---- contradictions ------------------------------------------------------------------------------------------------
-
-
-def check_spec(spec: Spec, problems: Problems) -> None:
-    """Note what contradicts in what a file says."""
-    _check_variations(spec, problems)
-    _check_figures(spec, problems)
-    if _MAIN_STUDY not in spec.studies:
-        place = spec.places.get("studies", spec.places["base"])
-        problems.add(place, "studies", f"the study {_MAIN_STUDY} is missing, which the verdict is about; add it")
-    for name, study in spec.studies.items():
-        _check_study(spec, study, problems, f"studies.{name}")
 
 
 def _check_figures(spec: Spec, problems: Problems) -> None:
