@@ -41,31 +41,20 @@ _CROSS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "En
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The parts of a model that cost time.
+    """The parts of a model that cost time: parameters of matrices, numbers of layers, the width of the attention."""
 
-    Args:
-        parameters: all of them, tied ones once.
-        decoder: those of matrices that read the target's tokens; of a language model, all.
-        encoder: those of the encoder's matrices.
-        cross: those of the cross-attention's key and value matrices.
-        decoder_layers, encoder_layers: numbers of layers.
-        width: of the attention.
-    """
-
-    parameters: int
-    decoder: int
+    parameters: int  # all of them, tied ones once
+    decoder: int  # those of matrices that read the target's tokens; of a language model, all
     encoder: int
-    cross: int
+    cross: int  # those of the cross-attention's key and value matrices
     decoder_layers: int
     encoder_layers: int
     width: int
 
     def row_flops(self, source: int, target: int) -> float:
-        """Return the operations of forward and backward of one row, see the module's formula.
+        """Return the operations of forward and backward of one row by the module's formula.
 
-        Args:
-            source: tokens of the source; 0 for a language model.
-            target: tokens of the target, or of a language model's row.
+        The arguments are tokens: of the source, 0 for a language model; of the target, or a language model's row.
         """
         matrices = 6.0 * ((self.encoder + self.cross) * source + self.decoder * target)
         attention = self.encoder_layers * source**2 + self.decoder_layers * (target**2 + source * target)
@@ -74,19 +63,12 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs; None where it cannot be told beforehand.
-
-    Args:
-        parameters: of the model.
-        steps: optimizer steps, if training is not stopped early.
-        tokens: that are trained on, at most: rows of a summarisation set are shorter than the limits.
-        flops: of training, evaluation not counted.
-    """
+    """What a run costs; None where it cannot be told beforehand."""
 
     parameters: int | None
-    steps: int | None
-    tokens: int | None
-    flops: float | None
+    steps: int | None  # optimizer steps, if training is not stopped early
+    tokens: int | None  # that are trained on, at most: rows of a summarisation set are shorter than the limits
+    flops: float | None  # of training, evaluation not counted
 
 
 def run_cost(campaign: Campaign, run: Run, size: str | None = None, data: str | None = None) -> Cost:
@@ -123,8 +105,7 @@ def _steps(given: Mapping[str, Any], rows: int, planned: Mapping[str, int]) -> i
 def model_size(campaign: Campaign, run: Run, size: str | None = None) -> ModelSize | None:
     """Return the size of a run's model, None where it is on the hub and nothing here says what it is.
 
-    Raises:
-        ValueError: the architecture cannot be built.
+    An architecture that cannot be built is a ValueError.
     """
     given = campaign.with_architecture(run).arguments
     source, vocabulary = given.get("config_name") or given.get("model_name_or_path"), None

@@ -45,16 +45,10 @@ _READERS = ("campaign", "measuring", "plots")
 
 
 def load_demo(preset: str, steps: int | None = None, seed: int = 42, extra: Sequence[str] = ()) -> Campaign:
-    """Read a preset's campaign.
+    """Read a preset's campaign, with other steps and another seed if wanted.
 
-    Args:
-        preset: one of `PRESETS`.
-        steps: optimizer steps of each run; the preset's own by default.
-        seed: of the weights and of the order of the batches.
-        extra: arguments for every run as on a command line; they win over the preset's.
-
-    Raises:
-        SpecError: an argument is unknown or refused.
+    ``extra`` are arguments for every run as on a command line, which win over the preset's; one that is unknown or
+    refused is a SpecError.
     """
     from .spec.loading import load_campaign  # needs torch and transformers, which take seconds
 

@@ -13,7 +13,7 @@ import torch
 from .cost import Cost, run_cost
 from .runner.progress import table
 from .runner.records import read_records
-from .spec.design import Campaign, Point
+from .spec.design import Campaign, Point, Setting
 
 SCHEMA = 1
 
@@ -27,29 +27,20 @@ _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast runs are.
-
-    Args:
-        flops_per_second: that a run gets done, evaluation and start included in its time.
-        source: where that comes from, in words.
-        each_process: whether a run on several processes is so many times as fast.
-    """
+    """How fast runs are, evaluation and start included in their time, and where that is known from, in words."""
 
     flops_per_second: float
     source: str
-    each_process: bool = True
+    each_process: bool = True  # whether a run on several processes is so many times as fast
 
 
 def make_plan(
     campaign: Campaign, directory: Path | None = None, *, flops_per_second: float | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Return the plan as one JSON object.
+    """Return the plan as one JSON object, for so many runs (``jobs``) at a time.
 
-    Args:
-        campaign: the campaign.
-        directory: its folder; finished runs there tell how long others of their size take.
-        flops_per_second: of the machine that the plan is for; None measures this one, where no run has finished.
-        jobs: runs at a time.
+    Finished runs in the campaign's folder tell how long others of their size take, ``flops_per_second`` is of the
+    machine that is planned for; without either this one is measured.
     """
     first = {point.run_id: point for point in reversed(campaign.points)}
     costs = {}
@@ -75,7 +66,7 @@ def make_plan(
 
 
 def _studies(campaign: Campaign) -> list[dict[str, Any]]:
-    found: dict[tuple[Any, ...], list[Point]] = {}
+    found: dict[Setting, list[Point]] = {}
     for point in campaign.points:
         found.setdefault(point.setting, []).append(point)
     seen: set[str] = set()
@@ -142,8 +133,7 @@ def _measured(costs: Mapping[str, tuple[Cost, str]], directory: Path | None) -> 
 def measure_speed(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
     """Measure this machine's matrix products for half a second, and take a share of that for training.
 
-    Returns:
-        The speed, None where the device cannot multiply in this type.
+    None where the device cannot multiply in this type.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = _SIDE * (8 if device.type == "cuda" else 1)

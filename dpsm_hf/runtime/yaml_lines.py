@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import yaml
@@ -30,17 +30,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Located:
-    """A value of the file and its place.
+    """A value of the file, and where it was written; of the entries of a dictionary their keys' places."""
 
-    Args:
-        value: a scalar, a list of `Located`, or a dictionary of them by key (whose places are those of the keys).
-        place: where it was written.
-        written: of a scalar, the text as it stands in the file: ``no`` of False, ``007`` of 7.
-    """
-
-    value: Any
+    value: Any  # a scalar, a list of `Located`, or a dictionary of them by key
     place: Place
-    written: str | None = None
+    key: str = ""  # its dotted path, see `with_keys`; the items of a list have that of the list
+    written: str | None = None  # of a scalar, the text as it stands in the file: ``no`` of False, ``007`` of 7
 
     @property
     def kind(self) -> str:
@@ -65,6 +60,16 @@ def located(value: Any, place: Place) -> Located:
     return Located(value, place)
 
 
+def with_keys(given: Located, key: str = "") -> Located:
+    """Return a value whose parts, at any depth, know their dotted path."""
+    value = given.value
+    if isinstance(value, dict):
+        value = {name: with_keys(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+    elif isinstance(value, list):
+        value = [with_keys(item, key) for item in value]
+    return replace(given, value=value, key=key)
+
+
 class SpecError(ValueError):
     """Everything that is wrong with a campaign's file, a line each: ``FILE:LINE: key: what is wrong; remedy``."""
 
@@ -84,16 +89,16 @@ class Problems:
         line = f"{place}: {key}: {what}" if key else f"{place}: {what}"
         self.found.setdefault(line, (place.line or 0, len(self.found)))
 
+    def at(self, given: Located, what: str) -> None:
+        """Note what is wrong with a value that knows its path."""
+        self.add(given.place, given.key, what)
+
     def unknown(self, place: Place, key: str, what: str, name: str, known: Iterable[str]) -> None:
         """Note a name that is not ``what`` (``a variation``, say), with those of the known ones that are near."""
         self.add(place, key, f"{name!r} is not {what}; {suggestion(name, known)}")
 
     def check(self) -> None:
-        """Raise what was found.
-
-        Raises:
-            SpecError: if there is anything, sorted by line.
-        """
+        """Raise what was found, sorted by line, as a SpecError."""
         if self.found:
             raise SpecError(sorted(self.found, key=lambda line: self.found[line]))
 
@@ -128,16 +133,10 @@ def read_yaml(
     problems: Problems,
     wanted: str = "a campaign is keys with values, this is not; see docs/campaigns.md",
 ) -> Located | None:
-    """Read a YAML text whose top level has keys.
+    """Read a YAML text whose top level has keys, from a file of this name; None where nothing can be gone on with.
 
-    Args:
-        text: the text.
-        name: of the file, for the places.
-        problems: gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags.
-        wanted: what is said of a file whose top level has no keys.
-
-    Returns:
-        The values with their places; None where there is nothing to go on with.
+    ``problems`` gets what is wrong: no valid YAML, duplicate keys, keys that are no text, merge keys, tags; ``wanted``
+    is said of a file whose top level has no keys.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -167,7 +166,7 @@ class _Reader:
     def read(self, node: yaml.Node, path: str, place: Place | None = None) -> Located:
         place = place or self.place(node)
         if isinstance(node, yaml.ScalarNode):
-            return Located(self.scalar(node, path), place, node.value)
+            return Located(self.scalar(node, path), place, written=node.value)
         if id(node) in self.above:
             self.problems.add(place, path, "this alias contains itself; write the values out")
             return Located(None, place)

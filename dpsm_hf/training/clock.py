@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 #: Ends the names of the entries that tell it: ``train_seconds``, ``eval_train_seconds``, ``eval_<set>_train_seconds``.
 CLOCK = "train_seconds"

@@ -75,7 +75,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
      "base.alpha_warmup_steps: .inf is no number to work with"),
     ("alpha_schedule: late_linear", "alpha_schedule: late_linear, alpha_end: 1.5",
      "arguments: {loss_type: dpsm, alpha_schedule: late_linear, alpha_end: 1.5}",
-     "variations.late.arguments.alpha_end: alpha=1.5 lies outside [0, 1]"),
+     "variations.late.arguments.alpha_end: alpha_end=1.5 lies outside [0, 1]"),
     ("alpha_schedule: late_linear", "alpha_schedule: late", "arguments: {loss_type: dpsm, alpha_schedule: late}",
      "variations.late.arguments.alpha_schedule: alpha_schedule='late' is unknown; choose one of"),
     ("alpha_schedule: late_linear", "alpha_schedule: constant, alpha_hold: 0.5",

@@ -9,7 +9,7 @@ import pytest
 
 from dpsm_hf.campaign.audit.audit import audited_runs
 from dpsm_hf.campaign.spec.design import Campaign, Variation
-from dpsm_hf.campaign.verdict.audited_claims import audited_claims
+from dpsm_hf.campaign.verdict.verdict import audited_claims
 from tests.campaign.files import FILE, edit, load, with_files
 from tests.campaign.hand_made import VARIATIONS, campaign
 

@@ -11,14 +11,17 @@ import pytest
 
 from dpsm_hf.campaign.runner.launching import (
     check_campaign,
+    code_state,
+    cores,
     fill_in,
     launch_command,
     launch_environment,
+    machine_facts,
     run_folder,
     script_settings,
+    visible_devices,
 )
 from dpsm_hf.campaign.runner.lock import RunnerError
-from dpsm_hf.campaign.runner.machine import code_state, cores, machine_facts, visible_devices
 from dpsm_hf.campaign.runner.progress import run_names
 from dpsm_hf.campaign.runner.tokenizer import shared_tokenizer
 from dpsm_hf.campaign.spec.design import Point, Run

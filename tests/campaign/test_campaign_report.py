@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from dpsm_hf.campaign.audit.audit import audited_runs
-from dpsm_hf.campaign.report.charts import pareto
-from dpsm_hf.campaign.report.document_tests import document_table
+from dpsm_hf.campaign.report.pictures import pareto
 from dpsm_hf.campaign.report.report import write_campaign_report
-from dpsm_hf.campaign.report.tables import AFTER, QUALITY, Table, comparison, cost, differences, spread
+from dpsm_hf.campaign.report.tables import AFTER, QUALITY, Table, comparison, cost, differences, document_table, spread
 from dpsm_hf.campaign.report.words import claim_line
 from dpsm_hf.campaign.runner.records import Record, write_record
 from dpsm_hf.campaign.spec.design import Campaign, Point
-from dpsm_hf.campaign.verdict.finding import Finding
+from dpsm_hf.campaign.verdict.claims import Finding
 from dpsm_hf.campaign.verdict.results import Results
 from dpsm_hf.plots.figures import empty_figure, plain_log_axis
 from tests.campaign.hand_made import VARIATIONS, campaign, records

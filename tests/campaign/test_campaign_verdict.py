@@ -11,9 +11,8 @@ import pytest
 from scipy import stats
 
 from dpsm_hf.campaign.spec.design import Point
-from dpsm_hf.campaign.verdict.claims import claims_of
-from dpsm_hf.campaign.verdict.finding import Finding
-from dpsm_hf.campaign.verdict.results import Results, setting_of
+from dpsm_hf.campaign.verdict.claims import Finding, claims_of
+from dpsm_hf.campaign.verdict.results import Results
 from dpsm_hf.campaign.verdict.verdict import overall, verdict
 from tests.campaign.hand_made import VARIATIONS, campaign, records
 
@@ -112,7 +111,7 @@ def test_time_to_the_quality_of_cross_entropy() -> None:
     point = made.points[0]
     # from 10 to 2 in 300 steps of 0.1 s; 95 % of the way is at 285
     assert results.to_quality(point) == pytest.approx((28.5, 285.0))
-    assert results.values(setting_of(point), "brier-baseline", "steps_to_quality")[1] == pytest.approx(285.0)
+    assert results.values(point.setting, "brier-baseline", "steps_to_quality")[1] == pytest.approx(285.0)
     found = judged(curves((10.0, 2.0), (30.0, 2.0)))
     assert found["time-to-quality", "dpsm-linear"].decision == "holds"
     assert found["time-to-quality-brier", "dpsm-linear"].decision == "holds"
@@ -129,7 +128,7 @@ def test_the_quality_to_reach_is_that_of_the_same_seed() -> None:
         return {"curve": [(10.0 * i, 10.0 + (end - 10.0) * min(1.0, i / 3)) for i in range(5)]}
 
     results = Results(made, records(made, make))
-    steps = results.values(setting_of(made.points[0]), "dpsm-linear", "steps_to_quality")
+    steps = results.values(made.points[0].setting, "dpsm-linear", "steps_to_quality")
     assert (steps[1], steps[2]) == pytest.approx((285.0, 142.5))
 
 

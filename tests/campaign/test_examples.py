@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ import pytest
 from dpsm_hf.campaign.audit.audit import AUDIT_NAME
 from dpsm_hf.campaign.runner.records import read_records
 from dpsm_hf.campaign.spec.loading import SHIPPED, SpecError, load_campaign
-from dpsm_hf.campaign.verdict.audited_claims import audited_claims
 from dpsm_hf.campaign.verdict.results import Results
-from dpsm_hf.campaign.verdict.verdict import verdict
+from dpsm_hf.campaign.verdict.verdict import audited_claims, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("verdict.json"))
@@ -50,6 +50,6 @@ def test_the_records_give_the_verdict(path: Path) -> None:
     expected = json.loads(path.read_text())["findings"]
     assert len(findings) == len(expected)
     for mine, theirs in zip(findings, expected, strict=True):
-        for key, value in mine.as_dict().items():
+        for key, value in asdict(mine).items():
             close = pytest.approx(theirs[key], rel=1e-9, abs=1e-12) if isinstance(theirs[key], float) else theirs[key]
             assert value == close, (mine.key, mine.variation, key)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from dpsm_hf.campaign.report.charts import learning_curves
+from dpsm_hf.campaign.report.pictures import learning_curves
 from dpsm_hf.campaign.report.sentences import SingleRun, sentences_on
 from dpsm_hf.campaign.report.side_by_side import LOSS_TITLES, main, results_of, write_runs_page
 from dpsm_hf.campaign.runner.collecting import read_run

@@ -29,33 +29,21 @@ from ...runtime.child_process import tail_of
 from ...runtime.files import strict, write_json
 from ..spec.design import Campaign, Point, Run
 
-__all__ = ["AUDIT_NAME", "AuditSettings", "audited_runs", "run_audit", "table"]
-
 SCHEMA = 1
 AUDIT_NAME = "audit.json"
-
 _TAIL_LINES = 5
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """What an audit measures, a campaign's ``audit``.
+    """What an audit measures, a campaign's ``audit``."""
 
-    Args:
-        tokens: of the fixed batch; for summarization sources and summaries together.
-        repeats: samples of the time of each variation.
-        steps: of the sustained measurement; 0 leaves it out.
-        sequences: rows of a step of the sustained measurement.
-        length: tokens of such a row.
-        size: the model's size to audit; None takes that of the reference's first run.
-    """
-
-    tokens: int = 2000
-    repeats: int = 5
-    steps: int = 0
-    sequences: int = 64
-    length: int = 1024
-    size: str | None = None
+    tokens: int = 2000  # of the fixed batch; for summarization sources and summaries together
+    repeats: int = 5  # samples of the time of each variation
+    steps: int = 0  # of the sustained measurement; 0 leaves it out
+    sequences: int = 64  # rows of a step of the sustained measurement
+    length: int = 1024  # tokens of such a row
+    size: str | None = None  # of the model; None takes that of the reference's first run
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("repeats", 1), ("steps", 0), ("sequences", 1), ("length", 2)):
@@ -67,8 +55,7 @@ class AuditSettings:
     def of(cls, campaign: Campaign) -> AuditSettings:
         """Return the settings of a campaign; without any, 1,000 sustained steps at paper scale and none at small.
 
-        Raises:
-            ValueError: for an unknown key or a value out of range.
+        An unknown key or a value out of range is a ValueError.
         """
         given = dict(campaign.audit or {})
         known = [field.name for field in dataclasses.fields(cls)]
@@ -84,18 +71,14 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
 
     Variations that read another's runs train nothing and are left out, as are those that the plan has no run of. A run
     that starts from another's model gets that model with random weights, which cost the same. Its step is audited in
-    one process, on however many it trains.
-
-    Raises:
-        ValueError: if the reference has no run of that size.
+    one process, on however many it trains. A reference without a run of that size is a ValueError.
     """
     own = [point for point in campaign.points if not point.scaled]
     mine = [p for p in own if p.variation == campaign.reference and size in (None, p.size)]
     if not mine:
         sizes = ", ".join(sorted({point.size for point in own})) or "none"
-        raise ValueError(
-            f"audit: the reference {campaign.reference!r} has no run of size {size!r}; the plan has the sizes {sizes}."
-        )
+        what = f"the reference {campaign.reference!r} has no run of size {size!r}; the plan has the sizes {sizes}."
+        raise ValueError(f"audit: {what}")
     first = mine[0]
 
     def rank(point: Point) -> tuple[bool, ...]:

@@ -23,10 +23,8 @@ from ...tasks.task import Task
 
 #: Where in training a step is measured, as a share of its steps: late enough that every schedule mixes both scores.
 PLACE = 0.75
-
 # Optimizer steps of a training whose arguments do not say how many it has.
 _STEPS = 1000
-
 # Of a run's arguments these concern its folder, its data and its evaluations.
 _LEFT_OUT = frozenset(
     {"output_dir", "resume_from_checkpoint", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_token"}
@@ -36,8 +34,7 @@ _LEFT_OUT = frozenset(
 def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> Task:
     """Read a run's arguments as the task does, for a trainer that trains nothing and saves nothing.
 
-    Raises:
-        ValueError: for an argument that the task does not have, or does not take.
+    An argument that the task does not have, or does not take, is a ValueError.
     """
     kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT and value is not None}
     path = directory / "arguments.json"
@@ -53,19 +50,12 @@ def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) ->
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a batch.
+    """The shape of a batch."""
 
-    Args:
-        sequences: rows.
-        source: tokens of a row that the model reads.
-        target: tokens of a summary; 0 for a language model, whose targets are its own tokens.
-        tokens: of the batch, sources and summaries together; what is over at the end is not scored.
-    """
-
-    sequences: int
-    source: int
-    target: int
-    tokens: int
+    sequences: int  # rows
+    source: int  # tokens of a row that the model reads
+    target: int  # tokens of a summary; 0 for a language model, whose targets are its own tokens
+    tokens: int  # of the batch, sources and summaries together; what is over at the end is not scored
 
     @classmethod
     def of(cls, run: Task, longest: int, tokens: int) -> Shape:
@@ -106,15 +96,9 @@ def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.devi
 
 
 class Steps:
-    """Optimizer steps of several variations with one model.
+    """Optimizer steps of several variations, given by their runs' arguments, with one model.
 
-    Args:
-        task: of the campaign.
-        runs: the arguments of each variation's run, by its name.
-        tokenizer_folder: the tokenizer, or the name of one.
-
-    Raises:
-        ValueError: if the variations do not have one model and one precision in common.
+    Variations that do not have one model and one precision in common are a ValueError.
     """
 
     def __init__(self, task: str, runs: Mapping[str, Mapping[str, Any]], tokenizer_folder: str) -> None:
@@ -124,9 +108,8 @@ class Steps:
         self.runs = {name: parse_arguments(task, arguments, folder) for name, arguments in runs.items()}
         first = next(iter(self.runs.values()))
         self._check_common()
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, trust_remote_code=first.model_args.trust_remote_code
-        )
+        trusted = first.model_args.trust_remote_code
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trusted)
         set_seed(first.training_args.seed)
         self.model = first.load_model(self.tokenizer)
         if first.training_args.gradient_checkpointing:

@@ -32,21 +32,15 @@ from .step import Shape, Steps, make_batches
 # A sample of time is of as many steps as this many seconds hold: the clock, and what else happens, count for less.
 _SAMPLE_SECONDS = 0.2
 _MOST_STEPS = 50
-
 # Seconds of the fixed batch during which a GPU's energy is measured: its counter moves ten times a second.
 _GPU_SECONDS = 5.0
-
 _PROGRESS_SECONDS = 20.0
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
 class Measurement:
-    """What one process measures.
-
-    Args:
-        spec: task, runs by variation, reference, settings, the tokenizer and the file with the text's ids.
-    """
+    """What one process measures, by the file that `audit` has written: see its ``_spec``."""
 
     def __init__(self, spec: Mapping[str, Any], names: Sequence[str], report: Report) -> None:
         self.settings, self.reference, self.report = spec["settings"], spec["reference"], report

@@ -13,16 +13,13 @@ from typing import Any
 from ...runtime.files import read_json, write_json
 from ..audit.audit import AUDIT_NAME
 from ..audit.audit import table as audit_rows
-from ..runner.records import Record, read_records
-from ..spec.design import Campaign
-from ..verdict.audited_claims import audited_claims
-from ..verdict.finding import Finding
-from ..verdict.results import Results, Setting
-from ..verdict.verdict import MAIN_STUDY, overall, verdict
+from ..runner.records import read_records
+from ..spec.design import Campaign, Setting
+from ..verdict.claims import Finding
+from ..verdict.results import Results
+from ..verdict.verdict import MAIN_STUDY, audited_claims, overall, verdict
 from . import tables
-from .document_tests import document_table
-from .pages import Pictures, render
-from .pictures import drawn, picture_sections
+from .pictures import Pictures, drawn, picture_sections, render
 from .words import GLOSSARY, claim_line, headline, settings_line
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
@@ -31,16 +28,8 @@ VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.ht
 def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[str] = ()) -> list[Path]:
     """Write ``report.html``, ``report.md``, ``verdict.json``, ``figures.json`` and ``plots/`` from the records.
 
-    Args:
-        campaign: its design; runs without a record are named as missing.
-        directory: of the campaign.
-        only: what the campaign was cut down to, in words, where it is a part; the page says so.
-
-    Returns:
-        The files, the page first.
-
-    Raises:
-        ValueError: if there is no record at all, or one that cannot be read.
+    ``only`` is what the campaign was cut down to, in words, where it is a part. Returns the files, the page first. No
+    record of a run that ended well, or one that cannot be read, is a ValueError.
     """
     directory = Path(directory)
     records = read_records(directory, campaign.order)
@@ -62,13 +51,10 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
     ]
     judged = {finding.variation for finding in findings}
     content = {
-        "schema": 1,
-        "campaign": campaign.name,
-        "scale": campaign.scale,
-        "headline": context["headline"],
+        "schema": 1, "campaign": campaign.name, "scale": campaign.scale, "headline": context["headline"],
         "overall": {v.name: overall(findings, v.name) for v in campaign.variations if v.name in judged},
-        "findings": [finding.as_dict() for finding in findings],
-    }
+        "findings": list(map(asdict, findings)),
+    }  # fmt: skip
     write_json(content, directory / VERDICT_NAME)
     write_json({"schema": 1, "tables": [asdict(t) for of in shown.values() for t in of]}, directory / TABLES_NAME)
     return [*written, directory / VERDICT_NAME, directory / TABLES_NAME]
@@ -91,7 +77,7 @@ def _tables(results: Results, directory: Path, audit: Mapping[str, Any] | None) 
             tables.comparison(results, setting, columns, "Last checkpoint"),
             tables.comparison(results, setting, tables.AFTER, "Last checkpoint, after temperature scaling"),
             tables.comparison(best, setting, columns, "Best checkpoint on validation"),
-            document_table(results, setting, directory),
+            tables.document_table(results, setting, directory),
         ]
         efficiency.append(tables.cost(results, setting))
         robustness += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
@@ -133,7 +119,7 @@ def _unfinished_ablations(results: Results) -> list[str]:
 
 def _claim_row(results: Results, finding: Finding) -> dict[str, Any]:
     css, title = finding.decision.replace(" ", "-"), results.title(finding.variation)
-    return {**finding.as_dict(), "css": css, "title": title, "figures": claim_line(finding)}
+    return {**asdict(finding), "css": css, "title": title, "figures": claim_line(finding)}
 
 
 def audit_table(content: Mapping[str, Any]) -> tables.Table:
@@ -185,7 +171,7 @@ def _reproduce(results: Results, directory: Path) -> dict[str, Any]:
         "machines": list(map(_flat, machines.values())),
         "source": campaign.source,
         "source_sha": hashlib.sha256(campaign.source.encode()).hexdigest()[:16],
-        "runs": [_run_line(record) for record in records],
+        "runs": records,
     }
 
 
@@ -194,11 +180,3 @@ def _flat(machine: Mapping[str, Any]) -> str:
         k: ", ".join(f"{n} {w}" for n, w in v.items()) if isinstance(v, Mapping) else v for k, v in machine.items()
     }
     return "; ".join(f"{key}: {value}" for key, value in inner.items())
-
-
-def _run_line(record: Record) -> dict[str, Any]:
-    seconds = sum(a.get("seconds") or 0.0 for a in record.attempts)
-    return {
-        "id": record.run_id, "name": record.name, "status": record.status, "attempts": len(record.attempts),
-        "seconds": f"{seconds:,.0f}",
-    }  # fmt: skip

@@ -53,11 +53,6 @@ class SingleRun:
         """Return whether it ended well and was evaluated."""
         return self.record.status == "ok" and bool(self.metrics)
 
-    @property
-    def seconds(self) -> float:
-        """Return how long it took, all its attempts together."""
-        return sum(attempt.get("seconds") or 0.0 for attempt in self.record.attempts)
-
     def value(self, metric: str) -> float | None:
         """Return a figure of the end or of what the training cost, None where it is missing or not finite."""
         if metric in self.record.efficiency:
@@ -123,11 +118,8 @@ def _compare(run: SingleRun, reference: SingleRun) -> list[str]:
     words: dict[int, list[str]] = {-1: [], 0: [], 1: []}
     phrases = []
     for measure in _MEASURES:
-        ours, theirs, change = (
-            run.value(measure.key),
-            reference.value(measure.key),
-            _change(measure.key, run, reference),
-        )
+        ours, theirs = run.value(measure.key), reference.value(measure.key)
+        change = _change(measure.key, run, reference)
         if ours is not None and theirs is not None and change is not None:
             words[_side(measure, change)].append(measure.words)
             phrases.append(_phrase(measure, change, ours, theirs))
@@ -220,7 +212,8 @@ def _overfit(run: SingleRun) -> str | None:
 
 def _busy(runs: Sequence[SingleRun]) -> Iterator[str]:
     """Name the runs that shared the machine with other programs: their seconds say nothing about the loss."""
-    cores = {run.name: cpu / run.seconds for run in runs if (cpu := run.value("cpu_seconds")) and run.seconds}
+    took = {run.name: run.record.seconds for run in runs}
+    cores = {r.name: cpu / took[r.name] for r in runs if (cpu := r.value("cpu_seconds")) and took[r.name]}
     for run in runs:
         speeds = sorted(speed for _, speed in run.logged("tokens_per_second") if speed)
         if len(speeds) >= 5 and speeds[len(speeds) // 5] < 0.6 * speeds[len(speeds) // 2]:
@@ -263,13 +256,11 @@ def _same_start(runs: Sequence[SingleRun]) -> str | None:
 
 def _weak_texts(runs: Sequence[SingleRun]) -> str | None:
     best = max((score for run in runs if (score := run.value(_ROUGE.key)) is not None), default=WEAK_ROUGE)
+    if best >= WEAK_ROUGE:
+        return None
     return (
-        None
-        if best >= WEAK_ROUGE
-        else (
-            f"No ROUGE-Lsum reaches {WEAK_ROUGE:g}: none of these models writes usable texts, and which of them leads "
-            "on ROUGE says nothing."
-        )
+        f"No ROUGE-Lsum reaches {WEAK_ROUGE:g}: none of these models writes usable texts, and which of them leads on "
+        "ROUGE says nothing."
     )
 
 

@@ -18,10 +18,9 @@ from ...plots.reliability import FEW_TOKENS
 from ...runtime.files import strict, write_json
 from ..runner.collecting import read_run
 from ..runner.records import Record
-from ..spec.design import Campaign, Point, Variation
-from ..verdict.results import Results, Setting
-from .pages import Pictures, render, sections
-from .pictures import curve_pictures, reliability_pictures
+from ..spec.design import Campaign, Point, Setting, Variation
+from ..verdict.results import Results
+from .pictures import Pictures, curve_pictures, reliability_pictures, render, sections
 from .sentences import SingleRun, sentences_on
 from .tables import CALIBRATION, QUALITY, Column, Table, as_text, comparison
 
@@ -30,23 +29,16 @@ LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal":
 # Caption and columns of each table.
 _TABLES = (
     ("Generated texts against the references (ROUGE F1, out of 100)", QUALITY["summarization"][:4]),
-    (
-        "Token-level figures on held-out text, at the end of training",
-        (
-            *QUALITY["language-modelling"][:2],
-            *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
-            Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
-        ),
-    ),
-    (
-        "Cost of training (scored tokens a second: median of the log; peak memory of the whole process)",
-        (
-            Column("tokens_per_second", "tokens/s", 1, 0),
-            Column("peak_memory_mb", "peak memory (MB)", decimals=0),
-            Column("train_seconds", "training (s)", decimals=1),
-        ),
-    ),
-)
+    ("Token-level figures on held-out text, at the end of training", (
+        *QUALITY["language-modelling"][:2],
+        *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
+        Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
+    )),
+    ("Cost of training (scored tokens a second: median of the log; peak memory of the whole process)", (
+        Column("tokens_per_second", "tokens/s", 1, 0), Column("peak_memory_mb", "peak memory (MB)", decimals=0),
+        Column("train_seconds", "training (s)", decimals=1),
+    )),
+)  # fmt: skip
 # see `pictures.Curve`
 _CURVES = (
     ("eval_nll", "held-out NLL (nats a token)", "Held-out negative log-likelihood", False),
@@ -73,8 +65,7 @@ class RunsPage:
 def results_of(records: Sequence[Record], title: str) -> Results:
     """Return runs that no campaign has planned together as the results of one: each a variation of its own.
 
-    Raises:
-        ValueError: there are none, or two of the same name.
+    No run at all, or two of the same name, are a ValueError.
     """
     names = [record.name for record in records]
     if not names:
@@ -150,28 +141,21 @@ def _numbers(run: SingleRun) -> dict[str, Any]:
     metrics = {f"eval_{name}": value for name, value in run.metrics.items()}
     metrics |= {key: value for key, value in cost.items() if value is not None}
     return {
-        "name": run.name,
-        "loss_type": run.loss_type,
-        "status": "finished" if record.status == "ok" else record.status,
-        "message": record.message,
+        "name": run.name, "loss_type": run.loss_type,
+        "status": "finished" if record.status == "ok" else record.status, "message": record.message,
         "metrics": dict(sorted(metrics.items())),
         "run": {
-            "id": record.run_id,
-            "seed": record.arguments.get("seed"),
-            "command": record.command,
-            "arguments": record.arguments,
-            "versions": record.machine.get("versions", {}),
-            "seconds": run.seconds,
+            "id": record.run_id, "seed": record.arguments.get("seed"), "command": record.command,
+            "arguments": record.arguments, "versions": record.machine.get("versions", {}), "seconds": record.seconds,
             "exit_code": record.attempts[-1].get("exit_code") if record.attempts else None,
-            "cpu_seconds": record.efficiency.get("cpu_seconds"),
-            "peak_memory_mb": record.efficiency.get("peak_memory_mb"),
+            **{key: record.efficiency.get(key) for key in ("cpu_seconds", "peak_memory_mb")},
         },
         "calibration": run.calibration or None,
-    }
+    }  # fmt: skip
 
 
 def _made_by(run: SingleRun) -> dict[str, str]:
-    record, seconds = run.record, run.seconds
+    record, seconds = run.record, run.record.seconds
     return {
         "title": run.title,
         "summary": ", ".join([_numbers(run)["status"]] + ([f"{seconds:.0f} s from start to end"] if seconds else [])),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..spec.design import Campaign
-from ..verdict.claims import FAMILIES
-from ..verdict.finding import Finding
+from ..verdict.claims import FAMILIES, Finding
 from ..verdict.results import Results
 from ..verdict.verdict import MAIN_STUDY, overall
 

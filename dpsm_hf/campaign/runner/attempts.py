@@ -23,12 +23,12 @@ from .launching import (
     Workplace,
     launch_command,
     launch_environment,
+    machine_facts,
     run_folder,
     script_settings,
     shown_command,
 )
 from .lock import end_orphans, interrupt_run, kill_run, processes_of
-from .machine import machine_facts
 from .records import Record, write_record
 
 #: Lines of the log that are looked at: a launcher's own traceback stands below the cause.
@@ -59,8 +59,7 @@ _STOPPED = frozenset({130, 143, *(-number for number in signal.Signals if number
 class Attempt:
     """A run under way, which may go to the end or, in halving, to the rung of this number (counted from 0).
 
-    Raises:
-        OSError: the record could not be written, or no process could be started.
+    An OSError where the record could not be written, or no process could be started.
     """
 
     def __init__(
@@ -130,12 +129,20 @@ class Attempt:
         if ending.status == "interrupted" and self.asked and step == 0:
             ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
         if ending.status == "ok":
-            ending = _finished(record, self.folder, self.rung, step)
+            ending = self._finished(record, step)
         to_step = int(record.efficiency.get("steps") or step) if ending.status == "ok" else step
         facts = {"seconds": round(result.seconds, 2), "exit_code": result.exit_code, "to_step": to_step}
-        used = {"cpu_seconds": _rounded(result.cpu_seconds), "peak_memory_mb": _rounded(result.peak_memory_mb)}
-        self.record = _write_end(record, self.folder, ending, facts, used)
+        used = {"cpu_seconds": result.cpu_seconds, "peak_memory_mb": result.peak_memory_mb}
+        rounded = {name: None if value is None else round(value, 1) for name, value in used.items()}
+        self.record = _write_end(record, self.folder, ending, facts, rounded)
         return self.record, ending
+
+    def _finished(self, record: Record, step: int) -> Ending:
+        if is_finished(self.folder, ended_well=True):
+            return _ok_or_diverged(record)
+        if self.rung is not None and step > 0:
+            return Ending("paused", f"waits at step {step} for the runs it is compared with")
+        return Ending("failed", "exit code 0, but the script has left no results: do its arguments ask for any work?")
 
 
 def _write_end(
@@ -155,24 +162,12 @@ def _ok_or_diverged(record: Record) -> Ending:
     return Ending("diverged", why) if why else Ending("ok")
 
 
-def _finished(record: Record, folder: Path, rung: int | None, step: int) -> Ending:
-    if is_finished(folder, ended_well=True):
-        return _ok_or_diverged(record)
-    if rung is not None and step > 0:
-        return Ending("paused", f"waits at step {step} for the runs it is compared with")
-    return Ending("failed", "exit code 0, but the script has left no results: do its arguments ask for any work?")
-
-
 def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return processor time and peak memory of all attempts; of one that nobody could measure the time is unknown."""
     times = [attempt.get("cpu_seconds") for attempt in attempts]
     peaks = [attempt["peak_memory_mb"] for attempt in attempts if attempt.get("peak_memory_mb") is not None]
     whole = None if None in times else round(sum(filter(None, times)), 1)
     return {"cpu_seconds": whole, "peak_memory_mb": max(peaks, default=None)}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
 
 
 def recover(record: Record, directory: Path) -> Record:
@@ -194,13 +189,7 @@ def recover(record: Record, directory: Path) -> Record:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended.
-
-    Args:
-        status: one of `records.STATUSES`.
-        message: why, in a sentence; empty for ``ok``.
-        disk_full: whether the disk had no room left, which every other run would meet too.
-    """
+    """How a run ended: one of `records.STATUSES`, why in a sentence, and whether the disk had no room for any run."""
 
     status: str
     message: str = ""
@@ -208,12 +197,9 @@ class Ending:
 
 
 def classify(
-    exit_code: int,
-    lines: Sequence[str],
-    asked: bool = False,
-    memory_kills: int | None = None,
+    exit_code: int, lines: Sequence[str], asked: bool = False, memory_kills: int | None = None,
     free_bytes: int | None = None,
-) -> Ending:
+) -> Ending:  # fmt: skip
     """Say how a run ended by the exit code and the last lines of its launcher, and whether the runner interrupted it.
 
     ``memory_kills`` counts what the kernel killed for want of memory meanwhile, ``free_bytes`` is the room left on the

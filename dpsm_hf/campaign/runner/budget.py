@@ -24,7 +24,7 @@ from typing import Any
 
 from ...runtime.files import json_number
 from ...tasks.steps import stop_step
-from ..spec.design import Budget, Campaign, Point
+from ..spec.design import Budget, Campaign, Point, Setting
 from .collecting import newest_state
 from .launching import Workplace, run_folder
 from .lock import RunnerError
@@ -49,21 +49,13 @@ def prunable_runs(campaign: Campaign) -> set[str]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a campaign may spend, has spent and still has to spend, in seconds of training.
+    """What a campaign may spend, has spent and still has to spend, in seconds of training."""
 
-    Args:
-        allowed: for all planned runs.
-        spent: by all runs so far.
-        reserved: for what main runs and those under way still need.
-        needed: for the run in question.
-        counted: runs that the reference's measurement covers.
-    """
-
-    allowed: float
-    spent: float
-    reserved: float
-    needed: float
-    counted: int
+    allowed: float  # for all planned runs
+    spent: float  # by all runs so far
+    reserved: float  # for what main runs and those under way still need
+    needed: float  # for the run in question
+    counted: int  # runs that the reference's measurement covers
 
     @property
     def fits(self) -> bool:
@@ -76,7 +68,7 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
 
     Where that was not measured, at the same size, data and length; a run without either is left out.
     """
-    by_setting: dict[tuple[Any, ...], list[float]] = {}
+    by_setting: dict[Setting, list[float]] = {}
     by_length: dict[tuple[Any, ...], list[float]] = {}
     for point in campaign.points:
         seconds = training_seconds(records.get(point.run_id))
@@ -174,11 +166,7 @@ def cohorts(campaign: Campaign) -> list[Cohort]:
 
 
 def check_halving(campaign: Campaign) -> None:
-    """Look whether the ablations are evaluated where halving is to compare them.
-
-    Raises:
-        RunnerError: evaluations are not by steps.
-    """
+    """Look whether the ablations are evaluated by steps, where halving is to compare them; a RunnerError if not."""
     for run_id in [run_id for cohort in cohorts(campaign) for run_id in cohort.members]:
         strategy = campaign.runs[run_id].arguments.get("eval_strategy")
         if strategy != "steps":
@@ -286,8 +274,7 @@ class Pruning:
     def decide(self, active: Collection[str], may_start: Callable[[str], bool]) -> dict[str, Record]:
         """Return the new records of the runs that can be compared now: those that go on, and those that are stopped.
 
-        Raises:
-            RunnerError: no evaluation at the step has the metric.
+        A RunnerError where no evaluation at the step has the metric.
         """
         found: dict[str, Record] = {}
         rungs = range(len(self._campaign.budget.halving_rungs))

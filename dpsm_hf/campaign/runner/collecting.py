@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from ...runtime.files import read_json, strict
 from ...training.clock import seconds_trained
-from .records import RECORD_NAME, STATUSES, Record, read_record
+from .records import RECORD_NAME, STATUSES, Record, read_if_whole, read_record
 
 OUTCOME_NAME = "outcome.json"
 RESULTS_NAME = "all_results.json"
@@ -25,14 +24,14 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written."""
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
-        if "global_step" in _readable(found[step] / STATE_NAME):
+        if "global_step" in read_if_whole(found[step] / STATE_NAME):
             yield step, found[step]
 
 
 def newest_state(folder: Path) -> Mapping[str, Any]:
     """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one."""
-    own = _readable(folder / STATE_NAME)
-    newer = next((_readable(path / STATE_NAME) for _, path in checkpoints(folder)), {})
+    own = read_if_whole(folder / STATE_NAME)
+    newer = next((read_if_whole(path / STATE_NAME) for _, path in checkpoints(folder)), {})
     return own if own.get("global_step", -1) >= newer.get("global_step", -1) else newer
 
 
@@ -68,15 +67,13 @@ def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
 
     Where ``logged``, the last evaluation of the log stands in for that of the end. What the runner measured is kept.
-
-    Raises:
-        ValueError: a file is no JSON.
+    A file that is no JSON is a ValueError.
     """
     history = newest_state(folder).get("log_history", [])
     if is_finished(folder):
         outcome = read_json(folder / OUTCOME_NAME)
     elif (folder / RESULTS_NAME).exists() and (folder / STATE_NAME).exists():
-        outcome = _outcome_of_files(folder, _readable(folder / RESULTS_NAME), history)
+        outcome = _outcome_of_files(folder, read_if_whole(folder / RESULTS_NAME), history)
     else:
         evaluated = (entry for entry in reversed(history) if "eval_nll" in entry or "eval_loss" in entry)
         outcome = _outcome_of_files(folder, next(evaluated, {}), history) if logged else {}
@@ -105,20 +102,15 @@ def read_run(folder: str | Path) -> Record:
     run, state = (read_json(folder / name) if (folder / name).exists() else {} for name in ("run.json", STATE_NAME))
     if not run and not state:
         raise ValueError(f"{folder} holds neither {STATE_NAME} nor run.json; give the output_dir of a run.")
-    name = str(run.get("name", folder.name))
-    ended = str(run.get("status", "finished"))
+    name, ended = str(run.get("name", folder.name)), str(run.get("status", "finished"))
     record = Record(
-        run_id=name,
-        name=name,
-        task="",
-        arguments={"loss_type": str(run.get("loss_type", name)), "seed": run.get("seed")},
+        name, name, "", {"loss_type": str(run.get("loss_type", name)), "seed": run.get("seed")},
         status="ok" if ended == "finished" else ended if ended in STATUSES else "failed",
-        message=str(run.get("message", "")),
-        command=run.get("command", ()),
+        message=str(run.get("message", "")), command=run.get("command", ()),
         attempts=[{key: run.get(key) for key in ("seconds", "exit_code")}],
         machine={"versions": run.get("versions", {})},
         efficiency={key: run.get(key) for key in ("cpu_seconds", "peak_memory_mb")},
-    )
+    )  # fmt: skip
     record = collect(record, folder, logged=True)
     why = diverged(record) if record.status == "ok" else None
     return record if why is None else replace(record, status="diverged", message=why)
@@ -135,7 +127,7 @@ def _outcome_of_files(
             metrics.setdefault(_SPLITS[prefix], {})[name] = value
     calibration: dict[str, Any] = {}
     for path in sorted((folder / "calibration").glob("*.json")):  # by split, then by step
-        content = _readable(path)
+        content = read_if_whole(path)
         if content.get("split") in _SPLITS:
             calibration[_SPLITS[content["split"]]] = content
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
@@ -143,15 +135,6 @@ def _outcome_of_files(
     efficiency = {"tokens_per_second": speed, "steps": newest_state(folder).get("global_step")}
     last = {"last": strict(metrics)} if metrics else {}
     return {"metrics": last, "efficiency": efficiency, "calibration": calibration}
-
-
-def _readable(path: Path) -> dict[str, Any]:
-    """Parse a JSON object that the Trainer writes in place; one that a kill has left incomplete counts as missing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def diverged(record: Record) -> str | None:

@@ -1,16 +1,23 @@
-"""What is handed to the training script of a run: its arguments, its command line, its environment."""
+"""What is handed to the training script of a run (arguments, command line, environment), and the machine it runs on.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ...runtime.child_process import RUNNER_VARIABLE
+from ...runtime.environment import ROOT, versions
+from ...runtime.processor import processor_name
 from ...tasks import TASKS
 from ..spec.design import TRACKERS, Campaign, Run
 from .lock import LAUNCHER, RunnerError
@@ -32,7 +39,7 @@ class Workplace:
     campaign: Campaign
     directory: Path
     names: Mapping[str, str]
-    records: Mapping[str, Record]
+    records: dict[str, Record]
     threads: int = 1
 
 
@@ -125,8 +132,7 @@ def _group(campaign: Campaign) -> str:
 def check_campaign(campaign: Campaign, directory: Path) -> None:
     """Check, before the first run starts, for mistakes that would fail all runs, or one of them hours later.
 
-    Raises:
-        RunnerError: an unknown tracker, or a run that needs one that is not there.
+    An unknown tracker, or a run that needs one that is not there, is a RunnerError.
     """
     for tracker in campaign.track:
         if tracker not in TRACKERS:
@@ -137,3 +143,53 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
         for needed in run.needs:
             if needed not in campaign.runs:
                 raise RunnerError(f"Run {run_id} starts from {{run:{needed}}}, which this campaign does not have.")
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, Any]:
+    """Return ``device``, ``versions``, ``cores``, and ``commit`` and ``dirty`` where the code is a git checkout."""
+    names = gpu_names()
+    device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else processor_name()
+    return {"device": device, "cores": cores(), "versions": versions(), **code_state(root)}
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def gpu_names() -> dict[str, str]:
+    """Return the names of the NVIDIA GPUs by index; empty where there is none."""
+    listed = _output(["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"])
+    pairs = (line.split(",", 1) for line in (listed or "").splitlines() if "," in line)
+    return {index.strip(): name.strip() for index, name in pairs}
+
+
+def visible_devices() -> tuple[str, ...]:
+    """Return the GPUs that runs may use: those of CUDA_VISIBLE_DEVICES, or all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(part.strip() for part in named.split(",") if part.strip() and part.strip() != "-1")
+    return tuple(gpu_names())
+
+
+def code_state(root: Path) -> dict[str, Any]:
+    """Return ``commit`` and ``dirty`` of a git checkout; nothing where the folder is none."""
+    git = ("git", "-C", str(root))
+    top, _, commit = (_output([*git, "rev-parse", "--show-toplevel", "HEAD"]) or "").partition("\n")
+    # An installation below somebody else's checkout is not theirs.
+    if not commit or Path(top).resolve() != root.resolve():
+        return {}
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit, "dirty": bool(changed)} if changed is not None else {}
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

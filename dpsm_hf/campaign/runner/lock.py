@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from .records import read_if_whole
+
 LOCK_NAME = "runner.lock"
 LAUNCHER = "accelerate.commands.launch"
 #: What an orphan gets to save a checkpoint before it is killed.
@@ -35,10 +37,8 @@ def campaign_lock(directory: Path) -> Iterator[None]:
     """Hold a campaign's folder for this process alone, until the block ends or the process does.
 
     The lock is the operating system's where it has one, so a killed runner leaves none behind; where it has none, the
-    lock says which process holds it, and one that has ended holds it no more. ``runner.lock`` names the holder.
-
-    Raises:
-        RunnerError: another runner holds it, or one on another machine has not taken its name off.
+    lock says which process holds it, and one that has ended holds it no more. ``runner.lock`` names the holder. A
+    RunnerError where another runner holds it, or one on another machine has not taken its name off.
     """
     path = directory / LOCK_NAME
     # in a file of its own: some systems let nobody read a locked file, and the holder's name is there to be read
@@ -84,11 +84,8 @@ def runner_at_work(directory: Path) -> str | None:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and {"pid", "started", "host"} <= set(content) else {}
+    content = read_if_whole(path)
+    return content if {"pid", "started", "host"} <= set(content) else {}
 
 
 def _describe(holder: dict[str, Any]) -> str:

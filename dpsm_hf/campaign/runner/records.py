@@ -80,20 +80,25 @@ class Record:
         return sum(float(attempt.get("seconds") or 0.0) for attempt in self.attempts)
 
     def value(self, name: str, *, split: str = "test", checkpoint: str = "last", scaled: bool = False) -> float | None:
-        """Return a figure, None where it is missing or not finite.
+        """Return a metric (without prefix) at the ``last`` or ``best`` checkpoint; None if missing or not finite.
 
-        Args:
-            name: of the metric, without prefix.
-            split: of the evaluation.
-            checkpoint: ``last`` or ``best``.
-            scaled: the figure after temperature scaling, where one was fitted; what scaling leaves alone (ROUGE of
-                greedy texts) has one figure only.
+        ``scaled`` asks for the figure after temperature scaling, where one was fitted; what scaling leaves alone
+        (ROUGE of greedy texts) has one figure only.
         """
         found = self.metrics.get(checkpoint, {}).get(split, {})
         value = found.get(name)
         if scaled:
             value = found.get(f"{name}_scaled", value) if "temperature" in found else None
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """Parse a JSON object that is written in place; empty where it is missing, or a kill has left it incomplete."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_record(record: Record, directory: Path) -> Path:
@@ -109,11 +114,7 @@ def write_record(record: Record, directory: Path) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record.
-
-    Raises:
-        ValueError: if the file is no record of this schema; it names the file.
-    """
+    """Read a record; a file that is none of this schema is a ValueError, which names it."""
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:

@@ -21,13 +21,12 @@ from typing import TextIO
 
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
-from ..spec.design import Campaign
+from ..spec.design import Campaign, Run
 from .attempts import Attempt, Ending, recover
 from .budget import Pruning, check_halving
 from .collecting import clean_folder
-from .launching import LOG_NAME, Workplace, check_campaign, launch_environment, run_folder
+from .launching import LOG_NAME, Workplace, check_campaign, cores, launch_environment, run_folder, visible_devices
 from .lock import RunnerError, campaign_lock, kill_run
-from .machine import cores, visible_devices
 from .progress import Progress, run_names
 from .records import RETRIES, SETTLED, Record, read_records, write_record
 from .tokenizer import MODULE as TOKENIZER_MODULE
@@ -85,7 +84,12 @@ def run_campaign(
         with campaign_lock(directory):
             if campaign.source:
                 (directory / "campaign.yaml").write_text(campaign.source, encoding="utf-8")
-            return _Runner(campaign, directory, jobs, devices, only, retry, keep, stream, progress).run()
+            names, order = run_names(campaign), campaign.order
+            chosen = order if only is None else _chosen(campaign, order, names, only)
+            threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+            place = Workplace(campaign, directory, names, read_records(directory, order), threads)
+            pool = _device_pool([campaign.runs[run_id] for run_id in chosen], devices)
+            return _Runner(place, chosen, progress(campaign, order, names, stream), jobs, pool, retry, keep).run()
     except (RunnerError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=stream or sys.stderr)
         return 2
@@ -105,43 +109,22 @@ def _full(directory: Path, what: str) -> str:
 
 class _Runner:
     def __init__(
-        self,
-        campaign: Campaign,
-        directory: Path,
-        jobs: int,
-        devices: Sequence[str] | None,
-        only: Sequence[str] | None,
-        retry: Collection[str],
-        keep: str,
-        stream: TextIO | None,
-        progress: Callable[..., Progress],
-    ) -> None:
-        self.campaign, self.directory, self.jobs, self.keep = campaign, directory, jobs, keep
-        names, order = run_names(campaign), campaign.order
-        self.order = _chosen(campaign, order, names, only) if only is not None else order
-        self.records = read_records(directory, order)
-        self.progress = progress(campaign, order, names, stream)
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
-        self.place = Workplace(campaign, directory, names, self.records, threads)
-        self.devices = self._pool(devices)
+        self, place: Workplace, order: list[str], progress: Progress, jobs: int, devices: Sequence[str],
+        retry: Collection[str], keep: str,
+    ) -> None:  # fmt: skip
+        self.place, self.order, self.progress = place, order, progress
+        self.campaign, self.directory, self.records = place.campaign, place.directory, place.records
+        self.jobs, self.devices, self.keep = jobs, devices, keep
         self.budget = Pruning(self.place, self.progress.say)
         self.active: dict[str, Attempt] = {}
         self.tokenizers: dict[Path, Child] = {}
         self.broken: set[Path] = set()
         self.tried: set[str] = set()
         self.again = {i for i, r in self.records.items() if r.status in retry}
-        self.needed = {needed for run in campaign.runs.values() for needed in run.needs}
+        self.needed = {needed for run in place.campaign.runs.values() for needed in run.needs}
         self.signals = 0
         self.stopping = False
         self.fatal: str | None = None
-
-    def _pool(self, devices: Sequence[str] | None) -> tuple[str, ...]:
-        wanted = [self.campaign.runs[i] for i in self.order if not self.campaign.runs[i].arguments.get("use_cpu")]
-        pool = tuple(visible_devices() if devices is None else devices) if wanted else ()
-        most = max((run.processes for run in wanted), default=0)
-        if pool and most > len(pool):
-            raise RunnerError(f"A run wants {most} devices, but there are {len(pool)}: {', '.join(pool)}.")
-        return pool
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -331,6 +314,14 @@ class _Runner:
             self.progress.say(f"Interrupted. What is done is kept; {left}.")
             return 130
         return 0 if set(counts) <= {"ok", "pruned"} else 1
+
+
+def _device_pool(runs: Sequence[Run], devices: Sequence[str] | None) -> Sequence[str]:
+    wanted = [run.processes for run in runs if not run.arguments.get("use_cpu")]
+    pool = (visible_devices() if devices is None else devices) if wanted else ()
+    if pool and max(wanted) > len(pool):
+        raise RunnerError(f"A run wants {max(wanted)} devices, but there are {len(pool)}: {', '.join(pool)}.")
+    return pool
 
 
 def _chosen(campaign: Campaign, order: list[str], names: dict[str, str], only: Sequence[str]) -> list[str]:

@@ -15,10 +15,9 @@ _LONGEST = 100
 
 
 def campaign_status(campaign: Campaign, directory: str | Path) -> str:
-    """Return a table of all runs with their status, and sums below it; only records are read.
+    """Return a table of all runs with their status, and sums below it, from the records alone.
 
-    Raises:
-        ValueError: a record cannot be read; it is named.
+    A record that cannot be read is a ValueError, which names it.
     """
     directory = Path(directory).resolve()
     order, names = campaign.order, run_names(campaign)

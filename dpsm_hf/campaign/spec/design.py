@@ -90,6 +90,26 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What runs have in common that differ in variation and seed alone; ``settings`` is what the study varies."""
+
+    study: str
+    size: str
+    data: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Return it in words, for a table."""
+        return ", ".join([self.study, self.size, self.data, *(f"{name} {value}" for name, value in self.settings)])
+
+    @property
+    def plain(self) -> Setting:
+        """Return it without what the study varies."""
+        return Setting(self.study, self.size, self.data)
+
+
+@dataclass(frozen=True)
 class Point:
     """One place in the plan, and the run that stands there; several points may share a run.
 
@@ -112,9 +132,10 @@ class Point:
     scaled: bool = False
 
     @property
-    def setting(self) -> tuple[Any, ...]:
+    def setting(self) -> Setting:
         """Return what two points have in common where only variation and seed differ."""
-        return (self.study, self.size, self.data, tuple(sorted((k, str(v)) for k, v in self.settings.items())))
+        varied = tuple(sorted((name, str(value)) for name, value in self.settings.items()))
+        return Setting(self.study, self.size, self.data, varied)
 
 
 @dataclass(frozen=True)
@@ -127,8 +148,7 @@ class Budget:
         halving_rungs: shares of the training steps after which the worse half of the ablations is stopped.
         halving_keep: share of the ablations that is kept at each rung.
 
-    Raises:
-        ValueError: the rungs are no rising shares, or the kept share is none.
+    Rungs that are no rising shares, or a kept share that is none, are a ValueError.
     """
 
     limit: float = 1.1
@@ -224,8 +244,7 @@ class Campaign:
     def order(self) -> list[str]:
         """Return the ids of the runs in the order in which they are run, each once, after those it needs.
 
-        Raises:
-            ValueError: runs need each other in a circle.
+        Runs that need each other in a circle are a ValueError.
         """
         order: dict[str, None] = {}
 

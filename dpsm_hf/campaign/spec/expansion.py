@@ -1,16 +1,16 @@
-"""From what a campaign's file says to the runs and points of its plan."""
+"""From what a campaign's file says to the runs and points of its plan, and what contradicts in the file."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...calibration import METRICS, lower_is_better
 from ...runtime.content import content_hash
-from ...runtime.yaml_lines import Place, Problems
-from .contradictions import campaign_refusals, check_spec
+from ...runtime.yaml_lines import Located, Place, Problems, suggestion
 from .design import Campaign, Point, Run
 from .local_files import EXTRA_ARGUMENT
 from .script_arguments import defaults_among, effective, refusals
@@ -22,16 +22,30 @@ _SPECIFIC = ("base", "sizes", "data", "variations", "studies")
 _SAID_AS = {"alpha": "alpha_end"}
 # What a run from scratch has in place of a model that it starts from.
 _FROM_SCRATCH = ("model_type", "config_overrides", "config_name", "tokenizer_name", "tokenizer_vocab_size")
+#: Metrics that quality may be measured by, and whether more is better.
+QUALITY = {
+    "perplexity": False, "nll": False, "bits_per_byte": False, "token_accuracy": True, "rouge1": True, "rouge2": True,
+    "rougeL": True, "rougeLsum": True, "bertscore_f1": True,
+}  # fmt: skip
+# Arguments that say at which steps a run is evaluated.
+_STEPS = (
+    "max_steps", "num_train_epochs", "eval_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
+_MAIN_STUDY = "main"
 
 
 def expand(spec: Spec, problems: Problems) -> Campaign:
-    """Return the campaign that a file describes.
+    """Return the campaign that a file describes whose lines alone show no mistake.
 
-    Args:
-        spec: what the file says, without mistakes that its lines alone show.
-        problems: gets what contradicts, or is refused by the script; the result is then of no use.
+    What contradicts, or is refused by the script, goes to ``problems`` and is raised.
     """
-    check_spec(spec, problems)
+    _check_variations(spec, problems)
+    _check_figures(spec, problems)
+    if _MAIN_STUDY not in spec.studies:
+        place = spec.places.get("studies", spec.places["base"])
+        problems.add(place, "studies", f"the study {_MAIN_STUDY} is missing, which the verdict is about; add it")
+    for name, study in spec.studies.items():
+        _check_study(spec, study, problems, f"studies.{name}")
     problems.check()
     plan = _Expansion(spec, problems)
     for seed in dict.fromkeys(seed for study in spec.studies.values() for seed in study.seeds):
@@ -96,20 +110,16 @@ class _Expansion:
     def run(
         self, given: Arguments, seed: int, processes: int, place: Place, key: str, reported: bool = True
     ) -> Run | None:
-        """Return a run, None where something is wrong with it, which is then noted.
+        """Return a run, None where something is wrong with it: noted at ``place`` where no argument is to blame.
 
-        Args:
-            given: the arguments.
-            seed, processes: of the run.
-            place, key: what is wrong with it where no argument is to blame.
-            reported: whether its figures are reported, not its model alone used.
+        ``reported`` is whether its figures are used, not its model alone.
         """
         task = self.spec.design.task
         values = effective(task, values_of(given))
         missing = [(given[name], path) for name in values for path in given[name].paths if not path.exists()]
         for argument, path in missing:
             what = f"there is no file or folder {path}; correct the path, or name other data with --set or --data"
-            self.problems.add(argument.place, argument.key, what)
+            self.problems.at(argument, what)
         if missing:
             return None
         # seeds differ in nothing that could be refused
@@ -150,3 +160,113 @@ def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
         elif hashes:
             found[name] = next(iter(hashes.values()))
     return found
+
+
+# ---- contradictions ------------------------------------------------------------------------------------------------
+
+
+def _check_figures(spec: Spec, problems: Problems) -> None:
+    """Look whether the figures that decide something exist, and are better on the side that is taken."""
+    metric, higher = spec.design.quality
+    if "quality" in spec.places:
+        place = spec.places["quality"]
+        if metric not in QUALITY:
+            problems.unknown(place, "quality.metric", "a metric of quality", metric, QUALITY)
+        elif QUALITY[metric] != higher:
+            side = "higher" if QUALITY[metric] else "lower"
+            problems.add(place, "quality.better", f"{metric} is better when it is {side}; write better: {side}")
+    halving = spec.design.budget.halving_metric
+    if halving is None:
+        return
+    name, place, path = halving.removeprefix("eval_"), spec.places["budget"], "budget.halving.metric"
+    if name.endswith("_scaled"):
+        problems.add(place, path, f"{halving} is not there during training, where no T is fitted")
+    elif name not in (*METRICS, "loss"):
+        problems.unknown(place, path, "a metric of evaluations", name, (*METRICS, "loss"))
+    elif name != "loss" and not lower_is_better(name):
+        problems.add(place, path, f"of {halving} less is not better; name eval_nll, for instance")
+    ablations = [variation for variation in spec.variations.values() if variation.role == "ablation"]
+    for given in [v.arguments[argument] for v in ablations for argument in _STEPS if argument in v.arguments]:
+        what = "budget.halving compares ablations at the same steps; leave this to base, sizes or studies"
+        problems.at(given, what)
+
+
+def _check_variations(spec: Spec, problems: Problems) -> None:
+    own: dict[str, str] = {}
+    titles: dict[str, str] = {}
+    task = spec.design.task
+    for name, entry in spec.variations.items():
+        path = f"variations.{name}"
+        if entry.of is not None:
+            _check_reader(spec, entry.of, problems)
+        else:
+            values = effective(task, _values(spec, entry))
+            neutral = defaults_among(task, values)
+            text = repr(sorted((argument, value) for argument, value in values.items() if argument not in neutral))
+            if own.setdefault(text, name) != name:
+                what = f"has the same arguments as {own[text]}, on top of the base; change or remove one of the two"
+                problems.add(entry.place, path, what)
+        if (other := titles.setdefault(entry.title, name)) != name:
+            what = f"{entry.title!r} is the title of {other} too; tables and pictures need different ones"
+            problems.add(entry.place, f"{path}.title", what)
+    for role, name, loss in (("reference", spec.design.reference, "ce"), ("brier", spec.design.brier, "brier")):
+        chosen = spec.variations.get(name)
+        if chosen is None or role not in spec.places:
+            continue
+        if chosen.role != "main":
+            what = f"{name} has the role {chosen.role}; the others wait for it, so give it the role main"
+            problems.add(spec.places[role], role, what)
+        found = _values(spec, chosen).get("loss_type", "dpsm")
+        if chosen.of is not None or found != loss:
+            is_what = f"reads {chosen.of.value}" if chosen.of is not None else f"has loss_type {found}"
+            problems.add(spec.places[role], role, f"{name} {is_what}; name a variation with loss_type {loss}")
+
+
+def _values(spec: Spec, variation: VariationEntry) -> dict[str, Any]:
+    return values_of({**spec.base, **variation.arguments})
+
+
+def _check_reader(spec: Spec, of: Located, problems: Problems) -> None:
+    others = [name for name, other in spec.variations.items() if other.of is None]
+    if of.value not in others:
+        problems.at(of, f"{of.value!r} is not a variation with runs; {suggestion(str(of.value), others)}")
+    elif not _values(spec, spec.variations[of.value]).get("fit_temperature"):
+        what = "reads figures after temperature scaling, but no temperature is fitted; set fit_temperature in base"
+        problems.at(of, what)
+
+
+def _check_study(spec: Spec, study: StudyEntry, problems: Problems, path: str) -> None:
+    varied = {**study.arguments, **{name: values[0] for name, values in study.grid.items() if values}}
+    for given in [study.arguments[name] for name in study.grid if name in study.arguments]:
+        problems.at(given, "the grid of this study varies it; leave one of the two out")
+    for name, given in varied.items():
+        fixing = [v for v in study.variations if name in spec.variations[v].arguments]
+        if fixing and name not in study.replaces:
+            what = f"the variation {fixing[0]} fixes this argument; leave it out, or say replaces: [{name}]"
+            problems.at(given, what)
+    for name in study.replaces - varied.keys():
+        problems.add(study.place, f"{path}.replaces", f"{name} is neither in arguments nor in grid; leave it out")
+    for v in study.variations:
+        source = spec.variations[v].of
+        if source is not None and source.value in spec.variations and source.value not in study.variations:
+            what = f"{v} reads the figures of {source.value}, which is not among the variations; add it"
+            problems.add(study.place, f"{path}.variations", what)
+    for size, data in itertools.product(study.sizes, study.data):
+        for name, given in spec.sizes[size].arguments.items():
+            other = spec.data[data].arguments.get(name)
+            if other is not None and other.value != given.value:
+                what = f"contradicts {given.key} in {given.place}; keep one of the two"
+                problems.at(other, what)
+
+
+def campaign_refusals(spec: Spec, values: Mapping[str, Any]) -> Iterator[str]:
+    """Say what a campaign wants of every run beyond what its script does, by the run's arguments."""
+    if not values.get("do_train"):
+        yield "do_train is off, so nothing is trained; set do_train: true in base"
+    wanted = "do_predict" if spec.design.test_split == "test" else "do_eval"
+    if not values.get(wanted):
+        yield f"test_split is {spec.design.test_split}, which needs {wanted}; set {wanted}: true in base"
+    if spec.design.budget.halving_metric is not None and values.get("eval_strategy") != "steps":
+        yield "budget.halving compares evaluations at equal steps; set eval_strategy: steps and eval_steps"
+    if values.get("eval_strategy") == "steps" and values.get("eval_steps") is None:
+        yield "eval_strategy is steps, but eval_steps is missing (it would follow logging_steps); give eval_steps"

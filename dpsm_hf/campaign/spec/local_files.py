@@ -20,8 +20,7 @@ _PATH_STARTS = ("/", "./", "../", "~")
 def expand_variables(text: str) -> str:
     """Put the values of environment variables in place of ``${NAME}`` and ``${NAME:-default}``.
 
-    Raises:
-        ValueError: if a variable without a default is not set.
+    One that is not set and has no default is a ValueError.
     """
 
     def value(match: re.Match[str]) -> str:

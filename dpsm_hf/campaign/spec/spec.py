@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...runtime.yaml_lines import Located, Place, Problems, located, suggestion
+from ...runtime.yaml_lines import Located, Place, Problems, located, suggestion, with_keys
 from ...tasks import TASKS
 from .design import ROLES, TRACKERS, Budget, Campaign, Variation
 from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
@@ -37,18 +37,12 @@ _AUDIT = {"tokens": 2, "repeats": 1, "steps": 0, "sequences": 1, "length": 2}
 
 
 @dataclass(frozen=True)
-class Given:
-    """The value of an argument, and where it was given.
+class Given(Located):
+    """The typed value of an argument; None takes it back, so that the script's default holds.
 
-    Args:
-        value: typed; None takes the argument back, so that the script's default holds.
-        place, key: where, and the dotted path.
-        paths: the local files and folders that it names.
+    ``paths`` are the local files and folders that it names.
     """
 
-    value: Any
-    place: Place
-    key: str
     paths: tuple[Path, ...] = ()
 
 
@@ -145,16 +139,13 @@ class Spec:
 
 
 class SpecReader:
-    """Reads the tree of one scale; mistakes go to `problems`, and reading goes on.
+    """Reads the tree of one scale (the file's keys, the scale's differences applied); mistakes go to `problems`.
 
-    Args:
-        tree: the keys of the file, the scale's differences applied.
-        folder: of the file, where relative paths start.
-        problems: gets the mistakes.
+    ``folder`` is that of the file, where relative paths start.
     """
 
     def __init__(self, tree: Located, folder: Path, problems: Problems) -> None:
-        self.tree, self.folder, self.problems = tree, folder, problems
+        self.tree, self.folder, self.problems, self.wrong = with_keys(tree), folder, problems, problems.at
         self.task = "language-modelling"
         self.seeds: tuple[int, ...] = ()
         self.variations: dict[str, VariationEntry] = {}
@@ -162,33 +153,33 @@ class SpecReader:
         self.data: dict[str, DataEntry] = {}
 
     def read(self, scale: str, source: str) -> Spec:
-        """Return what the tree says; only of use where `problems` stayed empty.
-
-        Args:
-            scale: that the tree is of.
-            source: the file's text, for the design.
-        """
-        top = self.keys(self.tree, "", (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
-        self.task = self.choice(top.get("task"), "task", TASKS, self.task)
-        self.seeds = self.seed_list(top.get("seeds"), "seeds")
-        base = self.arguments(top.get("base"), "base")
+        """Return what the tree says at a scale, with the file's text; only of use where `problems` stayed empty."""
+        top = self.keys(self.tree, (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
+        self.task = self.choice(top.get("task"), TASKS, self.task)
+        if "seeds" in top:
+            self.seeds = self.seed_list(top["seeds"])
+        else:
+            what = "is missing, here and under the scale; give [1, 2, 3] for instance"
+            self.problems.add(self.tree.place, "seeds", what)
+        base = self.arguments(top.get("base"))
         self.variations = self.entries(top, "variations", self.variation)
         self.sizes = self.entries(top, "sizes", self.size)
         self.data = self.entries(top, "data", self.data_set)
-        quality = self.keys(top.get("quality"), "quality", ("metric", "better"))
-        better = self.choice(quality.get("better"), "quality.better", ("lower", "higher"), "lower")
+        quality = self.keys(top.get("quality"), ("metric", "better"))
+        better = self.choice(quality.get("better"), ("lower", "higher"), "lower")
         studies = self.entries(top, "studies", self.study)
         for section in ENTRY_KEYS:
             if section not in top:
-                self.wrong(self.tree, section, "is missing, here and under the scale; give at least one")
-        compared = {role: self.text(top.get(role), role) for role in ("reference", "brier")}
+                what = "is missing, here and under the scale; give at least one"
+                self.problems.add(self.tree.place, section, what)
+        compared = {role: self.text(top.get(role)) for role in ("reference", "brier")}
         for role, name in compared.items():
             if name and name not in self.variations:
-                self.problems.unknown(top[role].place, role, "a variation", name, self.variations)
+                self.unknown(top[role], "a variation", name, self.variations)
         titled: dict[str, Mapping[str, Entry]] = {"study": studies, "size": self.sizes, "data": self.data}
         design = Campaign(
-            name=self.folder_name(top.get("name"), "name"),
-            title=self.text(top.get("title"), "title", self.text(top.get("name"), "name")),
+            name=self.folder_name(top.get("name")),
+            title=self.text(top.get("title"), self.text(top.get("name"))),
             scale=scale,
             task=self.task,
             variations=tuple(entry.design for entry in self.variations.values()),
@@ -198,10 +189,10 @@ class SpecReader:
             brier=compared["brier"],
             budget=self.budget(top.get("budget")),
             audit=self.audit(top.get("audit")),
-            quality=(self.text(quality.get("metric"), "quality.metric", "perplexity"), better == "higher"),
-            test_split=self.choice(top.get("test_split"), "test_split", ("test", "validation"), "test"),
+            quality=(self.text(quality.get("metric"), "perplexity"), better == "higher"),
+            test_split=self.choice(top.get("test_split"), ("test", "validation"), "test"),
             source=source,
-            track=tuple(self.choice(x, "track", TRACKERS, "") for x in self.items(top.get("track"), "track", True)),
+            track=tuple(self.choice(item, TRACKERS, "") for item in self.items(top.get("track"), empty=True)),
             titles={kind: {name: entry.title for name, entry in of.items()} for kind, of in titled.items()},
             planned={
                 "size": {name: dict(entry.architecture) for name, entry in self.sizes.items()},
@@ -213,148 +204,134 @@ class SpecReader:
 
     # ---- sections --------------------------------------------------------------------------------------------------
 
-    def entries(
-        self, top: Mapping[str, Located], section: str, read: Callable[[Located, str, str], T]
-    ) -> dict[str, T]:
+    def entries(self, top: Mapping[str, Located], section: str, read: Callable[[Located, str], T]) -> dict[str, T]:
         given = top.get(section)
         if given is None:
             return {}
         if not isinstance(given.value, dict) or not given.value:
-            self.wrong(given, section, f"has {given.kind} where names with keys belong; give at least one")
+            self.wrong(given, f"has {given.kind} where names with keys belong; give at least one")
             return {}
         found = {}
         for name, entry in given.value.items():
             if section == "variations" and name in (*ROLES, ALL):
-                self.wrong(entry, f"{section}.{name}", "this name means a group; choose another")
+                self.wrong(entry, "this name means a group; choose another")
             if not name.strip() or set("/,*") & set(name):
-                self.wrong(entry, section, f"the name {name!r} has a character of / , * in it; leave it out")
-            found[name] = read(entry, f"{section}.{name}", name)
+                what = f"the name {name!r} has a character of / , * in it; leave it out"
+                self.problems.add(entry.place, section, what)
+            found[name] = read(entry, name)
         return found
 
-    def common(
-        self, given: Mapping[str, Located], entry: Located, path: str, name: str
-    ) -> tuple[str, str, Place, dict[str, Given]]:
+    def common(self, given: Mapping[str, Located], entry: Located, name: str) -> tuple[str, str, Place, Arguments]:
         """Return what all entries have, in the order of `Entry`."""
-        title = self.text(given.get("title"), f"{path}.title", name)
-        return name, title, entry.place, self.arguments(given.get("arguments"), f"{path}.arguments")
+        return name, self.text(given.get("title"), name), entry.place, self.arguments(given.get("arguments"))
 
-    def variation(self, entry: Located, path: str, name: str) -> VariationEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["variations"])
+    def variation(self, entry: Located, name: str) -> VariationEntry:
+        given = self.keys(entry, ENTRY_KEYS["variations"])
         if "of" in given and "arguments" in given:
-            what = (
-                "contradicts arguments: it reads the figures of another variation's runs and has none; leave one out"
-            )
-            self.wrong(given["of"], f"{path}.of", what)
-        common, role = (
-            self.common(given, entry, path, name),
-            self.choice(given.get("role"), f"{path}.role", ROLES, "main"),
-        )
-        return VariationEntry(*common, role, given.get("of"))
+            what = "it reads the figures of another variation's runs and has none; leave one out"
+            self.wrong(given["of"], f"contradicts arguments: {what}")
+        common = self.common(given, entry, name)
+        return VariationEntry(*common, self.choice(given.get("role"), ROLES, "main"), given.get("of"))
 
-    def size(self, entry: Located, path: str, name: str) -> SizeEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["sizes"])
+    def size(self, entry: Located, name: str) -> SizeEntry:
+        given = self.keys(entry, ENTRY_KEYS["sizes"])
         start = None
         if "start_from" in given:
-            below = f"{path}.start_from"
-            keys = self.keys(given["start_from"], below, ("title", "arguments", "seed"))
+            keys = self.keys(given["start_from"], ("title", "arguments", "seed"))
             start = StartFrom(
-                self.text(keys.get("title"), f"{below}.title", f"the model that {name} starts from"),
-                self.arguments(keys.get("arguments"), f"{below}.arguments"),
-                self.integer(keys["seed"], f"{below}.seed", 0) if "seed" in keys else None,
+                self.text(keys.get("title"), f"the model that {name} starts from"),
+                self.arguments(keys.get("arguments")),
+                self.integer(keys["seed"], 0) if "seed" in keys else None,
             )
-        shape = self.keys(given.get("architecture"), f"{path}.architecture", ("model_type", "config_overrides"))
-        common = self.common(given, entry, path, name)
-        processes = self.integer(given["processes"], f"{path}.processes", 1) if "processes" in given else 1
-        architecture = {key: self.text(item, f"{path}.architecture.{key}") for key, item in shape.items()}
-        return SizeEntry(*common, start, processes, architecture)
+        shape = self.keys(given.get("architecture"), ("model_type", "config_overrides"))
+        common = self.common(given, entry, name)
+        processes = self.integer(given["processes"], 1) if "processes" in given else 1
+        return SizeEntry(*common, start, processes, {key: self.text(item) for key, item in shape.items()})
 
-    def data_set(self, entry: Located, path: str, name: str) -> DataEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["data"])
-        common = self.common(given, entry, path, name)
+    def data_set(self, entry: Located, name: str) -> DataEntry:
+        given = self.keys(entry, ENTRY_KEYS["data"])
+        common = self.common(given, entry, name)
         counts = [key for key in ("train_tokens", "train_examples") if key in given]
-        return DataEntry(*common, {key: self.integer(given[key], f"{path}.{key}", 1) for key in counts})
+        return DataEntry(*common, {key: self.integer(given[key], 1) for key in counts})
 
-    def study(self, entry: Located, path: str, name: str) -> StudyEntry:
-        given = self.keys(entry, path, ENTRY_KEYS["studies"], ("variations",))
+    def study(self, entry: Located, name: str) -> StudyEntry:
+        given = self.keys(entry, ENTRY_KEYS["studies"], ("variations",))
         replaces = []
-        for item in self.items(given.get("replaces"), f"{path}.replaces", empty=True):
-            replaces.append(self.text(item, f"{path}.replaces"))
+        for item in self.items(given.get("replaces"), empty=True):
+            replaces.append(self.text(item))
             if wrong := check_name(self.task, replaces[-1]):
-                self.wrong(item, f"{path}.replaces", wrong)
+                self.wrong(item, wrong)
         return StudyEntry(
-            *self.common(given, entry, path, name),
-            variations=self.chosen(given.get("variations"), f"{path}.variations"),
-            sizes=self.names(given.get("sizes"), f"{path}.sizes", "a size", self.sizes),
-            data=self.names(given.get("data"), f"{path}.data", "a data set", self.data),
-            seeds=self.seed_list(given["seeds"], f"{path}.seeds") if "seeds" in given else self.seeds,
-            grid=self.grid(given.get("grid"), f"{path}.grid"),
+            *self.common(given, entry, name),
+            variations=self.chosen(given.get("variations")),
+            sizes=self.names(given.get("sizes"), "a size", self.sizes),
+            data=self.names(given.get("data"), "a data set", self.data),
+            seeds=self.seed_list(given["seeds"]) if "seeds" in given else self.seeds,
+            grid=self.grid(given.get("grid")),
             replaces=frozenset(replaces),
         )
 
-    def grid(self, given: Located | None, path: str) -> dict[str, tuple[Given, ...]]:
+    def grid(self, given: Located | None) -> dict[str, tuple[Given, ...]]:
         found = {}
-        for name, entry in self.keys(given, path).items():
+        for name, entry in self.keys(given).items():
             values: list[Given] = []
-            for item in self.items(entry, f"{path}.{name}"):
-                value = self.argument(name, item, f"{path}.{name}")
+            for item in self.items(entry):
+                value = self.argument(name, item)
                 if value is None:
                     continue
                 if value.value in [other.value for other in values]:
-                    self.wrong(item, f"{path}.{name}", f"{value.value!r} is there twice; keep one")
+                    self.wrong(item, f"{value.value!r} is there twice; keep one")
                 values.append(value)
             found[name] = tuple(values)
         return found
 
     def budget(self, given: Located | None) -> Budget:
-        keys = self.keys(given, "budget", ("limit", "halving"))
-        default = Budget()
-        limit = self.number(keys.get("limit"), "budget.limit", default.limit, 1.0, None)
+        keys, default = self.keys(given, ("limit", "halving")), Budget()
+        limit = self.number(keys.get("limit"), default.limit, 1.0, None)
         if "halving" not in keys:
             return Budget(limit=limit)
-        halving = self.keys(keys["halving"], "budget.halving", ("metric", "rungs", "keep"), ("metric",))
-        rungs, path = default.halving_rungs, "budget.halving.rungs"
+        halving = self.keys(keys["halving"], ("metric", "rungs", "keep"), ("metric",))
+        rungs = default.halving_rungs
         if "rungs" in halving:
-            rungs = tuple(self.number(item, path, 0.5, 0.0, 1.0) for item in self.items(halving["rungs"], path))
-        keep = self.number(halving.get("keep"), "budget.halving.keep", default.halving_keep, 0.0, 1.0)
-        metric = self.text(halving.get("metric"), "budget.halving.metric") or None
+            rungs = tuple(self.number(item, 0.5, 0.0, 1.0) for item in self.items(halving["rungs"]))
+        keep = self.number(halving.get("keep"), default.halving_keep, 0.0, 1.0)
+        metric = self.text(halving.get("metric")) or None
         try:
             return Budget(limit, metric, rungs, keep)
         except ValueError:  # each number is a share by itself
-            self.wrong(halving["rungs"], path, "the shares must rise; sort them and keep each once")
+            self.wrong(halving["rungs"], "the shares must rise; sort them and keep each once")
             return default
 
     def audit(self, given: Located | None) -> dict[str, Any] | None:
         if given is None or given.value is None:
             return None
-        keys = self.keys(given, "audit", ("size", *_AUDIT))
+        keys = self.keys(given, ("size", *_AUDIT))
         return {
-            key: self.choice(item, "audit.size", self.sizes, "")
-            if key == "size"
-            else self.integer(item, f"audit.{key}", _AUDIT[key])
+            key: self.choice(item, self.sizes, "") if key == "size" else self.integer(item, _AUDIT[key])
             for key, item in keys.items()
         }
 
     # ---- arguments -------------------------------------------------------------------------------------------------
 
-    def arguments(self, given: Located | None, path: str) -> dict[str, Given]:
-        found = {name: self.argument(name, item, f"{path}.{name}") for name, item in self.keys(given, path).items()}
+    def arguments(self, given: Located | None) -> dict[str, Given]:
+        found = {name: self.argument(name, item) for name, item in self.keys(given).items()}
         return {name: value for name, value in found.items() if value is not None}
 
-    def argument(self, name: str, given: Located, path: str) -> Given | None:
+    def argument(self, name: str, given: Located) -> Given | None:
         wrong = check_name(self.task, name)
         if wrong is not None:
-            self.wrong(given, path, wrong)
+            self.wrong(given, wrong)
             return None
         if given.value is None:
-            return Given(None, given.place, path)
+            return Given(None, given.place, given.key)
         paths: list[Path] = []
         try:
             resolved = self.resolved(name, given.plain(), given.place, paths)
             value = typed_value(self.task, name, located(resolved, given.place))
         except ValueError as error:
-            self.wrong(given, path, str(error))
+            self.wrong(given, str(error))
             return None
-        return Given(value, given.place, path, tuple(paths))
+        return Given(value, given.place, given.key, paths=tuple(paths))
 
     def resolved(self, name: str, value: Any, place: Place, paths: list[Path]) -> Any:
         """Return a value with variables and relative paths resolved; the paths are added to ``paths``."""
@@ -378,114 +355,109 @@ class SpecReader:
 
     # ---- kinds of values -------------------------------------------------------------------------------------------
 
-    def wrong(self, given: Located, path: str, what: str) -> None:
-        self.problems.add(given.place, path, what)
+    def unknown(self, given: Located, what: str, name: str, known: Iterable[str]) -> None:
+        self.problems.unknown(given.place, given.key, what, name, known)
 
     def keys(
-        self, given: Located | None, path: str, known: Iterable[str] | None = None, required: Iterable[str] = ()
+        self, given: Located | None, known: Iterable[str] | None = None, required: Iterable[str] = ()
     ) -> dict[str, Located]:
         """Return the values by key; ``known`` of None takes any key."""
         if given is None:
             return {}
-        if not isinstance(given.value, dict):
-            if given.value is not None:
-                self.wrong(given, path, f"has {given.kind} where keys with values belong")
-                return {}
-            given = Located({}, given.place)
-        below = f"{path}." if path else ""
-        for key, item in given.value.items():
-            if known is not None and key not in known:
-                self.problems.unknown(item.place, below + key, "a key that is known here", key, known)
+        if not isinstance(given.value, dict | None):
+            self.wrong(given, f"has {given.kind} where keys with values belong")
+            return {}
+        found: dict[str, Located] = given.value or {}
+        for key in [key for key in found if known is not None and key not in known]:
+            self.unknown(found[key], "a key that is known here", key, known or ())
         for key in required:
-            if key not in given.value:
-                self.wrong(given, below + key, "is missing; give it")
-        return {key: item for key, item in given.value.items() if known is None or key in known}
+            if key not in found:
+                self.problems.add(given.place, f"{given.key}.{key}".lstrip("."), "is missing; give it")
+        return {key: item for key, item in found.items() if known is None or key in known}
 
-    def items(self, given: Located | None, path: str, empty: bool = False) -> list[Located]:
+    def items(self, given: Located | None, empty: bool = False) -> list[Located]:
         if given is None:
             return []
         if not isinstance(given.value, list):
-            self.wrong(given, path, f"has {given.kind} where a list belongs; write [ ... ]")
+            self.wrong(given, f"has {given.kind} where a list belongs; write [ ... ]")
             return []
         if not given.value and not empty:
-            self.wrong(given, path, "is an empty list; give at least one, or leave the key out")
+            self.wrong(given, "is an empty list; give at least one, or leave the key out")
         return given.value
 
-    def text(self, given: Located | None, path: str, default: str = "") -> str:
+    def text(self, given: Located | None, default: str = "") -> str:
         if given is None:
             return default
         if not isinstance(given.value, str) or not given.value.strip():
-            self.wrong(given, path, f"has {given.kind} where text belongs; put it in quotes")
+            self.wrong(given, f"has {given.kind} where text belongs; put it in quotes")
             return default
         return given.value
 
-    def folder_name(self, given: Located | None, path: str) -> str:
-        text = self.text(given, path)
+    def folder_name(self, given: Located | None) -> str:
+        text = self.text(given)
         if given is not None and text and not re.fullmatch(r"[\w][\w.+-]*", text):
-            self.wrong(given, path, f"{text!r} names the folder of the results; use letters, digits and . _ + - alone")
+            self.wrong(given, f"{text!r} names the folder of the results; use letters, digits and . _ + - alone")
         return text
 
-    def choice(self, given: Located | None, path: str, allowed: Iterable[str], default: str) -> str:
-        text = self.text(given, path, default)
+    def choice(self, given: Located | None, allowed: Iterable[str], default: str) -> str:
+        text = self.text(given, default)
         if given is not None and isinstance(given.value, str) and text not in allowed:
-            self.wrong(given, path, f"{text!r} is not known; {suggestion(text, allowed)}")
+            self.wrong(given, f"{text!r} is not known; {suggestion(text, allowed)}")
             return default
         return text
 
-    def integer(self, given: Located, path: str, least: int) -> int:
+    def integer(self, given: Located, least: int) -> int:
         if isinstance(given.value, bool) or not isinstance(given.value, int) or given.value < least:
             what = f"has {given.kind} ({given.plain()!r}) where a whole number of at least {least} belongs"
-            self.wrong(given, path, what)
+            self.wrong(given, what)
             return least
         return given.value
 
-    def number(self, given: Located | None, path: str, default: float, least: float, most: float | None) -> float:
+    def number(self, given: Located | None, default: float, least: float, most: float | None) -> float:
         if given is None:
             return default
         value = given.value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.wrong(given, path, f"has {given.kind} ({given.plain()!r}) where a number belongs")
+            self.wrong(given, f"has {given.kind} ({given.plain()!r}) where a number belongs")
             return default
         if value < least or (most is not None and not least < value < most):
             bounds = f"of at least {least:g}" if most is None else f"between {least:g} and {most:g}"
-            self.wrong(given, path, f"is {value:g}; give a number {bounds}")
+            self.wrong(given, f"is {value:g}; give a number {bounds}")
             return default
         return float(value)
 
-    def seed_list(self, given: Located | None, path: str) -> tuple[int, ...]:
+    def seed_list(self, given: Located) -> tuple[int, ...]:
         found: list[int] = []
-        if given is None:
-            self.wrong(self.tree, path, "is missing, here and under the scale; give [1, 2, 3] for instance")
-        for item in self.items(given, path):
-            value = self.integer(item, path, 0)
+        for item in self.items(given):
+            value = self.integer(item, 0)
             if value >= 2**32:
-                self.wrong(item, path, f"the seed {value} is too large; it must be less than 2**32")
+                self.wrong(item, f"the seed {value} is too large; it must be less than 2**32")
             if value in found:
-                self.wrong(item, path, f"the seed {value} is there twice; keep one")
+                self.wrong(item, f"the seed {value} is there twice; keep one")
             found.append(value)
         return tuple(dict.fromkeys(found))
 
-    def names(self, given: Located | None, path: str, what: str, known: Mapping[str, Any]) -> tuple[str, ...]:
+    def names(self, given: Located | None, what: str, known: Mapping[str, Any]) -> tuple[str, ...]:
         """Return names of a list, all known ones where it is left out."""
         if given is None:
             return tuple(known)
         found: dict[str, None] = {}
-        for item in self.items(given, path):
-            name = self.text(item, path)
+        for item in self.items(given):
+            name = self.text(item)
             if name in known:
                 found.setdefault(name)
             elif name:
-                self.problems.unknown(item.place, path, what, name, known)
+                self.unknown(item, what, name, known)
         return tuple(found)
 
-    def chosen(self, given: Located | None, path: str) -> tuple[str, ...]:
+    def chosen(self, given: Located | None) -> tuple[str, ...]:
         """Return variations by name, by role, by a pattern with ``*``, or all; one word needs no list."""
-        listed = [given] if given is not None and isinstance(given.value, str) else self.items(given, path)
+        listed = [given] if given is not None and isinstance(given.value, str) else self.items(given)
         known, wanted = self.variations, set()
         for item in listed:
-            word = self.text(item, path)
+            word = self.text(item)
             matching = {n for n, v in known.items() if word in (ALL, v.role) or fnmatch.fnmatchcase(n, word)}
             if word and not matching:
-                self.problems.unknown(item.place, path, "a variation, a role or all", word, [*known, *ROLES, ALL])
+                self.unknown(item, "a variation, a role or all", word, [*known, *ROLES, ALL])
             wanted |= matching
         return tuple(name for name in known if name in wanted)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..runner.records import Record
-from ..spec.design import Campaign, Point
+from ..spec.design import Campaign, Point, Setting
 
 #: Share of the reference's improvement during training after which its final quality counts as reached.
 ARRIVED = 0.95
@@ -20,26 +20,6 @@ _EFFICIENCY = (
     "train_seconds", "tokens_per_second", "peak_memory_mb", "peak_device_memory_mb", "flops_per_step", "steps",
     "cpu_seconds", "energy_joules",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What runs have in common that differ in variation and seed alone; ``settings`` is what the study varies."""
-
-    study: str
-    size: str
-    data: str
-    settings: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Return it in words, for a table."""
-        return ", ".join([self.study, self.size, self.data, *(f"{name} {value}" for name, value in self.settings)])
-
-    @property
-    def plain(self) -> Setting:
-        """Return it without what the study varies."""
-        return Setting(self.study, self.size, self.data)
 
 
 @dataclass(frozen=True)
@@ -53,13 +33,9 @@ class Pairs:
 
 
 class Results:
-    """The records of a campaign, read by study, size, data, variation and seed.
+    """The records of a campaign, read by study, size, data, variation and seed; missing runs are missing figures.
 
-    Args:
-        campaign: its design.
-        records: by run id; missing runs are missing figures.
-        checkpoint: ``last`` or ``best``.
-        split: whose figures count; the campaign's own when None.
+    They are those of the ``last`` or the ``best`` checkpoint, on a split (the campaign's own when None).
     """
 
     def __init__(
@@ -71,7 +47,7 @@ class Results:
         self.split = split or campaign.test_split
         self._points: dict[tuple[Setting, str], list[Point]] = {}
         for point in campaign.points:
-            self._points.setdefault((setting_of(point), point.variation), []).append(point)
+            self._points.setdefault((point.setting, point.variation), []).append(point)
 
     def settings(self, study: str | None = None) -> list[Setting]:
         """Return the settings in the order of the design, of one study or of all."""
@@ -149,7 +125,7 @@ class Results:
             that have not ended well, or, where less is better, of ones that were not evaluated before training.
         """
         own = self.curve(point)
-        others = [p for p in self.points(setting_of(point), self.campaign.reference) if p.seed == point.seed]
+        others = [p for p in self.points(point.setting, self.campaign.reference) if p.seed == point.seed]
         base = self.curve(others[0]) if others else []
         better_high = self.campaign.quality[1]
         if not own or len(base) < 2 or (not better_high and base[0][1] > 0):
@@ -183,8 +159,3 @@ def series(record: Record, key: str) -> list[tuple[float, float, float]]:
         if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(seconds, (int, float)):
             found.append((float(seconds), float(entry.get("step", 0)), float(value)))
     return found
-
-
-def setting_of(point: Point) -> Setting:
-    """Return the setting of a point."""
-    return Setting(*point.setting)

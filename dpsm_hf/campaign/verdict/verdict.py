@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ...runtime.files import json_number
 from ...statistics import ClaimTest, Decision, decide, power_note, sign_agreement
-from ..spec.design import Variation
-from .claims import Claim, claims_of
-from .finding import Finding, Judged, both_ends, corrected, undecided, with_note
-from .results import Pairs, Results, Setting
+from ..audit.audit import audited_runs
+from ..spec.design import Campaign, Setting, Variation
+from .claims import AUDITED, Claim, Finding, Judged, both_ends, claims_of, corrected, undecided, with_note
+from .results import Pairs, Results
 
 #: Share of settings and seeds that have to agree.
 AGREEMENT = 0.75
@@ -28,12 +29,8 @@ def verdict(results: Results, claims: Sequence[Claim] | None = None, study: str 
     """Judge every claim for every variation but the two that it compares with, in every setting of a study.
 
     ``holds`` and ``fails`` are both conclusions of a one-sided paired test at 5 %, corrected by Holm within a family:
-    the same claim over all variations of a role and all settings. Everything else is ``cannot tell``.
-
-    Args:
-        results: figures of the campaign.
-        claims: by default those of the task.
-        study: whose settings are judged.
+    the same claim over all variations of a role and all settings. Everything else is ``cannot tell``. The claims are
+    by default those of the task.
     """
     claims = claims_of(results.campaign.task) if claims is None else claims
     found: list[Finding] = []
@@ -228,3 +225,58 @@ def _agreement(
         high=agreement.interval.high, pairs=seen,
         note=f"{note}; {agreement.missing} missing" if agreement.missing else note,
     )  # fmt: skip
+
+
+# ---- by the audit --------------------------------------------------------------------------------------------------
+
+
+def audited_claims(campaign: Campaign, audit: Mapping[str, Any]) -> list[Finding]:
+    """Judge throughput and memory by the content of ``audit.json``, for every variation that it has measured.
+
+    Throughput is tested on the rounds of the audit, each of which times all variations after another. Memory is
+    counted, not sampled: its difference has no interval. What was audited with another reference, at another scale or
+    with other arguments is left out.
+    """
+    if (audit["reference"], audit["scale"]) != (campaign.reference, campaign.scale):
+        return []
+    try:
+        runs = audited_runs(campaign, audit["settings"].get("size"))
+    except ValueError:  # the reference is not among the chosen points
+        return []
+    setting = f"audit, {audit['settings']['tokens']:,} tokens a step, {audit['machine']['device']}"
+    speed: dict[str, list[Judged]] = {}
+    memory = []
+    for variation in campaign.variations:
+        entry, run = audit["variations"].get(variation.name), runs.get(variation.name)
+        compared = variation.name in (campaign.reference, campaign.brier)
+        if compared or entry is None or run is None or entry.get("run") != run.id:
+            continue
+        throughput, need = (
+            undecided(claim, variation.name, setting, variation.role, note=entry.get("message") or "not measured")
+            for claim in AUDITED
+        )
+        speed.setdefault(variation.role, []).append(_speed(entry, throughput))
+        memory.append(_memory(entry, need))
+    return [finding for family in speed.values() for finding in corrected(family)] + memory
+
+
+def _speed(entry: Mapping[str, Any], finding: Finding) -> Judged:
+    rounds = [sample for sample in entry["samples"] if sample["reference_seconds"]]
+    if not rounds:
+        return Judged(finding)
+    ours, theirs = (1 / np.array([sample[key] for sample in rounds]) for key in ("seconds", "reference_seconds"))
+    test, opposite = both_ends(finding, ours, theirs)
+    finding = replace(
+        finding, estimate=test.estimate, low=json_number(test.interval.low), high=json_number(test.interval.high),
+        pairs=len(rounds), p_value=json_number(test.p_value), note="pairs are rounds of the audit, not seeds",
+    )  # fmt: skip
+    return Judged(finding, test.p_value, opposite.p_value)
+
+
+def _memory(entry: Mapping[str, Any], finding: Finding) -> Finding:
+    difference = entry.get("peak_memory_difference_mb")
+    if difference is None or finding.at_most is None:
+        return finding
+    decision = Decision.HOLDS if difference <= finding.at_most else Decision.FAILS
+    note = "counted in one process, without spread"
+    return replace(finding, decision=decision.value, estimate=difference, pairs=1, note=note)
