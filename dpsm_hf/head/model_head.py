@@ -67,6 +67,7 @@ class ScoredOutput(ModelOutput):
     extra: Tensor | None = None
     targets: Tensor | None = None
     added: Tensor | None = None  # by the model to the loss of its tokens
+    tokens_loss: Tensor | None = None  # the loss as it was before a wrapper of the model may have added to it
 
     def scores(self) -> TokenScores:
         """Return the token scores, with the loss of the batch."""
@@ -262,7 +263,9 @@ class FusedHead:
                 raise FusedHeadError(f"{type(self.core).__name__} adds to its loss what it makes of its logits")
         (scores, targets), self._result = self._result, None
         loss = loss_after(scores.loss, logits)
-        return ScoredOutput(**{**vars(scores), "loss": loss}, targets=targets, added=added)
+        assert loss is not None  # an objective was given
+        # a copy: PEFT adds the regularisation of AdaLoRA to it in place
+        return ScoredOutput(**{**vars(scores), "loss": loss.clone()}, targets=targets, added=added, tokens_loss=loss)
 
     def _other_loss(self) -> OtherLossError:
         return OtherLossError(f"{type(self.core).__name__} computes its loss in training without its loss function")

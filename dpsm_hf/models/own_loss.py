@@ -413,8 +413,9 @@ def _routes(core: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Call a model without gradient, without compiling it anew, and leave no trace: modes and random state."""
-    trained = [module for module in model.modules() if module.training]
+    """Call a model without gradient, without compiling it anew, and leave no trace: modes, counts and random state."""
+    # a router may widen its capacity for a long text, say
+    before = [(module, _plain_attributes(module)) for module in model.modules()]
     tensor = next(model.parameters(), None)
     device = None if tensor is None or tensor.device.type in ("cpu", "meta", "mps") else tensor.device
     stance: Any = torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
@@ -425,8 +426,16 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             with torch.no_grad(), stance:
                 yield
         finally:
-            for module in trained:
-                module.training = True
+            for module, attributes in before:
+                for name, value in attributes.items():
+                    if vars(module).get(name, value) != value:
+                        vars(module)[name] = value
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers, texts and flags of a module, but for Transformers' mark of the hooks that it has."""
+    kept = (bool, int, float, str)
+    return {k: v for k, v in vars(module).items() if isinstance(v, kept) and k != "_output_capturing_hooks_installed"}
 
 
 def _part(core: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

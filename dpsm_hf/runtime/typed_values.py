@@ -54,6 +54,10 @@ def typed_value(name: str, hint: Any, value: Any, *, text: bool = True, choices:
     except ValidationError:
         without = "; leave it out for the default" if value is None else ""
         raise ValueError(f"should be {describe(hint, choices)}{without}") from None
+    if isinstance(found, Mapping) and (flag := _quoted_flag(found)):
+        raise ValueError(
+            f"has the text {flag!r} inside, which would count as true: write true or false without quotes"
+        )
     if isinstance(found, float) and not math.isfinite(found) and (math.isnan(found) or name not in _UNBOUNDED):
         raise ValueError("should be a number that is finite")
     if choices and found is not None and found not in choices:
@@ -61,6 +65,15 @@ def typed_value(name: str, hint: Any, value: Any, *, text: bool = True, choices:
     if isinstance(found, (int, float)) and found < AT_LEAST.get(name, -math.inf):
         raise ValueError(f"should be at least {AT_LEAST[name]}")
     return found
+
+
+def _quoted_flag(value: Any) -> str:
+    """Return a text anywhere in nested values that means true or false, empty if there is none."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next(filter(None, map(_quoted_flag, value)), "")
+    return value if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off") else ""
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:

@@ -205,7 +205,11 @@ class _Reader:
                 return str(node.value)
             self.problems.add(self.place(node), path, f"the tag {node.tag} is not read; leave it out")
             return None
-        value: Scalar = self.constructor.construct_object(node)
+        try:
+            value: Scalar = self.constructor.construct_object(node)
+        except (KeyError, ValueError):  # !!bool 'x'
+            self.problems.add(self.place(node), path, f"{node.value!r} is no {kind}, as its tag {node.tag} says")
+            return None
         if isinstance(value, float) and not math.isfinite(value):
             self.problems.add(self.place(node), path, f"{node.value} is no number to work with; give a finite one")
             return None

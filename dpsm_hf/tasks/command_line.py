@@ -18,6 +18,7 @@ import transformers
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from ..runtime.secrets import without_secrets
 from ..runtime.typed_values import typed_value
 from ..runtime.yaml_lines import Place
 from .settings_files import CONFIG_FILE_SUFFIXES, as_written, read_settings
@@ -147,7 +148,7 @@ class _Arguments:
         if place.line is None:
             raise ValueError(f"{place} {value}: this {problem}.")
         shown = "null" if value is None else str(written) if isinstance(value, bool) and written else repr(value)
-        raise ValueError(f"{name} = {shown} in {place} {problem}.")
+        raise ValueError(f"{name} = {without_secrets(shown, name)} in {place} {problem}.")
 
     def read_file(self, path: Path) -> None:
         """Take the values of a file.

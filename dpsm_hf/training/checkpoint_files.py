@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE_NAME = "trainer_state.json"
@@ -98,10 +100,11 @@ def examine(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     state = read_object(folder / STATE_NAME)
     step = state.get("global_step") if state is not None else None
     step = step if isinstance(step, int) and not isinstance(step, bool) else None
-    if step is None:
+    wrong = "cannot be read" if step is None or state is None else _wrong_state(folder, state, step)
+    if wrong:
         # whatever else there is was never finished, or belongs to no step
         found = (folder / STATE_NAME).exists()
-        return Checkpoint(folder, None, (), (f"{STATE_NAME} cannot be read",) if found else ())
+        return Checkpoint(folder, None, (), (f"{STATE_NAME} {wrong}",) if found else ())
     sharded = _sharded_engine(folder)
     missing = []
     if not _has_weights(folder) and not sharded:
@@ -116,6 +119,22 @@ def examine(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     missing += _missing_random_state(folder, processes)
     damaged = [f"{path.relative_to(folder)} {why}" for path, why in _damage(folder)]
     return Checkpoint(folder, step, tuple(missing), tuple(damaged))
+
+
+def _wrong_state(folder: Path, state: dict[str, Any], step: int) -> str:
+    """Return why a trainer state is not that of its checkpoint, empty if it is."""
+    if unknown := state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
+        return f"has a key {min(unknown)!r}, which Trainer does not know"
+    for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
+        if name in state and not isinstance(state[name], kind):
+            return f"has no {name}"
+    named = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    if named.isdecimal() and int(named) != step:
+        return f"is of step {step}"
+    steps = state.get("max_steps")
+    if step < 0 or (isinstance(steps, int) and 0 < steps < step):
+        return f"is of step {step} of {steps}"
+    return ""
 
 
 def saving_processes(folder: Path) -> int:
@@ -176,6 +195,9 @@ def _missing_random_state(folder: Path, processes: int) -> list[str]:
 
 def _damage(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files that cannot be read, with the reason."""
+    facts = read_object(folder / FACTS_NAME) or {}
+    if (folder / FACTS_NAME).exists() and not all(isinstance(facts.get(part), dict) for part in ("facts", "parts")):
+        yield folder / FACTS_NAME, "cannot be read"
     for path in _glob(folder, "config.json", "generation_config.json", "*adapter_config.json"):
         if read_object(path) is None:
             yield path, "is no JSON"

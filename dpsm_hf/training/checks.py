@@ -16,6 +16,7 @@ from ..calibration import METRICS
 from ..evaluation.panel import better_direction, reported_names
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels
 from .arguments import DPSMArguments
+from .clock import CLOCK
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +128,7 @@ def check_other_losses(trainer: Trainer, loss_type: str) -> None:
         )
 
 
-def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
+def check_best_metric(args: TrainingArguments, eval_dataset: Any, *, own_metrics: bool = False) -> None:
     """Look whether the checkpoint that ``metric_for_best_model`` chooses is the best one.
 
     With plain TrainingArguments, which take more to be better of all but a loss, the direction is put right.
@@ -135,6 +136,7 @@ def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
     Args:
         args: of the trainer; ``greater_is_better`` may be changed.
         eval_dataset: of the trainer; a dict evaluates each entry under ``eval_<name>``.
+        own_metrics: whether there is a ``compute_metrics``, whose names win and mean what its author knows.
 
     Raises:
         ValueError: if neither more nor less of the metric is better.
@@ -145,10 +147,10 @@ def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
     name = metric.removeprefix("eval_")
     for one in eval_dataset if isinstance(eval_dataset, dict) else ():
         name = name.removeprefix(f"{one}_")
-    if name not in reported_names():
+    if name not in (*reported_names(), CLOCK):
         return
     direction = better_direction(name)
-    if direction is None:
+    if direction is None and not own_metrics:
         raise ValueError(
             f"metric_for_best_model={metric!r} cannot choose a checkpoint: neither more nor less of it is better. "
             "Name one that can: eval_nll, eval_brier, eval_debiased_ece."

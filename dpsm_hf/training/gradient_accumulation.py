@@ -44,12 +44,15 @@ class LossAccumulation:
         finally:
             self._count, self._withheld = None, False
 
-    def scores_with(self, count: Count) -> Count:
-        """Return the count that the trainer's own loss is divided by, given what `compute_loss` was called with."""
-        if count is None and self._withheld and self.said is not False:
-            count = self._count
+    def scores_with(self, count: Count) -> tuple[Count, bool]:
+        """Return the count that the trainer's own loss is divided by, given what `compute_loss` was called with.
+
+        The flag says whether the loss is to be multiplied by the accumulation steps, which `Trainer` will divide by: a
+        subclass that was given no count may add a mean of its own.
+        """
+        withheld = count is None and self._withheld and self._count is not None and self.said is None
         self._scaled = count is not None
-        return count
+        return (self._count, True) if withheld else (count, False)
 
     @property
     def scored(self) -> bool:

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 # What torch says where it could not write; it does not pass on why.
 _TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error", "unexpected pos")
 _LITTLE_SPACE = 2**20
+# Raised where a file of a checkpoint can be read but holds something else.
+_OTHER_CONTENT = (ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -239,9 +241,10 @@ class ResumingMixin(_Base):
         wanted = [set(group) for group in self.optimizer.param_groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:
+        except _OTHER_CONTENT as error:
             raise ValueError(
-                f"the optimizer's state in {checkpoint} does not fit {now['optimizer']}: {error}"
+                f"what optimizer.pt or scheduler.pt in {checkpoint} holds does not fit {now['optimizer']} and "
+                f"{now['scheduler']} ({type(error).__name__}: {error}). Name an older checkpoint to go on from."
             ) from error
         for names, group in zip(wanted, self.optimizer.param_groups, strict=True):
             if lost := names - set(group):
@@ -249,6 +252,20 @@ class ResumingMixin(_Base):
                     f"{checkpoint} is of another optimizer than {now['optimizer']}: its state has no {min(lost)}. "
                     + remedy
                 )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state as `Trainer` does.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        try:
+            super()._load_rng_state(checkpoint)
+        except _OTHER_CONTENT as error:
+            raise ValueError(
+                f"the random state in {checkpoint} holds something else ({type(error).__name__}: {error}). "
+                "Name an older checkpoint to go on from."
+            ) from error
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
@@ -283,6 +300,17 @@ class ResumingMixin(_Base):
                 (folder / STATE_NAME).unlink(missing_ok=True)
                 self.run_facts.save(self, self.dpsm, folder, model=self._whole_model())
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, unless its weights are not finite.
+
+        Raises:
+            FloatingPointError: naming the first that is not.
+        """
+        if not _internal_call:  # a checkpoint's were looked at
+            self._check_past_gradients()
+            self._check_weights()
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model as `Trainer` does, its arguments without the hub's token."""
@@ -395,7 +423,7 @@ class ResumingMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, unless a gradient was not finite where nobody waited for it."""
-        if "loss" in logs:
+        if "loss" in logs or "train_runtime" in logs:  # the last one may be long past
             self._check_past_gradients()
         super().log(logs, start_time)
 

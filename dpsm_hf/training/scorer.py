@@ -119,6 +119,8 @@ class Scorer:
         #: The head that scores; None before the first batch and where logits are made.
         self.head: FusedHead | None = None
         self._not_fused: weakref.ref[nn.Module] | None = None
+        # whether a wrapper around the model adds to its loss (AdaLoRA's regularisation), in training and evaluation
+        self._added_around: dict[bool, bool] = {}
 
     @property
     def fell_back(self) -> bool:
@@ -128,6 +130,7 @@ class Scorer:
     def release(self) -> None:
         """Let go of the model, which another one may be about to replace."""
         self.head = None
+        self._added_around.clear()
 
     def batch(self, own: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Batch:
         """Return a batch as it is scored.
@@ -260,7 +263,12 @@ class Scorer:
                 self._give_up_fusing(batch.own, failure)
             return None, failure
         scores = replace(outputs.scores(), loss=None)  # what is kept for the log and for errors is to hold no graph
-        return ScoredBatch(outputs.loss, outputs, scores, outputs.targets, outputs.added), None
+        loss, added = outputs.tokens_loss, outputs.added
+        if model.training not in self._added_around:  # looked at once: it waits for the device
+            self._added_around[model.training] = not torch.equal(outputs.loss.detach(), loss.detach())
+        if self._added_around[model.training]:
+            added = outputs.loss - loss + (0.0 if added is None else added)
+        return ScoredBatch(loss, outputs, scores, outputs.targets, added), None
 
     def _give_up_fusing(self, own: nn.Module, failure: Exception) -> None:
         reason = str(failure) if isinstance(failure, FusedHeadError) else f"{type(failure).__name__}: {failure}"

@@ -114,7 +114,7 @@ class DPSMMixin(ResumingMixin):
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
         check_other_losses(self, dpsm.loss_type)
-        check_best_metric(self.args, self.eval_dataset)
+        check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
         if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
@@ -209,9 +209,9 @@ class DPSMMixin(ResumingMixin):
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
-        training, evaluation = model.training, self._evaluation
+        training, evaluation, divided = model.training, self._evaluation, False
         if training:
-            num_items_in_batch = self._accumulation.scores_with(num_items_in_batch)
+            num_items_in_batch, divided = self._accumulation.scores_with(num_items_in_batch)
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
@@ -224,6 +224,8 @@ class DPSMMixin(ResumingMixin):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
             # data parallelism averages gradients over processes, but the denominator is already global
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if divided:
+            loss = loss * self.current_gradient_accumulation_steps
         if training:
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:

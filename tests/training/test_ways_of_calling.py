@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     Seq2SeqTrainer,
@@ -307,3 +309,88 @@ def test_a_loss_that_is_not_the_mean_over_tokens_is_explained_where_it_is_report
         trainer.evaluate()
         words = f"the mean over the scored tokens is eval_nll, {metrics['eval_nll']:.4g}"
         assert caplog.text.count(words) == explained, "once where they differ"
+
+
+# ---- found by attack -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_term_that_a_subclass_adds_without_the_count_weighs_as_in_trainer(
+    accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that takes no count `Trainer` divides what `compute_loss` returns by the accumulation steps."""
+    monkeypatch.setattr(BartForConditionalGeneration, "accepts_loss_kwargs", False, raising=False)
+
+    class Adds(DPSMSeq2SeqTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            return super().compute_loss(model, inputs, return_outputs) + 1.0
+
+    size = 16 // accumulation
+    options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": size}
+    plain, adds = (build(kind, "bart", tmp_path, **options) for kind in (DPSMSeq2SeqTrainer, Adds))
+    plain.train()
+    adds.train()
+    one, other = (trainer.state.log_history[0]["loss"] for trainer in (plain, adds))
+    assert other == pytest.approx(one + 1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_a_wrapper_adds_to_the_loss_is_no_part_of_the_tokens_loss(accumulation: int, tmp_path: Path) -> None:
+    """AdaLoRA's model adds a regularisation to the outputs' loss, after the head has scored."""
+    found = []
+    for fused_head in ("off", "on"):
+        torch.manual_seed(0)
+        config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], r=4, total_step=10, task_type="CAUSAL_LM")
+        trainer = build(
+            DPSMTrainer, "llama", tmp_path, fused_head=fused_head, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=16 // accumulation, per_device_eval_batch_size=16, learning_rate=0.0,
+        )  # fmt: skip
+        trainer.model = trainer.model_wrapped = get_peft_model(make_model("llama"), config)
+        trainer.train()
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-5), "the loss is cross-entropy alone"
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path: Path) -> None:
+    trainer = build(DPSMTrainer, "llama", tmp_path)
+    trainer.train()
+    with torch.no_grad():
+        next(trainer.model.parameters())[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="is NaN or infinite after optimizer step 1. Nothing was saved"):
+        trainer.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_nobody_waited_for_is_told_at_the_end_at_the_latest(tmp_path: Path) -> None:
+    trainer = build(
+        DPSMTrainer, "llama", tmp_path, logging_nan_inf_filter=False, logging_steps=100, max_steps=3,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="norm of a gradient was nan"):
+        trainer.train()
+
+
+def test_asking_a_model_leaves_its_counts_as_they_were(tmp_path: Path) -> None:
+    """A router of NLLB-MoE widens its capacity in evaluation mode."""
+    trainer = build(DPSMTrainer, "llama", tmp_path)
+    core = trainer.model.model
+    core.capacity, forward = 16, core.forward
+
+    def widens(*args: Any, **kwargs: Any) -> Any:
+        if not core.training:
+            core.capacity = 48
+        return forward(*args, **kwargs)
+
+    core.forward = widens
+    trainer.train()
+    assert core.capacity == 16
+
+
+def test_a_metric_that_is_no_goal_is_refused_but_not_one_of_the_users(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'eval_train_seconds' cannot choose a checkpoint"):
+        build(DPSMTrainer, "llama", tmp_path, plain=True, metric_for_best_model="eval_train_seconds")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model="eval_signed_gap")
+    DPSMTrainer(model=make_model("llama"), args=args, compute_metrics=lambda prediction: {"signed_gap": 0.0})
