@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 # Keys of batches of text alone, which can be cut to a part of their length.
 _TEXT = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"})
 # Full logits are made of no more tokens than these, where the batch can be cut.
-_POSITIONS = 1024
+_POSITIONS = 128
 
 # Two threads that call one model with something replaced in it take turns: each puts back what it found.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

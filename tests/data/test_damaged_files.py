@@ -137,7 +137,7 @@ def test_views_of_strings_are_texts_in_both_scripts(tmp_path, name):
 @pytest.mark.parametrize("below", ["", "/deeper/still"])
 def test_a_file_is_no_folder_for_results(tmp_path, name, below):
     path = write_json(tmp_path / "a.jsonl", OBJECTS)
-    with pytest.raises(ValueError, match=rf"--output_dir {path}{below}: {path} is a file"):
+    with pytest.raises(NotADirectoryError, match=rf"--output_dir {path}{below}: {path} is a file, not a folder"):
         run(name, tmp_path, path, "--output_dir", f"{path}{below}")
 
 

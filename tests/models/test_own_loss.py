@@ -426,7 +426,7 @@ def test_a_long_batch_is_asked_with_a_part_of_it() -> None:
     labels = tokens.clone()
     labels[:7, 20:] = -100
     assert own_loss(model, {"input_ids": tokens, "labels": labels}) is not None
-    assert set(seen) == {(2, 512)}
+    assert set(seen) == {(1, 128)}
 
 
 def test_codes_of_answers() -> None:

@@ -46,7 +46,7 @@ WORK = {"do_train": True, "max_steps": 1}
         ({"model_name_or_path": "gpt2", "config_overrides": None}, "train-bpe makes new tokens"),
         ({"config_name": "gpt2"}, "contradicts"),
         ({"tokenizer_name": "gpt2"}, "goes with --tokenizer_name train-bpe"),
-        ({"tokenizer_vocab_size": 260}, "260 is too small"),
+        ({"tokenizer_vocab_size": 260}, "--tokenizer_vocab_size 260: this should be at least 261"),
         ({"train_file": "a.txt"}, "contradict each other"),
         ({"dataset_name": None}, "Give a data set"),
         ({"dataset_name": None, "train_file": "a.doc"}, "must end in"),
