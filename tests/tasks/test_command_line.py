@@ -89,14 +89,14 @@ def test_unknown_arguments_say_what_to_write(argv, message):
         parse_script_arguments((Options,), argv)
 
 
-def make_checkpoint(folder, step, state='{"global_step": 1}'):
+def make_checkpoint(folder, step, state='{"global_step": STEP}'):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"weight": torch.zeros(1)}, path / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"step": step}, path / name)
     if state is not None:
-        (path / "trainer_state.json").write_text(state)
+        (path / "trainer_state.json").write_text(state.replace("STEP", str(step)))
     return str(path)
 
 
@@ -110,6 +110,7 @@ def test_the_newest_complete_checkpoint_is_continued(tmp_path, caplog):
     ten = make_checkpoint(tmp_path, 10)
     make_checkpoint(tmp_path, 12, state=None)
     make_checkpoint(tmp_path, 15, state='{"global_st')
+    make_checkpoint(tmp_path, 16, state='{"global_step": 10}')  # of another step
     (tmp_path / "checkpoint-99").write_text("a file")
     assert detect_checkpoint(arguments(tmp_path)) == ten
     assert "continues from there" in caplog.text and "checkpoint-15 is incomplete" in caplog.text
