@@ -78,6 +78,8 @@ def is_secret_name(name: str) -> bool:
     if not words:
         return False
     *before, last = words
+    if name == "PWD":  # the shell's working directory, which is part of every absolute path below it
+        return False
     if last in _ALWAYS:
         return True
     if last in ("token", "pat"):

@@ -103,3 +103,13 @@ def test_log_lines_lose_their_credentials() -> None:
     finally:
         logger.removeHandler(handler)
     assert heard == [f"with {HIDDEN} and {HIDDEN}: 3", "100% of it"]
+
+
+def test_the_working_directory_is_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell keeps it as PWD, so that every absolute path below it would be one."""
+    monkeypatch.setenv("PWD", "/home/somebody/project")
+    monkeypatch.setenv("DB_PWD", "correct-horse-battery")
+    for path in ("/home/somebody/project/train.txt", "$PWD/train.txt"):
+        assert not is_secret_value(path)
+    assert without_secrets("saved to /home/somebody/project/out") == "saved to /home/somebody/project/out"
+    assert is_secret_name("pwd") and is_secret_value("correct-horse-battery")
