@@ -28,9 +28,9 @@ class ChildResult:
     Args:
         exit_code: its exit code; negative for a signal.
         seconds: wall-clock time from start to end.
-        cpu_seconds: processor time of all its threads; ``None`` where the system does not say.
-        peak_memory_mb: largest resident set in MB, of it or of one that it has waited for; ``None`` where the system
-            does not say. Never less than this process had when it started the child: Linux counts from the fork on.
+        cpu_seconds: processor time of all its threads and of those that it has waited for; ``None`` where the system
+            does not say, and after a signal: a launcher that was killed has waited for nobody.
+        peak_memory_mb: largest resident set in MB, of it or of one that it has waited for; ``None`` likewise. Never less than this process had when it started the child: Linux counts from the fork on.
         tail: its last lines of output.
     """
 
@@ -87,7 +87,7 @@ class Child:
                 return None
             self._process.returncode = os.waitstatus_to_exitcode(status)
         cpu_seconds = memory = None
-        if usage is not None:
+        if usage is not None and self._process.returncode >= 0:
             cpu_seconds = usage.ru_utime + usage.ru_stime
             memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else kibibytes
         return ChildResult(

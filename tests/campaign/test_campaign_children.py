@@ -81,6 +81,19 @@ def test_measures_of_a_child(tmp_path: Path) -> None:
     assert result.peak_memory_mb is not None and 64 < result.peak_memory_mb < max(own, 64) + 100
 
 
+def test_what_a_killed_launcher_used_is_unknown(tmp_path: Path) -> None:
+    """It has not waited for the process that did the work, so its own figures would pass for those of the run."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    child = Child([sys.executable, "-c", code], tmp_path / "log.txt")
+    time.sleep(0.5)
+    os.kill(child.pid, signal.SIGTERM)  # by somebody else
+    while (result := child.poll()) is None:
+        time.sleep(0.01)
+    child.kill()  # what it has left behind
+    assert result is not None and result.exit_code < 0
+    assert result.cpu_seconds is None and result.peak_memory_mb is None
+
+
 @linux
 def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (

@@ -163,11 +163,12 @@ def _ok_or_diverged(record: Record) -> Ending:
 
 
 def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return processor time and peak memory of all attempts; of one that nobody could measure the time is unknown."""
-    times = [attempt.get("cpu_seconds") for attempt in attempts]
-    peaks = [attempt["peak_memory_mb"] for attempt in attempts if attempt.get("peak_memory_mb") is not None]
-    whole = None if None in times else round(sum(filter(None, times)), 1)
-    return {"cpu_seconds": whole, "peak_memory_mb": max(peaks, default=None)}
+    """Return processor time and peak memory of all attempts, unknown where nobody could measure one of them."""
+    times, peaks = ([attempt.get(name) for attempt in attempts] for name in ("cpu_seconds", "peak_memory_mb"))
+    return {
+        "cpu_seconds": None if None in times else round(sum(filter(None, times)), 1),
+        "peak_memory_mb": None if None in peaks else max(filter(None, peaks), default=None),
+    }
 
 
 def recover(record: Record, directory: Path) -> Record:
