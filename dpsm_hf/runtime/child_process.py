@@ -30,7 +30,8 @@ class ChildResult:
         seconds: wall-clock time from start to end.
         cpu_seconds: processor time of all its threads and of those that it has waited for; ``None`` where the system
             does not say, and after a signal: a launcher that was killed has waited for nobody.
-        peak_memory_mb: largest resident set in MB, of it or of one that it has waited for; ``None`` likewise. Never less than this process had when it started the child: Linux counts from the fork on.
+        peak_memory_mb: largest resident set in MB, of it or of one that it has waited for; ``None`` likewise. Never
+            less than this process had when it started the child: Linux counts from the fork on.
         tail: its last lines of output.
     """
 

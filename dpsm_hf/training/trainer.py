@@ -143,12 +143,14 @@ class DPSMMixin(ResumingMixin):
         return self.dpsm.schedule()(state.global_step, state.max_steps or self._planned_steps(), state.log_history)
 
     def _planned_steps(self) -> int:
-        """Return the optimizer steps that `train` would take; a large number where the data do not tell."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        if self.train_dataset is None or not has_length(self.train_dataset) or not len(self.train_dataset):  # type: ignore[arg-type]
+        """Return about how many optimizer steps `train` would take; a large number where the data do not tell."""
+        args, data = self.args, self.train_dataset
+        if args.max_steps > 0:
+            return args.max_steps
+        if data is None or not has_length(data):
             return 10**9
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+        epoch = math.ceil(len(data) / self.get_total_train_batch_size(args))  # type: ignore[arg-type]
+        return max(1, math.ceil(args.num_train_epochs * epoch))
 
     @property
     def corruption(self) -> Corruption:

@@ -128,6 +128,10 @@ def test_alpha_and_losses_before_training(options: dict[str, Any], tmp_path: Pat
     loss = trainer.compute_loss(trainer.model, dict(batch))
     assert float(loss) == pytest.approx(float(trainer.model(**batch).loss), rel=1e-5)
     assert float(trainer.training_step(trainer.model, dict(batch))) == pytest.approx(float(loss), rel=1e-5)
+    loaders = len(trainer.accelerator._dataloaders)
+    assert trainer.alpha == 0.0 and len(trainer.accelerator._dataloaders) == loaders, (
+        "a loop that asks makes no loader"
+    )
     without_data = DPSMTrainer(model=make_model("llama"), args=DPSMConfig(output_dir=str(tmp_path), use_cpu=True))
     assert without_data.alpha == 0.0
 
