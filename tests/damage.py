@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Damage = Callable[[Path], None]
 
@@ -50,6 +52,16 @@ def lost(name: str) -> Damage:
     return lambda folder: (folder / name).unlink()
 
 
+def altered(name: str, **changes: Any) -> Damage:
+    """Whole JSON, but somebody's hand or another program has been in it."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+    return damage
+
+
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "weights cut": (cut(WEIGHTS), WEIGHTS),
@@ -67,5 +79,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "state cut": (cut("trainer_state.json"), "trainer_state.json"),
     "state empty": (emptied("trainer_state.json"), "trainer_state.json"),
     "state lost": (lost("trainer_state.json"), "trainer_state.json"),
+    "state of another step": (altered("trainer_state.json", global_step=2), "trainer_state.json is of step 2"),
+    "state before the start": (altered("trainer_state.json", global_step=-1), "trainer_state.json is of step -1"),
+    "state with a strange key": (altered("trainer_state.json", foo=1), "trainer_state.json has a key 'foo'"),
+    "state without a log": (altered("trainer_state.json", log_history=None), "trainer_state.json has no log_history"),
+    "state without callbacks": (altered("trainer_state.json", stateful_callbacks=[]), "has no stateful_callbacks"),
+    "facts cut": (cut("run_facts.json"), "run_facts.json cannot be read"),
+    "facts that are none": (altered("run_facts.json", facts=[1]), "run_facts.json cannot be read"),
     "configuration cut": (cut("config.json"), "config.json"),
 }

@@ -157,6 +157,10 @@ def test_help_shows_defaults_and_the_settings_file(task, capsys):
         ("seed: 1\nseed: 2", r"settings.yaml:7: seed: this key was given in line 6 already"),
         ("1: 2", r"settings.yaml:6: the key 1 is no text"),
         ("seed: !!python/name:os.system", r"settings.yaml:6: seed: the tag"),
+        ("seed: !!bool x", r"settings.yaml:6: seed: 'x' is no bool"),
+        ("accelerator_config: {split_batches: 'false'}", r"accelerator_config = .* in .* has the text 'false' inside"),
+        ("lr_scheduler_kwargs: {a: [{b: 'No'}]}", r"lr_scheduler_kwargs = .* in .*:6 has the text 'No' inside"),
+        ("token: [hf_abcdefghijklmnopqrstuvwxyz]", r"^token = \*\*\* in .*:6 should be text"),
         ("seed: [1", "not valid YAML.*settings.yaml:"),
     ],
 )  # fmt: skip

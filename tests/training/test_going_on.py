@@ -103,6 +103,21 @@ def test_a_damaged_checkpoint_that_is_named_stops_with_the_sound_one(kind: str, 
         build(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rng_state.pth", {}, "random state in .*checkpoint-4 holds something else"),
+        ("rng_state.pth", torch.zeros(2), "random state in .*checkpoint-4 holds something else"),
+        ("optimizer.pt", torch.zeros(2), "optimizer.pt or scheduler.pt in .*checkpoint-4"),
+        ("scheduler.pt", {}, "optimizer.pt or scheduler.pt in .*checkpoint-4"),
+    ],
+)
+def test_a_whole_file_that_holds_something_else_is_named(name: str, content: Any, words: str, run: Path) -> None:
+    torch.save(content, run / "checkpoint-4" / name)
+    with pytest.raises(ValueError, match=f"{words}.*older checkpoint"):
+        build(run).train(resume_from_checkpoint=True)
+
+
 def test_strict_stops_at_a_damaged_one(run: Path) -> None:
     cut("optimizer.pt")(run / "checkpoint-4")
     trainer = build(run)
