@@ -1,4 +1,4 @@
-"""Modules that moved, importable under the names they had before.
+"""Former names: of modules that moved, importable under them still, and of arguments.
 
 Files outside the package import some of them: the ``evaluate`` module ``token_calibration`` lies in users' caches, and
 the documentation named others. Both names give the same module.
@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-#: Former name and today's, both without the package.
+#: Former name and today's, of arguments.
+ARGUMENTS = {"loss_type": "scoring_rule"}
+
+#: Former name and today's of modules, both without the package.
 MOVED = {
     "arguments": "training.arguments",
     "callbacks": "training.callbacks",

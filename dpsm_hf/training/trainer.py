@@ -113,7 +113,7 @@ class DPSMMixin(ResumingMixin):
 
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
-        check_other_losses(self, dpsm.loss_type)
+        check_other_losses(self, dpsm.scoring_rule)
         check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
         if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
             raise ValueError(
@@ -136,7 +136,7 @@ class DPSMMixin(ResumingMixin):
 
         Before training it is that of the first step.
         """
-        if self.dpsm.loss_type != "dpsm":
+        if self.dpsm.scoring_rule != "dpsm":
             return None
         state = self.state
         # of an unknown length any will do: at step 0 the shares of a schedule are all still to come
@@ -169,7 +169,9 @@ class DPSMMixin(ResumingMixin):
 
     def _owns_loss(self) -> bool:
         """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
-        known = self._scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        known = (
+            self._scorer.alignment is not None or self.dpsm.scoring_rule != "ce" or self.corruption.flips is not None
+        )
         return self.compute_loss_func is None and known
 
     @property
@@ -237,10 +239,11 @@ class DPSMMixin(ResumingMixin):
     def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         if "labels" in inputs or not model.training:
             return
-        if self.dpsm.loss_type != "ce":
+        if self.dpsm.scoring_rule != "ce":
             raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
-                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
+                f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={self.dpsm.scoring_rule!r} "
+                "cannot be computed; let the data collator name them so, or use scoring_rule='ce' for the model's own "
+                "loss."
             )
         if self.corruption.flips is not None:
             raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
@@ -249,7 +252,7 @@ class DPSMMixin(ResumingMixin):
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
         smoother: Any = self.label_smoother
         if training:
-            plain = self.dpsm.loss_type == "ce" and not self.dpsm.z_loss
+            plain = self.dpsm.scoring_rule == "ce" and not self.dpsm.z_loss
             return BatchRule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
         return BatchRule(
             Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother

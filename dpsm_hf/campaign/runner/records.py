@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json, strict, write_json
+from ...runtime.former_names import ARGUMENTS as FORMER_ARGUMENTS
 from ...runtime.secrets import without_secrets
 
 SCHEMA = 1
@@ -119,6 +120,8 @@ def read_record(path: Path) -> Record:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: move it away to repeat the run.")
+    if isinstance(arguments := content.get("arguments"), dict):
+        content["arguments"] = {FORMER_ARGUMENTS.get(name, name): value for name, value in arguments.items()}
     try:
         return Record(**content)
     except TypeError as error:

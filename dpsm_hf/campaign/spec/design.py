@@ -78,6 +78,8 @@ class Run:
         """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
         left_out = DISPLAY | self.neutral
         arguments = {name: value for name, value in self.arguments.items() if name not in left_out}
+        if "scoring_rule" in arguments:  # under its former name, so that the ids of earlier records stay
+            arguments["loss_type"] = arguments.pop("scoring_rule")
         content = {"task": self.task, "processes": self.processes, "arguments": {**arguments, **self.contents}}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

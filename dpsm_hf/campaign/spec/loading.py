@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.loading import EMBEDDED_DATASETS
+from ...runtime.former_names import ARGUMENTS as FORMER_ARGUMENTS
 from ...runtime.secrets import REMEDY, hidden, is_secret_name, is_secret_value
 from ...runtime.yaml_lines import Located, Place, Problems, SpecError, located, read_yaml, suggestion
 from .design import SCALES, Campaign, Point
@@ -53,7 +54,7 @@ def load_campaign(
         problems.check()
         raise AssertionError("a tree is missing without a reason")
     _refuse_credentials(tree, text, problems)
-    chosen = _at_scale(tree, scale, problems)
+    chosen = _at_scale(_renamed(tree, problems), scale, problems)
     for override in overrides or ():
         apply_override(chosen, override, problems)
     _refuse_credentials(Located(chosen, tree.place), "", problems)
@@ -128,6 +129,24 @@ def _credentials(given: Located, path: str, below: bool = False) -> Iterator[tup
         yield path, given.place
 
 
+def _renamed(given: Located, problems: Problems) -> Located:
+    """Return a value with arguments under their names of today, wherever they stand in it."""
+    if isinstance(given.value, list):
+        items = [_renamed(item, problems) for item in given.value]
+        return dataclasses.replace(given, value=items)
+    if isinstance(given.value, str) and given.value in FORMER_ARGUMENTS:  # in a list of arguments
+        return dataclasses.replace(given, value=FORMER_ARGUMENTS[given.value])
+    if not isinstance(given.value, dict):
+        return given
+    found: dict[str, Located] = {}
+    for key, item in given.value.items():
+        name = FORMER_ARGUMENTS[key] if key in FORMER_ARGUMENTS else key
+        if name != key and name in given.value:
+            problems.add(item.place, key, f"this is the former name of {name}, which is given too; leave it out")
+        found[name] = _renamed(item, problems)
+    return dataclasses.replace(given, value=found)
+
+
 def _at_scale(tree: Located, scale: str, problems: Problems) -> dict[str, Located]:
     """Return the file's keys with the differences of a scale applied: base key by key, other sections as a whole."""
     keys = {name: item for name, item in tree.value.items() if name != "scales"}
@@ -181,6 +200,7 @@ def apply_override(tree: dict[str, Located], text: str, problems: Problems) -> N
         problems: gets what is wrong with it.
     """
     path, equals, written = text.partition("=")
+    path = ".".join(FORMER_ARGUMENTS.get(part, part) for part in path.split("."))
     if not equals or not path.strip():
         problems.add(_SET, text, "write KEY=VALUE, for instance base.max_steps=100")
     elif path.strip() == "data":
@@ -188,7 +208,7 @@ def apply_override(tree: dict[str, Located], text: str, problems: Problems) -> N
     else:
         value = _written(written, path, problems)
         if value is not None:
-            _set(tree, path.strip(), value, problems)
+            _set(tree, path.strip(), _renamed(value, problems), problems)
 
 
 def _written(written: str, path: str, problems: Problems) -> Located | None:
