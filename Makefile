@@ -15,7 +15,7 @@ DEEPSPEED_PY := $(DEEPSPEED_VENV)/bin/python
 DEEPSPEED_STAMP := $(DEEPSPEED_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test deepspeed test-deepspeed bench lint format clean
+.PHONY: help venv demo docs test deepspeed test-deepspeed bench lint format clean
 
 help: ## Show this list
 	@echo "make <target>   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -43,6 +43,11 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 
 demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real text and compare; PRESET=clm|summarization
 	$(PY) -m dpsm_hf demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
+
+docs: $(STAMP) ## Build the documentation site into build/site; every warning is an error
+	@$(PY) -c 'import mkdocs, mkdocstrings, material' 2>/dev/null || $(PY) -m pip install -qq -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+	@echo "build/site/index.html"
 
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.
 test: $(STAMP) ## Run the unit, integration and distributed tests; PYTEST_ARGS="-k name"

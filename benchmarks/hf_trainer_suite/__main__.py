@@ -40,7 +40,7 @@ code is in this repository. Models of the hub are replaced by tiny random ones o
   `scoring_rule="dpsm"` says so instead of training it.
 
 Every test with its outcome and its error is in
-[`hf_trainer_suite.csv`](../benchmarks/results/hf_trainer_suite.csv). This page is written by the script.
+`benchmarks/results/hf_trainer_suite.csv`. This page is written by the script.
 """
 
 
