@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..runtime.garbage import collector_paused
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -45,7 +47,9 @@ TASKS = {
 def get_task(name: str) -> type[Task]:
     """Import a task of `TASKS` and return its class; KeyError if there is none of that name."""
     entry = TASKS[name]
-    task: type[Task] = getattr(importlib.import_module(entry.module), entry.class_name)
+    with collector_paused():
+        module = importlib.import_module(entry.module)
+    task: type[Task] = getattr(module, entry.class_name)
     return task
 
 
