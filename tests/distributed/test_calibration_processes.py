@@ -11,7 +11,7 @@ from tests import cases
 from tests.distributed.calibration_worker import CASES
 from tests.distributed.processes import results_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[2, 4])

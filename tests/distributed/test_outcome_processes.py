@@ -25,7 +25,7 @@ SHARED = """
 CLM = """
     run_clm_dpsm.py --dataset_name python-docs --model_type gpt2 --block_size 32 --max_steps 14
     --config_overrides n_embd=32,n_layer=1,n_head=2,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0
-    --eval_delay 7
+    --eval_delay 7 --calibration_split_percentage 1
 """
 SUMMARIES = """
     run_summarization_dpsm.py --dataset_name python-docstrings --model_type bart --max_steps 4 --max_source_length 32

@@ -12,7 +12,7 @@ from pydoc_data import topics
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def run(command: list[str], folder: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,30 @@ whole = cache(train)
 
 
 @pytest.fixture(scope="module")
-def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The logs of two processes with one way of sharding."""
-    if request.param != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """A function from a way of sharding to the logs of two processes with it, which are started once."""
+
+    @cache
+    def logs(how: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("sharded")
+        return results_of(
+            "sharded_worker", folder, how, timeout=600, DS_ACCELERATOR="cpu",
+            # DeepSpeed compiles its communication, by the ninja that came with it; a build that was killed would leave
+            # a lock behind for which all later ones wait
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
+        )  # fmt: skip
+
+    return logs
+
+
+@pytest.mark.parametrize(("how", "case"), CASES)
+def test_sharded_weights_give_the_figures_of_one_process(
+    how: str, case: str, sharded: Callable[[str], dict[str, Any]]
+) -> None:
+    if how != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed here; make test-deepspeed runs these")
-    folder = tmp_path_factory.mktemp("sharded")
-    return results_of(
-        "sharded_worker", folder, request.param, timeout=600, DS_ACCELERATOR="cpu",
-        # DeepSpeed compiles its communication, by the ninja that came with it; a build that was killed would leave a
-        # lock behind for which all later ones wait
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("sharded", "case"), CASES, indirect=["sharded"])
-def test_sharded_weights_give_the_figures_of_one_process(case: str, sharded: dict[str, Any]) -> None:
-    *mine, last = [entry for entry in sharded[case] if {"loss", "eval_loss"} & entry.keys()]
+    *mine, last = [entry for entry in sharded(how)[case] if {"loss", "eval_loss"} & entry.keys()]
     *theirs, expected = [
         entry for entry in whole(case.split(",")[0], 16, fused_head="off") if {"loss", "eval_loss"} & entry.keys()
     ]

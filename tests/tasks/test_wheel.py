@@ -82,6 +82,7 @@ def test_every_command_works_from_the_wheel(dpsm: list[str], tmp_path: Path) -> 
     text = "\n\n".join(load_python_docs()["train"]["text"][:60])
     (tmp_path / "train.txt").write_text(text, encoding="utf-8")
     (tmp_path / "test.txt").write_text(text[: len(text) // 4], encoding="utf-8")
+    (tmp_path / "dev.txt").write_text(text[-(len(text) // 4) :], encoding="utf-8")
     words = [f"--{name}={value}" for name, value in TINY.items()]
     run([command, "clm", "--train_file", "train.txt", "--output_dir", "out", *words], tmp_path)
     assert json.loads((tmp_path / "out" / "outcome.json").read_text())["efficiency"]["steps"] == 2
@@ -94,7 +95,11 @@ def test_every_command_works_from_the_wheel(dpsm: list[str], tmp_path: Path) -> 
         "base": {**{name: value for name, value in TINY.items() if name != "tokenizer_vocab_size"},
                  "do_predict": True, "fit_temperature": True, "max_predict_samples": 8,
                  "eval_strategy": "steps", "eval_steps": 2, "tokenizer_name": str(tmp_path / "out")},
-        "sizes": {"tiny": {}}, "data": {"docs": {"arguments": {"dataset_name": "python-docs"}}},
+        # the demo below reads the embedded texts
+        "sizes": {"tiny": {}}, "data": {"docs": {"arguments": {
+            "train_file": str(tmp_path / "train.txt"), "validation_file": str(tmp_path / "dev.txt"),
+            "test_file": str(tmp_path / "test.txt"),
+        }}},
         "variations": {name: {"arguments": {"scoring_rule": name}} for name in ("ce", "brier")},
         "studies": {"main": {"variations": "all"}},
     }  # fmt: skip
