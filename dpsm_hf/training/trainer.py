@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,11 @@ from .checks import (
 from .clock import TrainingClock
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
+from .finite import FiniteNumbers, engine_steps
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .resuming import ResumingMixin
+from .resuming import CheckpointKeeper
+from .run_facts import RunFacts
 from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
@@ -55,8 +57,13 @@ logger = logging.get_logger(__name__)
 _LABELS = ("labels", "shift_labels")
 _Callback = TypeVar("_Callback", bound=TrainerCallback)
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
-class DPSMMixin(ResumingMixin):
+
+class DPSMMixin(_Base):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -80,6 +87,8 @@ class DPSMMixin(ResumingMixin):
         _keep_liger_out_of_the_loss(kwargs.get("args", args[1] if len(args) > 1 else None))
         self._corruptor = Corruptor(corruption or Corruption())
         self._clock = TrainingClock()
+        self._finite = FiniteNumbers()
+        self._checkpoints = CheckpointKeeper()
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
@@ -287,7 +296,7 @@ class DPSMMixin(ResumingMixin):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=engine_steps(self))
         return loss
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
@@ -325,7 +334,8 @@ class DPSMMixin(ResumingMixin):
             check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
-        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
+        self._finite.forget()
+        resume_from_checkpoint = self._checkpoints.settle(self, self.dpsm, resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
@@ -374,17 +384,6 @@ class DPSMMixin(ResumingMixin):
         # of all processes together the number stays, of one it may not
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint as `Trainer` does, with the training clock in its state and the counts of corruption."""
-        self._clock.save(self.state)
-        if self._corruptor.active:
-            self._corruptor.gather(self.args.device)
-            if self.args.should_save:
-                # before the others: a checkpoint is complete with its trainer_state.json, the last
-                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / name)
-        super()._save_checkpoint(model, trial)
-
     def corruption_record(self) -> dict[str, int] | None:
         """Return what was corrupted up to the last log, checkpoint or end of the training; None for clean training.
 
@@ -418,6 +417,8 @@ class DPSMMixin(ResumingMixin):
                 logs.update(self._corruptor.entry(self.args.device))
         elif "train_runtime" in logs:  # the summary at the end
             logs["train_seconds"] = self._clock.seconds(self.state)
+        if "loss" in logs or "train_runtime" in logs:  # the last one may be long past
+            self._finite.check_past_gradients(self.state.global_step)
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -431,6 +432,70 @@ class DPSMMixin(ResumingMixin):
         if self.is_world_process_zero() and card.exists():
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
             add_objective_section(card, section)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    @property
+    def run_facts(self) -> RunFacts:
+        """Return what is written into checkpoints, and compared on going on from one."""
+        return self._checkpoints.facts
+
+    @run_facts.setter
+    def run_facts(self, facts: RunFacts) -> None:
+        self._checkpoints.facts = facts
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient as `Trainer` does, which asks for it right before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite.check_gradient(self, norm, model)
+        return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint as `Trainer` does, with clock, facts and counts of corruption, of finite weights."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._clock.save(self.state)
+        if self._corruptor.active:
+            self._corruptor.gather(self.args.device)
+            if self.args.should_save:
+                self._corruptor.save(folder)  # before the others: a checkpoint is complete with its trainer_state.json
+        self._finite.check_before_saving(self)
+        with self._checkpoints.saving(self, self.dpsm, folder):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, unless a weight is not finite: a FloatingPointError names the first."""
+        if not _internal_call:  # a checkpoint's were looked at
+            self._finite.check_before_saving(self)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model as `Trainer` does, its arguments without the hub's token."""
+        with self._checkpoints.writing_model(self.args, output_dir):
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights as `Trainer` does, unless they are those of another model."""
+        self._checkpoints.check_model(self, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states as `Trainer` does, unless they are those of another kind."""
+        with self._checkpoints.loading_optimizer(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state as `Trainer` does, unless it is something else."""
+        with self._checkpoints.loading_random_state(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """Find the place to go on from as `Trainer` does; in a stream that was read more than once, the right one."""
+        found: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        return self._checkpoints.place_in_stream(self.args, checkpoint, num_train_epochs, found)
 
     # ---- evaluation of a batch -------------------------------------------------------------------------------------
 
