@@ -6,6 +6,7 @@ import errno
 import math
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ class CheckpointKeeper:
     def __init__(self) -> None:
         #: What is written into checkpoints and compared on going on from one.
         self.facts = RunFacts()
+        self._unsealed: Path | None = None  # the checkpoint whose parts have no digests yet
 
     # ---- which checkpoint ------------------------------------------------------------------------------------------
 
@@ -230,9 +232,12 @@ class CheckpointKeeper:
         try:
             yield
         except _OTHER_CONTENT as error:
+            frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+            mine = any(frame.f_locals.get("self") is trainer.lr_scheduler for frame in frames)
+            loading = "scheduler" if mine else "optimizer"
             raise ValueError(
-                f"what optimizer.pt or scheduler.pt in {checkpoint} holds does not fit {now['optimizer']} and "
-                f"{now['scheduler']} ({type(error).__name__}: {error}). Name an older checkpoint to go on from."
+                f"what {loading}.pt in {checkpoint} holds does not fit {now[loading]} "
+                f"({type(error).__name__}: {error}). Name an older checkpoint to go on from."
             ) from error
         for names, group in zip(wanted, trainer.optimizer.param_groups, strict=True):
             if lost := names - set(group):
@@ -298,6 +303,26 @@ class CheckpointKeeper:
                 (folder / STATE_NAME).unlink(missing_ok=True)
                 self.facts.save(trainer, dpsm, folder, model=_whole_model(trainer))
             yield
+        self._unsealed = folder
+
+    def seal(self, trainer: Trainer) -> None:
+        """Write the digests of the parts of a checkpoint that was just saved, after what callbacks have written there.
+
+        A kill before that leaves a whole checkpoint without digests. On all processes, which wait for each other.
+
+        Args:
+            trainer: in training.
+
+        Raises:
+            UnwritableError: the disk is full, for instance.
+        """
+        folder, self._unsealed = self._unsealed, None
+        if folder is None:
+            return
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save and folder.is_dir():
+            with self.writing(trainer.args, folder):
+                self.facts.seal(folder)
 
     @contextmanager
     def writing(self, args: TrainingArguments, folder: Path) -> Iterator[None]:

@@ -462,6 +462,11 @@ class DPSMMixin(_Base):
         with self._checkpoints.saving(self, self.dpsm, folder):
             super()._save_checkpoint(model, trial)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as `Trainer` does, and seal a checkpoint once callbacks have written into it, too."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._checkpoints.seal(self)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer` does, unless a weight is not finite: a FloatingPointError names the first."""
         if not _internal_call:  # a checkpoint's were looked at
