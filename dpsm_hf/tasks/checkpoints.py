@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..runtime.child_process import RUNNER_VARIABLE, STARTED_NAME
+from ..runtime.files import write_json
 from ..training.checkpoint_files import STATE_NAME, examine, read_object
 from ..training.resuming import agreed, newest_sound
 from ..training.trainer import DPSMMixin
@@ -126,6 +128,21 @@ def _detect(training_args: TrainingArguments, strict: bool) -> str | None:
             last,
         )
     return last
+
+
+def note_start(training_args: TrainingArguments, checkpoint: str | None) -> None:
+    """Tell the runner of a campaign, where one has started this process, which step training goes on from.
+
+    Args:
+        training_args: The arguments of the run.
+        checkpoint: As `detect_checkpoint` returns it.
+    """
+    if RUNNER_VARIABLE not in os.environ or not training_args.do_train or training_args.process_index != 0:
+        return
+    state = read_object(Path(checkpoint) / STATE_NAME) if checkpoint is not None else None
+    folder = Path(str(training_args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json({"from_step": (state or {}).get("global_step", 0)}, folder / STARTED_NAME)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str | None:
