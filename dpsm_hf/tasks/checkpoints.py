@@ -165,7 +165,7 @@ def train_and_save(
     train_samples: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
+    """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C and SIGTERM save a checkpoint first.
 
     A checkpoint of a run whose training had ended is loaded and saved, not trained on.
 
@@ -179,8 +179,8 @@ def train_and_save(
         The metrics of the training.
 
     Raises:
-        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 where a
-            `StopAtStep` among the callbacks has stopped it.
+        SystemExit: With code 130 after an interrupt and 143 after SIGTERM, once it has been said how to resume; with
+            code 0 where a `StopAtStep` among the callbacks has stopped it.
     """
     if checkpoint is not None:
         # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
@@ -189,7 +189,8 @@ def train_and_save(
     for added in (callback, *callbacks):
         trainer.add_callback(added)
     try:
-        with graceful_interrupt(callback):
+        # with enable_jit_checkpoint, Transformers itself saves a checkpoint on SIGTERM
+        with graceful_interrupt(callback, terminate=not getattr(trainer.args, "enable_jit_checkpoint", False)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         _say_how_to_resume(trainer)
@@ -201,7 +202,7 @@ def train_and_save(
         # A launcher ends all processes when the first one fails, and one of them may still be writing.
         trainer.accelerator.wait_for_everyone()
         _say_how_to_resume(trainer)
-        raise SystemExit(130)
+        raise SystemExit(callback.exit_code)
     if any(isinstance(added, StopAtStep) and added.stopped for added in callbacks):
         raise SystemExit(0)
     trainer.save_model()
