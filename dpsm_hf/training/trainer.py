@@ -34,16 +34,18 @@ from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps,
 from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import (
+    check_batch_labels,
     check_best_metric,
     check_calibration_dataset,
-    check_dataset_labels,
     check_feedback_metric,
     check_other_losses,
+    check_train_dataset,
     integer_labels,
 )
 from .clock import TrainingClock
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
+from .evaluation_report import EvaluationReport, gathered_rows
 from .finite import FiniteNumbers, engine_steps
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
@@ -100,7 +102,7 @@ class DPSMMixin(_Base):
         self.panel: EvaluationPanel | None = None
         self._evaluation: Collector | None = None  # the one in progress
         self._batch_rows = 0  # of the batch that was evaluated last
-        self._loss_explained = False
+        self._evaluation_report = EvaluationReport()
         self._unannounced = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
@@ -124,13 +126,13 @@ class DPSMMixin(_Base):
         dpsm, dataset = self.dpsm, self._calibration_dataset
         check_other_losses(self, dpsm.loss_type)
         check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
-        if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
+        if dataset is not None:
+            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
+        elif isinstance(self.args, DPSMArguments) and dpsm.fit_temperature:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
                 "trained nor tested on."
             )
-        if dataset is not None:
-            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
         if dpsm.log_component_grad_norms:
             check_component_norms(self, owns_loss=self._owns_loss())
 
@@ -216,7 +218,8 @@ class DPSMMixin(_Base):
                 by the scored tokens of this batch.
         """
         inputs = _without_missing_labels(inputs)
-        self._check_labels(model, inputs)
+        if model.training:
+            check_batch_labels(inputs, self.dpsm.loss_type, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
@@ -242,17 +245,6 @@ class DPSMMixin(_Base):
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
         return (loss, outputs) if return_outputs else loss
-
-    def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if "labels" in inputs or not model.training:
-            return
-        if self.dpsm.loss_type != "ce":
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={self.dpsm.loss_type!r} cannot be "
-                "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
-            )
-        if self.corruption.flips is not None:
-            raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
 
     def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
@@ -327,11 +319,7 @@ class DPSMMixin(_Base):
         With corruption the metrics get the counts of what was corrupted, as ``train_...``.
         """
         if self.train_dataset is not None:
-            if has_length(self.train_dataset) and len(self.train_dataset) == 0:  # type: ignore[arg-type]
-                raise ValueError(
-                    "train_dataset is empty: there is nothing to train on. Look at its split and filters."
-                )
-            check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
+            check_train_dataset(self.train_dataset, vocabulary_size(self.model))
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
         self._finite.forget()
@@ -610,18 +598,17 @@ class DPSMMixin(_Base):
         with self._collecting(evaluation):
             output = super().evaluation_loop(*arguments)
             self.panel = evaluation.finish(self.args.device)
-        self._report(self.panel, output, metric_key_prefix)
+        smoothed = bool(self.args.label_smoothing_factor)
+        seconds = self._clock.seconds(self.state) if self.is_in_train else None
+        if self._evaluation_report.add(self.panel, output, metric_key_prefix, seconds=seconds, smoothed=smoothed):
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+            tensorboard = next((writer for writer in writers if writer is not None), None)
+            for writing in self._callbacks(CalibrationCallback):
+                writing.receive(self.panel, metric_key_prefix, tensorboard)
         return output
 
     def _gathered_rows(self, tensors: Any) -> Any:
-        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too.
-
-        Only what was generated has several, and is ``[rows, T]``. The loss of a batch comes once a row of a full one.
-        """
-        rows = self._batch_rows
-        if isinstance(tensors, Tensor) and tensors.dim() > 1 and 0 < rows < len(tensors) and not len(tensors) % rows:
-            return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
-        return self.accelerator.gather_for_metrics(tensors)
+        return gathered_rows(self.accelerator, tensors, self._batch_rows)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
         dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
@@ -631,37 +618,6 @@ class DPSMMixin(_Base):
             depth=dpsm.expected_depth, ignore_forced_tokens=dpsm.ignore_forced_tokens,
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )  # fmt: skip
-
-    def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
-        """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
-        assert output.metrics is not None  # the loop always returns a dict
-        if found := panel.metrics():
-            metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
-            if self.is_in_train:
-                metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
-            self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
-            # a metric of the user's own compute_metrics keeps its name
-            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
-            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
-            tensorboard = next((writer for writer in writers if writer is not None), None)
-            for callback in self._callbacks(CalibrationCallback):
-                callback.receive(panel, prefix, tensorboard)
-        elif panel.samples and f"{prefix}_loss" in output.metrics:
-            # no token, no loss: a 0 would be the best that there ever was
-            output.metrics[f"{prefix}_loss"] = math.nan
-            logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
-
-    def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
-        """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
-        expected = loss is None or self.args.label_smoothing_factor or abs(loss - nll) <= 1e-3 * abs(nll)
-        if expected or self._loss_explained:
-            return
-        self._loss_explained = True
-        logger.warning(
-            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
-            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
-            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
-        )
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
