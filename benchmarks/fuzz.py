@@ -199,8 +199,8 @@ _CAMPAIGN: dict[str, Any] = {
     "brier": "brier",
     "base": {"do_train": True, "do_eval": True, "do_predict": True, "fit_temperature": True, "max_steps": 10},
     "variations": {
-        "ce": {"arguments": {"loss_type": "ce"}},
-        "brier": {"arguments": {"loss_type": "brier"}},
+        "ce": {"arguments": {"scoring_rule": "ce"}},
+        "brier": {"arguments": {"scoring_rule": "brier"}},
         "dpsm": {},
     },
     "sizes": {"tiny": {"arguments": {"model_type": "gpt2", "tokenizer_name": "train-bpe"}}},

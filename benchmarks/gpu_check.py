@@ -29,16 +29,16 @@ from dpsm_hf.head.options import HeadOptions, LinearHead
 from dpsm_hf.head.scoring_loss import ScoredRows, TokenLabels, score_hidden
 from dpsm_hf.measuring.processes import MIB, device_name, peak_above
 from dpsm_hf.rules.losses import score_tokens
-from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective
+from dpsm_hf.rules.scoring_rules import SCORING_RULES, Objective
 from tests.reference import reference_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RULES: dict[str, dict[str, Any]] = {
-    **{name: {"loss_type": name} for name in LOSS_TYPES if name != "dpsm"},
-    "dpsm .3": {"loss_type": "dpsm", "alpha": 0.3},
-    "dpsm 1": {"loss_type": "dpsm", "alpha": 1.0},
-    "dpsm smoothed": {"loss_type": "dpsm", "alpha": 0.7, "label_smoothing": 0.1, "z_loss": 0.001},
-    "brier tail": {"loss_type": "brier", "score_smoothing": 0.1},
+    **{name: {"scoring_rule": name} for name in SCORING_RULES if name != "dpsm"},
+    "dpsm .3": {"scoring_rule": "dpsm", "alpha": 0.3},
+    "dpsm 1": {"scoring_rule": "dpsm", "alpha": 1.0},
+    "dpsm smoothed": {"scoring_rule": "dpsm", "alpha": 0.7, "label_smoothing": 0.1, "z_loss": 0.001},
+    "brier tail": {"scoring_rule": "brier", "score_smoothing": 0.1},
 }
 POST_OPS: dict[str, dict[str, Any]] = {"": {}, "scaled, capped": {"logit_scale": 0.5, "logit_softcap": 4.0}}
 # rounding error that any float32 sum may have, whatever its terms
@@ -242,7 +242,7 @@ def check_training(device: torch.device, impls: list[str], small: bool) -> tuple
             args = DPSMConfig(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3,
                 warmup_steps=5, bf16=True, use_cpu=device.type == "cpu", logging_steps=1, save_strategy="no",
-                report_to="none", disable_tqdm=True, fused_head=mode, loss_type="dpsm",
+                report_to="none", disable_tqdm=True, fused_head=mode, scoring_rule="dpsm",
                 alpha_schedule="constant", alpha_end=0.3, seed=0,
             )  # fmt: skip
             trainer = DPSMTrainer(model=model, args=args, train_dataset=data)  # type: ignore[arg-type]

@@ -61,13 +61,13 @@ def torch_linear_ce(rows: int | None) -> Variant:
     return run
 
 
-def ours(loss_type: str, impl: str = "auto", chunk: int | None = None) -> Variant:
+def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None) -> Variant:
     """The fused head, with alpha as a tensor on the device so that nothing synchronises."""
     alpha: dict[torch.device, Tensor] = {}
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         mixed = alpha.setdefault(hidden.device, torch.full((), 0.5, device=hidden.device))
-        options: dict[str, Any] = {"loss_type": loss_type, "impl": impl, "chunk_tokens": chunk}
+        options: dict[str, Any] = {"scoring_rule": scoring_rule, "impl": impl, "chunk_tokens": chunk}
         return linear_scoring_loss(hidden, weight, labels, alpha=mixed, **options).loss
 
     return run

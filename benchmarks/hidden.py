@@ -44,7 +44,7 @@ def hidden_states(
         start = (step * lines * LENGTH) % (len(ids) - lines * LENGTH - 1)
         batch = ids[start : start + lines * LENGTH].view(lines, LENGTH)
         hidden = model.transformer(batch).last_hidden_state
-        linear_scoring_loss(hidden[:, :-1], model.lm_head.weight, batch[:, 1:], loss_type="ce").loss.backward()
+        linear_scoring_loss(hidden[:, :-1], model.lm_head.weight, batch[:, 1:], scoring_rule="ce").loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

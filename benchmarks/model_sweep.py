@@ -3,8 +3,8 @@
 python -m benchmarks.model_sweep --table docs/models.md
 
 Each class is built small from its default configuration (`benchmarks.tiny_models`) and run in a process of its own
-with a time limit, so that one that crashes does not end the rest. At ``loss_type="ce"`` loss and gradient of a batch
-must be the model's own, from full logits and inside the head.
+with a time limit, so that one that crashes does not end the rest. At ``scoring_rule="ce"`` loss and gradient of a
+batch must be the model's own, from full logits and inside the head.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def compare(name: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> di
 
 def _trainer(model: nn.Module, mode: str) -> Any:
     folder = tempfile.gettempdir()
-    args = DPSMConfig(output_dir=folder, loss_type="ce", fused_head=mode, use_cpu=True, max_steps=1, report_to="none")
+    args = DPSMConfig(
+        output_dir=folder, scoring_rule="ce", fused_head=mode, use_cpu=True, max_steps=1, report_to="none"
+    )
     return DPSMTrainer(model=model, args=args)
 
 

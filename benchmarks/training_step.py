@@ -64,7 +64,7 @@ def make_step(name: str, variant: str, dtype: str, sequences: int, length: int, 
     else:
         trainer_class = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
         config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
-        extra = {"loss_type": variant.split(", ")[1], "alpha_warmup_steps": 100,
+        extra = {"scoring_rule": variant.split(", ")[1], "alpha_warmup_steps": 100,
                  "fused_head": "off" if variant == FULL_LOGITS else "on"}  # fmt: skip
     model = make_model(name, how)
     if how == CHECKPOINTING:

@@ -45,7 +45,7 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
     if stock:
         trainer = Seq2SeqTrainer if seq2seq else Trainer
         config = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
-        for key in ("loss_type", "alpha_schedule", "alpha_end", "fused_head"):
+        for key in ("scoring_rule", "alpha_schedule", "alpha_end", "fused_head"):
             arguments.pop(key, None)
     else:
         trainer = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
@@ -62,13 +62,13 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
 
 
 def one_step(
-    name: str, loss_type: str, micro_batch: int, accumulation: int, *, stock: bool = False, **arguments: Any
+    name: str, scoring_rule: str, micro_batch: int, accumulation: int, *, stock: bool = False, **arguments: Any
 ) -> dict[str, Any]:
     """Train one optimizer step on the same 16 examples and return its gradient and logged loss."""
     keep = _KeepGradient()
-    mix = {"alpha_schedule": "constant", "alpha_end": 0.5} if loss_type == "dpsm" else {}
+    mix = {"alpha_schedule": "constant", "alpha_end": 0.5} if scoring_rule == "dpsm" else {}
     trainer = build(
-        name, stock=stock, loss_type=loss_type, max_steps=1, max_grad_norm=0.0,
+        name, stock=stock, scoring_rule=scoring_rule, max_steps=1, max_grad_norm=0.0,
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
         **mix, **arguments,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 def reference_loss(
     logits: Tensor,
     labels: Tensor,
-    loss_type: str,
+    scoring_rule: str,
     *,
     alpha: float = 0.0,
     label_smoothing: float = 0.0,
@@ -58,19 +58,23 @@ def reference_loss(
         "focal": focal,
         "gce": gce,
     }
-    value = (1 - alpha) * values["ce"]() + alpha * values["brier"]() if loss_type == "dpsm" else values[loss_type]()
+    value = (
+        (1 - alpha) * values["ce"]() + alpha * values["brier"]() if scoring_rule == "dpsm" else values[scoring_rule]()
+    )
     return value + z_loss * logits.logsumexp(-1).square() if z_loss else value
 
 
-def reference_gradient(logits: Tensor, labels: Tensor, loss_type: str, **options: float) -> tuple[Tensor, Tensor]:
+def reference_gradient(logits: Tensor, labels: Tensor, scoring_rule: str, **options: float) -> tuple[Tensor, Tensor]:
     """Return the value of each row, and autograd's gradient of the sum of them."""
     leaf = logits.detach().clone().requires_grad_()
-    value = reference_loss(leaf, labels, loss_type, **options)
+    value = reference_loss(leaf, labels, scoring_rule, **options)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), gradient
 
 
-def exact_row(logits: Sequence[float], label: int, loss_type: str, alpha: float, gamma: float) -> tuple[float, float]:
+def exact_row(
+    logits: Sequence[float], label: int, scoring_rule: str, alpha: float, gamma: float
+) -> tuple[float, float]:
     """Return the value and the gradient of the target's logit, by textbook formulas in 120-digit arithmetic."""
     with localcontext() as context:
         context.prec = 120
@@ -98,5 +102,5 @@ def exact_row(logits: Sequence[float], label: int, loss_type: str, alpha: float,
             "gce": ((1 - p_y**q) / q, -(p_y ** (q - 1)) * slope[label]),
             "dpsm": ((1 - a) * ce + a * brier, (1 - a) * d_ce + a * d_brier),
         }
-        value, slope_y = found[loss_type]
+        value, slope_y = found[scoring_rule]
         return float(value), float(slope_y)

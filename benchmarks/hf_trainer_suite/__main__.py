@@ -30,14 +30,14 @@ HEADING = """# Transformers' own Trainer tests, with DPSMTrainer
 
 `python -m benchmarks.hf_trainer_suite` clones `tests/trainer` of Transformers at the installed version with the user's
 git (or takes a checkout, `--source FOLDER`), and runs every test three times, on the CPU and offline: with `Trainer`,
-with `DPSMTrainer` at `loss_type="ce"` and `fused_head="off"`, and with `DPSMTrainer` as it is. The names `Trainer` and
-`Seq2SeqTrainer` are replaced before the tests import them; nothing else of them is touched, and none of their code is
+with `DPSMTrainer` at `scoring_rule="ce"` and `fused_head="off"`, and with `DPSMTrainer` as it is. The names `Trainer`
+and `Seq2SeqTrainer` are replaced before the tests import them; nothing else of them is touched, and none of their code is
 in this repository. Models of the hub are replaced by tiny random ones of the same kind (`stand_ins.py`).
 
 - *ce, without our callbacks and clock* runs what fails with ce once more, without the two callbacks that `DPSMTrainer`
   adds and with its clock of training standing still: what passes then failed for nothing else.
-- *refused*: the test trains something that is no language model (a regression, a classifier), and `loss_type="dpsm"`
-  says so instead of training it.
+- *refused*: the test trains something that is no language model (a regression, a classifier), and
+  `scoring_rule="dpsm"` says so instead of training it.
 
 Every test with its outcome and its error is in
 [`hf_trainer_suite.csv`](../benchmarks/results/hf_trainer_suite.csv). This page is written by the script.

@@ -24,7 +24,7 @@ class Column:
     callbacks: bool = True
 
 
-CROSS_ENTROPY: Mapping[str, Any] = {"loss_type": "ce", "fused_head": "off"}
+CROSS_ENTROPY: Mapping[str, Any] = {"scoring_rule": "ce", "fused_head": "off"}
 
 #: By the name that the command line and the CSV have for them.
 COLUMNS: Mapping[str, Column] = {

@@ -13,9 +13,9 @@ _ROUTER = (
     "expects the whole router loss for a batch that is a part of the step; here it is weighted by the part's share of "
     "the step's tokens, so that a split into micro-batches changes nothing"
 )
-_OWN_LOSS = "passes `compute_loss_func`, which `loss_type='dpsm'` refuses since it could have no effect beside it"
+_OWN_LOSS = "passes `compute_loss_func`, which `scoring_rule='dpsm'` refuses since it could have no effect beside it"
 
-#: By the name of the test, for `loss_type="ce"`.
+#: By the name of the test, for `scoring_rule="ce"`.
 CROSS_ENTROPY: Mapping[str, str] = {
     "test_default_callbacks_are_present": _COUNTS,
     "test_custom_callback_added_at_init": _COUNTS,
@@ -30,7 +30,7 @@ CROSS_ENTROPY: Mapping[str, str] = {
     "test_unscaled_model_loss_0_averaging_disabled": _ROUTER,
 }
 
-#: By the name of the test, for `loss_type="dpsm"` in addition.
+#: By the name of the test, for `scoring_rule="dpsm"` in addition.
 DPSM: Mapping[str, str] = {
     "test_custom_loss": _OWN_LOSS,
     "test_train_and_predict_loss_parity": _OWN_LOSS,

@@ -57,7 +57,7 @@ def constants(
     if objective is None:
         return {**found, "RULE": None, "SMOOTHING": 0, "HAS_Z_LOSS": False, "HAS_GRADIENT": False}
     found["SMOOTHING"] = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
-    rule = _triton_functions()[objective.loss_type]
+    rule = _triton_functions()[objective.scoring_rule]
     return {**found, "RULE": rule, "HAS_Z_LOSS": objective.z_loss > 0, "HAS_GRADIENT": gradient}
 
 

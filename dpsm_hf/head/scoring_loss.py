@@ -30,7 +30,7 @@ def linear_scoring_loss(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    loss_type: str = "dpsm",
+    scoring_rule: str = "dpsm",
     alpha: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     score_smoothing: float = 0.0,
@@ -54,7 +54,7 @@ def linear_scoring_loss(
         z = logit_softcap * torch.tanh(z / logit_softcap)                       # where a softcap is given
         p = z.softmax(-1)
         loss = (1 - alpha) * F.cross_entropy(z, labels, reduction="none") \\
-             + alpha * (p - F.one_hot(labels, V)).square().sum(-1)              # loss_type="dpsm"
+             + alpha * (p - F.one_hot(labels, V)).square().sum(-1)              # scoring_rule="dpsm"
         loss = loss[labels != ignore_index].sum() / num_items_in_batch
 
     Args:
@@ -63,8 +63,8 @@ def linear_scoring_loss(
         labels: the leading shape, int64 in ``[0, V)`` or ``ignore_index``, aligned with the hidden states: for a
             causal model pass ``hidden[:, :-1]`` and ``input_ids[:, 1:]``.
         bias: ``[V]``, added to the head's output.
-        loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`; ``alpha`` may be a
-            0-d tensor, which is never waited for.
+        scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`; ``alpha`` may be
+            a 0-d tensor, which is never waited for.
         logit_scale, logit_softcap: the model's post-ops, as in `PostOps`.
         reduction: "mean" divides the sum over the scored tokens by ``num_items_in_batch``; "none" gives one value a
             token, in the shape of the labels, and computes the logits a second time in the backward pass.
@@ -92,8 +92,8 @@ def linear_scoring_loss(
         raise ValueError(
             f"num_items_in_batch is the denominator of a mean, which reduction={reduction!r} has not; leave one out."
         )
-    own = further_parameters(loss_type, rule_parameters)
-    objective = Objective(loss_type, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
+    own = further_parameters(scoring_rule, rule_parameters)
+    objective = Objective(scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
     options = HeadOptions(objective, PostOps(logit_scale, logit_softcap), entropy, chunk_tokens, impl)
     tokens = TokenLabels.of(labels, lm_head_weight.shape[0], ignore_index)
     if reduction == "none":

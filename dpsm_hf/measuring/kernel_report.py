@@ -14,14 +14,14 @@ from typing import Any
 
 from ..head.kernels import constants, launch_options
 from ..rules.post_ops import PostOps
-from ..rules.scoring_rules import LOSS_TYPES, Objective
+from ..rules.scoring_rules import SCORING_RULES, Objective
 
 #: Compute capability of A100 and of H100.
 ARCHITECTURES = (80, 90)
 DTYPES = ("fp32", "bf16", "fp16")
 VARIANTS: dict[str, tuple[Objective | None, PostOps]] = {
     "statistics": (None, PostOps()),
-    **{name: (Objective(name), PostOps()) for name in LOSS_TYPES},
+    **{name: (Objective(name), PostOps()) for name in SCORING_RULES},
     "dpsm, label smoothing": (Objective("dpsm", label_smoothing=0.1), PostOps()),
     "dpsm, score smoothing": (Objective("dpsm", score_smoothing=0.1), PostOps()),
     "dpsm, z-loss": (Objective("dpsm", z_loss=1e-4), PostOps()),

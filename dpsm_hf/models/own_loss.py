@@ -372,7 +372,7 @@ class _Question:
         remedy = (
             "transformers.Trainer trains it with its own loss."
             if known
-            else "loss_type='ce' trains any model as Trainer does."
+            else "scoring_rule='ce' trains any model as Trainer does."
         )
         return _UnlikeOwnLossError(
             f"{name} {first}: its own loss on the first batch ({value}) is not the cross-entropy of its logits "

@@ -184,7 +184,7 @@ class DPSMLoss(nn.Module):
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
         fixed_alpha: the same alpha at every call, in place of a schedule.
-        loss_type, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
+        scoring_rule, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
         rule_parameters: values of the rule's other parameters, by name.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
@@ -213,7 +213,7 @@ class DPSMLoss(nn.Module):
         alpha_end: float = 1.0,
         hold: float | None = None,
         fixed_alpha: float | None = None,
-        loss_type: str = "dpsm",
+        scoring_rule: str = "dpsm",
         label_smoothing: float = 0.0,
         score_smoothing: float = 0.0,
         focal_gamma: float = 2.0,
@@ -242,8 +242,8 @@ class DPSMLoss(nn.Module):
         self.schedule, self.total_steps = schedule, total_steps
         self.schedule.check(total_steps)
         self.options: dict[str, Any] = {
-            "loss_type": loss_type, "label_smoothing": label_smoothing, "score_smoothing": score_smoothing,
-            "focal_gamma": focal_gamma, "z_loss": z_loss, **further_parameters(loss_type, rule_parameters),
+            "scoring_rule": scoring_rule, "label_smoothing": label_smoothing, "score_smoothing": score_smoothing,
+            "focal_gamma": focal_gamma, "z_loss": z_loss, **further_parameters(scoring_rule, rule_parameters),
         }  # fmt: skip
         Objective(**self.options)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))

@@ -25,7 +25,7 @@ def _find() -> dict[str, Rule]:
 
 
 RULES = _find()
-LOSS_TYPES = tuple(RULES)
+SCORING_RULES = tuple(RULES)
 PARAMETERS: dict[str, Parameter] = {p.name: p for rule in RULES.values() for p in rule.parameters}
 
 _Class = TypeVar("_Class", bound=type)
@@ -46,17 +46,19 @@ def with_rule_parameters(cls: _Class) -> _Class:
     return cls
 
 
-def further_parameters(loss_type: str, given: Mapping[str, float] | None) -> dict[str, float]:
+def further_parameters(scoring_rule: str, given: Mapping[str, float] | None) -> dict[str, float]:
     """Return the given values of parameters that a function has no argument of its own for.
 
     Raises:
         ValueError: naming a parameter that the rule does not have.
     """
-    known = [p.name for p in RULES[loss_type].parameters if p.name != "focal_gamma"] if loss_type in RULES else []
+    known = (
+        [p.name for p in RULES[scoring_rule].parameters if p.name != "focal_gamma"] if scoring_rule in RULES else []
+    )
     for name in given or {}:
         if name not in known:
             raise ValueError(
-                f"rule_parameters: loss_type={loss_type!r} has no {name!r} to be given here; it has "
+                f"rule_parameters: scoring_rule={scoring_rule!r} has no {name!r} to be given here; it has "
                 f"{', '.join(known) or 'none'}."
             )
     return dict(given or {})
@@ -64,9 +66,9 @@ def further_parameters(loss_type: str, given: Mapping[str, float] | None) -> dic
 
 def documented(text: str) -> str:
     """Return a page of the documentation with the table of the rules in its place."""
-    lines = ["| `loss_type` | value of a token | strictly proper | range | source |", "|---|---|---|---|---|"]
+    lines = ["| `scoring_rule` | value of a token | strictly proper | range | source |", "|---|---|---|---|---|"]
     lines += [f"| `{r.name}` | {r.formula} | {r.proper} | {r.bounds} | {r.source} |" for r in RULES.values()]
-    return re.sub(r"\| `loss_type` \|(.*\n)+?(?=\n)", lambda _: "\n".join(lines) + "\n", text, count=1)
+    return re.sub(r"\| `scoring_rule` \|(.*\n)+?(?=\n)", lambda _: "\n".join(lines) + "\n", text, count=1)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ class Rule:
     """One scoring rule; each file in `dpsm_hf.rules.formulas` makes one.
 
     Args:
-        name: value of ``loss_type``.
+        name: value of ``scoring_rule``.
         score: from the statistics of the rows to their values and gradient coefficients.
         kernel: the same for one row, in Triton's language; `dpsm_hf.head.kernels` makes Triton functions of all that
             end in ``kernel`` in the files of the rules. Arguments: ``weight`` (a factor of everything it returns),

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
+from .registry import PARAMETERS, RULES, SCORING_RULES, rule_parameter, with_rule_parameters
 from .rows import RowScore, RowStatistics, Rule, RuleOptions, logits_gradient, row_statistics, tail_statistics
 
 __all__ = [
-    "LOSS_TYPES", "Objective", "RowScore", "RowStatistics", "logits_gradient", "row_statistics", "score_rows",
+    "SCORING_RULES", "Objective", "RowScore", "RowStatistics", "logits_gradient", "row_statistics", "score_rows",
     "tail_statistics", "tail_threshold",
 ]  # fmt: skip
 
@@ -27,8 +27,8 @@ class Objective:
     """Say which scoring rule a token is trained with.
 
     Args:
-        loss_type: name of a rule in `dpsm_hf.rules.formulas`: ``dpsm`` (``(1 - alpha) * CE + alpha * Brier``), ``ce``,
-            ``brier``, ``spherical``, ``focal``, ...
+        scoring_rule: name of a rule in `dpsm_hf.rules.formulas`: ``dpsm`` (``(1 - alpha) * CE + alpha * Brier``),
+            ``ce``, ``brier``, ``spherical``, ``focal``, ...
         alpha: weight of the Brier score in ``dpsm``, in [0, 1]; a float or a 0-d tensor (never differentiated).
         label_smoothing: epsilon of the target distribution ``t = (1 - epsilon) * onehot(y) + epsilon / V``.
         score_smoothing: epsilon of Shao et al. (2024): the Brier or spherical score on epsilon-smoothed labels plus
@@ -39,10 +39,10 @@ class Objective:
     The parameters of the other rules are further fields, by keyword.
 
     Raises:
-        ValueError: for an unknown ``loss_type``, a number out of its range, or options that contradict each other.
+        ValueError: for an unknown ``scoring_rule``, a number out of its range, or options that contradict each other.
     """
 
-    loss_type: str = "dpsm"
+    scoring_rule: str = "dpsm"
     alpha: float | Tensor = 0.0
     label_smoothing: float = 0.0
     score_smoothing: float = 0.0
@@ -50,8 +50,10 @@ class Objective:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss_type not in RULES:
-            raise ValueError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSS_TYPES)}.")
+        if self.scoring_rule not in RULES:
+            raise ValueError(
+                f"scoring_rule={self.scoring_rule!r} is unknown; choose one of {', '.join(SCORING_RULES)}."
+            )
         if isinstance(self.alpha, Tensor) and self.alpha.dim():
             raise ValueError(f"alpha must be a number or a 0-d tensor, but has shape {tuple(self.alpha.shape)}.")
         # on a device, looking would stall it
@@ -78,13 +80,14 @@ class Objective:
         if self.score_smoothing and not self.rule.score_smoothing:
             raise ValueError(
                 f"score_smoothing={self.score_smoothing} smooths the Brier and the spherical score; "
-                f"loss_type={self.loss_type!r} has neither. Use label_smoothing (label_smoothing_factor) instead."
+                f"scoring_rule={self.scoring_rule!r} has neither. Use label_smoothing (label_smoothing_factor) "
+                "instead."
             )
 
     @property
     def rule(self) -> Rule:
         """Return the scoring rule."""
-        return RULES[self.loss_type]
+        return RULES[self.scoring_rule]
 
     @property
     def parameters(self) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..calibration import GRID_BINS, lower_is_better
 from ..head.options import FUSED_MODES
-from ..rules.registry import LOSS_TYPES, PARAMETERS, RULES, rule_parameter, with_rule_parameters
+from ..rules.registry import PARAMETERS, RULES, SCORING_RULES, rule_parameter, with_rule_parameters
 from ..rules.schedules import AlphaSchedule, get_alpha_schedule
 from ..rules.scoring_rules import Objective
 from ..runtime.options import option
@@ -29,11 +29,11 @@ class DPSMArguments:
         ValueError: for a value out of its range, an unknown schedule, or options that contradict each other.
     """
 
-    loss_type: str = option(
+    scoring_rule: str = option(
         "dpsm_hf: the training loss. dpsm is (1 - alpha) * CE + alpha * Brier with alpha scheduled; the "
         "others are fixed. Whatever is chosen, eval_loss is cross-entropy and NLL, Brier and ECE are reported.",
         "dpsm",
-        choices=LOSS_TYPES,
+        choices=SCORING_RULES,
     )
     alpha_schedule: str = option(
         "dpsm_hf: how alpha moves: linear, cosine, constant, late_linear, step, triangle, feedback, or a "
@@ -64,7 +64,7 @@ class DPSMArguments:
     fused_head: str = option(
         "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
         "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
-        "loss_type=ce then Trainer bit for bit).",
+        "scoring_rule=ce then Trainer bit for bit).",
         "auto",
         choices=FUSED_MODES,
     )
@@ -127,10 +127,10 @@ class DPSMArguments:
         for rule in RULES.values():
             for parameter in rule.parameters:
                 value = getattr(self, parameter.name)
-                if value != parameter.default and self.loss_type != rule.name:
+                if value != parameter.default and self.scoring_rule != rule.name:
                     raise ValueError(
-                        f"{parameter.name}={value} has no effect on loss_type={self.loss_type!r}; "
-                        f"leave it out or choose loss_type={rule.name!r}."
+                        f"{parameter.name}={value} has no effect on scoring_rule={self.scoring_rule!r}; "
+                        f"leave it out or choose scoring_rule={rule.name!r}."
                     )
         if self.fused_head not in FUSED_MODES:
             raise ValueError(f"fused_head={self.fused_head!r} is unknown; choose one of {', '.join(FUSED_MODES)}.")
@@ -147,7 +147,7 @@ class DPSMArguments:
                 f"log_component_grad_norms measures at the steps that are logged; logging_strategy="
                 f"{getattr(self, 'logging_strategy', None)!s} does not say which: set logging_strategy='steps'."
             )
-        if self.loss_type == "dpsm" and self.alpha_schedule == "feedback":
+        if self.scoring_rule == "dpsm" and self.alpha_schedule == "feedback":
             if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
                 raise ValueError(
                     "alpha_schedule='feedback' moves alpha after evaluations, but eval_strategy='no' makes none; "
@@ -157,7 +157,7 @@ class DPSMArguments:
     def objective(self, alpha: float | None = None) -> Objective:
         """Return the training objective, at a given alpha or at ``alpha_end``."""
         return Objective(
-            loss_type=self.loss_type,
+            scoring_rule=self.scoring_rule,
             alpha=self.alpha_end if alpha is None else alpha,
             label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
             score_smoothing=self.score_smoothing,

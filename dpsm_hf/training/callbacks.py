@@ -52,11 +52,11 @@ class AlphaScheduleCallback(TrainerCallback):
     def announce(self, args: TrainingArguments, state: TrainerState, loss_of: str | None = None) -> None:
         """Print what is trained (by ``loss_of``, if given), and warn of a schedule that is not what was meant."""
         if loss_of is not None:
-            self._print(state, f"the loss is that of {loss_of}: loss_type and the alpha schedule have no effect")
+            self._print(state, f"the loss is that of {loss_of}: scoring_rule and the alpha schedule have no effect")
             return
         dpsm = dpsm_arguments(args)
-        description, rest = f"loss_type {dpsm.loss_type}: a fixed rule, the alpha schedule is not used", ""
-        if dpsm.loss_type == "dpsm":
+        description, rest = f"scoring_rule {dpsm.scoring_rule}: a fixed rule, the alpha schedule is not used", ""
+        if dpsm.scoring_rule == "dpsm":
             schedule = dpsm.schedule()
             description = schedule.describe(state.max_steps)
             rest = _after_the_ramp(schedule, state.max_steps)
@@ -72,7 +72,7 @@ class AlphaScheduleCallback(TrainerCallback):
                 f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
             )
         self._unlogged = None if earlier == description else description
-        where = "" if dpsm is args else ". To change it: args=DPSMConfig(loss_type=..., alpha_schedule=...)"
+        where = "" if dpsm is args else ". To change it: args=DPSMConfig(scoring_rule=..., alpha_schedule=...)"
         self._print(state, description + rest + where)
 
     def _print(self, state: TrainerState, sentence: str) -> None:

@@ -46,12 +46,12 @@ def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
     return labels.long()
 
 
-def check_batch_labels(inputs: Mapping[str, Any], loss_type: str, *, flips: bool) -> None:
+def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: bool) -> None:
     """Look whether a training batch has labels, where something has to be computed from them.
 
     Args:
         inputs: the batch.
-        loss_type: that is trained.
+        scoring_rule: that is trained.
         flips: whether targets are flipped.
 
     Raises:
@@ -59,10 +59,10 @@ def check_batch_labels(inputs: Mapping[str, Any], loss_type: str, *, flips: bool
     """
     if "labels" in inputs:
         return
-    if loss_type != "ce":
+    if scoring_rule != "ce":
         raise ValueError(
-            f"the batch has no 'labels', only {', '.join(inputs)}, so loss_type={loss_type!r} cannot be "
-            "computed; let the data collator name them so, or use loss_type='ce' for the model's own loss."
+            f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={scoring_rule!r} cannot be "
+            "computed; let the data collator name them so, or use scoring_rule='ce' for the model's own loss."
         )
     if flips:
         raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
@@ -146,24 +146,24 @@ def _same_rows(one: Any, other: Any) -> bool:
     return all(one[i : i + 1000].equals(other[i : i + 1000]) for i in range(0, len(one), 1000))
 
 
-def check_other_losses(trainer: Trainer, loss_type: str) -> None:
+def check_other_losses(trainer: Trainer, scoring_rule: str) -> None:
     """Look whether something else would compute the loss of a trainer in place of a scoring rule.
 
     Raises:
         ValueError: if so.
     """
-    if loss_type == "ce":
+    if scoring_rule == "ce":
         return
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            f"compute_loss_func would replace loss_type={loss_type!r}, which could then have no effect; "
-            "leave one of them out (loss_type='ce' honours compute_loss_func as Trainer does)."
+            f"compute_loss_func would replace scoring_rule={scoring_rule!r}, which could then have no effect; "
+            "leave one of them out (scoring_rule='ce' honours compute_loss_func as Trainer does)."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
         raise ValueError(
-            f"loss_type={loss_type!r} does not run under DeepSpeed sequence parallelism, which computes "
-            "the loss itself; use loss_type='ce' or another parallelism."
+            f"scoring_rule={scoring_rule!r} does not run under DeepSpeed sequence parallelism, which computes "
+            "the loss itself; use scoring_rule='ce' or another parallelism."
         )
 
 
@@ -209,7 +209,7 @@ def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
     Raises:
         ValueError: naming the metric and those that are reported.
     """
-    if arguments.loss_type != "dpsm" or arguments.alpha_schedule != "feedback":
+    if arguments.scoring_rule != "dpsm" or arguments.alpha_schedule != "feedback":
         return
     prefixes = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
     if arguments.alpha_feedback_metric not in {f"{prefix}_{name}" for prefix in prefixes for name in METRICS}:

@@ -44,7 +44,7 @@ def check_component_norms(trainer: Trainer, *, owns_loss: bool) -> None:
     if not owns_loss:
         raise ValueError(
             "log_component_grad_norms needs a loss that is computed here: leave compute_loss_func out, or choose "
-            "another loss_type than 'ce' for a model that DPSM does not know."
+            "another scoring_rule than 'ce' for a model that DPSM does not know."
         )
 
 

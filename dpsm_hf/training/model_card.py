@@ -31,12 +31,12 @@ def objective_section(arguments: DPSMArguments, max_steps: int, log_history: Seq
     Shares of the schedule refer to ``max_steps``, the optimizer steps of the run; 0 if nothing was trained.
     """
     lines = ["## Training objective", ""]
-    if arguments.loss_type == "dpsm":
+    if arguments.scoring_rule == "dpsm":
         lines.append("Dynamic Proper-Score Mixing, `(1 - alpha) * CE + alpha * Brier` for each token.")
         if max_steps > 0:
             lines.append(f"Schedule: {arguments.schedule().describe(max_steps)}.")
     else:
-        lines.append(f"The token-level scoring rule `{arguments.loss_type}`.")
+        lines.append(f"The token-level scoring rule `{arguments.scoring_rule}`.")
     names = ("label_smoothing_factor", "score_smoothing", "z_loss")
     if options := [f"`{name}={value:g}`" for name in names if (value := getattr(arguments, name, 0.0))]:
         lines.append("Options: " + ", ".join(options) + ".")

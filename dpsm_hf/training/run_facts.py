@@ -51,7 +51,7 @@ def settings_of(arguments: Any, dpsm: DPSMArguments) -> dict[str, Any]:
     if arguments.max_steps > 0:
         names.remove("num_train_epochs")
     found = {name: _plain(getattr(arguments, name)) for name in names}
-    mixes = dpsm.loss_type == "dpsm"
+    mixes = dpsm.scoring_rule == "dpsm"
     for field in dataclasses.fields(DPSMArguments):
         if field.name not in _WITHOUT_EFFECT and (mixes or not field.name.startswith("alpha_")):
             found[field.name] = _plain(getattr(dpsm, field.name))

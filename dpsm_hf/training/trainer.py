@@ -124,7 +124,7 @@ class DPSMMixin(_Base):
 
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
-        check_other_losses(self, dpsm.loss_type)
+        check_other_losses(self, dpsm.scoring_rule)
         check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
         if dataset is not None:
             check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
@@ -147,7 +147,7 @@ class DPSMMixin(_Base):
 
         Before training it is that of the first step.
         """
-        if self.dpsm.loss_type != "dpsm":
+        if self.dpsm.scoring_rule != "dpsm":
             return None
         state = self.state
         # of an unknown length any will do: at step 0 the shares of a schedule are all still to come
@@ -180,7 +180,9 @@ class DPSMMixin(_Base):
 
     def _owns_loss(self) -> bool:
         """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
-        known = self._scorer.alignment is not None or self.dpsm.loss_type != "ce" or self.corruption.flips is not None
+        known = (
+            self._scorer.alignment is not None or self.dpsm.scoring_rule != "ce" or self.corruption.flips is not None
+        )
         return self.compute_loss_func is None and known
 
     @property
@@ -219,7 +221,7 @@ class DPSMMixin(_Base):
         """
         inputs = _without_missing_labels(inputs)
         if model.training:
-            check_batch_labels(inputs, self.dpsm.loss_type, flips=self.corruption.flips is not None)
+            check_batch_labels(inputs, self.dpsm.scoring_rule, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
@@ -250,7 +252,7 @@ class DPSMMixin(_Base):
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
         smoother: Any = self.label_smoother
         if training:
-            plain = self.dpsm.loss_type == "ce" and not self.dpsm.z_loss
+            plain = self.dpsm.scoring_rule == "ce" and not self.dpsm.z_loss
             return BatchRule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
         return BatchRule(
             Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother

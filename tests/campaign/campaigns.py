@@ -10,12 +10,12 @@ from typing import Any
 from dpsm_hf.campaign.spec.design import Budget, Campaign, Point, Run, Variation
 
 LOSSES: Mapping[str, dict[str, Any]] = {
-    "ce": {"loss_type": "ce"},
-    "brier": {"loss_type": "brier"},
-    "dpsm": {"loss_type": "dpsm", "alpha_warmup_steps": 0.5},
-    "fixed": {"loss_type": "dpsm", "alpha_schedule": "constant", "alpha_end": 0.5},
-    "focal": {"loss_type": "focal"},
-    "spherical": {"loss_type": "spherical"},
+    "ce": {"scoring_rule": "ce"},
+    "brier": {"scoring_rule": "brier"},
+    "dpsm": {"scoring_rule": "dpsm", "alpha_warmup_steps": 0.5},
+    "fixed": {"scoring_rule": "dpsm", "alpha_schedule": "constant", "alpha_end": 0.5},
+    "focal": {"scoring_rule": "focal"},
+    "spherical": {"scoring_rule": "spherical"},
 }
 
 

@@ -29,14 +29,14 @@ base:
 variations:
   ce:
     title: Cross-entropy
-    arguments: {loss_type: ce}
+    arguments: {scoring_rule: ce}
   brier:
-    arguments: {loss_type: brier}
+    arguments: {scoring_rule: brier}
   dpsm:
-    arguments: {loss_type: dpsm}
+    arguments: {scoring_rule: dpsm}
   late:
     role: ablation
-    arguments: {loss_type: dpsm, alpha_schedule: late_linear}
+    arguments: {scoring_rule: dpsm, alpha_schedule: late_linear}
   scaled:
     of: ce
 sizes:

@@ -10,11 +10,11 @@ from dpsm_hf.campaign.runner.records import Record
 from dpsm_hf.campaign.spec.design import Campaign, Point, Run, Variation
 
 VARIATIONS = (
-    Variation("ce-baseline", "cross-entropy", arguments={"loss_type": "ce"}),
-    Variation("brier-baseline", "Brier", arguments={"loss_type": "brier"}),
-    Variation("dpsm-linear", "DPSM, linear", arguments={"loss_type": "dpsm"}),
+    Variation("ce-baseline", "cross-entropy", arguments={"scoring_rule": "ce"}),
+    Variation("brier-baseline", "Brier", arguments={"scoring_rule": "brier"}),
+    Variation("dpsm-linear", "DPSM, linear", arguments={"scoring_rule": "dpsm"}),
     Variation("ce+tempscale", "cross-entropy, temperature-scaled", of="ce-baseline"),
-    Variation("focal", "focal loss", role="ablation", arguments={"loss_type": "focal"}),
+    Variation("focal", "focal loss", role="ablation", arguments={"scoring_rule": "focal"}),
 )
 
 #: What a run's record says: metrics of the test split, seconds and NLL of its evaluations, and efficiency.

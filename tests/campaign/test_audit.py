@@ -45,9 +45,9 @@ BASE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 VARIATIONS: dict[str, dict[str, Any]] = {
-    "ce": {"loss_type": "ce"},
-    "dpsm": {"loss_type": "dpsm", "fused_head": "on"},
-    "dpsm-full": {"loss_type": "dpsm", "fused_head": "off"},
+    "ce": {"scoring_rule": "ce"},
+    "dpsm": {"scoring_rule": "dpsm", "fused_head": "on"},
+    "dpsm-full": {"scoring_rule": "dpsm", "fused_head": "off"},
 }
 SMALL = {"tokens": 120, "repeats": 3}
 
@@ -293,7 +293,7 @@ def test_a_step_is_that_of_the_trainer(max_grad_norm: float, specs: Callable[[st
 
 @pytest.mark.slow
 def test_a_variation_that_cannot_run_is_told_and_tried_again(tmp_path: Path) -> None:
-    broken = {"ce": {"loss_type": "ce"}, "broken": {"loss_type": "dpsm", "alpha_schedule": "no-such"}}
+    broken = {"ce": {"scoring_rule": "ce"}, "broken": {"scoring_rule": "dpsm", "alpha_schedule": "no-such"}}
     content = run_audit(make_campaign(variations=broken, settings={**SMALL, "repeats": 1}), tmp_path)
     assert content["variations"]["ce"]["status"] == "ok"
     entry = content["variations"]["broken"]
@@ -337,7 +337,7 @@ def test_another_commit_machine_or_batch_begins_anew(tmp_path: Path, monkeypatch
     assert audit._Audit(campaign, tmp_path).entries["ce"]["peak_memory_mb"] == 5.0
     more = make_campaign(variations={"ce": VARIATIONS["ce"]}, settings={**SMALL, "repeats": 7})
     assert len(audit._Audit(more, tmp_path).entries["ce"]["samples"]) == 1  # goes on from what there is
-    other = make_campaign(variations={"ce": {"loss_type": "ce", "learning_rate": 0.5}})
+    other = make_campaign(variations={"ce": {"scoring_rule": "ce", "learning_rate": 0.5}})
     larger = make_campaign(variations={"ce": VARIATIONS["ce"]}, settings={**SMALL, "tokens": 121})
     for changed in (other, larger):
         assert "peak_memory_mb" not in audit._Audit(changed, tmp_path).entries["ce"]

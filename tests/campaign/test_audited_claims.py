@@ -109,7 +109,7 @@ def test_the_processes_that_a_run_has_leave_its_audit(tmp_path: Path) -> None:
 
 
 def test_holm_over_the_variations_of_a_role() -> None:
-    cosine = Variation("dpsm-cosine", "DPSM, cosine", arguments={"loss_type": "dpsm", "alpha_schedule": "cosine"})
+    cosine = Variation("dpsm-cosine", "DPSM, cosine", arguments={"scoring_rule": "dpsm", "alpha_schedule": "cosine"})
     made = campaign(variations=(*VARIATIONS, cosine))
     entries = {v.name.replace("-", "_"): (1.0, 0.0) for v in made.variations if v.of is None}
     found = [f for f in audited_claims(made, audit(made, **entries)) if f.key == "audited-throughput"]

@@ -132,7 +132,7 @@ def test_runs_on_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
     def folder(**changes: object) -> Path | None:
         return shared_tokenizer(Run("language-modelling", {**ARGUMENTS, **changes}), tmp_path)
 
-    assert folder() == folder(seed=3, loss_type="brier", max_steps=99, learning_rate=1.0, low_resource=0.1)
+    assert folder() == folder(seed=3, scoring_rule="brier", max_steps=99, learning_rate=1.0, low_resource=0.1)
     assert folder() != folder(train_file="b.txt") and folder() != folder(tokenizer_vocab_size=999)
     assert folder(tokenizer_name="gpt2") is None
     assert folder(config_name="x") is None

@@ -48,7 +48,7 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
         "do_train": True, "do_eval": True, "do_predict": True, "fit_temperature": True, "dataset_name": "python-docs",
         "max_steps": 10, "eval_strategy": "steps", "eval_steps": 5.0, "alpha_warmup_steps": 0.1, "model_type": "gpt2",
         "config_overrides": "n_embd=32,n_layer=1,n_head=2", "tokenizer_name": "train-bpe", "lowercase": False,
-        "loss_type": "dpsm", "seed": 2,
+        "scoring_rule": "dpsm", "seed": 2,
     }  # fmt: skip
     # what does not move alpha must not make two runs of one
     assert "alpha_warmup_steps" not in run_at(campaign, study="main", variation="ce", seed=2, scaled=False).arguments
@@ -80,7 +80,7 @@ def test_a_run_that_starts_from_another(tmp_path: Path) -> None:
     campaign = load(tmp_path, edit("      tokenizer_name: train-bpe\n", start))
     (prepared,) = campaign.preparations
     run = campaign.runs[prepared]
-    assert run.arguments["loss_type"] == "ce" and run.arguments["max_steps"] == 99 and run.arguments["seed"] == 7
+    assert run.arguments["scoring_rule"] == "ce" and run.arguments["max_steps"] == 99 and run.arguments["seed"] == 7
     assert run.arguments["model_type"] == "gpt2" and run.needs == ()
     assert campaign.order[0] == prepared and len(campaign.runs) == 11 and set(campaign.order) == set(campaign.runs)
     dependent = run_at(campaign, study="main", variation="dpsm", seed=1)
@@ -139,15 +139,18 @@ def test_ids_are_stable(tmp_path: Path) -> None:
     [
         ("    title: Cross-entropy\n", "    title: Another title # and a comment\n"),
         (
-            "arguments: {loss_type: dpsm, alpha_schedule: late_linear}",
-            "arguments: {alpha_schedule: late_linear, loss_type: dpsm}",
+            "arguments: {scoring_rule: dpsm, alpha_schedule: late_linear}",
+            "arguments: {alpha_schedule: late_linear, scoring_rule: dpsm}",
         ),
         ("  do_eval: true\n  do_predict: true\n", "  do_predict: true\n  do_eval: true\n"),
         ("  max_steps: 10\n", "  max_steps: 1e1\n"),
         ("alpha_warmup_steps: 0.1\n", "alpha_warmup_steps: 1e-1\n"),
         ("  eval_steps: 5\n", "  eval_steps: 5\n  logging_steps: 1\n  log_level: error\n  disable_tqdm: true\n"),
         ("  eval_steps: 5\n", "  eval_steps: 5\n  gradient_accumulation_steps: 1\n  lr_scheduler_type: linear\n"),
-        ("arguments: {loss_type: dpsm}\n", "arguments: {loss_type: dpsm, alpha_schedule: linear, alpha_end: 1}\n"),
+        (
+            "arguments: {scoring_rule: dpsm}\n",
+            "arguments: {scoring_rule: dpsm, alpha_schedule: linear, alpha_end: 1}\n",
+        ),
         ("name: try\n", "name: other\n"),
         ("  limit: 1.2\n", "  limit: 2\n"),
         ("  tiny:\n", "  another-name:\n"),

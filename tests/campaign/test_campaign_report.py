@@ -63,7 +63,7 @@ def written(tmp_path: Path) -> tuple[Campaign, Path, dict[str, Record]]:
         folder = tmp_path / "runs" / run_id
         folder.mkdir(parents=True)
         rng = np.random.default_rng(record.arguments["seed"])
-        np.savez(folder / "last-test.npz", **blocks(rng, 0.1 * (record.arguments["loss_type"] != "ce")))
+        np.savez(folder / "last-test.npz", **blocks(rng, 0.1 * (record.arguments["scoring_rule"] != "ce")))
         found[run_id] = replace(
             record,
             documents={"last-test": "last-test.npz"},

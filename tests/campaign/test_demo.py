@@ -49,7 +49,7 @@ def test_the_demo_trains_three_models_and_reports(tmp_path: Path) -> None:
             assert run["metrics"][key] >= 0, key
         assert run["metrics"]["peak_memory_mb"] > 100 and run["metrics"]["tokens_per_second"] > 0
         assert run["calibration"]["step"] == 3 and sum(run["calibration"]["curve"]["count"]) > 0
-    records = {record.arguments["loss_type"]: record for record in read_records(folder).values()}
+    records = {record.arguments["scoring_rule"]: record for record in read_records(folder).values()}
     assert {name: by_name[name]["run"]["id"] for name in by_name} == {n: r.run_id for n, r in records.items()}
     assert not list(folder.glob("runs/*/checkpoint-*"))  # which only a stopped run needs
     logs = {name: record.history for name, record in records.items()}

@@ -20,7 +20,7 @@ from tests.campaign.campaigns import make_campaign, run_of
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
 settings = json.loads(pathlib.Path(sys.argv[2]).read_text())
-out, loss = pathlib.Path(settings["output_dir"]), settings["loss_type"]
+out, loss = pathlib.Path(settings["output_dir"]), settings["scoring_rule"]
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(loss + " ")
 print("training", loss, settings["seed"], settings["max_steps"])
@@ -101,8 +101,8 @@ def test_other_settings_are_other_runs() -> None:
 @pytest.mark.parametrize("preset", demo.PRESETS)
 def test_runs_differ_in_the_loss_alone(preset: str) -> None:
     campaign = demo.load_demo(preset, steps=5, seed=7, extra=["--lr_scheduler_type", "linear"])
-    assert [campaign.runs[run_id].arguments["loss_type"] for run_id in campaign.order] == ["ce", "brier", "dpsm"]
-    rest = [{k: v for k, v in run.arguments.items() if k != "loss_type"} for run in campaign.runs.values()]
+    assert [campaign.runs[run_id].arguments["scoring_rule"] for run_id in campaign.order] == ["ce", "brier", "dpsm"]
+    rest = [{k: v for k, v in run.arguments.items() if k != "scoring_rule"} for run in campaign.runs.values()]
     assert rest[0] == rest[1] == rest[2]
     assert (rest[0]["lr_scheduler_type"], rest[0]["max_steps"], rest[0]["seed"]) == ("linear", 5, 7)
 

@@ -54,7 +54,7 @@ def test_shipped_campaigns(path: Path, scale: str, points: dict[str, int], runs:
     campaign = load_campaign(path, scale)
     assert Counter(point.study for point in campaign.points) == points
     assert len(campaign.runs) == len(campaign.order) == runs
-    assert {run.arguments["loss_type"] for run in campaign.runs.values()} >= {"ce", "brier", "dpsm"}
+    assert {run.arguments["scoring_rule"] for run in campaign.runs.values()} >= {"ce", "brier", "dpsm"}
     for run in campaign.runs.values():
         assert run.arguments["fit_temperature"] and run.id in campaign.runs
 

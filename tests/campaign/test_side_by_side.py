@@ -52,7 +52,7 @@ def history(start: float = 8.0, end: float = 4.6052, alpha: bool = False) -> lis
 
 def record(loss: str, metrics: dict[str, float | None] = METRICS, **changes: Any) -> Record:
     given: dict[str, Any] = {
-        "arguments": {"loss_type": loss, "seed": 42},
+        "arguments": {"scoring_rule": loss, "seed": 42},
         "status": "ok",
         "metrics": {"last": {"validation": metrics}},
         "history": history(alpha=loss == "dpsm"),
@@ -239,7 +239,7 @@ def write_run(directory: Path, made: Record, **more: Any) -> Path:
     for step in (5, 20):
         content = {"schema": 1, "step": step, "split": "eval", "tokens": 100, "curve": CURVE}
         (directory / "calibration" / f"eval-step-{step:06d}.json").write_text(json.dumps(content))
-    content = {"name": made.name, "loss_type": made.name, "status": "finished", "seed": 42, "seconds": 60.0}
+    content = {"name": made.name, "scoring_rule": made.name, "status": "finished", "seed": 42, "seconds": 60.0}
     content |= {
         "peak_memory_mb": 900.0,
         "command": ["python", "train.py", "--a", "b"],
@@ -251,7 +251,7 @@ def write_run(directory: Path, made: Record, **more: Any) -> Path:
 
 def test_read_run_takes_everything_from_its_directory(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "ce", record("ce")))
-    assert (run.name, run.arguments, run.status) == ("ce", {"loss_type": "ce", "seed": 42}, "ok")
+    assert (run.name, run.arguments, run.status) == ("ce", {"scoring_rule": "ce", "seed": 42}, "ok")
     assert run.value("perplexity", split="validation") == 100.0
     assert run.efficiency["train_seconds"] == 10.0  # from the log: train_runtime counts evaluation too
     assert run.efficiency["tokens_per_second"] == 4000.0 and run.efficiency["peak_memory_mb"] == 900.0
@@ -266,7 +266,7 @@ def test_read_run_of_a_folder_without_results_takes_the_last_evaluation(tmp_path
     (folder / "all_results.json").unlink()
     (folder / "run.json").unlink()
     run = read_run(folder)
-    assert (run.name, run.status, run.arguments["loss_type"]) == ("ce", "ok", "ce")
+    assert (run.name, run.status, run.arguments["scoring_rule"]) == ("ce", "ok", "ce")
     assert run.value("nll", split="validation") == 4.6052
     assert run.calibration["validation"]["step"] == 20
 
@@ -298,7 +298,7 @@ def test_report_is_one_page_without_outside_resources(tmp_path: Path) -> None:
     assert {path.stem for path in report.plots} >= {"eval_nll-over-step", "eval_nll-over-seconds", "alpha-over-step"}
     assert sentences(record("ce"), record("dpsm"))[0] == report.sentences[0]
     assert all(str(escape(sentence)) in html for sentence in report.sentences)
-    assert "loss_type: dpsm" in html and "versions" not in html  # what it was made with, as far as it is known
+    assert "scoring_rule: dpsm" in html and "versions" not in html  # what it was made with, as far as it is known
 
 
 def test_results_are_strict_json_even_for_a_diverged_run(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def train(name: str, micro_batch: int, how: str | None = None, **arguments: Any)
             "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
         }  # fmt: skip
     trainer = cases.build(
-        name, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.5, max_steps=STEPS,
+        name, scoring_rule="dpsm", alpha_schedule="constant", alpha_end=0.5, max_steps=STEPS,
         per_device_train_batch_size=micro_batch, per_device_eval_batch_size=4, use_cpu=how is None, **arguments,
     )  # fmt: skip
     trainer.train()

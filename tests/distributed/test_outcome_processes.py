@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # uneven sets, so that the last batches are filled up; batches of other sizes
 SHARED = """
-    --tokenizer_name train-bpe --tokenizer_vocab_size 300 --use_cpu --loss_type ce --do_train --do_eval --do_predict
+    --tokenizer_name train-bpe --tokenizer_vocab_size 300 --use_cpu --scoring_rule ce --do_train --do_eval --do_predict
     --learning_rate 1e-2 --lr_scheduler_type constant --logging_steps 2 --eval_strategy steps --eval_steps 2
     --save_strategy best --evaluate_best --early_stopping_patience 1 --fit_temperature --sample_outputs 2
     --max_eval_samples 7 --max_predict_samples 5 --max_train_samples 8 --disable_tqdm true

@@ -32,7 +32,7 @@ def main(path: str) -> None:
             for accumulation in (1, 3):
                 for stock in (True, False):
                     results[f"equal/{name}/{accumulation}/{stock}"] = cases.parameters_and_logs(
-                        name, stock=stock, loss_type="ce", fused_head="off", per_device_train_batch_size=2,
+                        name, stock=stock, scoring_rule="ce", fused_head="off", per_device_train_batch_size=2,
                         per_device_eval_batch_size=4, gradient_accumulation_steps=accumulation,
                     )  # fmt: skip
         for name in ("gpt2", "bart"):

@@ -14,7 +14,7 @@ import torch
 from dpsm_hf import linear_scoring_loss
 from dpsm_hf.head.kernels import triton_row_pass
 from dpsm_hf.rules.post_ops import PostOps
-from dpsm_hf.rules.registry import LOSS_TYPES, RULES
+from dpsm_hf.rules.registry import RULES, SCORING_RULES
 from dpsm_hf.rules.scoring_rules import Objective
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def rules() -> list[tuple[str, str, str]]:
     """Every rule with every option that it takes, and every post-op."""
-    found = itertools.product(LOSS_TYPES, OPTIONS, POSTS)
+    found = itertools.product(SCORING_RULES, OPTIONS, POSTS)
     return [rule for rule in found if rule[1] != "score_smoothing" or RULES[rule[0]].score_smoothing]
 
 
@@ -74,7 +74,7 @@ def main(path: str) -> None:
             objective = Objective(loss, 0.3)
             results[f"shape/{rows}/{vocab}/{loss}"] = case(buffer, vocab, labels, objective=objective, post=PostOps())
     for kind in ("uniform", "certain", "masked"):
-        for loss in LOSS_TYPES:
+        for loss in SCORING_RULES:
             buffer, labels = chunk(9, 200, torch.float32, kind)
             objective = Objective(loss, torch.tensor(0.3))
             results[f"kind/{kind}/{loss}"] = case(

@@ -65,7 +65,7 @@ def score(dtype: torch.dtype = torch.float32, **options: Any) -> Watcher:
         {},
         {"reduction": "none"},
         {"logit_scale": 0.5, "entropy": True, "label_smoothing": 0.1},
-        {"loss_type": "spherical", "bias": torch.zeros(V)},
+        {"scoring_rule": "spherical", "bias": torch.zeros(V)},
     ],
     ids=["mix", "none", "entropy", "bias"],
 )

@@ -116,7 +116,10 @@ def test_a_subclass_that_reads_logits_evaluates() -> None:
 
 
 def test_another_model_is_scored_from_its_logits() -> None:
-    trainer, teacher = cases.build("llama", max_steps=1, loss_type="ce", fused_head="on"), make_model("llama", seed=2)
+    trainer, teacher = (
+        cases.build("llama", max_steps=1, scoring_rule="ce", fused_head="on"),
+        make_model("llama", seed=2),
+    )
     batch = {"input_ids": ids(), "labels": ids()}
     trainer.train()
     own, other = (float(trainer.compute_loss(model, dict(batch))) for model in (trainer.model, teacher))
@@ -126,7 +129,7 @@ def test_another_model_is_scored_from_its_logits() -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_a_bad_batch_is_not_blamed_on_the_head(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = cases.build("llama", max_steps=1, loss_type="ce", fused_head=mode)
+    trainer = cases.build("llama", max_steps=1, scoring_rule="ce", fused_head=mode)
     with caplog.at_level(logging.WARNING), pytest.raises(IndexError):
         trainer.compute_loss(trainer.model, {"input_ids": ids() + VOCAB, "labels": ids()})
     assert "cannot be scored" not in caplog.text
@@ -137,7 +140,7 @@ def test_a_bad_batch_is_not_blamed_on_the_head(mode: str, caplog: pytest.LogCapt
 
 def test_out_of_memory_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full logits would need more still; accelerate's search for a batch size waits for this very error."""
-    trainer = cases.build("llama", max_steps=1, loss_type="ce")
+    trainer = cases.build("llama", max_steps=1, scoring_rule="ce")
 
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -155,7 +158,7 @@ def test_falling_back_draws_the_same_dropout() -> None:
 
     losses = []
     for mode in ("auto", "off"):
-        trainer = cases.build("llama", max_steps=3, fused_head=mode, dropout=0.3, loss_type="ce")
+        trainer = cases.build("llama", max_steps=3, fused_head=mode, dropout=0.3, scoring_rule="ce")
         trainer.model.register_forward_hook(halve)
         trainer.train()
         assert trainer._scorer.fell_back == (mode == "auto")
@@ -192,7 +195,7 @@ def test_large_weights_do_not_overflow_float16(reduction: Any) -> None:
     gradients = []
     for dtype in (torch.float16, torch.float64):
         h = hidden.detach().to(dtype).clone().requires_grad_()
-        scores = linear_scoring_loss(h, weight.to(dtype), labels, loss_type="ce", reduction=reduction)
+        scores = linear_scoring_loss(h, weight.to(dtype), labels, scoring_rule="ce", reduction=reduction)
         scores.loss.sum().backward()
         gradients.append(h.grad.double())
     assert (gradients[0] - gradients[1]).abs().max() <= 4e-3 * gradients[1].abs().max()

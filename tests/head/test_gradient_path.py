@@ -124,7 +124,7 @@ def test_a_bias_behind_the_head_may_be_trained(trainable: bool) -> None:
     parameters = []
     for how in ("on", "off"):
         trainer = cases.build(
-            "bart", max_steps=2, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.5, fused_head=how,
+            "bart", max_steps=2, scoring_rule="dpsm", alpha_schedule="constant", alpha_end=0.5, fused_head=how,
             per_device_train_batch_size=8, optim="sgd", learning_rate=1.0,
         )  # fmt: skip
         model: Any = trainer.model

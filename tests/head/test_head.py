@@ -365,7 +365,7 @@ def test_statistics_are_those_of_score_tokens_and_detached(reduction: str, entro
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss_type": "hinge"}, "loss_type='hinge' is unknown; choose one of"),
+        ({"scoring_rule": "hinge"}, "scoring_rule='hinge' is unknown; choose one of"),
         ({"alpha": 1.5}, r"alpha=1\.5 lies outside \[0, 1\]"),
         ({"reduction": "max"}, "reduction='max' is unknown; choose mean, sum or none"),
         ({"reduction": "sum", "num_items_in_batch": 3}, "denominator of a mean, which reduction='sum' has not"),

@@ -20,21 +20,21 @@ from torch import Tensor
 
 from dpsm_hf import linear_scoring_loss
 from dpsm_hf.head.row_pass import row_pass
-from dpsm_hf.rules.registry import LOSS_TYPES
+from dpsm_hf.rules.registry import SCORING_RULES
 from tests.reference import reference_loss
 
 SLACK = 8
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    **{name: {"loss_type": name} for name in LOSS_TYPES if name != "dpsm"},
-    "ce smoothed": {"loss_type": "ce", "label_smoothing": 0.1},
-    "ce z": {"loss_type": "ce", "z_loss": 0.01},
-    "dpsm .3": {"loss_type": "dpsm", "alpha": 0.3},
-    "dpsm 1": {"loss_type": "dpsm", "alpha": 1.0},
-    "dpsm smoothed": {"loss_type": "dpsm", "alpha": 0.7, "label_smoothing": 0.1, "z_loss": 0.001},
-    "brier tail": {"loss_type": "brier", "score_smoothing": 0.1},
-    "spherical smoothed": {"loss_type": "spherical", "label_smoothing": 0.1},
-    "spherical tail": {"loss_type": "spherical", "score_smoothing": 0.1},
-    "focal .5": {"loss_type": "focal", "focal_gamma": 0.5, "label_smoothing": 0.1},
+    **{name: {"scoring_rule": name} for name in SCORING_RULES if name != "dpsm"},
+    "ce smoothed": {"scoring_rule": "ce", "label_smoothing": 0.1},
+    "ce z": {"scoring_rule": "ce", "z_loss": 0.01},
+    "dpsm .3": {"scoring_rule": "dpsm", "alpha": 0.3},
+    "dpsm 1": {"scoring_rule": "dpsm", "alpha": 1.0},
+    "dpsm smoothed": {"scoring_rule": "dpsm", "alpha": 0.7, "label_smoothing": 0.1, "z_loss": 0.001},
+    "brier tail": {"scoring_rule": "brier", "score_smoothing": 0.1},
+    "spherical smoothed": {"scoring_rule": "spherical", "label_smoothing": 0.1},
+    "spherical tail": {"scoring_rule": "spherical", "score_smoothing": 0.1},
+    "focal .5": {"scoring_rule": "focal", "focal_gamma": 0.5, "label_smoothing": 0.1},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("loss", "hidden", "weight", "bias")
@@ -200,7 +200,7 @@ def test_a_target_beyond_all_doubt_stays_finite(objective: str, dtype: str) -> N
         assert loss == 0 and all(x.abs().max() == 0 for x in gradients)
 
 
-@pytest.mark.parametrize("objective", ["dpsm .3", *(name for name in LOSS_TYPES if name != "dpsm")])
+@pytest.mark.parametrize("objective", ["dpsm .3", *(name for name in SCORING_RULES if name != "dpsm")])
 def test_a_certain_target_keeps_its_digits(objective: str) -> None:
     # 1 - p_y is 1e-8, or its square in the spherical score: the unfused float32 path has no digit left of these
     case, options = certain(14.0 if objective == "spherical" else 23.0, torch.float32), OBJECTIVES[objective]

@@ -15,7 +15,7 @@ from dpsm_hf import linear_scoring_loss
 from dpsm_hf.head import kernels
 from dpsm_hf.rules.post_ops import PostOps
 from dpsm_hf.rules.rows import row_statistics
-from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective
+from dpsm_hf.rules.scoring_rules import SCORING_RULES, Objective
 from tests.head import kernel_worker as worker
 from tests.reference import reference_gradient
 
@@ -77,7 +77,7 @@ def test_every_shape(rows: int, vocab: int, loss: str, results: dict[str, Any]) 
           2e-5, 1e-6)  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", LOSS_TYPES)
+@pytest.mark.parametrize("loss", SCORING_RULES)
 @pytest.mark.parametrize("kind", ["uniform", "certain"])
 def test_extreme_rows(kind: str, loss: str, results: dict[str, Any]) -> None:
     buffer, labels = worker.chunk(9, 200, torch.float32, kind)
@@ -92,7 +92,7 @@ def test_extreme_rows(kind: str, loss: str, results: dict[str, Any]) -> None:
     assert ((found["value"].double() - expected[0]).abs() <= 4e-6 * expected[0].abs() + 1e-15).all()
 
 
-@pytest.mark.parametrize("loss", LOSS_TYPES)
+@pytest.mark.parametrize("loss", SCORING_RULES)
 def test_masked_logits(loss: str, results: dict[str, Any]) -> None:
     """A logit of -inf has probability and gradient 0, and leaves the entropy finite."""
     buffer, labels = worker.chunk(9, 200, torch.float32, "masked")
@@ -148,7 +148,7 @@ def test_alpha_and_weight_are_no_part_of_what_is_compiled() -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("variant", ["statistics", *LOSS_TYPES, "dpsm, softcap"])
+@pytest.mark.parametrize("variant", ["statistics", *SCORING_RULES, "dpsm, softcap"])
 def test_it_compiles_ahead_of_time(variant: str, architecture: int) -> None:
     from dpsm_hf.measuring.kernel_report import VARIANTS, compile_ahead
 

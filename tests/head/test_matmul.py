@@ -78,7 +78,7 @@ def test_the_head_is_the_same_by_either_library(library: str, chunk_tokens: int 
         torch.manual_seed(1)
         hidden, weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((n, d), (v, d), (v,)))
         scored = linear_scoring_loss(
-            hidden, weight, labels, bias=bias, loss_type="dpsm", alpha=0.4, impl=impl, chunk_tokens=chunk_tokens
+            hidden, weight, labels, bias=bias, scoring_rule="dpsm", alpha=0.4, impl=impl, chunk_tokens=chunk_tokens
         )
         scored.loss.backward()
         found.append((scored.loss, hidden.grad, weight.grad, bias.grad))

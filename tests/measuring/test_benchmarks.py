@@ -361,7 +361,7 @@ def test_the_gpu_checks_pass_on_a_cpu() -> None:
 
 def test_the_gpu_checks_see_errors() -> None:
     case = gpu_check.make_case(47, 123, 40, torch.float32, CPU)
-    rule = {"loss_type": "dpsm", "alpha": 0.3}
+    rule = {"scoring_rule": "dpsm", "alpha": 0.3}
     truth = gpu_check.unfused(case, rule, {}, torch.float64)
     plain = gpu_check.unfused(case, rule, {}, None)
     assert gpu_check.compare(truth, plain, plain, 0.0)[0]
@@ -373,7 +373,7 @@ def test_the_gpu_checks_see_errors() -> None:
     wrong = [t.clone() for t in plain]
     wrong[2][5, 3] = torch.nan
     assert not gpu_check.compare(truth, plain, wrong, 0.0)[0]
-    assert not gpu_check.compare(truth, plain, gpu_check.unfused(case, {"loss_type": "ce"}, {}, None), 0.0)[0]
+    assert not gpu_check.compare(truth, plain, gpu_check.unfused(case, {"scoring_rule": "ce"}, {}, None), 0.0)[0]
 
 
 def test_the_gpu_session_says_what_is_missing(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ def test_the_swap_gives_plain_arguments_the_settings_of_its_column(name: str, tm
     kind: Any = plugin.in_place_of(Trainer, DPSMTrainer, column)
     plain = kind(model=make_model("llama"), args=TrainingArguments(str(tmp_path), report_to="none"))
     assert isinstance(plain, DPSMTrainer) and kind.__name__ == "Trainer"
-    found = plain.dpsm.loss_type, plain.dpsm.fused_head
-    assert found == (("ce", "off") if name != "dpsm" else (DPSMConfig.loss_type, DPSMConfig.fused_head))
+    found = plain.dpsm.scoring_rule, plain.dpsm.fused_head
+    assert found == (("ce", "off") if name != "dpsm" else (DPSMConfig.scoring_rule, DPSMConfig.fused_head))
     kinds = {type(callback) for callback in plain.callback_handler.callbacks}
     assert ({AlphaScheduleCallback, CalibrationCallback} <= kinds) == column.callbacks
-    own = kind(model=make_model("llama"), args=DPSMConfig(str(tmp_path), loss_type="brier", report_to="none"))
-    assert own.dpsm.loss_type == "brier"
+    own = kind(model=make_model("llama"), args=DPSMConfig(str(tmp_path), scoring_rule="brier", report_to="none"))
+    assert own.dpsm.scoring_rule == "brier"
 
 
 def test_stand_ins_load_as_from_a_cache_that_was_filled_online(tmp_path: Path, monkeypatch: Any) -> None:

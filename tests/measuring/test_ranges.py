@@ -46,13 +46,15 @@ def inside(found: list[tuple[str, float, float]], inner: str, outer: str) -> int
     return sum(any(a <= start and end <= b for a, b in around) for start, end in mine)
 
 
-@pytest.mark.parametrize("loss_type", ["dpsm", "ce"])
+@pytest.mark.parametrize("scoring_rule", ["dpsm", "ce"])
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_a_profile_has_all_ranges_where_they_belong(
-    name: str, fused_head: str, loss_type: str, tmp_path: Path
+    name: str, fused_head: str, scoring_rule: str, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(name, tmp_path, fused_head=fused_head, loss_type=loss_type, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        name, tmp_path, fused_head=fused_head, scoring_rule=scoring_rule, gradient_accumulation_steps=2
+    )
     with profile(acc_events=True) as profiler:
         trainer.train()
     found = intervals(profiler)
@@ -66,7 +68,7 @@ def test_a_profile_has_all_ranges_where_they_belong(
     assert inside(found, "row pass", "head") == count["row pass"] >= batches
     assert inside(found, "backward", "forward") == inside(found, "optimizer", "backward") == 0
     # from full logits the gradient by the logits is a second pass over the rows, or cross-entropy's own
-    assert inside(found, "row pass", "backward") == (batches if (fused_head, loss_type) == ("off", "dpsm") else 0)
+    assert inside(found, "row pass", "backward") == (batches if (fused_head, scoring_rule) == ("off", "dpsm") else 0)
     assert vars(trainer.accelerator).get("backward") is None
     layer = trainer.model.get_output_embeddings()
     assert not layer._forward_hooks and not layer._forward_pre_hooks
@@ -74,7 +76,7 @@ def test_a_profile_has_all_ranges_where_they_belong(
 
 def test_the_head_is_the_output_layer_and_the_loss(tmp_path: Path) -> None:
     """What belongs to the head runs in it, and what belongs to the blocks does not."""
-    trainer = make_trainer("gpt2", tmp_path, fused_head="off", loss_type="ce", max_steps=1)
+    trainer = make_trainer("gpt2", tmp_path, fused_head="off", scoring_rule="ce", max_steps=1)
     with profile(acc_events=True) as profiler:
         trainer.train()
     heads = [(start, end) for name, start, end in intervals(profiler) if name == "head"]

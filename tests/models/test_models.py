@@ -229,7 +229,9 @@ def test_probe_of_an_untrained_model(rule: str, scale: float) -> None:
 
 
 def test_probe_gives_up_with_a_reason() -> None:
-    with pytest.raises(ValueError, match=r"Custom is not a language model that DPSM knows.*loss_type='ce'") as caught:
+    with pytest.raises(
+        ValueError, match=r"Custom is not a language model that DPSM knows.*scoring_rule='ce'"
+    ) as caught:
         alignment_of(Custom("odd"), batch())
     own = Custom("odd").eval()(**batch()).loss.item()
     assert f"{own:.4f}"[:5] in str(caught.value)

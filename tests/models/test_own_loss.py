@@ -115,7 +115,7 @@ def trainer(model: Any, **arguments: Any) -> Any:
             "use_cpu": True,
             "disable_tqdm": True,
             "max_steps": 1,
-            "loss_type": "ce",
+            "scoring_rule": "ce",
             **arguments,
         }
     )
@@ -246,7 +246,7 @@ def test_a_bare_tensor_is_the_logits_of_every_sample() -> None:
     set_seed(0)
     model = Bare().train()
     inputs = {"input_ids": ids(), "labels": ids()}
-    made = trainer(model, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.0)
+    made = trainer(model, scoring_rule="dpsm", alpha_schedule="constant", alpha_end=0.0)
     loss, outputs = made.compute_loss(model, dict(inputs), return_outputs=True)
     own, logits = model(**inputs)
     assert float(loss) == pytest.approx(float(own), rel=1e-6)
@@ -291,7 +291,7 @@ class Empty(Bare):
 def test_empty_logits_are_refused_with_a_remedy() -> None:
     model = Empty().train()
     with pytest.raises(ValueError, match=r"Empty returned logits of shape \(0,\).*UNSLOTH_RETURN_LOGITS=1"):
-        trainer(model, loss_type="brier").compute_loss(model, {"input_ids": ids(), "labels": ids()})
+        trainer(model, scoring_rule="brier").compute_loss(model, {"input_ids": ids(), "labels": ids()})
 
 
 def test_a_known_class_with_another_loss_is_refused() -> None:
@@ -321,7 +321,7 @@ class InOneKernel(hf.LlamaForCausalLM):
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_a_forward_that_takes_another_way_in_training_is_not_given_labels(fused: str) -> None:
     model = make(lambda: InOneKernel(hf.LlamaConfig(**SMALL))).train()
-    made = trainer(model, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.0, fused_head=fused)
+    made = trainer(model, scoring_rule="dpsm", alpha_schedule="constant", alpha_end=0.0, fused_head=fused)
     for _ in range(2):
         loss = made.compute_loss(model, batch())
         assert float(loss) == pytest.approx(float(model(**batch()).loss), rel=1e-5)
@@ -341,9 +341,9 @@ class AddsOfLogits(hf.LlamaForCausalLM):
 @pytest.mark.parametrize("fused", ["auto", "off"])
 def test_what_is_made_of_logits_is_not_lost_in_the_head(fused: str) -> None:
     model = make(lambda: AddsOfLogits(hf.LlamaConfig(**SMALL))).train()
-    loss = trainer(model, loss_type="dpsm", alpha_schedule="constant", alpha_end=0.0, fused_head=fused).compute_loss(
-        model, batch()
-    )
+    loss = trainer(
+        model, scoring_rule="dpsm", alpha_schedule="constant", alpha_end=0.0, fused_head=fused
+    ).compute_loss(model, batch())
     assert float(loss) == pytest.approx(float(model(**batch()).loss), rel=1e-5)
 
 

@@ -106,10 +106,10 @@ def test_ignore_index_of_the_module() -> None:
 def test_other_rules_and_options() -> None:
     logits, targets = batch(6, 9)
     for options in (
-        {"loss_type": "spherical"},
-        {"loss_type": "focal", "focal_gamma": 1.5},
-        {"loss_type": "brier", "score_smoothing": 0.2},
-        {"loss_type": "ce", "label_smoothing": 0.1, "z_loss": 0.01},
+        {"scoring_rule": "spherical"},
+        {"scoring_rule": "focal", "focal_gamma": 1.5},
+        {"scoring_rule": "brier", "score_smoothing": 0.2},
+        {"scoring_rule": "ce", "label_smoothing": 0.1, "z_loss": 0.01},
     ):
         expected = reference_loss(logits.double(), targets, **options).mean()
         assert DPSMLoss(9, **options)(logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -150,7 +150,7 @@ def test_a_fixed_alpha_is_that_of_every_call() -> None:
         ({"schedule": "triangle"}, r"'triangle' schedule needs the total number of steps"),
         ({"reduction": "batchmean"}, r"reduction='batchmean' is unknown; choose mean, sum or none"),
         ({"vocab_size": 1}, r"vocab_size=1 must be at least 2"),
-        ({"loss_type": "hinge"}, r"loss_type='hinge' is unknown"),
+        ({"scoring_rule": "hinge"}, r"scoring_rule='hinge' is unknown"),
         ({"label_smoothing": 0.1, "score_smoothing": 0.1}, r"both smooth"),
         ({"alpha_end": 2.0}, r"alpha_end=2.0 lies outside \[0, 1\]"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 import dpsm_hf.rules.losses
 from dpsm_hf import Objective, TokenScores, score_tokens
 from dpsm_hf.rules.losses import describe_invalid_labels
-from dpsm_hf.rules.registry import LOSS_TYPES, RULES
+from dpsm_hf.rules.registry import RULES, SCORING_RULES
 from tests.reference import reference_gradient, reference_loss
 
 MIX = Objective("dpsm", alpha=0.4, z_loss=0.01)
@@ -90,7 +90,7 @@ def test_the_logits_are_left_as_they_are() -> None:
         labels[2] = -100
         logits_before, labels_before = logits.clone(), labels.clone()
         leaf = logits.requires_grad_()
-        for objective in (None, *(Objective(rule, alpha=0.5) for rule in LOSS_TYPES)):
+        for objective in (None, *(Objective(rule, alpha=0.5) for rule in SCORING_RULES)):
             scores = score_tokens(leaf, labels, objective)
             if scores.loss is not None:
                 scores.loss.sum().backward()
@@ -100,17 +100,17 @@ def test_the_logits_are_left_as_they_are() -> None:
 # ---- gradient flow -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_grad_output_and_weights_per_token(loss_type: str) -> None:
+@pytest.mark.parametrize("scoring_rule", SCORING_RULES)
+def test_grad_output_and_weights_per_token(scoring_rule: str) -> None:
     logits, labels = batch(6, 9, dtype=torch.float64)
     weight = torch.tensor([0.0, -2.0, 1e-3, 7.0, 1.0, 0.5], dtype=torch.float64)
     options = {"alpha": 0.3, "z_loss": 0.01}
-    _, gradient = backward(logits, labels, Objective(loss_type, **options), weight)
+    _, gradient = backward(logits, labels, Objective(scoring_rule, **options), weight)
     leaf = logits.clone().requires_grad_()
-    (reference_loss(leaf, labels, loss_type, **options) * weight).sum().backward()
+    (reference_loss(leaf, labels, scoring_rule, **options) * weight).sum().backward()
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-12, atol=1e-13)
-    _, whole = backward(logits, labels, Objective(loss_type, **options), 1024.0)
-    _, unit = backward(logits, labels, Objective(loss_type, **options))
+    _, whole = backward(logits, labels, Objective(scoring_rule, **options), 1024.0)
+    _, unit = backward(logits, labels, Objective(scoring_rule, **options))
     torch.testing.assert_close(whole, 1024 * unit, rtol=1e-14, atol=0)
 
 
@@ -166,13 +166,13 @@ def test_a_changed_tensor_is_noticed() -> None:
 # ---- ignored tokens ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("scoring_rule", SCORING_RULES)
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf, 1e30])
-def test_ignored_rows_give_zero_whatever_their_logits(loss_type: str, rubbish: float) -> None:
+def test_ignored_rows_give_zero_whatever_their_logits(scoring_rule: str, rubbish: float) -> None:
     logits, labels = batch(5, 9)
     labels[[1, 4]] = -100
-    smooth = {"score_smoothing": 0.2} if RULES[loss_type].score_smoothing else {}
-    objective = Objective(loss_type, alpha=0.5, z_loss=0.1, **smooth)
+    smooth = {"score_smoothing": 0.2} if RULES[scoring_rule].score_smoothing else {}
+    objective = Objective(scoring_rule, alpha=0.5, z_loss=0.1, **smooth)
     value, gradient = backward(logits, labels, objective)
     logits[1], logits[4, 3] = rubbish, rubbish
     dirty, dirty_gradient = backward(logits, labels, objective)

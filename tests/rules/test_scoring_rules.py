@@ -13,22 +13,22 @@ from torch import Tensor
 
 from dpsm_hf.rules.losses import score_tokens
 from dpsm_hf.rules.registry import RULES
-from dpsm_hf.rules.scoring_rules import LOSS_TYPES, Objective, row_statistics, tail_statistics, tail_threshold
+from dpsm_hf.rules.scoring_rules import SCORING_RULES, Objective, row_statistics, tail_statistics, tail_threshold
 from tests.reference import exact_row, reference_gradient, reference_loss
 
 # every rule with every option that it takes, alone and together
 SMOOTHINGS: tuple[dict[str, float], ...] = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.9})
 CASES: list[dict[str, Any]] = [
-    *({"loss_type": rule.name, **smooth, "z_loss": z}
+    *({"scoring_rule": rule.name, **smooth, "z_loss": z}
       for rule in RULES.values() if rule.name != "dpsm" and not rule.parameters
       for smooth in SMOOTHINGS for z in (0.0, 0.01)),
-    *({"loss_type": rule.name, "score_smoothing": 0.3, "z_loss": z}
+    *({"scoring_rule": rule.name, "score_smoothing": 0.3, "z_loss": z}
       for rule in RULES.values() if rule.name != "dpsm" and rule.score_smoothing for z in (0.0, 0.01)),
-    *({"loss_type": rule.name, parameter.name: value, "label_smoothing": smooth, "z_loss": z}
+    *({"scoring_rule": rule.name, parameter.name: value, "label_smoothing": smooth, "z_loss": z}
       for rule in RULES.values() for parameter in rule.parameters
       for value in sorted({parameter.default, 0.0, 0.5, 1.0, 2.0}) if parameter.allowed(value)
       for smooth in (0.0, 0.1) for z in (0.0, 0.01)),
-    *({"loss_type": "dpsm", "alpha": alpha, **smooth, "z_loss": z}
+    *({"scoring_rule": "dpsm", "alpha": alpha, **smooth, "z_loss": z}
       for alpha in (0.0, 0.3, 0.5, 1.0)
       for smooth in ({}, {"label_smoothing": 0.1}, {"score_smoothing": 0.3})
       for z in (0.0, 0.01)),
@@ -100,7 +100,7 @@ def test_alpha_may_be_a_tensor(alpha: float) -> None:
 def test_gradcheck() -> None:
     logits, labels = batch(3, 5)
     labels[1] = -100
-    for case in ({"loss_type": "dpsm", "alpha": 0.4, "z_loss": 0.1}, {"loss_type": "spherical"}):
+    for case in ({"scoring_rule": "dpsm", "alpha": 0.4, "z_loss": 0.1}, {"scoring_rule": "spherical"}):
         objective = Objective(**case)
         leaf = logits.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda z, o=objective: score_tokens(z, labels, o).loss, leaf)
@@ -114,13 +114,13 @@ def test_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [2, 257, 50257, 128256])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_vocabulary_sizes_in_float32(loss_type: str, vocab_size: int) -> None:
+@pytest.mark.parametrize("scoring_rule", SCORING_RULES)
+def test_vocabulary_sizes_in_float32(scoring_rule: str, vocab_size: int) -> None:
     logits, labels = batch(3, vocab_size, seed=vocab_size)
     labels[0] = logits[0].argmax()
     logits = logits.float()
-    value, gradient = value_and_gradient(logits, labels, Objective(loss_type, alpha=0.5))
-    expected, expected_gradient = reference_gradient(logits.double(), labels, loss_type, alpha=0.5)
+    value, gradient = value_and_gradient(logits, labels, Objective(scoring_rule, alpha=0.5))
+    expected, expected_gradient = reference_gradient(logits.double(), labels, scoring_rule, alpha=0.5)
     torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=2e-7)
 
@@ -180,17 +180,17 @@ def test_ties_are_correct_for_each_of_them() -> None:
 
 
 @pytest.mark.parametrize("gap", [10, 15, 20, 30, 40, 60, 80, 100])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_float32_keeps_its_digits_as_the_target_becomes_certain(loss_type: str, gap: int) -> None:
+@pytest.mark.parametrize("scoring_rule", SCORING_RULES)
+def test_float32_keeps_its_digits_as_the_target_becomes_certain(scoring_rule: str, gap: int) -> None:
     generator = torch.Generator().manual_seed(gap)
     logits, labels = torch.randn(4, 8, generator=generator), torch.tensor([0, 3, 5, 7])
     logits[torch.arange(4), labels] = logits.amax(-1) + gap
     alpha = gamma = 0.5
-    value, gradient = value_and_gradient(logits, labels, Objective(loss_type, alpha=alpha, focal_gamma=gamma))
-    naive, naive_gradient = reference_gradient(logits, labels, loss_type, alpha=alpha, focal_gamma=gamma)
+    value, gradient = value_and_gradient(logits, labels, Objective(scoring_rule, alpha=alpha, focal_gamma=gamma))
+    naive, naive_gradient = reference_gradient(logits, labels, scoring_rule, alpha=alpha, focal_gamma=gamma)
     naive_errors = []
     for row, label in enumerate(labels.tolist()):
-        true_value, true_slope = exact_row(logits[row].tolist(), label, loss_type, alpha, gamma)
+        true_value, true_slope = exact_row(logits[row].tolist(), label, scoring_rule, alpha, gamma)
         pairs = ((value[row], naive[row], true_value), (gradient[row, label], naive_gradient[row, label], true_slope))
         for ours, plain, truth in pairs:
             if abs(truth) < 1e-36:  # no normal float32 is near
@@ -207,7 +207,7 @@ def test_a_target_that_is_certain_in_floating_point(case: dict[str, Any]) -> Non
     logits, labels = torch.zeros(1, 5), torch.tensor([2])
     logits[0, 2] = 300.0  # exp(-300) is 0 in float32
     value, gradient = value_and_gradient(logits, labels, Objective(**{**case, "z_loss": 0.0}))
-    share = case.get("score_smoothing", 0.0) / 5 * (case["alpha"] if case["loss_type"] == "dpsm" else 1.0)
+    share = case.get("score_smoothing", 0.0) / 5 * (case["alpha"] if case["scoring_rule"] == "dpsm" else 1.0)
     if not case.get("score_smoothing"):
         assert value.item() == 0 and (gradient == 0).all()
     else:  # the others are all in the tail: -share * log p_j each, on top of the Brier score of smoothed labels
@@ -273,14 +273,14 @@ def expected_score(p: Tensor, q: Tensor, objective: Objective) -> float:
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
-@given(p=distributions, q=distributions, alpha=st.floats(0, 1), loss_type=st.sampled_from(PROPER))
-def test_the_truth_is_the_best_forecast(p: Tensor, q: Tensor, alpha: float, loss_type: str) -> None:
-    objective = Objective(loss_type, alpha=alpha)
+@given(p=distributions, q=distributions, alpha=st.floats(0, 1), scoring_rule=st.sampled_from(PROPER))
+def test_the_truth_is_the_best_forecast(p: Tensor, q: Tensor, alpha: float, scoring_rule: str) -> None:
+    objective = Objective(scoring_rule, alpha=alpha)
     regret = expected_score(p, q, objective) - expected_score(p, p, objective)
     assert regret >= -1e-12
     if (p - q).abs().max() > 1e-3:
         assert regret > 0, "proper, but not strictly"
-    if loss_type == "dpsm":  # the divergence of the mix is known
+    if scoring_rule == "dpsm":  # the divergence of the mix is known
         kl, distance = (p * (p / q).log()).sum().item(), (p - q).square().sum().item()
         assert regret == pytest.approx((1 - alpha) * kl + alpha * distance, abs=1e-12)
 
@@ -381,7 +381,7 @@ def test_cross_entropy_equals_torch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "crps"}, r"loss_type='crps' is unknown; choose one of dpsm, ce, brier, spherical, focal"),
+        ({"scoring_rule": "crps"}, r"scoring_rule='crps' is unknown; choose one of dpsm, ce, brier, spherical, focal"),
         ({"alpha": 1.5}, r"alpha=1.5 lies outside \[0, 1\]"),
         ({"alpha": -0.1}, r"alpha=-0.1 lies outside"),
         ({"alpha": math.nan}, r"alpha=nan lies outside"),
@@ -392,8 +392,8 @@ def test_cross_entropy_equals_torch() -> None:
         ({"gce_q": 0.0}, r"gce_q=0.0 must lie in"),
         ({"z_loss": math.inf}, r"z_loss=inf must be a finite number"),
         ({"score_smoothing": 0.1, "label_smoothing": 0.2}, r"score_smoothing=0.1 and label_smoothing=0.2 both smooth"),
-        ({"loss_type": "ce", "score_smoothing": 0.1}, r"score_smoothing=0.1 .* loss_type='ce' has neither"),
-        ({"loss_type": "focal", "score_smoothing": 0.1}, r"loss_type='focal' has neither"),
+        ({"scoring_rule": "ce", "score_smoothing": 0.1}, r"score_smoothing=0.1 .* scoring_rule='ce' has neither"),
+        ({"scoring_rule": "focal", "score_smoothing": 0.1}, r"scoring_rule='focal' has neither"),
     ],
 )
 def test_objective_refuses(options: dict[str, Any], message: str) -> None:

@@ -38,10 +38,10 @@ def make_step(folder: Path, attention: str, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("loss_type", ["dpsm", "ce"])
+@pytest.mark.parametrize("scoring_rule", ["dpsm", "ce"])
 @pytest.mark.parametrize("fused_head", ["on", "off"])
-def test_a_step_of_gpt2_by_hand(fused_head: str, loss_type: str, attention: str, tmp_path: Path) -> None:
-    found = count_flops(make_step(tmp_path, attention, fused_head=fused_head, loss_type=loss_type))
+def test_a_step_of_gpt2_by_hand(fused_head: str, scoring_rule: str, attention: str, tmp_path: Path) -> None:
+    found = count_flops(make_step(tmp_path, attention, fused_head=fused_head, scoring_rule=scoring_rule))
     tokens = ROWS * LENGTH
     # forward, gradient by the input, gradient by the weight: 3 products of 2 operations for each weight and token
     blocks = 6 * tokens * 12 * WIDTH**2 * LAYERS

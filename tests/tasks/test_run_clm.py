@@ -144,7 +144,7 @@ def test_settings_from_a_file(tmp_path, cache, texts, suffix):
         "cache_dir": str(cache),
         "do_train": True,
         "max_steps": 1,
-        "loss_type": "brier",
+        "scoring_rule": "brier",
         "learning_rate": "1e-3",
     }
     path = tmp_path / f"settings.{suffix}"

@@ -207,7 +207,7 @@ def test_training_on_local_files_with_named_columns(docstrings: list[dict[str, s
             *TRAIN_BPE,
             *("--train_file", files[0], "--validation_file", files[1], "--test_file", files[2]),
             *("--text_column", "body", "--summary_column", "line", "--cache_dir", str(tmp_path / "cache")),
-            *("--do_train", "--do_eval", "--do_predict", "--pad_to_max_length", "true", "--loss_type", "ce"),
+            *("--do_train", "--do_eval", "--do_predict", "--pad_to_max_length", "true", "--scoring_rule", "ce"),
         )
     )
     assert results["train_samples"] == 4 and results["predict_samples"] == 3

@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
     "use_cpu": True,
     "disable_tqdm": True,
     "log_level": "warning",
-    "loss_type": "ce",
+    "scoring_rule": "ce",
     "do_train": True,
     "do_eval": True,
     "do_predict": True,

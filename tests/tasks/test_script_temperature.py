@@ -23,7 +23,7 @@ COMMON = {
     "use_cpu": True,
     "disable_tqdm": True,
     "log_level": "warning",
-    "loss_type": "ce",
+    "scoring_rule": "ce",
     "do_train": True,
     "do_eval": True,
     "fit_temperature": True,

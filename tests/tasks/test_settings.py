@@ -248,7 +248,7 @@ def test_settings_files_that_are_none(task, tmp_path):
         ({"calibration_bins": None}, "calibration_bins=None should be a whole number"),
         ({"classwise_tokens": 0.5}, "classwise_tokens=0.5 should be a whole number"),
         ({"fit_temperature": "maybe"}, "fit_temperature='maybe' should be true or false"),
-        ({"loss_type": None}, "loss_type=None should be text"),
+        ({"scoring_rule": None}, "scoring_rule=None should be text"),
         ({"alpha_schedule": 3}, "alpha_schedule=3 should be text"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_campaign_of_a_third_task(tmp_path: Path) -> None:
     content = {
         "name": "third", "task": "translation", "seeds": [1], "base": base, "sizes": {"tiny": {}},
         "data": {"docstrings": {"arguments": {"direction": "de-en"}}}, "reference": "ce", "brier": "brier",
-        "variations": {name: {"arguments": {"loss_type": name}} for name in ("ce", "brier")},
+        "variations": {name: {"arguments": {"scoring_rule": name}} for name in ("ce", "brier")},
         "studies": {"main": {"variations": ["ce"]}},
     }  # fmt: skip
     path = tmp_path / "third.yaml"

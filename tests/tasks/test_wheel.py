@@ -95,7 +95,7 @@ def test_every_command_works_from_the_wheel(dpsm: list[str], tmp_path: Path) -> 
                  "do_predict": True, "fit_temperature": True, "max_predict_samples": 8,
                  "eval_strategy": "steps", "eval_steps": 2, "tokenizer_name": str(tmp_path / "out")},
         "sizes": {"tiny": {}}, "data": {"docs": {"arguments": {"dataset_name": "python-docs"}}},
-        "variations": {name: {"arguments": {"loss_type": name}} for name in ("ce", "brier")},
+        "variations": {name: {"arguments": {"scoring_rule": name}} for name in ("ce", "brier")},
         "studies": {"main": {"variations": "all"}},
     }  # fmt: skip
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))

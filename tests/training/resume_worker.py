@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "step": {"alpha_schedule": "step", "alpha_hold": 6},
     "triangle": {"alpha_schedule": "triangle", "alpha_warmup_steps": 3},
     "feedback": {"alpha_schedule": "feedback", "alpha_start": 0.3, "alpha_feedback_gain": -3.0},
-    "ce": {"loss_type": "ce"},
+    "ce": {"scoring_rule": "ce"},
 }
 
 

@@ -18,7 +18,7 @@ from dpsm_hf.training.arguments import dpsm_arguments, dpsm_field_names
 CLASSES = (DPSMConfig, DPSMSeq2SeqConfig)
 # each field with a value that differs from its default, as one types it
 TYPED = {
-    "loss_type": "brier",
+    "scoring_rule": "brier",
     "alpha_schedule": "cosine",
     "alpha_start": "0.1",
     "alpha_end": "0.9",
@@ -44,7 +44,7 @@ TYPED = {
 @pytest.mark.parametrize("config", CLASSES)
 def test_defaults(config: type, tmp_path: Path) -> None:
     args = config(output_dir=str(tmp_path))
-    assert args.loss_type == "dpsm" and args.alpha_schedule == "linear"
+    assert args.scoring_rule == "dpsm" and args.alpha_schedule == "linear"
     assert args.alpha_warmup_steps == 0.1 and args.alpha_end == 1.0 and args.calibration_bins == 15
     assert args.fused_head == "auto" and args.chunk_tokens is None
     assert args.schedule()(50, 1000) == 0.5
@@ -68,7 +68,7 @@ def test_no_default_of_transformers_is_changed(config: type, base: type, tmp_pat
 def test_command_line(config: type, tmp_path: Path) -> None:
     line = [part for name, value in TYPED.items() for part in (f"--{name}", value)]
     (args,) = HfArgumentParser(config).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
-    assert args.loss_type == "brier" and args.alpha_schedule == "cosine"
+    assert args.scoring_rule == "brier" and args.alpha_schedule == "cosine"
     assert args.alpha_start == 0.1 and args.alpha_end == 0.9 and args.alpha_warmup_steps == 250.0
     assert args.alpha_hold == 0.25 and args.z_loss == 1e-4 and args.calibration_bins == 20
     assert args.alpha_feedback_gain == 1.5 and args.alpha_feedback_limit == 0.05 and args.score_smoothing == 0.1
@@ -80,7 +80,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
     assert set(TYPED) | set(PARAMETERS) == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--loss_type", "focal", "--focal_gamma", "1.5"]
+        ["--output_dir", str(tmp_path), "--scoring_rule", "focal", "--focal_gamma", "1.5"]
     )
     assert focal.objective().focal_gamma == 1.5
 
@@ -88,7 +88,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
 def test_command_line_refuses_an_unknown_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         HfArgumentParser(DPSMConfig).parse_args_into_dataclasses(
-            ["--output_dir", str(tmp_path), "--loss_type", "hinge"]
+            ["--output_dir", str(tmp_path), "--scoring_rule", "hinge"]
         )
     assert "invalid choice: 'hinge'" in capsys.readouterr().err
 
@@ -126,9 +126,9 @@ def test_round_trips(config: type, tmp_path: Path) -> None:
 def test_plain_training_arguments_get_the_defaults(tmp_path: Path) -> None:
     plain = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
     found = dpsm_arguments(plain)
-    assert found.loss_type == "dpsm" and found.schedule()(50, 1000) == 0.5
+    assert found.scoring_rule == "dpsm" and found.schedule()(50, 1000) == 0.5
     assert found.objective(0.5).label_smoothing == 0.1, "label smoothing of the plain arguments is lost"
-    own = DPSMConfig(output_dir=str(tmp_path), loss_type="brier")
+    own = DPSMConfig(output_dir=str(tmp_path), scoring_rule="brier")
     assert dpsm_arguments(own) is own
 
 
@@ -142,7 +142,7 @@ def test_label_smoothing_reaches_the_objective(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "hinge"}, r"loss_type='hinge' is unknown; choose one of dpsm, ce"),
+        ({"scoring_rule": "hinge"}, r"scoring_rule='hinge' is unknown; choose one of dpsm, ce"),
         ({"alpha_schedule": "quadratic"}, r"alpha_schedule='quadratic' is unknown; choose one of linear"),
         ({"alpha_start": 1.2}, r"alpha_start=1.2 lies outside \[0, 1\]"),
         ({"alpha_end": -0.5}, r"alpha=-0.5 lies outside \[0, 1\]|alpha_end=-0.5 lies outside \[0, 1\]"),
@@ -154,11 +154,11 @@ def test_label_smoothing_reaches_the_objective(tmp_path: Path) -> None:
         ({"alpha_feedback_limit": 0.0}, r"limit=0.0"),
         ({"alpha_feedback_gain": float("inf")}, r"gain=inf"),
         ({"score_smoothing": 1.0}, r"score_smoothing=1.0 lies outside \[0, 1\)"),
-        ({"loss_type": "ce", "score_smoothing": 0.1}, r"score_smoothing=0.1 .*loss_type='ce' has neither"),
+        ({"scoring_rule": "ce", "score_smoothing": 0.1}, r"score_smoothing=0.1 .*scoring_rule='ce' has neither"),
         ({"score_smoothing": 0.1, "label_smoothing_factor": 0.2},
          r"score_smoothing=0.1 and label_smoothing=0.2 both smooth .*label_smoothing_factor"),
-        ({"focal_gamma": -1.0, "loss_type": "focal"}, r"focal_gamma=-1.0 must be a finite number of at least 0"),
-        ({"focal_gamma": 1.0}, r"focal_gamma=1.0 has no effect on loss_type='dpsm'"),
+        ({"focal_gamma": -1.0, "scoring_rule": "focal"}, r"focal_gamma=-1.0 must be a finite number of at least 0"),
+        ({"focal_gamma": 1.0}, r"focal_gamma=1.0 has no effect on scoring_rule='dpsm'"),
         ({"z_loss": -1e-4}, r"z_loss=-0.0001 must be a finite number of at least 0"),
         ({"calibration_bins": 7}, r"calibration_bins=7 does not divide 3000; use 10, 15"),
         ({"calibration_bins": 0}, r"calibration_bins=0 does not divide"),
@@ -175,4 +175,4 @@ def test_feedback_with_evaluations(strategy: str, tmp_path: Path) -> None:
     args = DPSMConfig(output_dir=str(tmp_path), alpha_schedule="feedback", eval_strategy=strategy, eval_steps=5)
     assert args.schedule()(10, 100, [{"eval_signed_gap": 0.01, "step": 5}]) == pytest.approx(0.02)
     # a rule without alpha needs no evaluation
-    DPSMConfig(output_dir=str(tmp_path), loss_type="brier", alpha_schedule="feedback")
+    DPSMConfig(output_dir=str(tmp_path), scoring_rule="brier", alpha_schedule="feedback")

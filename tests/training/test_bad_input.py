@@ -21,24 +21,24 @@ def args(tmp_path: Path, **arguments: Any) -> DPSMConfig:
     return DPSMConfig(**{**defaults, **arguments})
 
 
-@pytest.mark.parametrize("loss_type", ["ce", "dpsm"])
-def test_a_label_beyond_the_vocabulary_is_found_before_training(loss_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scoring_rule", ["ce", "dpsm"])
+def test_a_label_beyond_the_vocabulary_is_found_before_training(scoring_rule: str, tmp_path: Path) -> None:
     rows = make_data("gpt2").to_list()
     rows[11]["labels"][2] = VOCAB + 3
     data = make_data("gpt2").from_list(rows)
     model = make_model("gpt2")
-    trainer = DPSMTrainer(model=model, args=args(tmp_path, loss_type=loss_type), train_dataset=data)
+    trainer = DPSMTrainer(model=model, args=args(tmp_path, scoring_rule=scoring_rule), train_dataset=data)
     with pytest.raises(ValueError, match=rf"train_dataset row 11 has label {VOCAB + 3}, outside \[0, {VOCAB}\)"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("loss_type", ["ce", "dpsm"])
-def test_a_wrong_label_that_only_a_batch_shows_is_named(loss_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scoring_rule", ["ce", "dpsm"])
+def test_a_wrong_label_that_only_a_batch_shows_is_named(scoring_rule: str, tmp_path: Path) -> None:
     rows = make_data("gpt2").to_list()
     for row in rows:
         row["labels"][2] = -1  # a list is no datasets.Dataset: its rows are looked at as they come
-    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, loss_type=loss_type), train_dataset=rows)
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, scoring_rule=scoring_rule), train_dataset=rows)
     with pytest.raises(ValueError, match=r"label -1 at position \(0, 1\) lies outside"):
         trainer.train()
 
@@ -61,9 +61,9 @@ class _PoisonAt(nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("fused_head", ["on", "off"])
-@pytest.mark.parametrize("loss_type", ["ce", "brier", "dpsm"])
-def test_non_finite_logits_stop_training_at_their_step(loss_type: str, fused_head: str, value: float) -> None:
-    trainer = cases.build("gpt2", loss_type=loss_type, max_steps=4, per_device_train_batch_size=2,
+@pytest.mark.parametrize("scoring_rule", ["ce", "brier", "dpsm"])
+def test_non_finite_logits_stop_training_at_their_step(scoring_rule: str, fused_head: str, value: float) -> None:
+    trainer = cases.build("gpt2", scoring_rule=scoring_rule, max_steps=4, per_device_train_batch_size=2,
                           gradient_accumulation_steps=2, fused_head=fused_head)  # fmt: skip
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["input_ids"]})
     trainer.model.transformer.ln_f = _PoisonAt(trainer.model.transformer.ln_f, call=6, value=value)
@@ -91,7 +91,7 @@ def test_an_empty_set_is_named(tmp_path: Path) -> None:
 
 
 def test_logits_shorter_than_the_labels_are_named(tmp_path: Path) -> None:
-    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, loss_type="ce"))
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, scoring_rule="ce"))
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.zeros(1, 4, dtype=torch.long)}
     with pytest.raises(ValueError, match="logits for 2 positions but the labels have 4"):
         trainer.compute_loss(trainer.model, {**batch, "logits_to_keep": 2})
@@ -105,8 +105,10 @@ def test_plain_arguments_are_checked_too(tmp_path: Path) -> None:
 
 def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
     data = make_data("gpt2").rename_column("labels", "label_ids")
-    with pytest.raises(ValueError, match=r"the batch has no 'labels', only .*so loss_type='brier' cannot be computed"):
-        DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, loss_type="brier", remove_unused_columns=False),
+    with pytest.raises(
+        ValueError, match=r"the batch has no 'labels', only .*so scoring_rule='brier' cannot be computed"
+    ):
+        DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, scoring_rule="brier", remove_unused_columns=False),
                     train_dataset=data.remove_columns("label_ids")).train()  # fmt: skip
 
 

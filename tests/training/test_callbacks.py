@@ -90,8 +90,8 @@ def test_the_schedule_is_printed_and_logged(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_fixed_rule_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], warned: Any) -> None:
-    dpsm_trainer(tmp_path, loss_type="brier", alpha_warmup_steps=1000).train()
-    assert "DPSM | loss_type brier: a fixed rule, the alpha schedule is not used" in capsys.readouterr().out
+    dpsm_trainer(tmp_path, scoring_rule="brier", alpha_warmup_steps=1000).train()
+    assert "DPSM | scoring_rule brier: a fixed rule, the alpha schedule is not used" in capsys.readouterr().out
     assert "never reaches" not in warned.text
 
 
@@ -216,7 +216,7 @@ def test_plain_arguments_have_the_callbacks_too(tmp_path: Path, capsys: pytest.C
     trainer.train()
     assert (
         "DPSM | linear: alpha 0 -> 1 over 1 steps (of 3); from step 1 on the Brier score alone (67% of training). "
-        "To change it: args=DPSMConfig(loss_type=..., alpha_schedule=...)\n"
+        "To change it: args=DPSMConfig(scoring_rule=..., alpha_schedule=...)\n"
     ) in capsys.readouterr().out
     metrics = trainer.evaluate()
     saved = record(tmp_path, "eval-step-000003.json")

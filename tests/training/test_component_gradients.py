@@ -15,7 +15,7 @@ from tests.tiny import VOCAB
 
 
 def trained(folder: Path, name: str, **options: Any) -> Any:
-    defaults = {"loss_type": "dpsm", "logging_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    defaults = {"scoring_rule": "dpsm", "logging_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
     trainer = make_trainer(folder, name, **{**defaults, **options})
     trainer.train()
     return trainer
@@ -56,7 +56,7 @@ def test_flips_are_counted_once(tmp_path: Path) -> None:
     counts = []
     for measured in (True, False):
         trainer = make_trainer(
-            tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=measured,
+            tmp_path, "gpt2", scoring_rule="dpsm", logging_steps=1, log_component_grad_norms=measured,
             corruption=Corruption(flips=TargetFlips(0.3, replacement_weights(VOCAB, (0, 1, 2)), seed=1)),
         )  # fmt: skip
         trainer.train()
@@ -66,7 +66,7 @@ def test_flips_are_counted_once(tmp_path: Path) -> None:
 
 
 def test_the_clock_of_training_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, "gpt2", loss_type="dpsm", logging_steps=1, log_component_grad_norms=True)
+    trainer = make_trainer(tmp_path, "gpt2", scoring_rule="dpsm", logging_steps=1, log_component_grad_norms=True)
     stopped = []
     measure = trainer._measure_components
     monkeypatch.setattr(

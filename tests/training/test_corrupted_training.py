@@ -122,7 +122,7 @@ def first_log(trainer: Any) -> dict[str, float]:
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_the_loss_is_that_of_the_flipped_targets(name: str, fused_head: str) -> None:
-    trainer = build(name, corruption("flips", steps=1.0), 8, 1, max_steps=1, loss_type="ce", fused_head=fused_head)
+    trainer = build(name, corruption("flips", steps=1.0), 8, 1, max_steps=1, scoring_rule="ce", fused_head=fused_head)
     model = make_model(name)
     trainer.train()
     logged = first_log(trainer)
@@ -268,13 +268,13 @@ def test_shifted_labels_of_the_collator_are_flipped_alike() -> None:
 def test_a_loss_function_of_the_user_leaves_no_place_for_flips() -> None:
     with pytest.raises(ValueError, match="compute_loss_func would replace"):
         DPSMTrainer(
-            model=make_model("gpt2"), args=DPSMConfig(output_dir="unused", loss_type="ce", use_cpu=True),
+            model=make_model("gpt2"), args=DPSMConfig(output_dir="unused", scoring_rule="ce", use_cpu=True),
             corruption=corruption("flips"), compute_loss_func=lambda *_, **__: torch.zeros(()),
         )  # fmt: skip
 
 
 def test_a_batch_without_labels_cannot_be_flipped() -> None:
-    trainer = build("gpt2", corruption("flips"), 8, 1, loss_type="ce")
+    trainer = build("gpt2", corruption("flips"), 8, 1, scoring_rule="ce")
     trainer.data_collator = lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
     with pytest.raises(ValueError, match=r"'labels'.*only input_ids"):
         trainer.train()
@@ -305,7 +305,7 @@ def test_a_batch_whose_summaries_cannot_be_swapped(change: Any, message: str) ->
 def test_plain_training_has_the_bits_it_had() -> None:
     """`corruption=None` adds nothing: equal to Transformers' own trainer."""
     ours, stock = (
-        cases.parameters_and_logs("gpt2", stock=s, loss_type="ce", fused_head="off", per_device_train_batch_size=8)
+        cases.parameters_and_logs("gpt2", stock=s, scoring_rule="ce", fused_head="off", per_device_train_batch_size=8)
         for s in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(ours["parameters"], stock["parameters"], strict=True))

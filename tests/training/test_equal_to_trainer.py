@@ -1,4 +1,4 @@
-"""With loss_type="ce" and fused_head="off" DPSMTrainer is Trainer, bit for bit: losses, logs, parameters."""
+"""With scoring_rule="ce" and fused_head="off" DPSMTrainer is Trainer, bit for bit: losses, logs, parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama_lora"])
 def test_bit_equal(name: str, variant: str) -> None:
     common = dict(
-        loss_type="ce",
+        scoring_rule="ce",
         fused_head="off",
         per_device_train_batch_size=2,
         per_device_eval_batch_size=4,
@@ -49,7 +49,7 @@ def test_bit_equal(name: str, variant: str) -> None:
 def test_the_fused_head_is_trainer_up_to_rounding(name: str, smoothing: float) -> None:
     arguments = dict(label_smoothing_factor=smoothing, prediction_loss_only=True, learning_rate=1e-3)
     theirs = cases.parameters_and_logs(name, stock=True, **arguments)
-    ours = cases.parameters_and_logs(name, stock=False, loss_type="ce", fused_head="on", **arguments)
+    ours = cases.parameters_and_logs(name, stock=False, scoring_rule="ce", fused_head="on", **arguments)
     for a, b in zip(theirs["parameters"], ours["parameters"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # three steps of Adam, whose sign may turn on a zero
     assert len(theirs["logs"]) == len(ours["logs"])
@@ -85,7 +85,7 @@ def test_a_model_that_is_no_language_model_trains_with_ce_as_in_trainer(tmp_path
     for trainer_class, config in ((Trainer, TrainingArguments), (DPSMTrainer, DPSMConfig)):
         torch.manual_seed(0)
         model = Regressor()
-        extra = {"loss_type": "ce"} if config is DPSMConfig else {}
+        extra = {"scoring_rule": "ce"} if config is DPSMConfig else {}
         args = config(output_dir=str(tmp_path), max_steps=4, use_cpu=True, disable_tqdm=True, save_strategy="no",
                       gradient_accumulation_steps=2, per_device_train_batch_size=2, **extra)  # fmt: skip
         trainer_class(model=model, args=args, train_dataset=data).train()

@@ -271,7 +271,7 @@ def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture(run: P
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was linear and is cosine"),
         ({"alpha_schedule": "cosine"}, "alpha_schedule was linear and is cosine"),
         ({"alpha_end": 0.5}, "alpha_end was 1.0 and is 0.5"),
-        ({"loss_type": "brier"}, "loss_type was dpsm and is brier"),
+        ({"scoring_rule": "brier"}, "scoring_rule was dpsm and is brier"),
         ({"max_steps": 8}, "max_steps was 6 and is 8"),
         ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 2 and is 4"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),

@@ -183,11 +183,11 @@ def test_compute_loss_func_is_honoured_with_ce_and_refused_otherwise(tmp_path: P
         return outputs["logits"].square().mean()
 
     data = make_data("gpt2")
-    args = config(tmp_path, loss_type="ce", max_steps=1)
+    args = config(tmp_path, scoring_rule="ce", max_steps=1)
     DPSMTrainer(model=make_model("gpt2"), args=args, train_dataset=data, compute_loss_func=loss_func).train()
     assert calls
     for other in (config(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)):
-        with pytest.raises(ValueError, match="compute_loss_func would replace loss_type='dpsm'"):
+        with pytest.raises(ValueError, match="compute_loss_func would replace scoring_rule='dpsm'"):
             DPSMTrainer(model=make_model("gpt2"), args=other, train_dataset=data, compute_loss_func=loss_func)
 
 
@@ -266,7 +266,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent(tmp_pa
 
     data, logged = make_data("gpt2"), []
     for trainer_class, args in ((Trainer, TrainingArguments), (DPSMTrainer, DPSMConfig)):
-        extra = {"loss_type": "ce"} if args is DPSMConfig else {}
+        extra = {"scoring_rule": "ce"} if args is DPSMConfig else {}
         arguments = args(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no",
                          logging_steps=1, **extra)  # fmt: skip
         logged.append([e["loss"] for e in train(trainer_class(model=penalised(), args=arguments, train_dataset=data))])
@@ -281,6 +281,6 @@ def test_an_encoder_decoder_that_is_no_language_model_trains_as_in_trainer(tmp_p
     bart = make_model("bart").config
     bart.num_labels = 3
     rows = [{"input_ids": [5, 6, 7, 2], "attention_mask": [1] * 4, "labels": i % 3} for i in range(4)]
-    args = config(tmp_path, loss_type="ce", max_steps=1)
+    args = config(tmp_path, scoring_rule="ce", max_steps=1)
     entries = train(DPSMTrainer(model=BartForSequenceClassification(bart), args=args, train_dataset=rows))
     assert np.isfinite(entries[0]["loss"])

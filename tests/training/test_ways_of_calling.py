@@ -76,7 +76,9 @@ def test_a_loss_of_ones_own_is_trained_as_in_trainer(
         assert other[:2] == found[0][:2]
         torch.testing.assert_close(other[2], found[0][2], rtol=0, atol=0)
     printed = capsys.readouterr().out
-    assert printed.count("DPSM | the loss is that of Mine.compute_loss: loss_type and the alpha schedule have no") == 2
+    assert (
+        printed.count("DPSM | the loss is that of Mine.compute_loss: scoring_rule and the alpha schedule have no") == 2
+    )
     assert "alpha 0 ->" not in printed
 
 
@@ -152,7 +154,7 @@ def test_a_step_of_hand_made_micro_batches_is_divided_as_in_trainer(tmp_path: Pa
 @pytest.mark.parametrize("fused_head", ["off", "auto"])
 def test_an_attempt_that_ran_out_of_memory_is_forgotten(fused_head: str, tmp_path: Path) -> None:
     trainer = build(
-        DPSMTrainer, "llama", tmp_path, loss_type="ce", auto_find_batch_size=True, per_device_train_batch_size=8,
+        DPSMTrainer, "llama", tmp_path, scoring_rule="ce", auto_find_batch_size=True, per_device_train_batch_size=8,
         max_steps=4, logging_steps=4, remove_unused_columns=False, fused_head=fused_head, data=make_data("llama", 64),
     )  # fmt: skip
     forward, calls = trainer.model.forward, []

@@ -34,9 +34,9 @@ class SingleRun:
     split: str = "validation"
 
     @property
-    def loss_type(self) -> str:
+    def scoring_rule(self) -> str:
         """Return the loss that it was trained with."""
-        return str(self.record.arguments.get("loss_type", self.name))
+        return str(self.record.arguments.get("scoring_rule", self.name))
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
@@ -297,9 +297,9 @@ def sentences_on(runs: Sequence[SingleRun]) -> list[str]:
     Runs that failed or diverged are named as such and not compared.
     """
     usable = [run for run in runs if run.comparable]
-    base = next((run for run in usable if run.loss_type == "ce"), None)
-    tested = [run for run in usable if run.loss_type != "ce"]
-    tested.sort(key=lambda run: run.loss_type != "dpsm")
+    base = next((run for run in usable if run.scoring_rule == "ce"), None)
+    tested = [run for run in usable if run.scoring_rule != "ce"]
+    tested.sort(key=lambda run: run.scoring_rule != "dpsm")
     said: list[str | None] = []
     if base is None:
         said.append("There is no finished 'ce' run to compare with.")
@@ -308,7 +308,7 @@ def sentences_on(runs: Sequence[SingleRun]) -> list[str]:
     else:
         for run in tested:
             said += _compare(run, base)
-            said += [_schedule(run), _cost(run, base)] if run.loss_type == "dpsm" else []
+            said += [_schedule(run), _cost(run, base)] if run.scoring_rule == "dpsm" else []
     said += [] if base is None else _calibration(tested, base)
     said += [_weak_texts(usable), *map(_overfit, usable), *_failures(runs)]
     said += [*_busy(usable), _same_start(usable), _scope(runs)]

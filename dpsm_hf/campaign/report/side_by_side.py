@@ -72,7 +72,7 @@ def results_of(records: Sequence[Record], title: str) -> Results:
         raise ValueError("A report needs at least one run; got none.")
     if len(set(names)) < len(names):
         raise ValueError(f"Two runs have the same name ({', '.join(names)}); rename one in its run.json.")
-    losses = {record.name: str(record.arguments.get("loss_type", record.name)) for record in records}
+    losses = {record.name: str(record.arguments.get("scoring_rule", record.name)) for record in records}
     words = {name: LOSS_TITLES.get(loss, loss) for name, loss in losses.items()}
     titles = {name: word if name == losses[name] else f"{word} ({name})" for name, word in words.items()}
     by_loss = {loss: name for name, loss in reversed(losses.items())}
@@ -141,7 +141,7 @@ def _numbers(run: SingleRun) -> dict[str, Any]:
     metrics = {f"eval_{name}": value for name, value in run.metrics.items()}
     metrics |= {key: value for key, value in cost.items() if value is not None}
     return {
-        "name": run.name, "loss_type": run.loss_type,
+        "name": run.name, "scoring_rule": run.scoring_rule,
         "status": "finished" if record.status == "ok" else record.status, "message": record.message,
         "metrics": dict(sorted(metrics.items())),
         "run": {
@@ -168,7 +168,7 @@ def _made_by(run: SingleRun) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report on the runs' folders that a command line names (``sys.argv``'s by default) and return the exit code."""
     parser = argparse.ArgumentParser(prog="dpsm report", description="Compare finished training runs.")
-    parser.add_argument("runs", nargs="+", help="output_dir of each run; loss_type ce is the reference")
+    parser.add_argument("runs", nargs="+", help="output_dir of each run; scoring_rule ce is the reference")
     parser.add_argument("--output_dir", default="report", help="where report.html, results.json and plots/ go")
     parser.add_argument("--title", default="Training losses side by side", help="heading of the page")
     options = parser.parse_args(arguments)

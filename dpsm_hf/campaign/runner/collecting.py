@@ -98,7 +98,7 @@ def read_run(folder: str | Path) -> Record:
     """Read the folder of a run, one of a campaign or the ``output_dir`` of any Trainer.
 
     Of a run that no campaign has started, the log history, the results and the calibration files are read, and a
-    ``run.json`` where whoever started it has written one: ``name``, ``loss_type``, ``status`` (``finished`` or
+    ``run.json`` where whoever started it has written one: ``name``, ``scoring_rule``, ``status`` (``finished`` or
     ``failed``), ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
 
     Raises:
@@ -114,7 +114,7 @@ def read_run(folder: str | Path) -> Record:
         raise ValueError(f"{folder} holds neither {STATE_NAME} nor run.json; give the output_dir of a run.")
     name, ended = str(run.get("name", folder.name)), str(run.get("status", "finished"))
     record = Record(
-        name, name, "", {"loss_type": str(run.get("loss_type", name)), "seed": run.get("seed")},
+        name, name, "", {"scoring_rule": str(run.get("scoring_rule", name)), "seed": run.get("seed")},
         status="ok" if ended == "finished" else ended if ended in STATUSES else "failed",
         message=str(run.get("message", "")), command=run.get("command", ()),
         attempts=[{key: run.get(key) for key in ("seconds", "exit_code")}],

@@ -216,10 +216,10 @@ def _check_variations(spec: Spec, problems: Problems) -> None:
         if chosen.role != "main":
             what = f"{name} has the role {chosen.role}; the others wait for it, so give it the role main"
             problems.add(spec.places[role], role, what)
-        found = _values(spec, chosen).get("loss_type", "dpsm")
+        found = _values(spec, chosen).get("scoring_rule", "dpsm")
         if chosen.of is not None or found != loss:
-            is_what = f"reads {chosen.of.value}" if chosen.of is not None else f"has loss_type {found}"
-            problems.add(spec.places[role], role, f"{name} {is_what}; name a variation with loss_type {loss}")
+            is_what = f"reads {chosen.of.value}" if chosen.of is not None else f"has scoring_rule {found}"
+            problems.add(spec.places[role], role, f"{name} {is_what}; name a variation with scoring_rule {loss}")
 
 
 def _values(spec: Spec, variation: VariationEntry) -> dict[str, Any]:

@@ -139,6 +139,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def effective(task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without those that have no effect: alpha's, where the loss mixes nothing."""
-    if arguments.get("loss_type", "dpsm") == "dpsm":
+    if arguments.get("scoring_rule", "dpsm") == "dpsm":
         return dict(arguments)
     return {name: value for name, value in arguments.items() if not name.startswith("alpha_")}

@@ -37,7 +37,7 @@ def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, para
 
 
 GAMMA = Parameter(
-    "focal_gamma", 2.0, help="exponent of loss_type=focal.", allowed=lambda gamma: 0.0 <= gamma < math.inf,
+    "focal_gamma", 2.0, help="exponent of scoring_rule=focal.", allowed=lambda gamma: 0.0 <= gamma < math.inf,
     must="be a finite number of at least 0",
 )  # fmt: skip
 RULE = Rule(

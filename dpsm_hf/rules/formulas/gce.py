@@ -35,7 +35,7 @@ def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, para
 
 
 EXPONENT = Parameter(
-    "gce_q", 0.7, help="q of loss_type=gce, in (0, 1]; towards 0 it becomes cross-entropy.",
+    "gce_q", 0.7, help="q of scoring_rule=gce, in (0, 1]; towards 0 it becomes cross-entropy.",
     allowed=lambda q: 0.0 < q <= 1.0, must="lie in (0, 1]",
 )  # fmt: skip
 RULE = Rule(
