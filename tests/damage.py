@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def zeroed(name: str) -> Damage:
 
 
 def flipped(name: str) -> Damage:
-    """A bit in the middle of what torch wrote is another one."""
+    """A bit in the middle is another one."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -45,6 +46,21 @@ def flipped(name: str) -> Damage:
         (folder / name).write_bytes(bytes(content))
 
     return damage
+
+
+def exchanged(name: str) -> Damage:
+    """Whole, but that of the checkpoint before."""
+
+    def damage(folder: Path) -> None:
+        shutil.copy(folder.parent / "checkpoint-2" / name, folder / name)
+
+    return damage
+
+
+def without_digests(folder: Path) -> None:
+    """As an older version wrote it."""
+    facts = json.loads((folder / "run_facts.json").read_text(encoding="utf-8"))
+    (folder / "run_facts.json").write_text(json.dumps({**facts, "digests": None}), encoding="utf-8")
 
 
 def lost(name: str) -> Damage:
@@ -67,6 +83,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "weights cut": (cut(WEIGHTS), WEIGHTS),
     "weights empty": (emptied(WEIGHTS), WEIGHTS),
     "weights lost": (lost(WEIGHTS), WEIGHTS),
+    "weights flipped": (flipped(WEIGHTS), f"{WEIGHTS} is another than was saved"),
+    "weights exchanged": (exchanged(WEIGHTS), f"{WEIGHTS} is another than was saved"),
+    "optimizer exchanged": (exchanged(OPTIMIZER), f"{OPTIMIZER} is another than was saved"),
+    "scheduler exchanged": (exchanged("scheduler.pt"), "scheduler.pt is another than was saved"),
+    "random state exchanged": (exchanged("rng_state.pth"), "rng_state.pth is another than was saved"),
+    "state altered": (altered("trainer_state.json", log_history=[]), "trainer_state.json is another than was saved"),
     "optimizer cut": (cut(OPTIMIZER), OPTIMIZER),
     "optimizer empty": (emptied(OPTIMIZER), OPTIMIZER),
     "optimizer zeroed": (zeroed(OPTIMIZER), OPTIMIZER),

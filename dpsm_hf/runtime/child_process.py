@@ -19,6 +19,8 @@ import psutil
 TAIL_LINES = 20
 #: Environment variable that names the process that started a run; the run ends when that process does.
 RUNNER_VARIABLE = "DPSM_RUNNER_PID"
+#: File in its folder where a run that a runner has started says which step its training goes on from.
+STARTED_NAME = "started.json"
 
 
 @dataclass(frozen=True)

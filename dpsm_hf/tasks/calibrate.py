@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ..data.loading import load_text_datasets
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
 from . import task_of_model
+from .model_building import load_saved_tokenizer
 from .scaled_model import PLACES, check_target, save_scaled
 
 APPLICATIONS = ("none", *PLACES)
@@ -107,7 +108,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     _check_model(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     task = task_of_model(config)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_saved_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     model = task.auto_model.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
     for name, remedy in task.without_effect.items():
         if getattr(options, name) not in (None, ""):

@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..runtime.child_process import RUNNER_VARIABLE, STARTED_NAME
+from ..runtime.files import write_json
 from ..training.checkpoint_files import STATE_NAME, examine, read_object
 from ..training.resuming import agreed, newest_sound
 from ..training.trainer import DPSMMixin
@@ -128,6 +130,21 @@ def _detect(training_args: TrainingArguments, strict: bool) -> str | None:
     return last
 
 
+def note_start(training_args: TrainingArguments, checkpoint: str | None) -> None:
+    """Tell the runner of a campaign, where one has started this process, which step training goes on from.
+
+    Args:
+        training_args: The arguments of the run.
+        checkpoint: As `detect_checkpoint` returns it.
+    """
+    if RUNNER_VARIABLE not in os.environ or not training_args.do_train or training_args.process_index != 0:
+        return
+    state = read_object(Path(checkpoint) / STATE_NAME) if checkpoint is not None else None
+    folder = Path(str(training_args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json({"from_step": (state or {}).get("global_step", 0)}, folder / STARTED_NAME)
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str | None:
     """Give the newest sound checkpoint folder, of which each part can be read.
 
@@ -148,7 +165,7 @@ def train_and_save(
     train_samples: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C saves a checkpoint first.
+    """Train, save the model with its tokenizer, the metrics and the state; Ctrl-C and SIGTERM save a checkpoint first.
 
     A checkpoint of a run whose training had ended is loaded and saved, not trained on.
 
@@ -162,8 +179,8 @@ def train_and_save(
         The metrics of the training.
 
     Raises:
-        SystemExit: With code 130 after an interrupt, once it has been said how to resume; with code 0 where a
-            `StopAtStep` among the callbacks has stopped it.
+        SystemExit: With code 130 after an interrupt and 143 after SIGTERM, once it has been said how to resume; with
+            code 0 where a `StopAtStep` among the callbacks has stopped it.
     """
     if checkpoint is not None:
         # It was evaluated at its start; once more would be one entry too many for a feedback schedule.
@@ -172,7 +189,8 @@ def train_and_save(
     for added in (callback, *callbacks):
         trainer.add_callback(added)
     try:
-        with graceful_interrupt(callback):
+        # with enable_jit_checkpoint, Transformers itself saves a checkpoint on SIGTERM
+        with graceful_interrupt(callback, terminate=not getattr(trainer.args, "enable_jit_checkpoint", False)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         _say_how_to_resume(trainer)
@@ -184,7 +202,7 @@ def train_and_save(
         # A launcher ends all processes when the first one fails, and one of them may still be writing.
         trainer.accelerator.wait_for_everyone()
         _say_how_to_resume(trainer)
-        raise SystemExit(130)
+        raise SystemExit(callback.exit_code)
     if any(isinstance(added, StopAtStep) and added.stopped for added in callbacks):
         raise SystemExit(0)
     trainer.save_model()

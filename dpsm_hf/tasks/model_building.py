@@ -1,4 +1,4 @@
-"""The configuration of a run's model: that of a saved model, or one made for training from nothing."""
+"""What a model is built with: its configuration, saved or made for training from nothing, and a saved tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import logging
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ModelSource
 
@@ -31,6 +31,17 @@ def load_config(model_args: ModelSource) -> PreTrainedConfig | None:
         return None
     config: PreTrainedConfig = AutoConfig.from_pretrained(source, **hub_options(model_args))
     return config
+
+
+def load_saved_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that was saved in a folder, beside a model or alone, or that a model on the hub has.
+
+    Args:
+        source: The folder, or a name on the hub.
+        trust_remote_code: Allow one that brings code of its own.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return tokenizer
 
 
 def build_config_from_scratch(

@@ -1,4 +1,4 @@
-"""What ends training before its last step: a step that was named, Ctrl-C, or no progress any more."""
+"""What ends training before its last step: a step that was named, Ctrl-C or SIGTERM, or no progress any more."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def stopping(stop_at_step: float | None) -> list[TrainerCallback]:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turn the first Ctrl-C into "finish this step, save a checkpoint, stop", so that nothing is lost.
+    """Turn the first Ctrl-C, or SIGTERM, into "finish this step, save a checkpoint, stop", so that nothing is lost.
 
     Across processes the wish is agreed on every ``sync_every`` steps, because ranks that stop at different
     steps would wait for each other for ever.
@@ -117,21 +117,27 @@ class StopOnInterrupt(TrainerCallback):
     sync_every = 10
 
     def __init__(self) -> None:
-        self.requested = False
+        self.received = 0
         self.stopped = False
+
+    @property
+    def exit_code(self) -> int:
+        """Return what a shell expects of a program that a signal has ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (self.received or signal.SIGINT)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the Trainer to save and stop once the wish is known to every process."""
-        wanted = self.requested
+        wanted = self.received
         if args.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             if state.global_step % self.sync_every:
                 return control
-            flag = torch.tensor(int(wanted), device=args.device)
+            flag = torch.tensor(wanted, device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            wanted = bool(flag.item())
+            wanted = int(flag.item())
         if wanted:
+            self.received = wanted
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
@@ -139,27 +145,43 @@ class StopOnInterrupt(TrainerCallback):
 
 
 @contextmanager
-def graceful_interrupt(callback: StopOnInterrupt) -> Iterator[None]:
+def graceful_interrupt(callback: StopOnInterrupt, *, terminate: bool = True) -> Iterator[None]:
     """Let the first Ctrl-C ask for a stop after the current step, and the second stop at once.
 
+    SIGTERM (Slurm, a spot machine, ``docker stop``) asks for the same, as often as it comes: a launcher passes it on
+    to processes that have it already, and whoever cannot wait sends SIGKILL.
+
     Args:
-        callback: Is told of the first.
+        callback: Is told which signal came.
+        terminate: Whether SIGTERM is for us to take.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread alone; elsewhere Ctrl-C stays what it was.
         return
 
-    def handle(number: int, frame: types.FrameType | None) -> None:
-        if callback.requested:
-            raise KeyboardInterrupt
-        callback.requested = True
-        logger.warning("Interrupted: finishing this step and saving a checkpoint. Press Ctrl-C again to stop at once.")
+    pressed = False
 
-    previous = signal.signal(signal.SIGINT, handle)
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        nonlocal pressed
+        if number == signal.SIGTERM:
+            if callback.received != number:
+                logger.warning("SIGTERM: finishing this step and saving a checkpoint.")
+        elif pressed:
+            raise KeyboardInterrupt
+        else:
+            pressed = True
+            logger.warning(
+                "Interrupted: finishing this step and saving a checkpoint. Press Ctrl-C again to stop at once."
+            )
+        callback.received = max(callback.received, number)
+
+    taken = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
+    previous = {number: signal.signal(number, handle) for number in taken}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -18,7 +18,7 @@ from ..runtime.content import content_hash
 from ..runtime.secrets import hide_in_logs
 from ..training.run_facts import RunFacts
 from .arguments import OutcomeArguments, settle_best_checkpoint
-from .checkpoints import best_weights, check_output_dir, detect_checkpoint, train_and_save
+from .checkpoints import best_weights, check_output_dir, detect_checkpoint, note_start, train_and_save
 from .command_line import parse_script_arguments, setup_logging
 from .model_building import build_config_from_scratch, hub_options, load_config
 from .outcome import Outcome, discard_outcome
@@ -387,6 +387,7 @@ class Task(ABC):
         check_output_dir(training)
         strict = self.data_args.resume_strict
         checkpoint = detect_checkpoint(training, strict=strict)
+        note_start(training, checkpoint)
         discard_outcome(training)
         self.load_data()
         set_seed(training.seed)

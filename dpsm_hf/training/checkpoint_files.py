@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .digests import differing
+
 STATE_NAME = "trainer_state.json"
 #: What a run says of itself in its checkpoints; see `run_facts`.
 FACTS_NAME = "run_facts.json"
@@ -26,6 +28,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "rank*-of-*-optimizer.pt")
+_STATES = (*_OPTIMIZERS, "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 _RNG = re.compile(r"rng_state_(\d+)\.pth")
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
@@ -69,6 +72,7 @@ class Checkpoint:
 
 
 _NO_WEIGHTS = "the weights"
+_EXCHANGED = f"is another than was saved there (if that is on purpose, delete {FACTS_NAME} beside it)"
 
 
 def checkpoint_folders(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -90,7 +94,7 @@ def examine(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     """Look at all parts of a checkpoint: weights, optimizer, scheduler, random state and trainer state.
 
     Files are read as far as it takes to know that they are whole: headers and lengths of safetensors, the checksums
-    of files that torch wrote.
+    of files that torch wrote. Where the checkpoint has digests (see `parts_of`), each part is compared with its own.
 
     Args:
         folder: of the checkpoint.
@@ -117,7 +121,9 @@ def examine(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     if isinstance(parts, dict) and "scaler" in parts and not (folder / "scaler.pt").is_file():
         missing.append("scaler.pt")
     missing += _missing_random_state(folder, processes)
-    damaged = [f"{path.relative_to(folder)} {why}" for path, why in _damage(folder)]
+    found_damage = dict(_damage(folder))
+    found_damage |= dict.fromkeys(_exchanged(folder, found_damage.keys()), _EXCHANGED)
+    damaged = [f"{path.relative_to(folder)} {why}" for path, why in found_damage.items()]
     return Checkpoint(folder, step, tuple(missing), tuple(damaged))
 
 
@@ -135,6 +141,27 @@ def _wrong_state(folder: Path, state: dict[str, Any], step: int) -> str:
     if step < 0 or (isinstance(steps, int) and 0 < steps < step):
         return f"is of step {step} of {steps}"
     return ""
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Return the files that training goes on from and that have a digest: weights, states, random and trainer state.
+
+    Folders in which each process of FSDP or DeepSpeed writes its own shard are left out: nobody sees all of them.
+
+    Args:
+        folder: of the checkpoint.
+    """
+    shards = ("model-*.safetensors", "pytorch_model-*.bin")
+    files = [*_glob(folder, *_WEIGHTS, *_INDICES, *shards, *_STATES, STATE_NAME)]
+    return files + [path for adapter in _adapter_folders(folder) for path in _glob(adapter, *_ADAPTERS)]
+
+
+def _exchanged(folder: Path, unreadable: Collection[Path]) -> list[Path]:
+    """Return the parts that are whole, but not what was saved there."""
+    saved = (read_object(folder / FACTS_NAME) or {}).get("digests")
+    if not isinstance(saved, dict):  # of an older version, or a process that was killed before it had them
+        return []
+    return differing(folder, [path for path in parts_of(folder) if path not in unreadable], saved)
 
 
 def saving_processes(folder: Path) -> int:
@@ -212,8 +239,7 @@ def _damage(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield path, why
         if not (adapter / "adapter_config.json").is_file():
             yield adapter / "adapter_config.json", "is missing"
-    kept = (*_OPTIMIZERS, "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
-    for path in _glob(folder, *kept):
+    for path in _glob(folder, *_STATES):
         if why := _unreadable(path):
             yield path, why
     # torch.distributed.checkpoint: a table of contents, and a file of each process

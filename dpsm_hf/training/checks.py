@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..calibration import METRICS
@@ -42,6 +44,43 @@ def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
             "several labels at once), DPSM has no meaning for it: train it with Trainer."
         )
     return labels.long()
+
+
+def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: bool) -> None:
+    """Look whether a training batch has labels, where something has to be computed from them.
+
+    Args:
+        inputs: the batch.
+        scoring_rule: that is trained.
+        flips: whether targets are flipped.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "labels" in inputs:
+        return
+    if scoring_rule != "ce":
+        raise ValueError(
+            f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={scoring_rule!r} cannot be "
+            "computed; let the data collator name them so, or use scoring_rule='ce' for the model's own loss."
+        )
+    if flips:
+        raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
+
+
+def check_train_dataset(dataset: Any, vocab_size: int | None) -> None:
+    """Look whether there is anything to train on, and for labels that the model has no logit for.
+
+    Args:
+        dataset: the training set.
+        vocab_size: of the model, if it tells.
+
+    Raises:
+        ValueError: the set is empty, or as `check_dataset_labels`.
+    """
+    if has_length(dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty: there is nothing to train on. Look at its split and filters.")
+    check_dataset_labels(dataset, vocab_size, "train_dataset")
 
 
 def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> None:

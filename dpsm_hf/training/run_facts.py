@@ -19,7 +19,8 @@ from transformers.trainer_utils import has_length
 
 from ..runtime.files import write_json
 from .arguments import DPSMArguments
-from .checkpoint_files import FACTS_NAME, read_object, saving_processes
+from .checkpoint_files import FACTS_NAME, parts_of, read_object, saving_processes
+from .digests import digests
 
 #: Trainer's own arguments that decide what the weights become.
 _SETTINGS = (
@@ -141,6 +142,16 @@ class RunFacts:
             parts["scaler"] = kind_of(trainer.accelerator.scaler)
         os.makedirs(folder, exist_ok=True)
         write_json({"schema": 1, "facts": self.of(trainer, dpsm), "parts": parts}, folder / FACTS_NAME)
+
+    def seal(self, folder: Path) -> None:
+        """Add the digests of the parts of a checkpoint, all of which are written, to its facts.
+
+        Args:
+            folder: of the checkpoint.
+        """
+        facts = read_object(folder / FACTS_NAME)
+        if facts is not None:
+            write_json({**facts, "digests": digests(folder, parts_of(folder))}, folder / FACTS_NAME)
 
     def differences(self, folder: Path, now: Mapping[str, Any]) -> list[str]:
         """Return what is different from when a checkpoint was saved, a sentence part each, with both values.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,23 @@ from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps,
 from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import (
+    check_batch_labels,
     check_best_metric,
     check_calibration_dataset,
-    check_dataset_labels,
     check_feedback_metric,
     check_other_losses,
+    check_train_dataset,
     integer_labels,
 )
 from .clock import TrainingClock
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
+from .evaluation_report import EvaluationReport, gathered_rows
+from .finite import FiniteNumbers, engine_steps
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
-from .resuming import ResumingMixin
+from .resuming import CheckpointKeeper
+from .run_facts import RunFacts
 from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
@@ -55,8 +59,13 @@ logger = logging.get_logger(__name__)
 _LABELS = ("labels", "shift_labels")
 _Callback = TypeVar("_Callback", bound=TrainerCallback)
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
-class DPSMMixin(ResumingMixin):
+
+class DPSMMixin(_Base):
     """Replace the loss, the training log and the evaluation of a `Trainer`; everything else stays as it is.
 
     Put it before the trainer class: ``class MyTrainer(DPSMMixin, SomeTrainer)``.
@@ -80,6 +89,8 @@ class DPSMMixin(ResumingMixin):
         _keep_liger_out_of_the_loss(kwargs.get("args", args[1] if len(args) > 1 else None))
         self._corruptor = Corruptor(corruption or Corruption())
         self._clock = TrainingClock()
+        self._finite = FiniteNumbers()
+        self._checkpoints = CheckpointKeeper()
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
@@ -91,7 +102,7 @@ class DPSMMixin(ResumingMixin):
         self.panel: EvaluationPanel | None = None
         self._evaluation: Collector | None = None  # the one in progress
         self._batch_rows = 0  # of the batch that was evaluated last
-        self._loss_explained = False
+        self._evaluation_report = EvaluationReport()
         self._unannounced = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
@@ -115,13 +126,13 @@ class DPSMMixin(ResumingMixin):
         dpsm, dataset = self.dpsm, self._calibration_dataset
         check_other_losses(self, dpsm.scoring_rule)
         check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
-        if isinstance(self.args, DPSMArguments) and dpsm.fit_temperature and dataset is None:
+        if dataset is not None:
+            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
+        elif isinstance(self.args, DPSMArguments) and dpsm.fit_temperature:
             raise ValueError(
                 "fit_temperature=True needs data to fit on: pass calibration_dataset=, a split that is neither "
                 "trained nor tested on."
             )
-        if dataset is not None:
-            check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
         if dpsm.log_component_grad_norms:
             check_component_norms(self, owns_loss=self._owns_loss())
 
@@ -209,7 +220,8 @@ class DPSMMixin(ResumingMixin):
                 by the scored tokens of this batch.
         """
         inputs = _without_missing_labels(inputs)
-        self._check_labels(model, inputs)
+        if model.training:
+            check_batch_labels(inputs, self.dpsm.scoring_rule, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
@@ -235,18 +247,6 @@ class DPSMMixin(ResumingMixin):
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
         return (loss, outputs) if return_outputs else loss
-
-    def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if "labels" in inputs or not model.training:
-            return
-        if self.dpsm.scoring_rule != "ce":
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={self.dpsm.scoring_rule!r} "
-                "cannot be computed; let the data collator name them so, or use scoring_rule='ce' for the model's own "
-                "loss."
-            )
-        if self.corruption.flips is not None:
-            raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
 
     def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
@@ -290,7 +290,7 @@ class DPSMMixin(ResumingMixin):
         # the loop that called us waits for this very number, so looking at it here costs nothing
         if self.args.logging_nan_inf_filter and not bool(torch.isfinite(loss).all()):
             step, vocabulary = self.state.global_step, vocabulary_size(self.model)
-            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=self.engine_steps)
+            raise self._training_log.non_finite(float(loss.mean()), step, vocabulary, updated=engine_steps(self))
         return loss
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
@@ -321,14 +321,11 @@ class DPSMMixin(ResumingMixin):
         With corruption the metrics get the counts of what was corrupted, as ``train_...``.
         """
         if self.train_dataset is not None:
-            if has_length(self.train_dataset) and len(self.train_dataset) == 0:  # type: ignore[arg-type]
-                raise ValueError(
-                    "train_dataset is empty: there is nothing to train on. Look at its split and filters."
-                )
-            check_dataset_labels(self.train_dataset, vocabulary_size(self.model), "train_dataset")
+            check_train_dataset(self.train_dataset, vocabulary_size(self.model))
         if self.compute_metrics is None:
             check_feedback_metric(self.dpsm, self.eval_dataset)
-        resume_from_checkpoint = self.settle_checkpoint(resume_from_checkpoint)
+        self._finite.forget()
+        resume_from_checkpoint = self._checkpoints.settle(self, self.dpsm, resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
@@ -377,17 +374,6 @@ class DPSMMixin(ResumingMixin):
         # of all processes together the number stays, of one it may not
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint as `Trainer` does, with the training clock in its state and the counts of corruption."""
-        self._clock.save(self.state)
-        if self._corruptor.active:
-            self._corruptor.gather(self.args.device)
-            if self.args.should_save:
-                # before the others: a checkpoint is complete with its trainer_state.json, the last
-                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self._corruptor.save(Path(self._get_output_dir(trial=trial)) / name)
-        super()._save_checkpoint(model, trial)
-
     def corruption_record(self) -> dict[str, int] | None:
         """Return what was corrupted up to the last log, checkpoint or end of the training; None for clean training.
 
@@ -421,6 +407,8 @@ class DPSMMixin(ResumingMixin):
                 logs.update(self._corruptor.entry(self.args.device))
         elif "train_runtime" in logs:  # the summary at the end
             logs["train_seconds"] = self._clock.seconds(self.state)
+        if "loss" in logs or "train_runtime" in logs:  # the last one may be long past
+            self._finite.check_past_gradients(self.state.global_step)
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -434,6 +422,75 @@ class DPSMMixin(ResumingMixin):
         if self.is_world_process_zero() and card.exists():
             section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
             add_objective_section(card, section)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    @property
+    def run_facts(self) -> RunFacts:
+        """Return what is written into checkpoints, and compared on going on from one."""
+        return self._checkpoints.facts
+
+    @run_facts.setter
+    def run_facts(self, facts: RunFacts) -> None:
+        self._checkpoints.facts = facts
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient as `Trainer` does, which asks for it right before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite.check_gradient(self, norm, model)
+        return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint as `Trainer` does, with clock, facts and counts of corruption, of finite weights."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._clock.save(self.state)
+        if self._corruptor.active:
+            self._corruptor.gather(self.args.device)
+            if self.args.should_save:
+                self._corruptor.save(folder)  # before the others: a checkpoint is complete with its trainer_state.json
+        self._finite.check_before_saving(self)
+        with self._checkpoints.saving(self, self.dpsm, folder):
+            super()._save_checkpoint(model, trial)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as `Trainer` does, and seal a checkpoint once callbacks have written into it, too."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._checkpoints.seal(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, unless a weight is not finite: a FloatingPointError names the first."""
+        if not _internal_call:  # a checkpoint's were looked at
+            self._finite.check_before_saving(self)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model as `Trainer` does, its arguments without the hub's token."""
+        with self._checkpoints.writing_model(self.args, output_dir):
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights as `Trainer` does, unless they are those of another model."""
+        self._checkpoints.check_model(self, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states as `Trainer` does, unless they are those of another kind."""
+        with self._checkpoints.loading_optimizer(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state as `Trainer` does, unless it is something else."""
+        with self._checkpoints.loading_random_state(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """Find the place to go on from as `Trainer` does; in a stream that was read more than once, the right one."""
+        found: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        return self._checkpoints.place_in_stream(self.args, checkpoint, num_train_epochs, found)
 
     # ---- evaluation of a batch -------------------------------------------------------------------------------------
 
@@ -543,18 +600,17 @@ class DPSMMixin(ResumingMixin):
         with self._collecting(evaluation):
             output = super().evaluation_loop(*arguments)
             self.panel = evaluation.finish(self.args.device)
-        self._report(self.panel, output, metric_key_prefix)
+        smoothed = bool(self.args.label_smoothing_factor)
+        seconds = self._clock.seconds(self.state) if self.is_in_train else None
+        if self._evaluation_report.add(self.panel, output, metric_key_prefix, seconds=seconds, smoothed=smoothed):
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+            tensorboard = next((writer for writer in writers if writer is not None), None)
+            for writing in self._callbacks(CalibrationCallback):
+                writing.receive(self.panel, metric_key_prefix, tensorboard)
         return output
 
     def _gathered_rows(self, tensors: Any) -> Any:
-        """Gather from all processes and drop what only fills up the last batch, of several rows a sample too.
-
-        Only what was generated has several, and is ``[rows, T]``. The loss of a batch comes once a row of a full one.
-        """
-        rows = self._batch_rows
-        if isinstance(tensors, Tensor) and tensors.dim() > 1 and 0 < rows < len(tensors) and not len(tensors) % rows:
-            return self.accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
-        return self.accelerator.gather_for_metrics(tensors)
+        return gathered_rows(self.accelerator, tensors, self._batch_rows)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
         dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
@@ -564,37 +620,6 @@ class DPSMMixin(ResumingMixin):
             depth=dpsm.expected_depth, ignore_forced_tokens=dpsm.ignore_forced_tokens,
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )  # fmt: skip
-
-    def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
-        """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
-        assert output.metrics is not None  # the loop always returns a dict
-        if found := panel.metrics():
-            metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
-            if self.is_in_train:
-                metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
-            self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
-            # a metric of the user's own compute_metrics keeps its name
-            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
-            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
-            tensorboard = next((writer for writer in writers if writer is not None), None)
-            for callback in self._callbacks(CalibrationCallback):
-                callback.receive(panel, prefix, tensorboard)
-        elif panel.samples and f"{prefix}_loss" in output.metrics:
-            # no token, no loss: a 0 would be the best that there ever was
-            output.metrics[f"{prefix}_loss"] = math.nan
-            logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
-
-    def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
-        """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
-        expected = loss is None or self.args.label_smoothing_factor or abs(loss - nll) <= 1e-3 * abs(nll)
-        if expected or self._loss_explained:
-            return
-        self._loss_explained = True
-        logger.warning(
-            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
-            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
-            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
-        )
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]

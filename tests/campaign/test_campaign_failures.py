@@ -35,6 +35,7 @@ if way == "nothing": sys.exit(0)
 (out / "checkpoint-1").mkdir(exist_ok=True)
 (out / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": []}))
 (out / "model.safetensors").write_text("weights")
+if way == "older checkpoint": (out / "started.json").write_text(json.dumps({"from_step": 2}))
 value = None if way == "nan at the end" else 1.5
 outcome = {"metrics": {"last": {"test": {"nll": value}}}, "efficiency": {"train_seconds": 2.0, "steps": 4}}
 (out / "outcome.json").write_text(json.dumps(outcome))
@@ -204,6 +205,17 @@ def test_a_finished_run_is_taken_from_a_killed_runner(tmp_path: Path) -> None:
     code, records, _ = run(campaign, tmp_path / "out")
     assert [a["status"] for a in records["v0"].attempts] == ["interrupted", "ok"]
     assert "ended without a word" in records["v0"].attempts[0]["message"]
+
+
+def test_the_record_says_which_checkpoint_was_really_taken(tmp_path: Path) -> None:
+    campaign = campaign_of("older checkpoint", "ok")
+    for run_id in campaign.order:
+        newest = run_folder(tmp_path / "out", run_id) / "checkpoint-4"
+        newest.mkdir(parents=True)
+        (newest / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": []}))
+    _, records, _ = run(campaign, tmp_path / "out")
+    # the second script says nothing: the newest one is what is known
+    assert [records[name].attempts[0]["from_step"] for name in ("v0", "v1")] == [2, 4]
 
 
 def test_ablations_beyond_the_limit_are_left_out(tmp_path: Path) -> None:

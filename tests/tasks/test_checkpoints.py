@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 import run_clm_dpsm
 import run_summarization_dpsm
 from dpsm_hf import DPSMTrainer
+from dpsm_hf.tasks import task
 from dpsm_hf.tasks.checkpoints import detect_checkpoint
 from tests.damage import DAMAGES, cut, emptied, lost
 from tests.tasks.clm_run import argv, real_texts, write
@@ -67,6 +69,17 @@ def test_a_damaged_checkpoint_costs_steps_and_no_bit(run, whole, caplog):
     assert "checkpoint-2: training continues from there" in caplog.text
     one, other = weights(run / "out"), weights(whole / "out")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_runner_is_told_the_step_that_was_really_gone_on_from(run, whole, monkeypatch):
+    monkeypatch.setattr(task, "end_with_runner", lambda: None)  # this process is no child of a runner
+    command = argv(run, train_file=whole / "train.jsonl", **{**COMMON, "max_steps": 4})
+    run_clm_dpsm.main(command)
+    assert not (run / "out" / "started.json").exists()  # nobody has asked
+    monkeypatch.setenv("DPSM_RUNNER_PID", "1")
+    emptied("optimizer.pt")(run / "out" / "checkpoint-4")
+    run_clm_dpsm.main(command)
+    assert json.loads((run / "out" / "started.json").read_text()) == {"from_step": 2}
 
 
 def test_the_other_script_passes_a_damaged_one_over_too(tmp_path, caplog):

@@ -189,15 +189,15 @@ def test_a_resumed_run_refuses_another_tokenizer(tmp_path, texts):
 
 
 class PressCtrlC(TrainerCallback):
-    """Sends this process the signal that Ctrl-C sends."""
+    """Sends this process the signal that Ctrl-C sends, or others."""
 
-    def __init__(self, step, times=1):
-        self.step, self.times = step, times
+    def __init__(self, step, times=1, signals=(signal.SIGINT,)):
+        self.step, self.signals = step, signals * times
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
 
 
 def press(monkeypatch, *arguments):
@@ -235,6 +235,20 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, texts, monkeypatch, caplog):
             argv(tmp_path, train_file=write(tmp_path, "jsonl", texts), do_train=True, max_steps=4, save_strategy="no")
         )
     assert stop.value.code == 130 and "no checkpoint was saved" in caplog.text
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)])
+def test_sigterm_saves_a_checkpoint_however_often_it_comes(signals, tmp_path, texts, monkeypatch, caplog):
+    """Slurm sends it to all processes, and a launcher, or the runner of a campaign as Ctrl-C, passes it on."""
+    before = signal.getsignal(signal.SIGTERM)
+    press(monkeypatch, 1, 1, signals)
+    path = write(tmp_path, "jsonl", texts)
+    with pytest.raises(SystemExit) as stop:
+        run_clm_dpsm.main(argv(tmp_path, train_file=path, do_train=True, max_steps=4, save_strategy="no"))
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert caplog.text.count("SIGTERM: finishing this step and saving a checkpoint") == 1
+    assert "interrupted at step 2 of 4" in caplog.text and "run the same command again" in caplog.text
 
 
 def test_options_reach_the_rows(tmp_path, texts, monkeypatch, cache):

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -20,7 +22,7 @@ from dpsm_hf import DPSMConfig, DPSMTrainer
 from dpsm_hf.training.checkpoint_files import examine
 from dpsm_hf.training.run_facts import RunFacts
 from tests import cases
-from tests.damage import DAMAGES, cut, lost
+from tests.damage import DAMAGES, cut, exchanged, flipped, lost, without_digests
 from tests.tiny import make_data, make_model
 
 COMMON = dict(max_steps=6, per_device_train_batch_size=2, save_strategy="steps", save_steps=2, dropout=0.1)
@@ -108,12 +110,15 @@ def test_a_damaged_checkpoint_that_is_named_stops_with_the_sound_one(kind: str, 
     [
         ("rng_state.pth", {}, "random state in .*checkpoint-4 holds something else"),
         ("rng_state.pth", torch.zeros(2), "random state in .*checkpoint-4 holds something else"),
-        ("optimizer.pt", torch.zeros(2), "optimizer.pt or scheduler.pt in .*checkpoint-4"),
-        ("scheduler.pt", {}, "optimizer.pt or scheduler.pt in .*checkpoint-4"),
+        ("optimizer.pt", torch.zeros(2), r"what optimizer\.pt in .*checkpoint-4 holds does not fit torch.*AdamW"),
+        ("optimizer.pt", {"state": {}, "param_groups": []}, r"what optimizer\.pt in .*checkpoint-4"),
+        ("scheduler.pt", {}, r"what scheduler\.pt in .*checkpoint-4 holds does not fit torch.*LambdaLR"),
+        ("scheduler.pt", torch.zeros(2), r"what scheduler\.pt in .*checkpoint-4"),
     ],
 )
 def test_a_whole_file_that_holds_something_else_is_named(name: str, content: Any, words: str, run: Path) -> None:
     torch.save(content, run / "checkpoint-4" / name)
+    without_digests(run / "checkpoint-4")  # with them, the file is not even loaded
     with pytest.raises(ValueError, match=f"{words}.*older checkpoint"):
         build(run).train(resume_from_checkpoint=True)
 
@@ -152,6 +157,48 @@ def test_checkpoints_of_an_older_version_are_gone_on_from(
     trainer = build(run)
     trainer.train(resume_from_checkpoint=True)
     assert same(parameters(trainer), whole[1]) and "different" not in said.text
+
+
+def test_a_checkpoint_without_digests_is_taken_as_ever(run: Path) -> None:
+    flipped("model.safetensors")(run / "checkpoint-4")
+    assert not examine(run / "checkpoint-4").sound
+    without_digests(run / "checkpoint-4")
+    assert examine(run / "checkpoint-4").sound
+
+
+def test_what_was_exchanged_on_purpose_is_taken_without_the_facts(run: Path) -> None:
+    exchanged("model.safetensors")(run / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-4.*model\.safetensors is another.*delete run_facts\.json"):
+        build(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    lost("run_facts.json")(run / "checkpoint-4")
+    trainer = build(run)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert trainer.state.global_step == 6
+
+
+class SavesAgain(TrainerCallback):
+    """Callbacks for adapters used to save the model into the checkpoint once more."""
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt", "again": "yes"})
+
+
+def test_what_a_callback_writes_into_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "llama", max_steps=2)
+    trainer.add_callback(SavesAgain())
+    trainer.train()
+    with safe_open(tmp_path / "checkpoint-2" / "model.safetensors", "pt") as file:
+        assert file.metadata()["again"] == "yes"
+    assert examine(tmp_path / "checkpoint-2").sound
+
+
+def test_weights_alone_and_adapters_have_digests(tmp_path: Path) -> None:
+    for model, name in (("gpt2", "model.safetensors"), ("llama_lora", "adapter_model.safetensors")):
+        build(tmp_path / model, model, max_steps=2, save_only_model=model == "gpt2").train()
+        assert examine(tmp_path / model / "checkpoint-2").damaged == ()
+        flipped(name)(tmp_path / model / "checkpoint-2")
+        assert f"{name} is another than was saved" in examine(tmp_path / model / "checkpoint-2").describe()
 
 
 def test_shards_are_looked_at(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ...runtime.files import write_json
 from ...tasks import get_task
+from ...tasks.model_building import load_saved_tokenizer
 from ...tasks.task import Task
 
 #: Where in training a step is measured, as a share of its steps: late enough that every schedule mixes both scores.
@@ -109,7 +110,7 @@ class Steps:
         first = next(iter(self.runs.values()))
         self._check_common()
         trusted = first.model_args.trust_remote_code
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trusted)
+        self.tokenizer = load_saved_tokenizer(tokenizer_folder, trust_remote_code=trusted)
         set_seed(first.training_args.seed)
         self.model = first.load_model(self.tokenizer)
         if first.training_args.gradient_checkpointing:

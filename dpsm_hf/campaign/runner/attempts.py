@@ -16,7 +16,7 @@ from typing import Any
 
 from ...runtime.child_process import Child
 from ...runtime.files import write_json
-from .collecting import collect, diverged, forget_results, is_finished, reached_step
+from .collecting import begun_at, collect, diverged, forget_results, is_finished, reached_step
 from .launching import (
     LOG_NAME,
     SETTINGS_NAME,
@@ -150,6 +150,8 @@ def _write_end(
 ) -> Record:
     """Return a record with what is known of the end of its last attempt, and write it."""
     end = {**facts, "status": ending.status, "message": ending.message, **used}
+    if (step := begun_at(folder)) is not None:
+        end["from_step"] = step
     attempts = [*record.attempts[:-1], {**record.attempts[-1], **end}]
     efficiency = {**record.efficiency, **_measured(attempts)}
     record = replace(record, status=ending.status, message=ending.message, attempts=attempts, efficiency=efficiency)

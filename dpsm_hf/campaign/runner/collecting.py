@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...runtime.child_process import STARTED_NAME
 from ...runtime.files import read_json, strict
 from ...training.clock import seconds_trained
 from .records import RECORD_NAME, STATUSES, Record, read_if_whole, read_record
@@ -36,8 +37,17 @@ def newest_state(folder: Path) -> Mapping[str, Any]:
 
 
 def reached_step(folder: Path) -> int:
-    """Return the step that a run would go on from; 0 where it would begin."""
+    """Return the step of the newest checkpoint; 0 where there is none."""
     return next((step for step, _ in checkpoints(folder)), 0)
+
+
+def begun_at(folder: Path) -> int | None:
+    """Return the step that the last attempt's script has gone on from by its own word; None where it said nothing.
+
+    It is not `reached_step` where the newest checkpoint was damaged.
+    """
+    step = read_if_whole(folder / STARTED_NAME).get("from_step")
+    return step if isinstance(step, int) else None
 
 
 def is_finished(folder: Path, ended_well: bool = False) -> bool:
@@ -50,7 +60,7 @@ def is_finished(folder: Path, ended_well: bool = False) -> bool:
 
 def forget_results(folder: Path) -> None:
     """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's."""
-    for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME):
+    for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME, STARTED_NAME):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -36,9 +36,9 @@ class Record:
         status: one of `STATUSES`.
         message: why it is not ok; for a pruned run the rule, the rung and the figures that decided.
         command: that ran last; its paths are seen from the campaign's folder.
-        attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step``,
-            ``to_step`` (of the newest checkpoint), ``status``, ``message``, ``devices`` on GPUs, and ``rung`` where it
-            was to stop there.
+        attempts: for each process started: ``started`` (ISO time), ``seconds``, ``exit_code``, ``from_step`` (that it
+            really went on from; of the newest checkpoint until it says so), ``to_step`` (of the newest checkpoint),
+            ``status``, ``message``, ``devices`` on GPUs, and ``rung`` where it was to stop there.
         decision: of the budget: ``kind`` (``halving`` or ``limit``) and everything that it was decided by.
         machine: ``device``, ``versions``, ``commit``, ``dirty``.
         metrics: ``metrics[checkpoint][split][name]`` with checkpoint ``last`` or ``best`` and names without prefix;

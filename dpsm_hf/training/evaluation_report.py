@@ -1,0 +1,78 @@
+"""What an evaluation saw, put beside the metrics of `Trainer`'s loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..evaluation.panel import EvaluationPanel
+
+logger = logging.get_logger(__name__)
+
+
+class EvaluationReport:
+    """Add the metrics of evaluations to those of `Trainer`, and say once where the two losses differ."""
+
+    def __init__(self) -> None:
+        self._loss_explained = False
+
+    def add(
+        self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str, *, seconds: float | None, smoothed: bool
+    ) -> bool:
+        """Add what an evaluation saw to the metrics of its loop; one of the user's own keeps its name.
+
+        Args:
+            panel: of the evaluation.
+            output: of the loop; its metrics are changed.
+            prefix: of the names.
+            seconds: trained so far; None outside of training.
+            smoothed: whether the loss of the loop is one with smoothed labels.
+
+        Returns:
+            Whether a token was scored at all.
+        """
+        assert output.metrics is not None  # the loop always returns a dict
+        found = panel.metrics()
+        if found:
+            metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
+            if seconds is not None:
+                metrics[f"{prefix}_train_seconds"] = seconds
+            if not smoothed:
+                self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
+            output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
+        elif panel.samples and f"{prefix}_loss" in output.metrics:
+            # no token, no loss: a 0 would be the best that there ever was
+            output.metrics[f"{prefix}_loss"] = math.nan
+            logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
+        return bool(found)
+
+    def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
+        """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
+        if loss is None or abs(loss - nll) <= 1e-3 * abs(nll) or self._loss_explained:
+            return
+        self._loss_explained = True
+        logger.warning(
+            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
+            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
+            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
+        )
+
+
+def gathered_rows(accelerator: Accelerator, tensors: Any, rows: int) -> Any:
+    """Gather from all processes and drop what only fills up the last batch, of several rows a sample too.
+
+    Only what was generated has several, and is ``[rows, T]``. The loss of a batch comes once a row of a full one.
+
+    Args:
+        accelerator: of the trainer.
+        tensors: of a batch.
+        rows: that the batch has.
+    """
+    if isinstance(tensors, Tensor) and tensors.dim() > 1 and 0 < rows < len(tensors) and not len(tensors) % rows:
+        return accelerator.gather_for_metrics(tensors.unflatten(0, (rows, -1))).flatten(0, 1)
+    return accelerator.gather_for_metrics(tensors)
