@@ -203,7 +203,7 @@ def test_a_finished_run_is_taken_from_a_killed_runner(tmp_path: Path) -> None:
     (folder / "outcome.json").unlink()
     code, records, _ = run(campaign, tmp_path / "out")
     assert [a["status"] for a in records["v0"].attempts] == ["interrupted", "ok"]
-    assert "ended without a word" in records["v0"].attempts[0]["message"]
+    assert "ended without recording how" in records["v0"].attempts[0]["message"]
 
 
 def test_ablations_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
