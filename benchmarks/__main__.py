@@ -1,6 +1,6 @@
-"""Run every benchmark into one CSV, then draw it: ``python -m benchmarks`` (about an hour on two cores).
+"""Run all benchmarks of time and memory into one CSV, and draw it: ``python -m benchmarks`` (an hour on two cores).
 
-An interrupt keeps what was measured; a case that is measured again replaces its row.
+Rows are written as they are measured, so an interrupt loses none; measuring a case again replaces its row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from benchmarks import evaluation, growth, head, plot, training_step
 from benchmarks.common import add_target, open_table
 
-# variants for large heads on a CPU, where each sample takes seconds
+# the variants to measure for large heads on a CPU, where each sample takes seconds
 _FEW = ["compiled", "three products", "ours", "linear CE, auto"]
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the CSV, the command line, interleaved timing and peak memory."""
+"""Shared by the benchmarks: the CSV, the command line, interleaved timing and peak memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Row:
-    """One measured variant; ratios are paired with the reference variant of the same round."""
+    """One measured variant; each ratio is against the reference variant in the same round."""
 
     benchmark: str
     variant: str
@@ -60,7 +60,7 @@ def slug(device: torch.device) -> str:
 
 
 class Table:
-    """A CSV to which each row is written when it is measured, so that an interrupt loses nothing."""
+    """A CSV to which each row is written as soon as it is measured, so that an interrupt loses none."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         import transformers
@@ -72,7 +72,7 @@ class Table:
         }  # fmt: skip
 
     def add(self, row: Row) -> None:
-        """Add a row, replacing the row of an earlier run of the same case."""
+        """Write a row and print it; it replaces the row of an earlier run of the same case."""
         for name, value in self.stamp.items():
             setattr(row, name, value)
         names = [f.name for f in fields(Row)]
@@ -110,20 +110,20 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def add_target(p: argparse.ArgumentParser) -> None:
-    """Add the options that say where to measure and where to write."""
+    """Add the options for the device and the output file."""
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--output", type=Path, help="CSV (default: benchmarks/results/<device>.csv)")
 
 
 def add_options(p: argparse.ArgumentParser, *, samples: int, rounds: str, budget: float) -> None:
-    """Add the options of every benchmark: those of `measure`, with their defaults, and those of `add_target`."""
+    """Add the options of `measure`, with their defaults, and those of `add_target`."""
     p.add_argument("--samples", type=int, default=samples, help=rounds)
-    p.add_argument("--budget", type=float, default=budget, help="seconds a case after which no further round begins")
+    p.add_argument("--budget", type=float, default=budget, help="seconds per case after which no new round begins")
     add_target(p)
 
 
 def open_table(arguments: argparse.Namespace, device: torch.device) -> Table:
-    """Return the table that the options of `add_target` name."""
+    """Return the table for the options of `add_target`."""
     return Table(arguments.output or HERE / "results" / f"{slug(device)}.csv", device)
 
 
@@ -137,7 +137,7 @@ def main(
     Args:
         p: its parser, with `add_options`.
         run: measures, and adds rows to the table.
-        own_peak: called with the device and a case, returns its peak in MiB; what `peak_in_own_process` asks for.
+        own_peak: measures the peak of a case in this process, in MiB; `peak_in_own_process` calls it in a new one.
     """
     if own_peak is not None:
         p.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
@@ -153,7 +153,7 @@ def main(
 
 
 def peak_in_own_process(module: str, case: list[Any]) -> float | None:
-    """Return the peak in MiB that ``python -m module --memory-of CASE`` prints, measured in a fresh heap."""
+    """Return the peak of a case in MiB, measured by ``python -m module --memory-of CASE`` in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--memory-of", json.dumps(case)],
         env=own_process_environment(exact_memory=True), capture_output=True, text=True, check=False, cwd=HERE.parent,
@@ -179,19 +179,19 @@ def measure(
 
     Args:
         variants: calls by name.
-        reference: the variant that the others are paired with.
-        samples: number of rounds; 0 measures memory alone.
-        budget: seconds after which no further round begins.
-        device: to synchronise.
-        clean: called before each call, outside its time.
-        peak: measures the memory of a variant elsewhere; None measures it here.
+        reference: the variant that ratios are taken against.
+        samples: number of rounds; 0 measures memory only.
+        budget: seconds after which no new round begins, once there are three.
+        device: the device to synchronise with.
+        clean: called before each call, not timed.
+        peak: measures the memory of a variant, in MiB; None measures it in this process.
 
     Returns:
-        For each variant the columns of `Row`; a variant that fails has a ``note`` alone.
+        For each variant its columns of `Row`; for one that failed only a ``note``.
     """
     times: dict[str, list[float]] = {}
     found: dict[str, dict[str, float | int | str | None]] = {}
-    for name, call in variants.items():  # warm-up: compiles, allocates, and finds variants that fail
+    for name, call in variants.items():  # warm-up: compiles, allocates, and sorts out variants that fail
         clean()
         try:
             call()

@@ -1,9 +1,9 @@
-"""How often the 95 % intervals of the calibration metrics hold the truth, on data with a known truth.
+"""Measure the coverage of the 95 % intervals of calibration metrics, on labels drawn from known distributions.
 
 python -m benchmarks.coverage --repetitions 100
 
-Labels are drawn repeatedly from known distributions. This tests the estimators of `dpsm_hf.calibration.intervals` and
-says nothing about trained models. The intervals of the basic bootstrap, from the same resamples, are reported too.
+This tests the estimators of `dpsm_hf.calibration.intervals` and says nothing about trained models. The coverage of the
+basic bootstrap, from the same resamples, is reported too.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dpsm_hf.calibration import intervals
 
 VOCABULARY = 8
 
-#: Metrics that noise can only make larger; they are 0 for a calibrated model.
+#: Metrics that are 0 for a calibrated model, and that noise biases upwards.
 ERRORS = ("ece_15", "ece_100", "smooth_ece", "adaptive_ece", "debiased_ece", "mce")
 METRICS = (*ERRORS, "nll", "brier", "token_accuracy")
 
 
 class World(NamedTuple):
-    """Documents with labels from ``softmax(z / temperature)``, and a model that predicts ``softmax(z)``."""
+    """A known truth: labels are drawn from ``softmax(z / temperature)``, the model predicts ``softmax(z)``."""
 
     temperature: float
-    correlation: float  # of the normal scores from which labels are drawn, within a document
+    correlation: float  # within a document, of the normal scores from which labels are drawn
 
     def draw(self, seed: int, documents: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return predicted and true probabilities ``[n, V]``, the most probable first, and labels ``[n]``."""
@@ -45,14 +45,14 @@ class World(NamedTuple):
         z = -np.sort(-rng.normal(size=(documents, length, VOCABULARY)) * difficulty, axis=-1).reshape(-1, VOCABULARY)
         shared = np.repeat(rng.normal(size=documents), length)
         own = rng.normal(size=documents * length)
-        # uniform for every token, correlated within a document: p stays calibrated, but tokens are not independent
+        # u is uniform for every token and correlated within a document: calibrated, but with dependent tokens
         score = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own
         u = torch.special.ndtr(torch.from_numpy(score)).numpy()
         truth = softmax(z / self.temperature)
         return softmax(z), truth, (truth.cumsum(-1)[:, :-1] < u[:, None]).sum(-1)
 
     def truth(self) -> dict[str, float]:
-        """Return the limits of the metrics for many tokens, from the true probabilities instead of labels."""
+        """Return the true metrics: their limits for many tokens, from true probabilities in place of labels."""
         p, q, _ = self.draw(10**6, 25_000, 12)
         confidence, right = p[:, 0], q[:, 0]
         gap = right - confidence
@@ -75,7 +75,7 @@ class World(NamedTuple):
         return {name: float(value) for name, value in found.items()}
 
     def sample(self, seed: int, documents: int, length: int) -> dict[str, np.ndarray]:
-        """Return what `TokenCalibration.update` takes."""
+        """Return one evaluation set, as arguments of `TokenCalibration.update`."""
         p, _, labels = self.draw(seed, documents, length)
         p_y = p[np.arange(len(labels)), labels]
         return {
@@ -88,7 +88,7 @@ class World(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A world, and how much of it is evaluated each time."""
+    """A world, and the size of the evaluation sets drawn from it."""
 
     name: str
     world: World
@@ -113,7 +113,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def smooth(cells: np.ndarray) -> float:
-    """Return the smooth ECE by a kernel matrix with reflected images, and bisection for the width."""
+    """Return the smooth ECE, independently of the package: by a kernel matrix with reflected images, and bisection."""
     t = (np.arange(len(cells)) + 0.5) / len(cells)
 
     def error(width: float) -> float:
@@ -130,7 +130,7 @@ def smooth(cells: np.ndarray) -> float:
 def both_intervals(
     calibration: TokenCalibration, samples: int
 ) -> tuple[dict[str, intervals.Interval], dict[str, intervals.Interval]]:
-    """Return the interval of every metric as reported, and by the basic bootstrap from the same resamples."""
+    """Return the intervals of all metrics as the package reports them, and those of the basic bootstrap."""
     reported_kind, basic = intervals.error_interval, []
 
     def both(*arguments: Any) -> intervals.Interval:
@@ -144,7 +144,7 @@ def both_intervals(
 
 
 def measure(case: Case, repetitions: int, samples: int) -> list[dict[str, Any]]:
-    """Return a row for each metric: how often its intervals held the truth, and how wide they were on average."""
+    """Return one row per metric: how often its intervals contained the truth, and their mean width."""
     truth = case.world.truth()
     if case.world.temperature == 1.0:
         truth |= dict.fromkeys(ERRORS, 0.0)
@@ -194,7 +194,7 @@ def run(cases: Iterable[Case], repetitions: int, samples: int, output: Path) -> 
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the coverage as Markdown, that of the basic bootstrap in brackets where it differs."""
+    """Return the coverage as a Markdown table, that of the basic bootstrap in brackets where it is different."""
     lines = [
         f"| model | true ECE-15 | {' | '.join(f'`{name}`' for name in METRICS)} |",
         "|---" * (len(METRICS) + 2) + "|",
@@ -210,14 +210,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def share(value: float) -> str:
-    """Return a share with two digits, without the leading zero."""
+    """Return a share with two decimals, without the leading zero."""
     return f"{value:.2f}".removeprefix("0")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repetitions", type=int, default=100, help="sets that are drawn of each model (%(default)s)")
+    p.add_argument("--repetitions", type=int, default=100, help="evaluation sets to draw for each case (%(default)s)")
     p.add_argument("--samples", type=int, default=300, help="resamples of each set (%(default)s, as in an evaluation)")
     p.add_argument(
         "--output",

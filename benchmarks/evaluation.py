@@ -1,4 +1,4 @@
-"""Evaluation: DPSMTrainer's, with every calibration metric, against stock Trainer's loss alone; and its memory.
+"""Time and memory of an evaluation: DPSMTrainer with all calibration metrics, against stock Trainer's loss only.
 
 python -m benchmarks.evaluation --tokens 16384 --dtypes fp32 bf16
 """
@@ -24,18 +24,18 @@ VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
 LENGTH = 256
 VOCABULARY = 50257
 
-#: Numbers of tokens at which memory is measured, with a model small enough to evaluate a million.
+#: Numbers of tokens for which memory is measured, with a very small model.
 SIZES = (100_000, 1_000_000)
 
 
 def make_rows(tokens: int) -> Dataset:
-    """Return sequences of real text with so many tokens in all, repeating the text where it is shorter.
+    """Return sequences of real text with so many tokens in all; a shorter text is repeated.
 
     Raises:
         ValueError: for less than one sequence.
     """
     if tokens < LENGTH:
-        raise ValueError(f"{tokens} tokens are less than one sequence of {LENGTH}: give --tokens and --sizes more.")
+        raise ValueError(f"{tokens} tokens are less than one sequence of {LENGTH}: give larger --tokens and --sizes.")
     ids = token_ids()
     ids = ids.repeat(-(-tokens // len(ids)))[: tokens // LENGTH * LENGTH].view(-1, LENGTH).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -67,12 +67,12 @@ def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) 
 
 
 def measure_memory(case: list[Any]) -> float | None:
-    """Return the peak in MiB of an evaluation above its model, measured in a process of its own."""
+    """Return the peak of an evaluation in MiB beyond its model, measured in a new process."""
     return peak_in_own_process("benchmarks.evaluation", case)
 
 
 def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
-    """Measure time for each dtype, and memory for each size of the set."""
+    """Measure the time for each dtype, and the memory for each size of the evaluation set."""
     label, width = ("evaluation, small", 64) if arguments.small else ("evaluation", 768)
     for dtype in arguments.dtypes:
         calls = {variant: make_evaluation(variant, dtype, arguments.tokens, arguments.small) for variant in VARIANTS}

@@ -1,11 +1,11 @@
-"""Wrong settings and damaged data files, thousands of them: is each refused with the user's mistake named?
+"""Fuzz settings and data files: is every mistake refused with an error that names it?
 
 python -m benchmarks.fuzz --settings 2000 --files 500
 
-Settings come as YAML, JSON, command lines, both together, campaign files and arguments of the constructor; one in two
-holds one value that is nonsense. Data files of every kind are damaged and go through both scripts up to their rows,
-each in a process of its own. Counted as problems: an error that names neither option nor file, a traceback of another
-kind, nonsense that is taken, a sound value that is changed, and a process that ends by a signal or does not end.
+Settings are given as YAML, JSON, command lines, file and command line together, campaign files and arguments of the
+constructor; half of them have one invalid value. Data files of every kind are damaged and read by both scripts, each
+in a process of its own. Problems are: an error that names neither option nor file, another kind of exception, an
+invalid value that is accepted, a valid value that is changed, and a process that crashes or hangs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dpsm_hf.training.arguments import dpsm_field_names
 FORMS = ("yaml", "json", "words", "file and words", "campaign", "python")
 TASKS = ("language-modelling", "summarization")
 
-#: Sound values of these depend on the machine, the hub or other files, or are settled by others.
+#: Options whose valid values depend on the machine, the hub, other files or other options; no valid ones are drawn.
 _ELSEWHERE = {"deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "bf16", "fp16", "tf32"}
 _ELSEWHERE |= {"bf16_full_eval", "fp16_full_eval", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 _ELSEWHERE |= {
@@ -61,7 +61,7 @@ _ELSEWHERE |= {"dataset_name", "model_type", "tokenizer_name", "generation_confi
 _ELSEWHERE |= {"train_file", "validation_file", "test_file", "calibration_file", "gradient_checkpointing"}
 _ELSEWHERE |= {"disable_tqdm", "greater_is_better", "include_num_input_tokens_seen", "trackio_static_space_id"}
 
-#: Values of the right kind that mean nothing.
+#: Invalid values of the right type.
 OUT_OF_RANGE: dict[str, list[Any]] = {
     **{name: [least - 1] for name, least in AT_LEAST.items()},
     **{f"alpha_{name}": [2, -0.5] for name in ("start", "end")},
@@ -81,14 +81,14 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """A bare word of YAML."""
+    """A word to write into YAML without quotes."""
 
     word: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One option with a value, and what becomes of it; `wrong` where nothing should."""
+    """One option with a value, and the value that it should become; ``wrong`` if it should be refused."""
 
     name: str
     value: Any
@@ -98,13 +98,13 @@ class Setting:
 
 @dataclasses.dataclass
 class Tally:
-    """What came of the cases: how often what, and every problem in full."""
+    """The results: how often each outcome occurred, and every problem in full."""
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, outcome: str, problem: str | None = None) -> None:
-        """Count an outcome, and keep what is wrong with it."""
+        """Count an outcome, and keep the problem if it is one."""
         self.counts[outcome] += 1
         if problem is not None:
             self.problems.append(f"{outcome}: {problem}")
@@ -114,7 +114,7 @@ class Tally:
 
 
 def _sound(name: str, hint: Any, choices: list[str], form: str) -> st.SearchStrategy[tuple[Any, Any]]:
-    """Return values that an option takes, with what they become."""
+    """Return valid values of an option, each with the value that it should become."""
     text, options = form not in ("campaign", "python"), options_of(hint)
     pairs: list[st.SearchStrategy[tuple[Any, Any]]] = []
     if choices:
@@ -141,7 +141,7 @@ def _sound(name: str, hint: Any, choices: list[str], form: str) -> st.SearchStra
 
 
 def _nonsense(name: str, hint: Any, choices: list[str], form: str) -> st.SearchStrategy[Any]:
-    """Return values that an option cannot take."""
+    """Return invalid values of an option."""
     options, words_only = options_of(hint), form in ("words", "file and words")
     wrong: list[Any] = list(OUT_OF_RANGE.get(name, []))
     if not words_only:
@@ -167,7 +167,7 @@ def _nonsense(name: str, hint: Any, choices: list[str], form: str) -> st.SearchS
 
 @st.composite
 def setting_cases(draw: Callable[..., Any]) -> tuple[str, str, list[Setting]]:
-    """Draw a task, a form and one to three settings of which at most the first is nonsense."""
+    """Draw a task, a form and one to three settings, of which at most the first is invalid."""
     task, form = draw(st.sampled_from(TASKS)), draw(st.sampled_from(FORMS))
     fields = argument_fields(task)
     names = sorted(
@@ -229,7 +229,7 @@ def _words(found: list[Setting]) -> list[str]:
 
 
 def _parse(task: str, form: str, found: list[Setting], folder: Path) -> Any:
-    """Give the settings to the package in their form and return what holds them; None of a campaign."""
+    """Give settings to the package in a form, and return the argument objects; none for a campaign."""
     own = {s.name: s.value for s in found}
     base = {name: value for name, value in {**_BASE, "output_dir": str(folder / "out")}.items() if name not in own}
     if task == "summarization" and "model_type" in base:
@@ -267,7 +267,7 @@ def _settings_outcome(task: str, form: str, found: list[Setting], folder: Path) 
             holders = _parse(task, form, found, folder)
     except (ValueError, FileNotFoundError, SystemExit) as error:
         message = f"{error} {errors.getvalue()[-2000:]}"
-        # a campaign with two equal variations names these, and the line
+        # an error about two equal variations names these and the line, not the option
         if not any(s.name in message for s in found) and "has the same arguments as" not in message:
             return "an error that names no option", f"{shown}\n    {type(error).__name__}: {message[-300:]}"
         return ("nonsense refused" if found[0].wrong else "contradiction refused"), None
@@ -284,12 +284,7 @@ def _settings_outcome(task: str, form: str, found: list[Setting], folder: Path) 
 
 
 def fuzz_settings(cases: int, number: int = 0) -> Tally:
-    """Try so many settings.
-
-    Args:
-        cases: how many.
-        number: seed of the choices.
-    """
+    """Try so many random settings; ``number`` is the seed."""
     tally = Tally()
 
     @seed(number)
@@ -329,7 +324,7 @@ _INSERTS = [
 ]
 _INSERTS += [b"\xed\xa0\x80"]
 _INSERTS += [b"\xef\xbb\xbf", b"\r", b"\n", b"\n\n", b"\\ud800", b"NaN", b"1e999", b"[" * 50_000, b'{"a":' * 50_000]
-#: Kinds of columns in parquet; the bytes of the first are damaged too.
+#: Kinds of parquet files by their columns; only the bytes of the first kind are damaged.
 _PARQUET = (
     "text",
     "view",
@@ -420,7 +415,7 @@ def _parquet(columns: str) -> bytes:
 
 
 def _prepared() -> dict[str, tuple[Any, Any]]:
-    """Return a tokenizer and a tiny model for each task."""
+    """Return a tokenizer and a tiny model by task."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dpsm_hf.data.tokenizer import train_bpe_tokenizer
@@ -437,7 +432,7 @@ def _prepared() -> dict[str, tuple[Any, Any]]:
 
 
 def _read_rows(task: str, path: Path, streaming: bool, tokenizer: Any, model: Any) -> None:
-    """Take a file through a script up to its rows."""
+    """Read a data file as a training script does, up to its tokenized rows."""
     words = ["--train_file", str(path), "--do_train", "--max_steps", "1", "--use_cpu", "--report_to", "none"]
     words += ["--output_dir", str(path.parent / "out"), "--cache_dir", str(path.parent / "cache")]
     words += ["--tokenizer_name", "train-bpe", "--model_type", "gpt2" if task == "language-modelling" else "bart"]
@@ -452,7 +447,7 @@ def _read_rows(task: str, path: Path, streaming: bool, tokenizer: Any, model: An
 
 
 def _in_own_process(work: Callable[[], None], seconds: float = 60.0) -> tuple[str, str]:
-    """Do something in a fork; return how it ended, ``done``, ``error`` or ``crash``, and what was said."""
+    """Call a function in a forked process; return ``done``, ``error`` or ``crash``, and the error or signal."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -487,7 +482,7 @@ def _in_own_process(work: Callable[[], None], seconds: float = 60.0) -> tuple[st
 
 
 def _nonsense_inside(path: Path) -> str | None:
-    """Say what no reader should take without a word; None where nothing is known."""
+    """Return what is wrong with a file that every reader should refuse; None if nothing is known."""
     if path.suffix == ".parquet":
         return None
     try:
@@ -503,12 +498,7 @@ def _nonsense_inside(path: Path) -> str | None:
 
 
 def fuzz_files(cases: int, number: int = 0) -> Tally:
-    """Damage so many data files and take them through the scripts.
-
-    Args:
-        cases: how many.
-        number: seed of the choices.
-    """
+    """Damage so many data files and read them as the scripts do; ``number`` is the seed."""
     tally, ready = Tally(), _prepared()
     drawn = st.tuples(
         st.sampled_from(TASKS), st.sampled_from(_KINDS), st.sampled_from(_PARQUET), st.booleans(), _damages()
@@ -556,7 +546,7 @@ def _report(title: str, tally: Tally, seconds: float) -> None:
 
 
 def main() -> int:
-    """Run from the command line; the status says whether there were problems."""
+    """Run from the command line; the exit status is 1 if there were problems."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--settings", type=int, default=2000, help="configurations and command lines")
     p.add_argument("--files", type=int, default=500, help="data files")

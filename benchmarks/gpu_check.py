@@ -1,10 +1,10 @@
 """Check the fused head on a GPU, which CI does not have: accuracy, synchronisation, memory, and a training run.
 
-python -m benchmarks.gpu_check --output gpu_check.json                # on a GPU: some two minutes
+python -m benchmarks.gpu_check --output gpu_check.json                # on a GPU: about two minutes
 python -m benchmarks.gpu_check --device cpu --small                   # on a CPU, without the CUDA-only checks
 
-Errors are taken against float64 and compared with those of the unfused path in the same dtype, as tests/head does on a
-CPU. Exits with 1 if a check fails.
+Errors against float64 are compared with those of the unfused path in the same dtype, as tests/head does on a CPU. The
+exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RULES: dict[str, dict[str, Any]] = {
     "brier tail": {"scoring_rule": "brier", "score_smoothing": 0.1},
 }
 POST_OPS: dict[str, dict[str, Any]] = {"": {}, "scaled, capped": {"logit_scale": 0.5, "logit_softcap": 4.0}}
-# rounding error that any float32 sum may have, whatever its terms
+# relative rounding error that any float32 sum may have
 SLACK = 16 * torch.finfo(torch.float32).eps
 
 
@@ -56,7 +56,7 @@ class Check:
 
 
 class Case(NamedTuple):
-    """Inputs of the head: hidden states ``[N, D]``, weight ``[V, D]``, bias ``[V]``, labels ``[N]``."""
+    """The inputs of the head: hidden states ``[N, D]``, weight ``[V, D]``, bias ``[V]``, labels ``[N]``."""
 
     hidden: Tensor
     weight: Tensor
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 
 def make_case(n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Return a case with logits near unit size, every tenth token nearly certain, every seventh ignored."""
+    """Return random inputs: logits near unit size, every tenth token nearly certain, every seventh ignored."""
     g = torch.Generator().manual_seed(n)
     weight, bias = torch.randn(vocab, width, generator=g) / width**0.5, torch.randn(vocab, generator=g)
     hidden, labels = torch.randn(n, width, generator=g), torch.randint(vocab, (n,), generator=g)
@@ -79,7 +79,7 @@ def make_case(n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.
 
 
 def unfused(case: Case, rule: dict[str, Any], post: dict[str, Any], dtype: torch.dtype | None) -> list[Tensor]:
-    """Return loss and gradients from all logits by autograd, in the case's dtype or as given."""
+    """Return loss and gradients from full logits by autograd; ``dtype`` of None is that of the case."""
     inputs = case.leaves(dtype)
     keep = case.labels != -100
     z = F.linear(*inputs)[keep]
@@ -92,15 +92,21 @@ def unfused(case: Case, rule: dict[str, Any], post: dict[str, Any], dtype: torch
 
 
 def compare(truth: list[Tensor], plain: list[Tensor], mine: list[Tensor], unit: float) -> tuple[bool, str]:
-    """Return whether the errors are at most twice those of the unfused path, and the worst ratio of the two.
+    """Return whether the errors are at most twice those of the unfused path, with a sentence about the worst.
 
-    The largest error may exceed that by half a unit in the last place of the stored dtype, since the largest unfused
+    The largest error may be greater by half a unit in the last place of the stored dtype, since the largest unfused
     error can be small by chance.
+
+    Args:
+        truth: loss and gradients in float64.
+        plain: those of the unfused path.
+        mine: those of the fused head.
+        unit: a unit in the last place of the dtype, relative; 0 for float32.
     """
     worst, report, passed = 0.0, [], True
     for name, t, p, m in zip(("loss", "hidden", "weight", "bias"), truth, plain, mine, strict=True):
         error, allowed, size = (m.double() - t).abs(), (p.double() - t).abs(), t.abs()
-        stored, floor = (0.0, 1.0) if name == "loss" else (unit / 2, 0.0)  # a loss near 0 is a mean of sums near 1
+        stored, floor = (0.0, 1.0) if name == "loss" else (unit / 2, 0.0)  # a loss near 0 comes from sums near 1
         fine = bool(torch.isfinite(m).all())
         fine &= bool(error.mean() <= 2 * allowed.mean() + SLACK * size.mean().clamp_min(floor))
         fine &= bool(error.max() <= 2 * allowed.max() + (stored + SLACK) * size.max().clamp_min(floor))
@@ -148,7 +154,7 @@ def accuracy_checks(device: torch.device, impls: list[str], small: bool) -> Iter
 
 
 def check_statistics(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Compare the statistics of each token with those from all logits in float64."""
+    """Compare the statistics of each token with those from full logits in float64."""
     case = make_case(47, 123 if small else 50257, 40, torch.float32, device)
     truth = score_tokens(F.linear(case.hidden.double(), case.weight.double(), case.bias.double()), case.labels)
     worst = 0.0
@@ -161,9 +167,9 @@ def check_statistics(device: torch.device, impls: list[str], small: bool) -> tup
 
 
 def check_no_waiting(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Run forward and backward while synchronisation is an error, with and without ignored tokens."""
+    """Run forward and backward, with and without ignored tokens, while CUDA makes any synchronisation an error."""
     if device.type != "cuda":
-        return True, "left out: only CUDA says when it is waited for"
+        return True, "left out: only CUDA can report synchronisations"
     done = []
     alpha = torch.full((), 0.3, device=device)
     for impl in impls:
@@ -181,14 +187,14 @@ def check_no_waiting(device: torch.device, impls: list[str], small: bool) -> tup
 
             def as_in_a_model(case: Case = some, options: HeadOptions = options) -> None:
                 inputs = case.leaves()
-                # the trainer asks before the model's forward; here the answer is there once the device is idle
+                # the trainer starts this count before the model's forward; here the device is idle, so it is ready
                 rows = ScoredRows(case.labels)
                 tokens = TokenLabels.of(case.labels, 5003, rows=rows.indices())
                 scores = score_hidden(LinearHead(inputs[1], inputs[2]), inputs[0], tokens, options, denominator=400)
                 scores.loss.backward()  # type: ignore[union-attr]
 
             for name, call in (("all scored", public), ("some ignored", as_in_a_model)):
-                call()  # compiles, and asks the device once what it can do
+                call()  # compiles, and probes the device once
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
                 try:
@@ -201,7 +207,7 @@ def check_no_waiting(device: torch.device, impls: list[str], small: bool) -> tup
 
 
 def check_memory(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Check that the peak of a call above its inputs is below the bytes of all logits."""
+    """Check that the peak memory of a call, beyond its inputs, is less than that of all logits."""
     n, vocab, width = (2048, 20011, 32) if small else (16384, 50257, 256)
     found, passed = [], True
     for impl in impls:
@@ -222,7 +228,7 @@ def check_memory(device: torch.device, impls: list[str], small: bool) -> tuple[b
 
 
 def check_training(device: torch.device, impls: list[str], small: bool) -> tuple[bool, str]:
-    """Train a tiny GPT-2 on real text in bfloat16, fused and unfused: both losses fall, and nearly agree."""
+    """Check that a tiny GPT-2 learns real text in bfloat16, and that fused and unfused losses nearly agree."""
     from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, set_seed
 
     from benchmarks.hidden import token_ids
@@ -256,7 +262,7 @@ def check_training(device: torch.device, impls: list[str], small: bool) -> tuple
 
 
 def run(device: torch.device, impls: list[str], small: bool) -> list[Check]:
-    """Run every check; print failures, and all checks but those of accuracy."""
+    """Run every check and return the results; print those that failed, and all but the many of accuracy."""
     whole: dict[str, Callable[[torch.device, list[str], bool], tuple[bool, str]]] = {
         "statistics": check_statistics,
         "no waiting for the device": check_no_waiting,
@@ -289,7 +295,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, help="write the results as JSON")
     arguments = p.parse_args()
     device = torch.device(arguments.device)
-    # float32 matmuls in full float32 on both paths
+    # float32 products without TF32 on both paths
     torch.backends.cuda.matmul.allow_tf32 = False
     impls = list(arguments.impls)
     if "triton" in impls and (reason := why_not(device)):

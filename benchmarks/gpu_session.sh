@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything there is to learn from a CUDA machine, in one call of less than ten minutes:
+# All checks and benchmarks that need a CUDA GPU, in one call of less than ten minutes:
 #
 #   benchmarks/gpu_session.sh                     # results in benchmarks/results
 #   OUT=/some/folder TOTAL=500 benchmarks/gpu_session.sh
-#   DEVICE=cpu SMALL=1 TOTAL=300 benchmarks/gpu_session.sh    # a rehearsal without a GPU
+#   DEVICE=cpu SMALL=1 TOTAL=300 benchmarks/gpu_session.sh    # a trial run without a GPU
 #
-# Reports the machine, checks the kernels against float64, and times the head, whole training steps and growth. Each
-# part has its own limit; one that fails or runs out of time does not keep the next from running, and what it measured
-# until then is kept. Exits with 1 if any part failed.
+# It reports the machine, checks the kernels against float64, and times the head, whole training steps and growth. Each
+# part has a time limit; if one fails or exceeds it, the next still runs, and its measurements so far are kept. The exit
+# status is 1 if any part failed.
 #
 # OUT     folder for <device>.csv, .png and .md, gpu-check.json, gpu-environment.txt, gpu-session.json and .log
-# TOTAL   seconds for everything
+# TOTAL   seconds for all parts together
 # PYTHON  interpreter with torch, triton, transformers, datasets, accelerate and peft; liger-kernel and
-#         cut-cross-entropy are measured too where they are installed
-# PARTS   which parts to run
+#         cut-cross-entropy are measured too if they are installed
+# PARTS   names of the parts to run
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -43,7 +43,7 @@ part() {
   shift 2
   case " $PARTS " in *" ${name%%-*} "*) ;; *) return ;; esac
   left=$((TOTAL - (SECONDS - started)))
-  if [ "$name" != plot ]; then left=$((left - 25)); fi  # whatever the others take, the picture is drawn
+  if [ "$name" != plot ]; then left=$((left - 25)); fi  # leave time to draw the picture
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
   before=$SECONDS
   if [ "$limit" -lt 10 ]; then
@@ -51,7 +51,7 @@ part() {
     say "== $name: left out, no time is left"
   else
     say "== $name (at most $limit s)"
-    # INT first: Python then leaves its files whole
+    # INT first, so that Python can finish writing its files
     timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
     rc=${PIPESTATUS[0]}
   fi
@@ -116,16 +116,16 @@ if [ -n "$SMALL" ]; then
   part growth 60 "$PYTHON" -m benchmarks.growth "${measured[@]}" --dtype bf16 --tokens 32 64 --vocab 4096 \
     --dims 64 --samples 3
 else
-  # what matters most comes first: is it right, and is it faster at the sizes of GPT-2 and of Llama 3
+  # the most important parts first: correctness, then speed at the sizes of GPT-2 and Llama 3
   part check 120 "$PYTHON" -m benchmarks.gpu_check --output "$OUT/gpu-check.json"
   part head 120 "$PYTHON" -m benchmarks.head "${measured[@]}" --dtypes bf16 --dims 768 --vocab 50257 --budget 20
-  # its peaks of memory are each taken in a process of its own, which is most of the time
+  # each peak memory is measured in a new process, which takes most of the time
   part steps 100 "$PYTHON" -m benchmarks.training_step "${measured[@]}" --models gpt2 --dtypes bf16 --sequences 8 \
     --length 1024 --budget 10
   part tall 110 "$PYTHON" -m benchmarks.head "${measured[@]}" --dtypes bf16 --dims 4096 --vocab 128256 --budget 30
   part growth 60 "$PYTHON" -m benchmarks.growth "${measured[@]}" --dtype bf16 --tokens 1024 2048 4096 8192 16384 \
     --vocab 8192 32768 131072 262144 --dims 256 1024 4096 --budget 3
-  # without what torch.compile takes half a minute for
+  # without the variants that torch.compile needs half a minute for
   part wide 90 "$PYTHON" -m benchmarks.head "${measured[@]}" --dtypes fp32 bf16 --budget 8 --samples 20 \
     --only products "linear CE" "ours, ce" chunk Liger apple
   part bart 100 "$PYTHON" -m benchmarks.training_step "${measured[@]}" --models bart --dtypes bf16 --sequences 16 \

@@ -1,4 +1,4 @@
-"""How time and memory of the output layer grow with tokens, vocabulary and width: ours against Transformers' CE.
+"""Growth of the output layer's time and memory with tokens, vocabulary and width: ours against Transformers' CE.
 
 python -m benchmarks.growth
 """

@@ -1,4 +1,4 @@
-"""The output layer alone, forward and backward: ours against cross-entropy as Transformers computes it, and others.
+"""Time and memory of the output layer, forward and backward: ours, Transformers' cross-entropy, and others.
 
 python -m benchmarks.head --dims 256 768 --dtypes fp32 bf16
 """
@@ -25,7 +25,7 @@ Variant = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def transformers_ce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy from all logits, upcast to float32 first, as Transformers' models do."""
+    """Cross-entropy from full logits in float32, as Transformers' models compute it."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
@@ -40,7 +40,7 @@ def research_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def tidy_mix(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The mix from all logits without a one-hot matrix."""
+    """The mix from full logits without a one-hot matrix."""
     logits = F.linear(hidden, weight).float()
     log_p = F.log_softmax(logits, -1)
     own = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -62,7 +62,7 @@ def torch_linear_ce(rows: int | None) -> Variant:
 
 
 def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None) -> Variant:
-    """The fused head, with alpha as a tensor on the device so that nothing synchronises."""
+    """The fused head, with alpha as a tensor on the device, so that nothing synchronises with it."""
     alpha: dict[torch.device, Tensor] = {}
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None) -> Var
 
 
 def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """The three matmuls that every implementation needs: logits, gradient of the hidden states, weight gradient."""
+    """The three products that every implementation needs: logits, gradient of the hidden states, weight gradient."""
     with torch.no_grad():
         logits = F.linear(hidden, weight)
         torch.mm(logits, weight)
@@ -82,7 +82,7 @@ def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def bare_products_onednn(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """The three matmuls by the library that the fused head uses for float32 on this processor (oneDNN)."""
+    """The three products by oneDNN, which the fused head uses for float32 on some processors."""
     with torch.no_grad():
         logits = product(hidden, weight)
         product(logits, weight.t())
@@ -90,7 +90,7 @@ def bare_products_onednn(hidden: Tensor, weight: Tensor, labels: Tensor) -> None
 
 
 def liger() -> Variant:
-    """Liger's fused linear cross-entropy, with its own choice of chunks."""
+    """Liger's fused linear cross-entropy, with its default chunks."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return lambda hidden, weight, labels: liger_fused_linear_cross_entropy(hidden, weight, labels)
@@ -104,7 +104,7 @@ def apple_cce() -> Variant:
 
 
 def all_variants(device: torch.device, dtype: torch.dtype) -> dict[str, Variant | str]:
-    """Return the variants by name; a string says why one cannot run here."""
+    """Return the variants by name; in place of one that cannot run here, the reason as a string."""
     found: dict[str, Variant | str] = {
         REFERENCE: transformers_ce,
         "transformers CE, compiled": torch.compile(transformers_ce),
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 def clean(hidden: Tensor = hidden, weight: Tensor = weight) -> None:
                     hidden.grad = weight.grad = None
 
-                # on a CPU a call of a wide head takes seconds: fewer samples (the table has their number)
+                # on a CPU a call of a wide head takes seconds: take fewer samples (the table shows how many)
                 samples = arguments.samples if width <= 1024 or device.type == "cuda" else min(5, arguments.samples)
                 peak = peak_of(dtype, tokens, width, vocabulary) if device.type == "cpu" else None
                 found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean,
@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
 
 
 def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-    """Return a function without arguments that runs forward and backward of a variant."""
+    """Return a function without arguments that runs forward and backward pass of a variant."""
 
     def call() -> None:
         loss = variant(*inputs)
@@ -173,12 +173,12 @@ def bound(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[
 
 
 def peak_of(dtype: str, tokens: int, width: int, vocabulary: int) -> Callable[[str], float | None]:
-    """Return a function that measures the memory of a variant of this size in a process of its own."""
+    """Return a function that measures a variant's peak memory at this size in a new process."""
     return lambda variant: peak_in_own_process("benchmarks.head", [variant, dtype, tokens, width, vocabulary])
 
 
 def own_peak(name: str, dtype: str, tokens: int, width: int, vocabulary: int) -> float | None:
-    """Return a variant's peak in MiB in this process, on random tensors (values do not change it)."""
+    """Return a variant's peak memory in MiB, in this process, on random tensors (memory does not depend on values)."""
     hidden = torch.randn(tokens, width).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocabulary, width) * 0.02).to(DTYPES[dtype]).requires_grad_()
     cpu = torch.device("cpu")
@@ -192,7 +192,7 @@ def own_peak(name: str, dtype: str, tokens: int, width: int, vocabulary: int) ->
 
 
 def default_tokens(width: int, vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens are scored: few where a call on a CPU takes seconds."""
+    """Return how many tokens to score: fewer for large heads on a CPU, where a call takes seconds."""
     if device.type == "cuda":
         return 8192
     return 256 if width > 1024 or vocabulary > 100_000 else 1024
@@ -206,11 +206,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     p.add_argument("--tokens", type=int, help="scored tokens (CPU: 1024, 256 for a wide or tall head; GPU: 8192)")
     p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
-    rounds = "rounds; 5 for widths above 1024 on a CPU; 0: memory alone"
+    rounds = "rounds; at most 5 for widths above 1024 on a CPU; 0 measures memory only"
     add_options(p, samples=20, rounds=rounds, budget=240)
     return p
 
 
 if __name__ == "__main__":
-    # only for a CPU: on a GPU the allocator's own statistics are used
+    # for a CPU; on a GPU `measure` reads the allocator's statistics in its own process
     main(parser(), run, lambda _, *case: own_peak(*case))

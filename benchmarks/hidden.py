@@ -1,4 +1,4 @@
-"""Real hidden states: of a one-layer GPT-2-shaped model trained for some steps on the text that comes with Python."""
+"""Realistic hidden states: from a one-layer GPT-2 trained for some steps on the text that comes with Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 128
 
 @functools.cache
 def token_ids() -> Tensor:
-    """Return the ids of the language reference, by a byte-level BPE of 4,096 entries trained on it."""
+    """Return token ids of Python's own text, by a byte-level BPE of 4,096 entries trained on it."""
     texts = load_python_docs()["train"]["text"]
     tokenizer = train_bpe_tokenizer(texts, 4096)
     ids = [tokenizer(text)["input_ids"] for text in texts[:400]]
@@ -30,7 +30,7 @@ def hidden_states(
     """Return hidden states ``[tokens, width]``, the weight ``[vocabulary, width]`` and the labels of real text.
 
     The model has one layer of that width and ``vocabulary`` output rows, of which the text uses the first 4,096. So
-    rows of logits have full size, and are distributed as in a model that has learned which tokens exist.
+    the logits have full size, and are distributed as in a model that has learned which tokens occur.
     """
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=max(1, width // 64), n_positions=LENGTH,

@@ -1,9 +1,8 @@
-"""Kill both scripts at random moments, start them again, and compare the end with that of a run that nobody killed.
+"""Kill both scripts at random moments, resume them, and compare the result with that of an undisturbed run.
 
 ``python -m benchmarks.kills --kills 20`` (about half an hour on two cores). A moment is up to half a second after the
-folder of a checkpoint or the files of an evaluation began to be there, so that saving, evaluation and training are all
-hit; the table counts what was going on. Campaigns, and the process that runs one, are killed by
-``tests/campaign/test_campaign_kills.py``.
+folder of a checkpoint or a file of an evaluation appeared, so that saving, evaluation and training are all hit; the
+table counts how often each. Campaigns and their runner are killed by ``tests/campaign/test_campaign_kills.py``.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ TASKS = {
         "max_target_length": 12, "predict_with_generate": True,
     },
 }  # fmt: skip
-#: What a clock says is another time each time, and so is what depends on how often the process was begun.
+#: Parts of the names of metrics that differ between runs: times, and what depends on how often a run was resumed.
 VOLATILE = ("runtime", "per_second", "seconds", "memory", "preparation", "total_flos", "train_loss")
 COLUMNS = ("task", "run", "kills", "in_training", "in_evaluation", "in_saving", "before_and_after", "equal", "differs")
 
 
 def start(task: str, folder: Path) -> subprocess.Popen[str]:
-    """Start a run, or go on with it."""
+    """Start a run, or resume it."""
     words = [f"--{name}={value}" for name, value in {**TASKS[task], "output_dir": folder}.items()]
     log = (folder.parent / f"{folder.name}.log").open("a", encoding="utf-8")
     return subprocess.Popen([sys.executable, "-m", "dpsm_hf", task, *words], stdout=log, stderr=log, text=True)
 
 
 def stage(folder: Path) -> str:
-    """Return what a run that was just killed was doing, by the files that it left."""
+    """Return what a run was doing when it was killed, judged by the files that it left."""
     if not list(folder.glob("checkpoint-*")) or (folder / "model.safetensors").exists():
         return "before_and_after"
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
@@ -69,7 +68,7 @@ def stage(folder: Path) -> str:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Return the weights and every figure of a finished run that is no duration."""
+    """Return the weights, the metrics and the log of a finished run, without those of `VOLATILE`."""
     outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     return {
@@ -86,7 +85,7 @@ def _figures(value: Any) -> Any:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the names of what is not equal to the last bit."""
+    """Return the names of the parts of two results that are not equal to the last bit."""
     weights = one["weights"].keys() == other["weights"].keys() and all(
         torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items()
     )
@@ -95,7 +94,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def wait_for_moment(process: subprocess.Popen[str], folder: Path, draw: random.Random) -> bool:
-    """Wait for a moment to kill a run at; return False if it ended before."""
+    """Wait for a random moment to kill a run; return False if it has ended before."""
     pattern = draw.choice(["checkpoint-*", "checkpoint-*", "calibration/*.json"])
     there, wanted = set(folder.glob(pattern)), draw.randint(1, 4)
     while len(set(folder.glob(pattern)) - there) < wanted:
@@ -107,7 +106,7 @@ def wait_for_moment(process: subprocess.Popen[str], folder: Path, draw: random.R
 
 
 def killed(task: str, folder: Path, kills: int, draw: random.Random) -> Counter[str]:
-    """Run a task to its end, killed at most so many times on the way."""
+    """Run a task to its end, killing it at most so many times; return how often in each stage."""
     stages: Counter[str] = Counter()
     while True:
         process = start(task, folder)
@@ -135,12 +134,12 @@ def main() -> None:
         if start(task, root / task).wait():
             raise SystemExit(f"{task} fails without being killed; see {root / task}.log")
         whole = result(root / task)
-        left, run = arguments.kills, 0
+        left, run = arguments.kills, 0  # kills still to do
         while left > 0:
             run += 1
             folder = root / f"{task}-{run}"
             stages = killed(task, folder, min(left, 5), draw)
-            left -= max(1, stages.total())  # a run that got away counts, or the loop might not end
+            left -= max(1, stages.total())  # an unharmed run counts as one, so that the loop ends
             differs = difference(whole, result(folder))
             counts = {name: stages[name] for name in COLUMNS[3:7]}
             rows.append(
@@ -155,7 +154,7 @@ def main() -> None:
     if all(row["equal"] for row in rows):
         shutil.rmtree(root)
     else:
-        raise SystemExit(f"not every end is equal; the folders are in {root}")
+        raise SystemExit(f"not all results are equal; the folders are in {root}")
 
 
 if __name__ == "__main__":

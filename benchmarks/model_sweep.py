@@ -1,10 +1,10 @@
-"""Every class that Transformers calls a language model: loss and gradient of `DPSMTrainer` against the model's own.
+"""Compare loss and gradient of `DPSMTrainer` with the model's own, for every language model class of Transformers.
 
 python -m benchmarks.model_sweep --table docs/models.md
 
 Each class is built small from its default configuration (`benchmarks.tiny_models`) and run in a process of its own
-with a time limit, so that one that crashes does not end the rest. At ``scoring_rule="ce"`` loss and gradient of a
-batch must be the model's own, from full logits and inside the head.
+with a time limit, so that a crash does not end the others. At ``scoring_rule="ce"``, loss and gradient of a batch must
+equal the model's own, both from full logits and inside the head.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ COLUMNS = (
     "class", "tables", "result", "alignment", "loss_function", "fused", "loss", "extra", "loss_full", "loss_fused",
     "gradient_full", "gradient_fused", "needs", "reason", "seconds", "date", "transformers", "torch", "commit",
 )  # fmt: skip
-#: Relative difference from which on a loss or a gradient is another one.
+#: Relative difference above which a loss or a gradient counts as wrong.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 
 
 def classes() -> dict[str, list[str]]:
-    """Return the name of every class, and the tables it is in."""
+    """Return the name of every class with the tables that it is in."""
     found: dict[str, list[str]] = {}
     for table, names in TABLES.items():
         for value in names.values():
@@ -66,12 +66,12 @@ def classes() -> dict[str, list[str]]:
 
 
 def compare(name: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Any]:
-    """Return the row of one class; with further inputs in its batch where they are given."""
+    """Return the row of one class; ``given`` are further inputs for its batch."""
     row: dict[str, Any] = {"class": name, "result": "not built"}
     try:
         model = build(name)
     except Exception as error:
-        return {**row, "reason": _said(error)}
+        return {**row, "reason": _message(error)}
     row["result"] = "not run"
     try:
         batch = {**batch_for(model), **given}
@@ -81,13 +81,13 @@ def compare(name: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> di
         if not torch.isfinite(own):
             raise FloatingPointError(f"the model's own loss is {float(own)}")
         if abs(float(own - again)) > LOSS_TOLERANCE * abs(float(own)):
-            raise ValueError(f"the model's own loss is another one at every call: {float(own)}, {float(again)}")
+            raise ValueError(f"the model's own loss differs from call to call: {float(own)}, {float(again)}")
     except Exception as error:
-        return {**row, "reason": _said(error)}
+        return {**row, "reason": _message(error)}
     try:
         own_loss(model, batch)
     except ValueError as error:
-        if "feeds its decoder something else" in str(error) and "decoder_input_ids" not in given:
+        if "makes other decoder inputs" in str(error) and "decoder_input_ids" not in given:
             fed = inputs_without_labels(model, batch)["decoder_input_ids"]
             more = {"decoder_input_ids": fed, "decoder_attention_mask": torch.ones_like(fed)}
             return {**compare(name, more), "needs": "decoder_input_ids in the batch"}
@@ -96,10 +96,10 @@ def compare(name: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> di
     for mode, suffix in (("off", "full"), ("auto", "fused")):
         try:
             trainer = _trainer(model, mode)
-            for _ in range(2):  # at the first batch the head is checked
+            for _ in range(2):  # twice, because the first batch only checks the head
                 mine, gradients = _step(model, partial(trainer.compute_loss, model, dict(batch)))
         except Exception as error:
-            return {**row, "result": "refused", "reason": _said(error)}
+            return {**row, "result": "refused", "reason": _message(error)}
         row[f"loss_{suffix}"], row[f"gradient_{suffix}"] = float(mine), _difference(gradients, theirs)
         off = abs(float(mine - own)) > LOSS_TOLERANCE * max(1.0, abs(float(own)))
         if off or not row[f"gradient_{suffix}"] <= GRADIENT_TOLERANCE:
@@ -156,15 +156,15 @@ def _why_not_fused(model: nn.Module, batch: dict[str, Any]) -> str:
     return "unknown"
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]
 
 
-# ---- one process a class -------------------------------------------------------------------------------------------
+# ---- one process per class -----------------------------------------------------------------------------------------
 
 
 def in_a_process(name: str, folder: Path, memory: int) -> int:
-    """Compare one class in a process that is forked from this one; return its id."""
+    """Compare one class in a forked process; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -183,7 +183,14 @@ def in_a_process(name: str, folder: Path, memory: int) -> int:
 
 
 def sweep(names: list[str], *, jobs: int, limit: float, memory: int) -> list[dict[str, Any]]:
-    """Return the rows of classes, each from a process of its own."""
+    """Return the rows of classes, each measured in a process of its own.
+
+    Args:
+        names: the classes.
+        jobs: processes at a time.
+        limit: seconds for one class.
+        memory: bytes of address space for one class.
+    """
     rows: dict[str, dict[str, Any]] = {}
     running: dict[int, tuple[str, float]] = {}
     waiting = list(names)
@@ -215,7 +222,7 @@ def sweep(names: list[str], *, jobs: int, limit: float, memory: int) -> list[dic
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the table of classes, and the list of those that could not be run."""
+    """Return the Markdown table of the compared classes, and that of those that were refused or could not be run."""
     head = "| class | tables | labels | head | adds | error of the loss | of the gradient |\n" + "|---" * 7 + "|\n"
     lines, others = [], []
     for row in rows:
@@ -242,7 +249,7 @@ def _cell(text: str) -> str:
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Replace what stands between the marks of a document by the table."""
+    """Replace the text between the two marks in a document by the table."""
     begin, end = "<!-- sweep -->", "<!-- /sweep -->"
     text = path.read_text()
     before, rest = text.split(begin)
@@ -252,12 +259,12 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Run from the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="*", help="names of classes; the others' rows stay")
+    p.add_argument("--only", nargs="*", help="names of classes to run; the rows of the others are kept")
     p.add_argument("--csv", type=Path, default=HERE / "results" / "models.csv")
     p.add_argument("--table", type=Path, help="document whose table is replaced")
     p.add_argument("--jobs", type=int, default=1)
     p.add_argument("--limit", type=float, default=120.0, help="seconds for a class")
-    p.add_argument("--memory", type=float, default=12.0, help="GiB of addresses for a class")
+    p.add_argument("--memory", type=float, default=12.0, help="GiB of address space for a class")
     p.add_argument("--no-run", action="store_true", help="only write the table of what was measured before")
     arguments = p.parse_args()
     warnings.simplefilter("ignore")

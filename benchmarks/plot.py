@@ -1,4 +1,4 @@
-"""Draw the CSV of a device: time and memory of each variant relative to Transformers' CE, and how they grow.
+"""Draw the CSV of a device: time and memory of each variant relative to Transformers' CE, and their growth.
 
 python -m benchmarks.plot benchmarks/results/cpu-2-cores.csv          # the picture, beside the CSV
 python -m benchmarks.plot benchmarks/results/cpu-2-cores.csv --table  # Markdown tables
@@ -26,10 +26,10 @@ def _colours(variant: str) -> tuple[str, str]:
 
 
 def draw(path: Path) -> Path:
-    """Write the picture beside the CSV and return its path.
+    """Write the picture beside the CSV, and return its path.
 
-    One column in large letters, readable at 400 pixels: the head at the size of GPT-2 (or the first size that was
-    measured), and the growth of its memory.
+    It is one column in large letters, readable at a width of 400 pixels: time and memory of the head at the size of
+    GPT-2 (or at the first size in the CSV), and the growth of its memory.
     """
     import matplotlib
 
@@ -76,7 +76,7 @@ def draw(path: Path) -> Path:
 
 
 def _names(rows: list[dict[str, str]]) -> list[str]:
-    """Return the names to draw, ours and the bare matmuls last; variants that differ in the chunk alone are one."""
+    """Return the names to draw, ours and the bare products last; variants that differ only in the chunk are one."""
     names = dict.fromkeys(_program(row["variant"]) for row in rows if row["variant"] != REFERENCE)
     order = {"three products": 2, "ours, ce": 1, "ours, dpsm": 1}
     return sorted(names, key=lambda name: order.get(name, 0))
@@ -94,7 +94,7 @@ def _bars(axis: Any, rows: list[dict[str, str]], names: list[str], column: str) 
     for k, dtype in enumerate(dtypes):
         for i, name in enumerate(names):
             mine = [row for row in rows if row["dtype"] == dtype and _program(row["variant"]) == name]
-            # the default chunk, or else the fastest one, for memory too
+            # the variant with the default chunk, else the fastest one; the same for time and memory
             mine = [row for row in mine if row["variant"] == name] or mine
             best = min(mine, key=lambda row: float(row["ratio"]), default=None)
             if best is None or not best[column]:
@@ -103,7 +103,7 @@ def _bars(axis: Any, rows: list[dict[str, str]], names: list[str], column: str) 
             shade = DTYPES.index(dtype)
             axis.barh(place, value, height, color=_colours(name)[shade], edgecolor="white")
             low, high = (best["ratio_p10"], best["ratio_p90"]) if column == "ratio" else ("", "")
-            if value > _LONGEST:  # cut off, so that the others remain readable
+            if value > _LONGEST:  # cut off, so that the other bars remain readable
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 label = f"{value:.2f} {dtype} \N{RIGHTWARDS ARROW}"
                 axis.text(1.25 * _LONGEST, place, label, va="center", ha="right", fontsize=15, bbox=white)

@@ -1,7 +1,7 @@
-"""Any language model of Transformers made small: its default configuration shrunk by the names of its fields.
+"""Build any language model of Transformers small, from its default configuration.
 
-Sizes are chosen by what a field is called and how large it is by default, in every part of a configuration. What
-that does not reach (sizes that have to fit to each other) stands in `SPECIAL`, by class.
+In every part of a configuration, fields are recognised as sizes by their names, and large defaults are replaced by
+small values. Fields that this does not get right, such as sizes that must fit each other, are in `SPECIAL`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 V, D, LAYERS, HEADS, HEAD_DIM, LENGTH, ROWS = 128, 64, 2, 4, 16, 12, 2
 
-#: Pattern of a field's name, and the value that a larger default is replaced by; the first that matches counts.
+#: Patterns of field names, and the values that replace larger defaults; the first matching pattern counts.
 _SIZES: list[tuple[str, int]] = [
     (r"(^|_)vocab_size$|^vocab$|vocabulary_size$|^n_vocab$", V),
     (r"codebook_size$|^num_codebook_vectors$", 32),
@@ -60,7 +60,7 @@ _COMPILED = [(re.compile(pattern), value) for pattern, value in _SIZES]
 
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 
-#: Fields of single models, by model_type.
+#: Values of fields by model_type.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
@@ -100,7 +100,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2},
 }  # fmt: skip
 
-#: Fields that make a model compute something at random, or much.
+#: Fields that make a model random in training; they are set to 0.
 _OFF = re.compile(r"drop(out|path|_path|_rate|_prob)?|layerdrop|jitter|_pdrop$|mask_time_prob|mask_feature_prob")
 
 
@@ -109,7 +109,7 @@ def shrunk(config: PreTrainedConfig, *, lists: bool = True) -> PreTrainedConfig:
 
     Args:
         config: the default one.
-        lists: keep the beginning of lists that have an entry for each layer; else leave them to be made anew.
+        lists: shorten lists that have an entry for each layer; False leaves them out, so that the class makes them.
     """
     fields = _fields(config, lists=lists, taken=[V - 1])
     if getattr(config, "is_decoder", False):
@@ -136,7 +136,7 @@ def _fields(config: PreTrainedConfig, *, lists: bool, taken: list[int]) -> dict[
         if name == "head_dim" and (value is None or _is_int(value)):
             fields[name] = head_dim if value is None else min(value, head_dim)
         elif name == "qk_head_dim":
-            continue  # the sum of two others
+            continue  # the class computes it as the sum of two others
         elif name == "num_key_value_heads" and (value is None or "qk_rope_head_dim" in own):
             fields[name] = HEADS
         elif re.search(r"feat_extract_layers$|^conv_(dim|kernel|stride)$", name):
@@ -166,7 +166,7 @@ def _fields(config: PreTrainedConfig, *, lists: bool, taken: list[int]) -> dict[
 
 
 def _beginning(values: list[Any], kinds: list[Any], depth: int) -> list[Any]:
-    """Return as many entries of a list as there are layers, of each kind of layer at least one."""
+    """Return ``depth`` entries of a list with one per layer, at least one for each kind of layer."""
     names = [str(kind) for kind in kinds]
     first = [names.index(name) for name in dict.fromkeys(names)][:depth]
     rest = [i for i in range(len(values)) if i not in first]
@@ -174,13 +174,13 @@ def _beginning(values: list[Any], kinds: list[Any], depth: int) -> list[Any]:
 
 
 def _own(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields that the constructor takes and that may be set."""
+    """Return the fields that may be passed to the constructor."""
     given: dict[str, Any] = {}
     for name in vars(config):
         if not name.startswith("_"):
             try:
                 given[name] = getattr(config, name, None)
-            except Exception:  # one that has another value in every layer
+            except Exception:  # a field with a different value in every layer
                 given[name] = vars(config)[name]
     for name, value in list(given.items()):
         key = getattr(type(config), "attribute_map", {}).get(name)
@@ -200,10 +200,10 @@ def _size(name: str) -> int | None:
 
 
 def build(class_name: str) -> PreTrainedModel:
-    """Return a small model of a class, with logits of some size and without anything random in training.
+    """Return a small model of a class, without dropout and with logits that are far from uniform.
 
     Raises:
-        Exception: the last of those that its configuration or its layers raised.
+        Exception: what its configuration or its layers raised at the first try.
     """
     kind = getattr(transformers, class_name)
     failure: Exception | None = None
@@ -215,7 +215,7 @@ def build(class_name: str) -> PreTrainedModel:
             if sum(parameter.numel() for parameter in model.parameters()) > 30_000_000:
                 large = max(model.named_parameters(), key=lambda item: item[1].numel())
                 raise ValueError(f"still large: {large[0]} {tuple(large[1].shape)}")
-            return _loud(model)
+            return _with_large_logits(model)
         except Exception as error:
             failure = failure or error
     assert failure is not None
@@ -244,8 +244,8 @@ def _pair(kind: Any) -> PreTrainedConfig:
     return made
 
 
-def _loud(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the logits loud: of nearly uniform ones every alignment has the same loss."""
+def _with_large_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn dropout off and enlarge the output layer: with nearly uniform logits every alignment has the same loss."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -255,17 +255,17 @@ def _loud(model: PreTrainedModel) -> PreTrainedModel:
             head.weight.normal_(0.0, 0.5)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not bool(torch.isfinite(parameter).all()):  # made empty and left to a checkpoint
+            if not bool(torch.isfinite(parameter).all()):  # left uninitialised for a checkpoint
                 parameter.normal_(0.0, 0.02)
     return model
 
 
-#: Classes whose forward fails without an image although its argument is optional.
-_SEEING = frozenset({"GitForCausalLM", "IdeficsForVisionText2Text"})
+#: Classes whose forward needs an image although the argument is optional.
+_NEED_IMAGES = frozenset({"GitForCausalLM", "IdeficsForVisionText2Text"})
 
 
 def batch_for(model: PreTrainedModel) -> dict[str, Any]:
-    """Return a batch of text, or of what a model hears or sees together with labels of text."""
+    """Return a random batch for a model: text, speech or images as it needs them, with labels."""
     g = torch.Generator().manual_seed(0)
     vocabulary = min(90, int(getattr(model.get_output_embeddings(), "out_features", 90)))
     ids = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=g)
@@ -289,7 +289,7 @@ def batch_for(model: PreTrainedModel) -> dict[str, Any]:
             del batch["input_ids"], batch["attention_mask"]
     if isinstance(getattr(model.config, "vision_config", None), PreTrainedConfig) and "pixel_values" in parameters:
         required = parameters["pixel_values"].default is inspect.Parameter.empty
-        if required or type(model).__name__ in _SEEING:
+        if required or type(model).__name__ in _NEED_IMAGES:
             batch["pixel_values"] = _features(model, "pixel_values", g)
     return batch
 

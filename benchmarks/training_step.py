@@ -1,4 +1,4 @@
-"""Whole optimizer steps through the trainers: DPSMTrainer against stock Trainer, time and peak memory.
+"""Time and peak memory of whole optimizer steps: DPSMTrainer against stock Trainer.
 
 python -m benchmarks.training_step --models gpt2 bart --dtypes fp32 bf16
 """
@@ -31,12 +31,12 @@ from dpsm_hf.measuring.processes import peak_above
 REFERENCE = "Trainer, ce"
 FULL_LOGITS = "ours, dpsm, full logits"
 VARIANTS = (REFERENCE, "ours, ce", "ours, dpsm", FULL_LOGITS)
-# Ways to keep fewer activations. Without dropout, attention does not keep its probabilities.
+# Ways to store fewer activations; without dropout, attention does not store its probabilities.
 NO_DROPOUT, CHECKPOINTING = "no dropout", "activation checkpointing"
 
 
 def make_model(name: str, how: str) -> nn.Module:
-    """Return a GPT-2 small or a BART base from its configuration, with random weights."""
+    """Return a GPT-2 small or a BART base with random weights; ``how`` is a way to store fewer activations, or ""."""
     torch.manual_seed(0)
     if name == "gpt2":
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if how == NO_DROPOUT else {}
@@ -91,7 +91,7 @@ def make_step(name: str, variant: str, dtype: str, sequences: int, length: int, 
 
 
 def measure_memory(case: list[Any]) -> float | None:
-    """Return the peak in MiB of a step above model and optimizer state, measured in a process of its own."""
+    """Return the peak of a step in MiB beyond model and optimizer state, measured in a new process."""
     return peak_in_own_process("benchmarks.training_step", case)
 
 
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
         for dtype in arguments.dtypes:
             measure_case(name, dtype, short, "", VARIANTS, arguments, table, device)
             if name == "gpt2" and arguments.memory_length:
-                # the length GPT-2 was trained with; fewer activations of the blocks show the head's share
+                # the length that GPT-2 was trained with; with fewer activations the head's share becomes visible
                 long = (arguments.sequences, arguments.memory_length)
                 for how in ("", NO_DROPOUT, CHECKPOINTING):
                     measure_case(name, dtype, long, how, (REFERENCE, "ours, dpsm"), None, table, device)
@@ -112,7 +112,7 @@ def measure_case(
     name: str, dtype: str, shape: tuple[int, int], how: str, variants: tuple[str, ...],
     arguments: argparse.Namespace | None, table: Table, device: torch.device,
 ) -> None:  # fmt: skip
-    """Add a row for each variant; ``arguments=None`` measures memory alone."""
+    """Add a row for each variant; ``arguments=None`` measures memory only."""
     found: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
     if arguments is not None:
         steps = {variant: make_step(name, variant, dtype, *shape, how) for variant in variants}

@@ -1,9 +1,9 @@
-"""Run Transformers' own Trainer tests with `Trainer` and with `DPSMTrainer`, and write down what differs.
+"""Run Transformers' own Trainer tests with `Trainer` and with `DPSMTrainer`, and write down the differences.
 
-    python -m benchmarks.hf_trainer_suite                      # clones the tests at the installed version
-    python -m benchmarks.hf_trainer_suite --source transformers # a checkout that is there already
+    python -m benchmarks.hf_trainer_suite                      # clones the tests of the installed version
+    python -m benchmarks.hf_trainer_suite --source transformers # uses an existing checkout
 
-The exit status is 1 where a test passes with Trainer, fails with ours, and has no reason in differences.py.
+The exit status is 1 if a test passes with Trainer, fails with DPSMTrainer, and has no reason in differences.py.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(command: list[str] | None = None) -> int:
         ended = [found.outcome for found in measured.values()]
         counts = [ended.count(outcome) for outcome in ("passed", "failed", "skipped")]
         print(f"{COLUMNS[column].title}: {counts[0]} passed, {counts[1]} failed, {counts[2]} skipped", flush=True)
-        if column == "ce":  # what was seen without our callbacks was of the trainer before
+        if column == "ce":  # earlier outcomes without our callbacks are out of date for these tests
             kept = outcomes.get("ce_bare", {})
             outcomes["ce_bare"] = {test: found for test, found in kept.items() if test not in measured}
     bare = outcomes.get("ce_bare", {})
@@ -100,7 +100,7 @@ def main(command: list[str] | None = None) -> int:
 
 
 def _partial(arguments: argparse.Namespace) -> bool:
-    """Return whether not everything is run: the rest of the table stays as it is then."""
+    """Return whether only a part is run, so that the rest of the table has to be kept."""
     default = parser().parse_args([])
     return any(getattr(arguments, name) != getattr(default, name) for name in ("columns", "files", "expression"))
 
@@ -108,15 +108,15 @@ def _partial(arguments: argparse.Namespace) -> bool:
 def run(
     folder: Path, home: Path, column: str, tests: list[str], arguments: argparse.Namespace
 ) -> dict[str, table.Outcome]:
-    """Run tests with one trainer, in a process and a working folder of their own."""
+    """Run tests with one trainer, in a new process and an empty working folder."""
     with tempfile.TemporaryDirectory() as name:
         work, report = Path(name), Path(name) / "outcomes.jsonl"
-        # what the tests write beside themselves goes here, and Transformers' own conftest.py stays out
+        # files that the tests write go to the working folder, and Transformers' own conftest.py is not loaded
         (work / "tests").symlink_to(folder / "tests")
         (work / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         report.touch()
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
-        command.append("--continue-on-collection-errors")  # of what is not installed here
+        command.append("--continue-on-collection-errors")  # some tests import packages that are not installed
         command += ["-k", arguments.expression] if arguments.expression else []
         done = subprocess.run(
             command,
@@ -128,14 +128,14 @@ def run(
             errors="replace",
         )
         outcomes = table.read(report)
-        # 0: all passed, 1: some failed, 2: a file could not be imported, which has a line of its own
+        # 0: all passed, 1: some failed, 2: a file could not be imported, which the plugin has reported
         if done.returncode not in (0, 1, 2) or not outcomes:
             raise RuntimeError(f"pytest ended with {done.returncode} in column {column}:\n{done.stdout[-3000:]}")
         return outcomes
 
 
 def _environment(home: Path, column: str, report: Path, arguments: argparse.Namespace) -> dict[str, str]:
-    # credentials and settings of the user's own hub account are none of a test's business
+    # tests must not see credentials and settings of the user's own hub account
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "WANDB_", "PYTEST_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return kept | {

@@ -1,4 +1,4 @@
-"""The columns of the table: which trainer the tests are given."""
+"""The columns of the table: the trainers that the tests are run with."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Column:
     """A trainer that all tests are run with.
 
     Args:
-        title: in the table.
-        ours: whether `DPSMTrainer` takes the place of `Trainer`.
-        settings: DPSM fields where a test passes plain TrainingArguments.
-        callbacks: whether the two callbacks of `DPSMTrainer` stay, and its clock of training runs.
+        title: heading of the column.
+        ours: whether `DPSMTrainer` replaces `Trainer`.
+        settings: DPSM fields for tests that pass plain TrainingArguments.
+        callbacks: whether `DPSMTrainer` keeps its two callbacks and its training clock.
     """
 
     title: str
@@ -26,7 +26,7 @@ class Column:
 
 CROSS_ENTROPY: Mapping[str, Any] = {"scoring_rule": "ce", "fused_head": "off"}
 
-#: By the name that the command line and the CSV have for them.
+#: The columns by their name on the command line and in the CSV.
 COLUMNS: Mapping[str, Column] = {
     "stock": Column("Trainer", ours=False),
     "ce": Column("DPSMTrainer, ce", settings=CROSS_ENTROPY),

@@ -1,4 +1,4 @@
-"""The tests that rightly do not pass with `DPSMTrainer`, and why."""
+"""The tests that are expected to fail with `DPSMTrainer`, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROUTER = (
 )
 _OWN_LOSS = "passes `compute_loss_func`, which `scoring_rule='dpsm'` refuses since it could have no effect beside it"
 
-#: By the name of the test, for `scoring_rule="ce"`.
+#: Reasons by the name of the test, for `scoring_rule="ce"`.
 CROSS_ENTROPY: Mapping[str, str] = {
     "test_default_callbacks_are_present": _COUNTS,
     "test_custom_callback_added_at_init": _COUNTS,
@@ -30,7 +30,7 @@ CROSS_ENTROPY: Mapping[str, str] = {
     "test_unscaled_model_loss_0_averaging_disabled": _ROUTER,
 }
 
-#: By the name of the test, for `scoring_rule="dpsm"` in addition.
+#: Further reasons by the name of the test, for `scoring_rule="dpsm"`.
 DPSM: Mapping[str, str] = {
     "test_custom_loss": _OWN_LOSS,
     "test_train_and_predict_loss_parity": _OWN_LOSS,

@@ -1,7 +1,7 @@
-"""The pytest plugin of the suite: whose trainer the tests get, and what becomes of each of them.
+"""The pytest plugin of the suite: it replaces the trainers, and writes down the outcome of each test.
 
-`benchmarks.hf_trainer_suite` names it in PYTEST_PLUGINS, so that the processes that a test starts have it too. The
-environment says which column is run and where the outcomes go.
+`benchmarks.hf_trainer_suite` loads it by PYTEST_PLUGINS, so that processes started by a test load it too. Environment
+variables give the column and the file for the outcomes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dpsm_hf.training.arguments import DPSMArguments
 
 COLUMN, REPORT, SECONDS = "DPSM_SUITE_COLUMN", "DPSM_SUITE_REPORT", "DPSM_SUITE_SECONDS"
 _WORST = ("skipped", "passed", "failed")
-_BOUNDARY = 400  # characters of an error that are kept
+_LONGEST = 400  # characters to keep of an error
 
 
 class Outcomes:
-    """Write one line of JSON per test: its outcome, how many trainers it made, and what it failed with."""
+    """Write one line of JSON per test: its outcome, how many trainers it made, and its error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +39,7 @@ class Outcomes:
         self._reports: list[Any] = []
 
     def count(self, trainer: type) -> None:
-        """Count the trainers that a test makes."""
+        """Count from now on how many instances of a trainer class each test makes."""
         original = trainer.__init__  # type: ignore[misc]
 
         @functools.wraps(original)
@@ -50,16 +50,16 @@ class Outcomes:
         trainer.__init__ = counted  # type: ignore[misc]
 
     def pytest_runtest_logstart(self) -> None:
-        """Begin a test."""
+        """Start a test with empty counts."""
         self._trainers, self._reports = 0, []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep what its phases and subtests report."""
+        """Keep the report of a phase or a subtest."""
         self._reports.append(report)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """Write the line of a test that is over."""
-        # a test is skipped in its setup or its call; only what was called can have passed
+        """Write the line of a finished test."""
+        # a test can be skipped in its setup or its call, but pass only in its call
         called = [r for r in self._reports if r.when == "call" or r.outcome != "passed"]
         outcome = max((r.outcome for r in called), key=_WORST.index, default="skipped")
         failed = [r for r in self._reports if r.outcome == outcome != "passed"]
@@ -68,33 +68,34 @@ class Outcomes:
             "outcome": outcome,
             "trainers": self._trainers,
             "seconds": round(sum(r.duration for r in self._reports), 2),
-            "error": _said(failed[0]) if failed else "",
+            "error": _message(failed[0]) if failed else "",
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Write a line for a file that cannot be imported: its tests would be missing without a word."""
+        """Write a line for a file that cannot be imported; otherwise its tests would be missing silently."""
         if report.failed:
-            line = {"test": report.nodeid, "outcome": "failed", "trainers": 0, "seconds": 0.0, "error": _said(report)}
+            error = _message(report)
+            line = {"test": report.nodeid, "outcome": "failed", "trainers": 0, "seconds": 0.0, "error": error}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def _said(report: Any) -> str:
+def _message(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         text = crash.message
-    elif isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
+    elif isinstance(report.longrepr, tuple):  # for a skipped test: file, line, reason
         text = report.longrepr[2].removeprefix("Skipped: ")
     else:
         text = report.longreprtext.strip().splitlines()[-1] if report.longreprtext.strip() else ""
-    return " ".join(text.split())[:_BOUNDARY]
+    return " ".join(text.split())[:_LONGEST]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """End a test that takes too long, as failed."""
+    """Fail a test that takes too long."""
     seconds = int(os.environ.get(SECONDS, "300"))
 
     def late(number: int, frame: Any) -> None:
@@ -110,8 +111,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Count trainers and write outcomes; a process that a test starts only gets the trainer."""
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # as Transformers' own conftest
+    """Count trainers and write outcomes; processes started by a test only get the replaced trainers."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # as in Transformers' own conftest.py
     if path := os.environ.pop(REPORT, ""):
         outcomes = Outcomes(Path(path))
         outcomes.count(transformers.trainer.Trainer if not _STOCK else _STOCK[0])
@@ -122,7 +123,7 @@ _STOCK: list[type] = []
 
 
 def in_place_of(stock: type, ours: type, column: Column) -> type:
-    """Return a trainer of ours that tests can take for a Transformers trainer."""
+    """Return a subclass of our trainer with the name and module of the Transformers trainer it replaces."""
 
     def dpsm(self: Any) -> DPSMArguments:
         found = super(swapped, self).dpsm  # type: ignore[misc]
@@ -143,12 +144,12 @@ def in_place_of(stock: type, ours: type, column: Column) -> type:
 
 
 def swap(column: Column) -> None:
-    """Give every later import of a trainer from Transformers one of ours."""
+    """Replace the trainers in Transformers, for every later import, as the column says."""
     stock, seq2seq = transformers.Trainer, transformers.Seq2SeqTrainer
     _STOCK.append(stock)
     if not column.ours:
         return
-    if not column.callbacks:  # what is left of a test that compares states is then no difference of time
+    if not column.callbacks:  # a stopped clock, so that tests that compare states see no difference of time
         clock.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment]
     for module in (transformers, transformers.trainer):
         module.Trainer = in_place_of(stock, DPSMTrainer, column)  # type: ignore[attr-defined]
@@ -156,5 +157,5 @@ def swap(column: Column) -> None:
         module.Seq2SeqTrainer = in_place_of(seq2seq, DPSMSeq2SeqTrainer, column)  # type: ignore[attr-defined]
 
 
-# before any test module is imported
+# at import, which is before any test module is imported
 swap(COLUMNS[os.environ.get(COLUMN, "stock")])

@@ -1,4 +1,4 @@
-"""Where Transformers' tests come from: the user's own git, or a folder that is there already."""
+"""Get Transformers' tests: clone them with the user's git, or use an existing checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHECKED_OUT = ("tests/trainer", "tests/fixtures")
 
 
 def tag() -> str:
-    """Return the name that the installed version has in Transformers' repository."""
+    """Return the tag of the installed version in Transformers' repository."""
     return f"v{transformers.__version__}"
 
 
@@ -22,12 +22,12 @@ def downloaded(cache: Path) -> Path:
     """Return a checkout of Transformers' tests at the installed version, cloned on first use.
 
     Raises:
-        RuntimeError: if git could not clone, with what it said.
+        RuntimeError: with git's message, if it could not clone.
     """
     folder = cache / tag()
     if (folder / TESTS).is_dir():
         return folder
-    part = folder.with_name(f"{folder.name}.part")  # an interrupted clone is no checkout
+    part = folder.with_name(f"{folder.name}.part")  # renamed when complete: an interrupted clone must not be used
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     _git("clone", "--depth", "1", "--branch", tag(), "--filter=blob:none", "--sparse", URL, str(part))
@@ -37,20 +37,20 @@ def downloaded(cache: Path) -> Path:
 
 
 def checked(folder: Path) -> Path:
-    """Return a folder that the user named, after looking for the tests in it.
+    """Return the folder that the user gave, if it is a checkout of Transformers with its tests.
 
     Raises:
-        FileNotFoundError: if it is no checkout of Transformers.
+        FileNotFoundError: if it is not.
     """
     if not (folder / TESTS).is_dir():
         raise FileNotFoundError(
-            f"--source {folder} has no {TESTS.as_posix()}: name the folder that `git clone {URL}` made."
+            f"--source {folder} has no {TESTS.as_posix()}: give the folder that `git clone {URL}` made."
         )
     return folder.resolve()
 
 
 def described(folder: Path) -> str:
-    """Return which commit of Transformers a folder holds, as far as git knows."""
+    """Return the commit of a checkout in words, or that the folder is without git."""
     try:
         found = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True

@@ -1,6 +1,6 @@
-"""A hub cache with tiny random models under the names that Transformers' Trainer tests ask for.
+"""A hub cache with tiny random models under the names that Transformers' Trainer tests load.
 
-Everything is loaded from it as from a cache that was filled online, so nothing of Transformers has to be replaced.
+It looks like a cache that was filled online, so that nothing in Transformers has to be patched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SENTENCES = (
 
 
 def _byte_pairs() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of GPT-2's and Llama's kind."""
+    """Return a byte-level BPE tokenizer, as of GPT-2 and Llama."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def _byte_pairs() -> PreTrainedTokenizerFast:
 
 
 def _word_pieces() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of BERT's kind."""
+    """Return a WordPiece tokenizer, as of BERT."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -53,7 +53,7 @@ def _word_pieces() -> PreTrainedTokenizerFast:
 
 
 def _pieces() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of T5's kind."""
+    """Return a Unigram tokenizer, as of T5."""
     special = ["<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -64,69 +64,41 @@ def _pieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def _gpt2(words: int) -> Any:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=words, n_positions=128, n_embd=32, n_layer=2, n_head=4)
-    )
-
-
-def _llama(words: int) -> Any:
-    config: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=words, **config))
-
-
-def _gpt_neo(words: int) -> Any:
-    config: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-    }
-    return transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(vocab_size=words, max_position_embeddings=128, **config)
-    )
-
-
-def _bert(words: int) -> Any:
-    config: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=words, **config))
-
-
-def _distilbert(words: int) -> Any:
-    config: dict[str, Any] = {"dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 4}
-    return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=words, **config))
-
-
-def _t5(words: int) -> Any:
-    config: dict[str, Any] = {
-        "d_model": 16,
-        "d_kv": 4,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-    }
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=words, **config))
-
-
 _Kind = tuple[Callable[[], PreTrainedTokenizerFast], Callable[[int], Any]]
-_GPT2: _Kind = (_byte_pairs, _gpt2)
-_LLAMA: _Kind = (_byte_pairs, _llama)
-_BERT: _Kind = (_word_pieces, _bert)
-_DISTILBERT: _Kind = (_word_pieces, _distilbert)
-_T5: _Kind = (_pieces, _t5)
 
-#: What each name stands for: a tokenizer and a model.
+
+def _kind(tokenizer: Callable[[], PreTrainedTokenizerFast], model: str, config: str, **sizes: Any) -> _Kind:
+    """Return the makers of a tokenizer and of a tiny model, by their classes in Transformers."""
+
+    def make(vocab_size: int) -> Any:
+        return getattr(transformers, model)(getattr(transformers, config)(vocab_size=vocab_size, **sizes))
+
+    return tokenizer, make
+
+
+_GPT2 = _kind(_byte_pairs, "GPT2LMHeadModel", "GPT2Config", n_positions=128, n_embd=32, n_layer=2, n_head=4)
+_LLAMA = _kind(
+    _byte_pairs, "LlamaForCausalLM", "LlamaConfig",
+    hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+)  # fmt: skip
+_GPT_NEO = _kind(
+    _byte_pairs, "GPTNeoForCausalLM", "GPTNeoConfig",
+    max_position_embeddings=128, hidden_size=32, num_layers=2, num_heads=4,
+    attention_types=[[["global", "local"], 1]],
+)  # fmt: skip
+_BERT = _kind(
+    _word_pieces, "BertForMaskedLM", "BertConfig",
+    hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+)  # fmt: skip
+_DISTILBERT = _kind(
+    _word_pieces, "DistilBertForMaskedLM", "DistilBertConfig", dim=32, hidden_dim=37, n_layers=2, n_heads=4
+)
+_T5 = _kind(
+    _pieces, "T5ForConditionalGeneration", "T5Config",
+    d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+)  # fmt: skip
+
+#: The makers of tokenizer and model for each name.
 NAMES: Mapping[str, _Kind] = {
     "gpt2": _GPT2,
     "openai-community/gpt2": _GPT2,
@@ -136,7 +108,7 @@ NAMES: Mapping[str, _Kind] = {
     "nickypro/tinyllama-15M": _LLAMA,
     "JackFram/llama-160m": _LLAMA,
     "HuggingFaceTB/SmolLM2-135M": _LLAMA,
-    "roneneldan/TinyStories-33M": (_byte_pairs, _gpt_neo),
+    "roneneldan/TinyStories-33M": _GPT_NEO,
     "bert-base-cased": _BERT,
     "bert-base-uncased": _BERT,
     "google-bert/bert-base-cased": _BERT,
@@ -150,10 +122,10 @@ NAMES: Mapping[str, _Kind] = {
 
 
 def hub_cache(folder: Path) -> Path:
-    """Return the value of HF_HOME whose hub cache holds the stand-ins, made on first use.
+    """Return a folder to use as HF_HOME, whose hub cache holds the stand-ins; it is made on first use.
 
     Args:
-        folder: for the caches; each version of Transformers and of this file has one of its own.
+        folder: where to put such folders; there is one for each version of Transformers and of this file.
     """
     written = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     home = folder / f"{transformers.__version__}-{written}"

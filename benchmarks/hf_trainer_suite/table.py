@@ -1,4 +1,4 @@
-"""What passed and what did not, as a CSV and as a page of the documentation."""
+"""The outcomes of the tests as a CSV, and as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from benchmarks.hf_trainer_suite import differences
 from benchmarks.hf_trainer_suite.columns import COLUMNS
 
-#: What `DPSMTrainer` says to a model whose loss it cannot replace by another rule.
+#: Parts of the error with which `DPSMTrainer` refuses a model that is not a language model.
 REFUSALS = ("a scoring rule scores token ids",)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test with one trainer."""
+    """The outcome of one test with one trainer."""
 
     outcome: str
     trainers: int
@@ -27,7 +27,7 @@ class Outcome:
 
 @dataclass
 class Row:
-    """One test: its outcome in every column, and what follows."""
+    """One test: its outcome in every column, and the verdict."""
 
     test: str
     trainers: int = 0
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def comparable(self) -> bool:
-        """Return whether the test says anything of a trainer: it makes one, and passes with `Trainer`."""
+        """Return whether the test can be compared: it makes a trainer, and passes with `Trainer`."""
         return self.stock == "passed" and self.trainers > 0
 
     @property
@@ -57,13 +57,13 @@ class Row:
 
 
 def read(path: Path) -> dict[str, Outcome]:
-    """Return the outcomes that the plugin wrote, by test."""
+    """Return the outcomes in the plugin's file, by test."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {line["test"]: Outcome(line["outcome"], line["trainers"], line["error"]) for line in lines}
 
 
 def earlier(path: Path) -> dict[str, dict[str, Outcome]]:
-    """Return the outcomes of each column that a CSV holds; none where there is no file."""
+    """Return the outcomes in a CSV by column and test; empty if there is no such file."""
     found: dict[str, dict[str, Outcome]] = {}
     if not path.exists():
         return found
@@ -79,7 +79,7 @@ def earlier(path: Path) -> dict[str, dict[str, Outcome]]:
 
 
 def rows(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Row]:
-    """Return the table, of the outcomes of each column."""
+    """Return the rows of the table from the outcomes by column and test."""
     made = []
     for test in sorted({test for column in outcomes.values() for test in column}):
         of = {name: column[test] for name, column in outcomes.items() if test in column}
@@ -111,7 +111,7 @@ def _verdict(row: Row) -> tuple[str, str]:
 
 
 def unexplained(table: Iterable[Row]) -> list[str]:
-    """Return the tests that pass with `Trainer`, not with `DPSMTrainer`, and that nobody gave a reason for."""
+    """Return the tests that pass with `Trainer`, fail with `DPSMTrainer`, and have no reason in `differences`."""
     found = [row.test for row in table if row.verdict == "open" and row.ce]
     found += [
         f"{row.test} (dpsm)"
@@ -122,7 +122,7 @@ def unexplained(table: Iterable[Row]) -> list[str]:
 
 
 def write_csv(table: Sequence[Row], path: Path) -> None:
-    """Write a row per test."""
+    """Write the table as CSV, one row per test."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
@@ -131,7 +131,7 @@ def write_csv(table: Sequence[Row], path: Path) -> None:
 
 
 def page(table: Sequence[Row], heading: str) -> str:
-    """Return the page of the documentation."""
+    """Return the Markdown of the documentation page."""
     comparable = [row for row in table if row.comparable]
     lines = [heading.strip(), "", "## Result", "", *_summary(table, comparable), "", "## By file", ""]
     lines += _by_file(comparable)

@@ -1,8 +1,8 @@
-"""Token-level, top-label calibration from counts on a grid of confidence: fixed memory, exact, no stored logits.
+"""Top-label calibration of tokens from exact counts on a grid of confidence, in fixed memory, without stored logits.
 
-`grid` defines the cells of confidence, `accumulator` counts tokens in them, `metrics` computes figures from counts,
-`intervals` bootstraps their confidence intervals, `classwise` is calibration of single tokens of the vocabulary, and
-`curve` holds the data of a reliability diagram.
+`accumulator` counts tokens in the cells that `grid` defines (here ECE is counted), `metrics` computes ECE and the
+others from the counts, `intervals` bootstraps their confidence intervals, `classwise` measures single tokens of the
+vocabulary, `curve` holds the data of a reliability diagram, and `blocks` is the base of both accumulators.
 """
 
 from .accumulator import TokenCalibration, calibration_curve

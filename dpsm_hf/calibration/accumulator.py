@@ -1,4 +1,4 @@
-"""The streaming accumulator: counts of tokens in cells of confidence, by block of documents."""
+"""`TokenCalibration`, the streaming accumulator: counts of tokens by cell of confidence and block of documents."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .grid import CELLS, EDGES, GRID_BINS, UNIFORM_BIN, check_bins
 from .intervals import Interval, bootstrap, wilson
 from .metrics import RANGES, SCORES, SUMMED, Totals, adaptive_bins, all_metrics, in_bins
 
-# Rounding in the head may put a score this far outside its range.
+# A score may lie this far outside its range by rounding in the head.
 _ROUNDING = 1e-3
 
-# With tokens in fewer blocks than this, the variance over blocks cannot be estimated.
+# With tokens in fewer blocks than this, the variance over blocks is not estimated.
 _FEW_BLOCKS = 10
 
 
 class TokenCalibration(BlockSums):
     """Accumulate the calibration of tokens in fixed memory: int64 counts and float64 sums on a grid of confidence.
 
-    Every figure is over scored tokens and about the predicted (top) label. Counts are exact at any number of tokens;
-    the accumulator takes ten megabytes, whether for a thousand tokens or a billion.
+    Every metric is over the scored tokens and about the predicted (top) label. Counts are exact; the accumulator takes
+    ten megabytes for any number of tokens.
 
     Example::
 
@@ -55,14 +55,14 @@ class TokenCalibration(BlockSums):
         return int(self.count.sum())
 
     def update(self, *, confidence: Any, correct: Any, mask: Any = None, document: Any = None, **scores: Any) -> None:
-        """Add tokens.
+        """Add a batch of tokens.
 
         Args:
-            confidence: ``[N]`` (or any shape), ``max_j p_j`` of each token, in [0, 1].
-            correct: same shape, 1 or True where the predicted token is the label.
-            mask: same shape, False for tokens that do not count (padding).
-            document: same shape, the number (int, from 0 on) of the document that each token belongs to; tokens of a
-                document are resampled together. None makes every token a document of its own.
+            confidence: ``max_j p_j`` of each token, in [0, 1]; ``[N]`` or any other shape.
+            correct: same shape, 1 or True if the predicted token is the label.
+            mask: same shape, False for tokens to leave out (padding).
+            document: same shape, the number (int, from 0 on) of each token's document; tokens of a document are
+                resampled together. None makes every token a document of its own.
             scores: any of ``nll`` (nats), ``brier``, ``spherical``, ``entropy`` (nats), ``label_probability``,
                 ``label_bytes`` (length of the label's text, needs ``nll``), same shape. A missing
                 ``label_probability`` is computed from ``nll``.
@@ -123,10 +123,10 @@ class TokenCalibration(BlockSums):
         return self
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace the content by what `state_dict` of another accumulator returned.
+        """Replace the content by that of another accumulator's `state_dict`.
 
         Raises:
-            ValueError: if a tensor is missing, or has the shape of another grid.
+            ValueError: if a tensor is missing or has another shape or dtype.
         """
         for name, mine in self.state_dict().items():
             if name not in state or state[name].shape != mine.shape or state[name].dtype != mine.dtype:
@@ -138,15 +138,15 @@ class TokenCalibration(BlockSums):
     # ---- results -------------------------------------------------------------------------------------------------
 
     def totals(self) -> Totals:
-        """Return the sums over all blocks, as arrays."""
+        """Return the sums over all blocks, as numpy arrays."""
         return Totals(*(tensor.sum(0).cpu().numpy() for tensor in self.state_dict().values()))
 
     def block_totals(self) -> Totals:
-        """Return the sums of each block, as arrays with the blocks as first axis."""
+        """Return the sums of each block, as numpy arrays with the blocks as first axis."""
         return Totals(*(tensor.cpu().numpy() for tensor in self.state_dict().values()))
 
     def compute(self) -> dict[str, float]:
-        """Return every metric by name, without prefix; scores that were never given are left out.
+        """Return every metric by name, without prefix; those of scores that were never given are left out.
 
         docs/calibration.md has the formula, the bins and the known bias of each. ``nll``, ``brier``, ``spherical``,
         ``entropy`` are token means, ``perplexity`` is ``exp(nll)``, ``signed_gap`` is mean confidence minus accuracy
@@ -161,9 +161,10 @@ class TokenCalibration(BlockSums):
         return metrics
 
     def intervals(self, *, level: float = 0.95, samples: int = 300, seed: int = 0) -> dict[str, Interval]:
-        """Return a confidence interval of each metric, by resampling blocks of documents; see `intervals.bootstrap`.
+        """Return a confidence interval of each metric by resampling blocks of documents; see `intervals.bootstrap`.
 
-        Documents are assigned to 128 blocks by their number. With fewer than ten documents an interval is too narrow.
+        Documents are assigned to 128 blocks by their number. With fewer than ten documents the intervals are too
+        narrow.
 
         Raises:
             ValueError: if no token was seen, or for a level or a number of samples out of range.
@@ -185,7 +186,7 @@ class TokenCalibration(BlockSums):
         return self._curve(UNIFORM_BIN // (GRID_BINS // bins), np.arange(bins + 1) / bins)
 
     def adaptive_curve(self, bins: int = 15) -> CalibrationCurve:
-        """Return the reliability diagram with bins of equal mass, made of whole cells of the grid.
+        """Return the reliability diagram with bins of about equal numbers of tokens, each of whole cells of the grid.
 
         Raises:
             ValueError: for less than one bin.
@@ -206,7 +207,7 @@ class TokenCalibration(BlockSums):
         occupied = np.where(total > 0, total, np.nan)
         low, high = wilson(right, total)
         if int((count.sum(1) > 0).sum()) >= _FEW_BLOCKS:
-            # tokens of a document are correlated: the design effect widens the interval, and never narrows it
+            # tokens of a document are correlated: the design effect widens the interval; it is never let narrow it
             effect = np.sqrt(np.maximum(1.0, _design_effect(count, correct)))
             share = right / occupied
             low, high = np.clip(share - (share - low) * effect, 0, 1), np.clip(share + (high - share) * effect, 0, 1)
@@ -222,7 +223,7 @@ class TokenCalibration(BlockSums):
 
 
 def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document: Any = None) -> CalibrationCurve:
-    """Return the reliability diagram of tokens from their confidences and whether they are right.
+    """Return the reliability diagram of tokens from their confidences and whether they are correct.
 
     Args:
         confidence, correct, document: ``[N]``, see `TokenCalibration.update`.
@@ -237,9 +238,10 @@ def calibration_curve(confidence: Any, correct: Any, *, bins: int = 15, document
 
 
 def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Return the variance of each bin's accuracy over blocks, relative to independent tokens: ``[bins]``.
+    """Return the design effect of each bin, ``[bins]``: the variance of its accuracy relative to independent tokens.
 
-    The ratio estimator of survey sampling: ``B / (B - 1) * sum_k (r_k - a n_k)**2`` divided by ``n a (1 - a)``.
+    By the ratio estimator of survey sampling, ``B / (B - 1) * sum_k (r_k - a n_k)**2 / (n a (1 - a))``, for B blocks
+    with n_k tokens, of which r_k are correct; n is their sum and a the accuracy.
     """
     blocks = int((count.sum(1) > 0).sum())
     total = count.sum(0)
@@ -250,7 +252,7 @@ def _design_effect(count: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 
 def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[str, Any]) -> None:
-    """Raise for impossible values; waits for the device once where all are possible."""
+    """Raise ValueError for values out of range; synchronises with the device once if there are none."""
     wrong = {"confidence": ~((conf >= 0) & (conf <= 1))}  # True for NaN too
     wrong["correct"] = (values["correct"] != right) | ((right != 0) & (right != 1))
     for name in scores:
@@ -275,5 +277,5 @@ def _check(values: dict[str, Tensor], conf: Tensor, right: Tensor, scores: dict[
 
 
 def _as_tensor(value: Any) -> Tensor:
-    # numpy keeps a list in float64; torch would round 0.1 to float32 and move it over the edge of its bin
+    # numpy makes a list float64; torch would round 0.1 to float32, which lies on the other side of a bin edge
     return value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))

@@ -1,4 +1,4 @@
-"""What the accumulators share: tensors of sums by block of documents, where they live and how they are joined."""
+"""`BlockSums`, the base of the accumulators: tensors of sums by block of documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Sums = TypeVar("_Sums", bound="BlockSums")
 class BlockSums:
     """An accumulator in fixed memory: the tensors named in `TENSORS` hold sums by block of documents, ``[BLOCKS, …]``.
 
-    Tokens without a document are one each, and go to the blocks in turn.
+    A token without a document counts as a document of its own; such tokens go to the blocks in turn.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ()
@@ -48,7 +48,7 @@ class BlockSums:
         return self
 
     def blocks_of(self, document: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-        """Return the block of each of so many tokens, int64 ``[tokens]``, by the number of its document if given."""
+        """Return the block of each of ``tokens`` tokens, int64 ``[tokens]``, by its document's number if given."""
         if document is not None:
             return document.to(device, torch.int64) % BLOCKS
         first = self._undocumented

@@ -1,4 +1,4 @@
-"""Class-wise calibration: the probability of a token against the share of places where it is the label."""
+"""Class-wise calibration: the probability of a vocabulary token against how often it is the label."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ CLASS_BINS = 15
 class ClassCalibration(BlockSums):
     """Accumulate the calibration of some tokens of the vocabulary, each one against the rest, in fixed memory.
 
-    For token k over all N scored places: ``ece_k = sum_b |sum_i in b (1[y_i = k] - p_ik)| / N`` over 15 bins of equal
-    width, closed on the right. The class-wise ECE is the mean over the classes (Kull et al. 2019). It is meant for the
-    most frequent tokens: most of a vocabulary never occurs in an evaluation set.
+    For token k over all N scored positions: ``ece_k = sum_b |sum_i in b (1[y_i = k] - p_ik)| / N`` over 15 bins of
+    equal width, closed on the right. The class-wise ECE is the mean over the classes. It is meant for the most
+    frequent tokens: most of a vocabulary never occurs in an evaluation set.
 
     Args:
         classes: ``[K]``, ids of the tokens.
 
     Raises:
         ValueError: if ``classes`` is empty or holds an id twice.
+
+    Source: Kull et al., "Beyond temperature scaling" (NeurIPS 2019), section 2.
     """
 
     TENSORS = ("positive", "probability", "tokens_of_block")
@@ -45,15 +47,15 @@ class ClassCalibration(BlockSums):
 
     @property
     def tokens(self) -> int:
-        """Return the number of places seen."""
+        """Return the number of scored positions seen."""
         return int(self.tokens_of_block.sum())
 
     def update(self, probability: Tensor, labels: Tensor, document: Tensor) -> None:
-        """Add scored places.
+        """Add scored positions.
 
         Args:
-            probability: ``[n, K]``, of each of the classes at each place, in [0, 1].
-            labels: ``[n]``, the label at each place.
+            probability: ``[n, K]``, of each of the classes at each position, in [0, 1].
+            labels: ``[n]``, the label at each position.
             document: ``[n]``, see `TokenCalibration.update`.
 
         Raises:
@@ -71,10 +73,10 @@ class ClassCalibration(BlockSums):
         if not bool(((p >= 0) & (p <= 1)).all()):
             raise ValueError("a class probability lies outside [0, 1], or is NaN.")
         if not bool((document >= 0).all()):
-            raise ValueError("document must hold numbers from 0 on, one for each place.")
+            raise ValueError("document must hold numbers from 0 on, one for each position.")
         self.to(home)
         labels, block = labels.to(home), self.blocks_of(document, len(labels), home)
-        # bins by p * 15 would round values just above an edge down to it
+        # not `p * 15`: that would round values just above an edge down to it
         edges = torch.arange(1, CLASS_BINS, dtype=torch.float64, device=home) / CLASS_BINS
         bins = torch.bucketize(p.contiguous(), edges)
         cell = (block[:, None] * kinds + torch.arange(kinds, device=home)) * CLASS_BINS + bins
@@ -111,7 +113,7 @@ class ClassCalibration(BlockSums):
         return np.abs(drawn).sum(-1) / tokens[:, None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mean, its interval and the error of each class, as a calibration file holds them."""
+        """Return the mean, its interval and the error of each class, as written to a calibration file."""
         return {
             "ece": self.ece,
             "interval": strict(self.interval()),

@@ -17,11 +17,11 @@ class CalibrationCurve:
 
     Args:
         edges: ``[bins + 1]`` from 0 to 1.
-        confidence: ``[bins]`` mean confidence of the tokens in each bin, NaN where there is none.
-        accuracy: ``[bins]`` share of right tokens in each bin, NaN where there is none.
+        confidence: ``[bins]`` mean confidence of the tokens in each bin, NaN for an empty bin.
+        accuracy: ``[bins]`` share of correct tokens in each bin, NaN for an empty bin.
         count: ``[bins]`` int64, tokens in each bin.
-        low, high: ``[bins]`` 95 % confidence interval of the accuracy, NaN where there are no tokens.
-        histogram: ``[100]`` int64, tokens in each hundredth of confidence, whatever the bins.
+        low, high: ``[bins]`` 95 % confidence interval of the accuracy, NaN for an empty bin.
+        histogram: ``[100]`` int64, tokens in each hundredth of confidence, independent of the bins.
     """
 
     edges: np.ndarray
@@ -59,7 +59,7 @@ class CalibrationCurve:
         }
 
     def as_csv(self) -> str:
-        """Return the curve as CSV, a line for each bin; confidence and accuracy of an empty bin are left blank."""
+        """Return the curve as CSV, one line per bin; cells without a value are left empty."""
         held = self.as_dict()
         names = ("count", "confidence", "accuracy", "low", "high")
         columns = {"left": held["edges"][:-1], "right": held["edges"][1:], **{name: held[name] for name in names}}

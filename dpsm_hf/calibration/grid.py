@@ -1,4 +1,4 @@
-"""The grid of confidence: cells so fine that the bins of every usual binning are unions of them."""
+"""The grid of confidence: 3,000 fine cells, of which the bins of all common binnings are exact unions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 # Divisible by 10, 15, 20, 25, 30, 50, 100, ...: these numbers of equal bins are exact unions of cells.
 GRID_BINS = 3000
 
-# A trained model gives many tokens a confidence above 2999/3000. The first and the last cell are divided further, in
-# steps of a sixteenth of a decade over four decades, so that equal-mass bins and AUROC can tell those tokens apart.
+# A trained model gives many tokens a confidence above 2999/3000. Therefore the first and the last cell are divided
+# further, in steps of a sixteenth of a decade over four decades, so that equal-mass bins and AUROC can separate them.
 _FINE_CELLS = 64
 _FINE_DECADES = 4
 
@@ -23,7 +23,7 @@ def _edges() -> np.ndarray:
 EDGES = _edges()
 CELLS = len(EDGES) - 1
 
-#: For each cell, which of the `GRID_BINS` equal bins it lies in.
+#: The index of the equal bin, of `GRID_BINS`, that each cell lies in, ``[CELLS]``.
 UNIFORM_BIN = np.minimum(np.searchsorted(np.arange(1, GRID_BINS) / GRID_BINS, EDGES[1:], side="left"), GRID_BINS - 1)
 
 

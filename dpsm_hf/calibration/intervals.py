@@ -1,4 +1,4 @@
-"""Bootstrap intervals of calibration metrics. Blocks of documents are resampled: tokens are not independent."""
+"""Bootstrap intervals of calibration metrics, resampling blocks of documents since tokens are not independent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .metrics import RANGES, Totals, all_metrics, perplexity
 
 _RANGES = {**RANGES, "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "bits_per_byte": (0.0, math.inf)}
 
-#: Metrics that noise in the bins can only make larger; they get `error_interval`.
+#: Metrics that noise in the bins biases upwards; their interval is `error_interval`.
 NOISE_RAISES = frozenset(
     {"ece_10", "ece_15", "ece_100", "debiased_ece", "adaptive_ece", "smooth_ece", "mce", "reliability"}
 )
 
-# Resamples computed at a time: 40 MB each for counts, right tokens and confidences.
+# Resamples computed at a time.
 _AT_A_TIME = 50
 
 
 class Interval(NamedTuple):
-    """A confidence interval; NaN where it cannot be computed."""
+    """A confidence interval; both bounds are NaN if it cannot be computed."""
 
     low: float
     high: float
@@ -67,7 +67,7 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
     for name, value in point.items():
         if name in ("tokens", "perplexity"):
             continue
-        drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no byte of text in any resample, say
+        drawn_values = np.concatenate(found.get(name, [np.array([])]))  # no resample may have a metric (bits_per_byte)
         kind = error_interval if name in NOISE_RAISES else basic_interval
         intervals[name] = kind(value, drawn_values, level, _RANGES.get(name, (0.0, 1.0)))
     if "nll" in intervals:
@@ -76,22 +76,22 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
 
 
 def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:
-    """Return how often each of ``number`` things is drawn in as many draws with replacement, ``[samples, number]``."""
+    """Return how often each of ``number`` items occurs in each resample, ``[samples, number]``."""
     return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
 
 
 def block_figures(
     figure: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, level: float, samples: int, seed: int
 ) -> np.ndarray:
-    """Return a figure of each resample of the blocks that have tokens, ``[samples]``, as `bootstrap` resamples.
+    """Return the value of a metric in each resample of the blocks that have tokens, ``[samples]``.
 
     Args:
-        figure: returns it for the weights ``[samples, blocks]``, how often each block is drawn.
-        tokens: ``[blocks]``, number of tokens in each.
-        level, samples, seed: as `bootstrap` takes them.
+        figure: computes the metric from weights ``[samples, blocks]``, how often each block occurs in each resample.
+        tokens: ``[blocks]``, number of tokens in each block.
+        level, samples, seed: as in `bootstrap`.
 
     Returns:
-        Nothing, ``[0]``, where fewer than two blocks have tokens, so that none can be resampled.
+        ``[samples]``; empty if fewer than two blocks have tokens, which cannot be resampled.
     """
     check_resampling(level, samples)
     kept = np.flatnonzero(tokens)
@@ -106,10 +106,12 @@ def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
     """Return the basic bootstrap interval ``[2 value - q_high, 2 value - q_low]``, clipped; NaN without finite values.
 
     Args:
-        value: the figure of the sample.
-        drawn: ``[samples]``, the figure of each resample; NaN and infinity are left out.
+        value: the metric of the sample.
+        drawn: ``[samples]``, the metric of each resample; NaN and infinity are left out.
         level: of confidence, in (0, 1).
         within: smallest and largest possible value.
+
+    Source: Davison & Hinkley (1997), section 5.2.
     """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not math.isfinite(value):
@@ -119,12 +121,13 @@ def basic_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[float, float]) -> Interval:
-    """Return the interval of a calibration error, which noise makes too large in the sample and larger in resamples.
+    """Return the interval of a calibration error, which noise biases upwards in the sample and more in resamples.
 
-    ``[sqrt(max(0, 2 value**2 - q_high**2)), q_high - (mean - value)]``. The lower end is the basic bootstrap of the
-    squared error, because noise adds to squares; the upper end is the percentile less the bias of the resamples. The
-    interval always holds ``value``. For a calibrated model the basic bootstrap rarely reaches the true value 0; this
-    interval does, and is wider there (docs/calibration.md has the coverage of both). Arguments as `basic_interval`.
+    It is ``[sqrt(max(0, 2 value**2 - q_high**2)), q_high - (mean - value)]``. The lower bound is that of the basic
+    bootstrap of the squared error, because noise adds to the square; the upper bound is the percentile minus the bias
+    of the resamples. The interval always contains ``value``. For a calibrated model the basic bootstrap rarely reaches
+    the true value 0; this interval does, and is wider there (docs/calibration.md has the coverage of both). The
+    arguments are those of `basic_interval`.
     """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not math.isfinite(value):
@@ -136,7 +139,7 @@ def error_interval(value: float, drawn: np.ndarray, level: float, within: tuple[
 
 
 def check_resampling(level: float, samples: int) -> None:
-    """Raise ValueError unless level and number of resamples are usable."""
+    """Raise ValueError unless the level lies in (0, 1) and there are at least 20 resamples."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, 0.95 say.")
     if not isinstance(samples, int) or samples < 20:
@@ -144,7 +147,10 @@ def check_resampling(level: float, samples: int) -> None:
 
 
 def wilson(correct: np.ndarray, count: np.ndarray, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
-    """Return Wilson's interval of a share, NaN where nothing was counted; tokens are taken to be independent."""
+    """Return Wilson's interval of ``correct / count`` for independent tokens; NaN where nothing was counted.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 1927).
+    """
     n = np.where(count > 0, count, np.nan).astype(np.float64)
     share = correct / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)

@@ -1,7 +1,7 @@
-"""Calibration metrics from counts and sums on the grid of confidence.
+"""Calibration metrics (ECE and others) from counts and sums on the grid of confidence.
 
-Every function takes arrays whose last axis is the cells of `dpsm_hf.calibration.grid` and whose leading axes, if any,
-are resamples of the same tokens, and returns one number for each resample.
+Every function takes arrays whose last axis is the cells of `dpsm_hf.calibration.grid`. Leading axes, if any, are
+resamples of the same tokens, and the function returns one number for each resample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANGES = {
     "label_probability": (0.0, 1.0), "label_bytes": (0.0, math.inf),
 }  # fmt: skip
 
-#: Everything that is summed over tokens; the last is ``(confidence - right)**2``.
+#: Everything that is summed over tokens; the last is ``(confidence - correct)**2``.
 SUMMED = (*SCORES, "top_label_brier")
 
 #: Every metric that `TokenCalibration.compute` returns.
@@ -43,7 +43,7 @@ _LOWER_IS_BETTER = (
 
 _LARGEST_EXPONENT = 700.0  # exp of 710 overflows a float64
 
-_COARSE_CELLS = 1000  # cells for the smooth ECE of resamples, in place of 3000
+_COARSE_CELLS = 1000  # cells for the smooth ECE of resamples, in place of 3000, to save time
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Totals:
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether less of a metric is better, named with or without ``eval_``, ``_scaled``, ``_low``, ``_high``."""
+    """Return whether lower values of a metric are better; a prefix (``eval_``) and a suffix (``_low``) are ignored."""
     bare = re.sub("_(scaled|low|high)$", "", name)
     return any(bare == known or bare.endswith(f"_{known}") for known in _LOWER_IS_BETTER)
 
@@ -80,8 +80,8 @@ def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str
     """Return every metric of `METRICS` whose scores were given; formulas and sources are in docs/calibration.md.
 
     Args:
-        totals: at least one token in each resample.
-        smooth_near: for resamples, the smooth ECE of the sample: theirs is searched around it, on a coarser grid.
+        totals: with at least one token in each resample.
+        smooth_near: for resamples, the smooth ECE of the sample; theirs is then searched near it on a coarser grid.
     """
     found: dict[str, Array] = {}
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -115,7 +115,7 @@ def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str
 
 
 def _bits_per_byte(totals: Totals) -> dict[str, Array]:
-    """Return bits per byte of text, ``sum nll / (ln 2 * sum bytes)``, NaN where some tokens have no byte length.
+    """Return bits per byte of text, ``sum nll / (ln 2 * sum bytes)``; NaN if some tokens have no byte length.
 
     `TokenCalibration.update` takes bytes only together with NLL, so equal counts mean the same tokens.
     """
@@ -128,7 +128,7 @@ def _bits_per_byte(totals: Totals) -> dict[str, Array]:
 
 
 def perplexity(nll: Array | float) -> Array:
-    """Return ``exp(nll)``, infinity where that overflows a float64."""
+    """Return ``exp(nll)``; infinity instead of an overflow."""
     nll = np.asarray(nll)
     return np.where(nll > _LARGEST_EXPONENT, np.inf, np.exp(np.minimum(nll, _LARGEST_EXPONENT)))
 
@@ -161,8 +161,8 @@ def reliability(totals: Totals, bins: int = 15) -> Array:
 def null_ece(totals: Totals, bins: int) -> Array:
     """Return the expected ECE of a perfectly calibrated model with these confidences.
 
-    ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)``, ``v_b`` the mean of ``c * (1 - c)`` in the bin: the expected absolute
-    value of a normal gap. Assumes independent tokens; correlated ones raise it a little.
+    ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)`` with ``v_b`` the mean of ``c * (1 - c)`` in the bin: the expected
+    absolute value of a normally distributed gap. It assumes independent tokens; correlated ones raise it a little.
     """
     mean = totals.confidence / np.maximum(totals.count, 1)
     variance = in_bins(totals.count * np.clip(mean * (1 - mean), 0, None), bins)
@@ -190,9 +190,9 @@ def debiased_ece(totals: Totals, bins: int = 15) -> Array:
 
 
 def adaptive_bins(count: Array, bins: int = 15) -> Array:
-    """Return the bin of each cell, ``[..., CELLS]``, so that bins hold equal numbers of tokens.
+    """Return the bin of each cell, ``[..., CELLS]``, such that bins hold about equal numbers of tokens.
 
-    Cells are not divided: each goes to the bin that the middle of its tokens falls into.
+    Cells are not divided: each goes to the bin in which its middle token falls.
     """
     middle = np.cumsum(count, axis=-1) - count / 2
     total = np.maximum(count.sum(-1, keepdims=True), 1)
@@ -212,12 +212,12 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
     """Return the smooth calibration error (Błasiok & Nakkiran 2024).
 
     ``smECE_s = integral |sum_i K_s(t, c_i) (y_i - c_i) / n| dt`` with a Gaussian kernel reflected at 0 and 1, at the
-    width ``s`` where ``smECE_s = s``. Tokens are taken to lie in the middle of their cell of width 1/3000. Smoothing
-    with the reflected Gaussian is a product with the cosine series, that is with the FFT of the even extension.
+    width ``s`` where ``smECE_s = s``. Tokens are placed at the middle of their cell of width 1/3000. Convolution with
+    the reflected Gaussian is a multiplication of the cosine series, that is of the FFT of the even extension.
 
     Args:
-        totals: at least one token in each resample.
-        near: see ``smooth_near`` of `all_metrics`.
+        totals: with at least one token in each resample.
+        near: as ``smooth_near`` of `all_metrics`.
     """
     lead = totals.count.shape[:-1]
     cells = GRID_BINS if near is None else _COARSE_CELLS
@@ -244,9 +244,9 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
 
 
 def confidence_auroc(totals: Totals) -> Array:
-    """Return the probability that a right token has a higher confidence than a wrong one; ties (one cell) count half.
+    """Return the probability that a correct token has a higher confidence than a wrong one (area under the ROC curve).
 
-    NaN where all tokens are right, or none.
+    Tokens in one cell count as ties, half each. NaN if all tokens are correct, or none.
     """
     right = totals.correct.astype(np.float64)
     wrong = totals.count - totals.correct

@@ -63,12 +63,12 @@ class ClmPreprocessing:
     def __post_init__(self) -> None:
         if self.block_size < 2:
             raise ValueError(
-                f"block_size {self.block_size} is too small: a token needs a successor, so give 2 or more."
+                f"block_size {self.block_size} is too small: each token is trained on the next, so give 2 or more."
             )
         if self.packing not in PACKINGS:
             raise ValueError(f"packing {self.packing!r} is not one of {', '.join(PACKINGS)}.")
         if self.min_remainder < 2:
-            raise ValueError(f"min_remainder {self.min_remainder} must be at least 2: one token has no successor.")
+            raise ValueError(f"min_remainder {self.min_remainder} must be at least 2: one token predicts nothing.")
         if self.document_boundary not in ("row", "blank_line"):
             raise ValueError(f"document_boundary {self.document_boundary!r} is not row or blank_line.")
 
@@ -119,7 +119,7 @@ def prepare_clm_datasets(
     Args:
         raw: The splits, all map-style or all streaming.
         tokenizer: Called with its own special-token settings, as upstream does.
-        options: See :class:`ClmPreprocessing`.
+        options: See `ClmPreprocessing`.
         text_column: Column to use; ``text``, or else the first, when None.
         text_column_option: The command-line option that names it, for messages.
         num_proc: Processes for tokenizing map-style splits.
@@ -129,8 +129,8 @@ def prepare_clm_datasets(
         The same splits, each row at most ``block_size`` tokens long.
 
     Raises:
-        ValueError: The column is missing or holds no text, the tokenizer has no end token though one is to be
-            put in, or a split gives no row.
+        ValueError: The column is missing or holds no text, ``add_eos_between_documents`` is set and the tokenizer has
+            no end token, or a split gives no row.
     """
     if options.add_eos_between_documents and tokenizer.eos_token_id is None:
         raise ValueError(
@@ -168,8 +168,8 @@ def normalize_text(text: str | None, options: ClmPreprocessing) -> str:
         text: A text or None.
         options: ``unicode_nfkc`` and ``lowercase`` are read.
 
-    Returns:
-        The text.
+    Raises:
+        ValueError: The value is neither a string nor None.
     """
     text = "" if text is None else text
     if not isinstance(text, str):
@@ -195,7 +195,7 @@ def encode_texts(
         batch: Columns of a ``datasets`` batch.
         tokenizer: The tokenizer.
         column: The text column.
-        options: See :class:`ClmPreprocessing`.
+        options: See `ClmPreprocessing`.
 
     Returns:
         ``input_ids``: one list for each text that is kept. A blank row that ends a document becomes one end token.
@@ -216,11 +216,12 @@ def encode_texts(
 
 
 class Packer:
-    """Cuts a stream of token lists into rows of ``block_size``; the rest is kept for the next call.
+    """Cut a stream of token lists into rows of ``block_size``; incomplete rows are held for the next call.
 
     Args:
-        options: ``block_size``, ``min_remainder`` and the document options are read.
-        end: The end token, if repeated ones are to be reduced to one (documents ended by blank lines); else None.
+        options: ``block_size`` and ``min_remainder`` are read.
+        end: The end token where blank lines end documents: several in a row become one, and the text ends with one.
+            Else None.
     """
 
     def __init__(self, options: ClmPreprocessing, end: int | None = None) -> None:
@@ -231,14 +232,7 @@ class Packer:
         self.last: int | None = end  # no end token for blank lines before the first document
 
     def add(self, token_lists: Iterable[Sequence[int]]) -> list[list[int]]:
-        """Add texts.
-
-        Args:
-            token_lists: Tokens of successive texts, a list for each.
-
-        Returns:
-            The rows that are now full.
-        """
+        """Add the tokens of further texts, one list for each, and return the rows that are now full."""
         for tokens in token_lists:
             if not tokens or (self.end is not None and len(tokens) == 1 and tokens[0] == self.end == self.last):
                 continue
@@ -250,11 +244,7 @@ class Packer:
         return rows
 
     def finish(self) -> list[list[int]]:
-        """End the stream.
-
-        Returns:
-            The last row if it has at least ``min_remainder`` tokens, else nothing.
-        """
+        """End the stream and return its last rows, the incomplete one only if it has ``min_remainder`` tokens."""
         rows = []
         if self.end is not None and self.last != self.end:
             rows = self.add([[self.end]])
@@ -262,7 +252,7 @@ class Packer:
         return [*rows, rest] if len(rest) >= self.min_remainder else rows
 
     def __call__(self, batch: Mapping[str, Any], indices: list[int], total: int) -> dict[str, list[list[int]]]:
-        """Pack a batch for ``Dataset.map``, which passes them in order; the one with the last index is the end."""
+        """Pack a batch for ``Dataset.map``, which passes batches in order; that with index ``total - 1`` ends it."""
         if indices[0] == 0:
             self.held, self.last = [], self.end
         rows = self.add(batch["input_ids"])
@@ -330,7 +320,7 @@ def _prepare_map_style(
             load_from_cache_file=cached,
             desc=label,
         )
-    # in one process, since rows span batches and need them in order
+    # in one process, since rows span batches, which must come in order
     return tokenized.map(
         _packer(tokenizer, options),
         batched=True,
@@ -353,7 +343,7 @@ def _prepare_stream(
     if options.packing == "batch":
         pack = functools.partial(pack_batch, block_size=options.block_size)
         return tokenized.map(pack, batched=True, remove_columns=["input_ids"], features=_FEATURES)
-    # each shard is packed by itself, so that loader workers and processes can divide the shards among them
+    # each shard is packed on its own, so that loader workers and processes can share out the shards
     count = max(1, tokenized.num_shards)
     shards = [tokenized.shard(num_shards=count, index=index) for index in range(count)] if count > 1 else [tokenized]
     arguments = {"shards": shards, "tokenizer": tokenizer, "options": options}
@@ -365,7 +355,7 @@ def _packed_rows(
 ) -> Iterator[dict[str, list[int]]]:
     packer = _packer(tokenizer, options)
     for shard in shards:
-        # not `for row in shard`: in a loader worker, iterating divides the shard among the workers again
+        # not `for row in shard`: in a loader worker that would divide the shard among the workers again
         for batch in shard.iter(batch_size=100):
             yield from map(_row, packer.add(batch["input_ids"]))
     yield from map(_row, packer.finish())
@@ -377,9 +367,9 @@ def _row(tokens: list[int]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class ClmCollator:
-    """Stacks rows into a batch and pads shorter ones to ``block_size``; padding is neither attended to nor scored.
+    """Stack rows into a batch and pad them to ``block_size``; padding is neither attended to nor scored.
 
-    All batches have one shape, as torch.compile and gathering over processes need it.
+    All batches get the same width, which torch.compile and gathering over processes need.
 
     Args:
         block_size: Width of every batch, in tokens.

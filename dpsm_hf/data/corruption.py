@@ -1,7 +1,7 @@
-"""Corrupted training targets: flipped label tokens and swapped summaries.
+"""Corruption of training targets: flipped label tokens and swapped summaries.
 
-Both are pure functions of seed, optimizer step and content, without random generators: the same content gets the same
-corruption in a step, whatever the micro-batches, processes and padding, and after resuming.
+Both are pure functions of seed, optimizer step and content, without random generators. So the same content gets the
+same corruption in a step, whatever the micro-batches, processes and padding, and also after resuming.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MOST_WEIGHT = 2**30
 
 
 def exact_share(name: str, share: float) -> Fraction:
-    """Return a share as an exact fraction with a denominator up to a million: 0.05 is 1/20.
+    """Return a share as an exact fraction with a denominator of at most a million: 0.05 is 1/20.
 
     Raises:
-        ValueError: if it is not above 0 (in steps of a millionth) and at most 1; the message names it.
+        ValueError: naming the share, if it is above 1, or not above 0 once rounded to such a fraction.
     """
     fraction = Fraction(share).limit_denominator(10**6) if 0 < share <= 1 else Fraction(0)
     if not fraction:
@@ -44,11 +44,11 @@ def exact_share(name: str, share: float) -> Fraction:
 
 
 class TargetFlips:
-    """Replace a share of the scored labels in a share of the optimizer steps; inputs stay as they are.
+    """Replace a share of the scored labels in a share of the optimizer steps; the inputs stay clean.
 
-    Steps: of every ``1 / steps`` successive steps a hash picks one, so that the first ``n`` steps hold ``n * steps``
-    flipped ones to within one. Tokens: a row of ``n`` scored labels gets ``share * n`` flips, rounded up or down by a
-    hash so that the mean is exact. A replacement always differs from the label it replaces.
+    Steps: of every ``1 / steps`` successive steps a hash picks one, so that of the first ``n`` steps ``n * steps`` are
+    flipped, to within one. Tokens: a row of ``n`` scored labels gets ``share * n`` flips, rounded up or down by a hash
+    so that the mean is exact. A replacement always differs from the label it replaces.
 
     Args:
         share: of the scored labels of a flipped step, in (0, 1].
@@ -77,24 +77,28 @@ class TargetFlips:
 
     def flips_step(self, step: int) -> bool:
         """Return whether labels are flipped in a step, counted from 0."""
-        return step == self._picked(step * self.steps.numerator // self.steps.denominator)
+        return step == self._flipped_step_of(step * self.steps.numerator // self.steps.denominator)
 
     def steps_before(self, step: int) -> int:
         """Return in how many of the first ``step`` steps labels are flipped."""
         if step < 1:
             return 0
         stretch = (step - 1) * self.steps.numerator // self.steps.denominator
-        return stretch + (self._picked(stretch) < step)
+        return stretch + (self._flipped_step_of(stretch) < step)
 
-    def _picked(self, stretch: int) -> int:
+    def _flipped_step_of(self, stretch: int) -> int:
+        """Return the one step that is flipped in a stretch of ``1 / steps`` successive steps, both from 0 on."""
         first, after = (-(-i * self.steps.denominator // self.steps.numerator) for i in (stretch, stretch + 1))
         return int(first + (combine(self.seed & MASK, _WHICH_STEPS, stretch) * (after - first) >> BITS))
 
     def __call__(self, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return the targets of a step (from 0 on) with its flips, and which are flipped, as bool of the same shape.
+        """Return the flipped targets of a step, and a bool tensor of the same shape that marks the flipped ones.
 
-        ``targets`` are int64 ``[..., T]``, -100 where nothing is scored, and stay as they are. The device is not
-        waited for.
+        Args:
+            targets: int64 ``[..., T]``, -100 where nothing is scored; not changed.
+            step: the optimizer step, from 0 on.
+
+        Nothing in it synchronises with the device.
         """
         if not self.flips_step(step):
             return targets, torch.zeros_like(targets, dtype=torch.bool)
@@ -116,7 +120,7 @@ class TargetFlips:
         return flipped.reshape(targets.shape), chosen.reshape(targets.shape)
 
     def _replacements(self, targets: Tensor, hashes: Tensor) -> Tensor:
-        """Draw from all tokens but the target by weight, skipping the target's interval of the cumulative sum."""
+        """Draw a token other than the target by weight: the target's interval of the cumulative sum is skipped."""
         if targets.device not in self._tables:
             weights = self._weights.to(targets.device)
             self._tables[targets.device] = weights, weights.cumsum(0)
@@ -130,7 +134,12 @@ class TargetFlips:
 
 @dataclass(frozen=True)
 class SummarySwaps:
-    """Exchange the summaries of a share, in (0, 1], of a step's pairs; no chosen pair keeps its own summary."""
+    """Exchange the summaries of a share of a step's pairs, so that none of these pairs keeps its own summary.
+
+    Args:
+        share: of the pairs, in (0, 1].
+        seed: of the hashes.
+    """
 
     share: float
     seed: int = 0
@@ -164,7 +173,7 @@ class SummarySwaps:
             number = len(chosen)  # more than half of the pairs share a summary, so fewer can be swapped
         if number < 2:
             return sources
-        # sorted by summary and rotated by the count of the most frequent one, no pair gets its own summary
+        # equal summaries adjacent, then rotated by the count of the most frequent one: no pair gets its own summary
         keys = self._shuffled(summaries[chosen], combine(self.seed & MASK, _SWAP_ORDER, step))
         chosen = chosen[np.argsort(keys, kind="stable")]
         turn = max(Counter(summaries[chosen].tolist()).values())
@@ -188,7 +197,7 @@ class SummarySwaps:
 
 
 def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the hashes for `SummarySwaps.plan` of a batch: of the pairs and of the summaries, int64 ``[B]`` each."""
+    """Return the hashes of a batch's pairs and of its summaries for `SummarySwaps.plan`, int64 ``[B]`` each."""
     tokens, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -198,7 +207,7 @@ def pair_keys(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _one_key(high: Tensor, low: Tensor) -> Tensor:
-    """Join two 32-bit hashes into a non-negative int64: with 63 bits, chance collisions of rows are negligible."""
+    """Join two 32-bit hashes into one of 63 bits, a non-negative int64; its collisions by chance are negligible."""
     return high << 31 | low >> 1
 
 
@@ -218,7 +227,7 @@ def replacement_weights(vocabulary: int, special: Iterable[int], counts: Tensor 
 
     Args:
         vocabulary: number of logits ``V``.
-        special: ids that never replace: of special tokens, and ids without a token.
+        special: ids that are never drawn: those of special tokens, and ids without a token.
         counts: ``[V]`` label counts for unigram replacement; None for uniform.
     """
     weights = torch.ones(vocabulary, dtype=torch.int64) if counts is None else counts.long().clone()

@@ -1,4 +1,4 @@
-"""Look at a data file before the readers of `datasets` do: what they crash on, or fail at later without its name."""
+"""Check a data file before `datasets` reads it: for what crashes its readers, or fails in them without a file name."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# A line with fewer brackets is read as it is; readers crash at tens of thousands of levels.
+# A line with no more brackets than this is not checked for nesting; readers crash at tens of thousands of levels.
 _BRACKETS = 200
-# Bytes that are enough to see how deep a value over many lines goes.
+# Bytes from the start of a file that are parsed to see how deeply a value over many lines is nested.
 _BEGINNING = 1 << 22
 _BLANK = b" \t\r\n"
 
 
 def check_file(path: str, option: str) -> None:
-    """Raise for a data file that is not there, cannot be read or would end the process.
+    """Raise for a data file that does not exist, cannot be read or would crash the process.
 
     Args:
-        path: Of a csv, json, jsonl, txt or parquet file; the text kinds may end in ``.gz``.
+        path: A csv, json, jsonl, txt or parquet file; all but parquet may be gzipped (``.gz``).
         option: The option that names it, for the message.
 
     Raises:
@@ -53,7 +53,7 @@ def check_utf8(path: str) -> None:
         path: A file, possibly ending in ``.gz`` (the offset then counts in the unpacked text).
 
     Raises:
-        ValueError: The file is not UTF-8, or not gzip though it is named so.
+        ValueError: The file is not UTF-8, or ends in ``.gz`` and is not a complete gzip file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
@@ -68,7 +68,7 @@ def check_utf8(path: str) -> None:
             pending = len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        # error.start counts from the bytes that the decoder had held back from the previous block
+        # error.start counts from the first byte that the decoder held back from the previous block
         offset = consumed - pending + error.start
         raise ValueError(
             f"The file {path!r} is not UTF-8: byte {offset} is 0x{error.object[error.start]:02x} ({error.reason}). "
@@ -79,7 +79,7 @@ def check_utf8(path: str) -> None:
 
 
 def check_parquet(path: str) -> None:
-    """Raise for a parquet file that is damaged, or whose texts are not UTF-8; its readers find out row by row.
+    """Raise for a parquet file that is damaged or whose texts are not UTF-8, which readers notice only row by row.
 
     Args:
         path: The file.
@@ -109,10 +109,10 @@ def check_parquet(path: str) -> None:
 
 
 def check_json(path: str) -> None:
-    """Raise for rows of JSON that make pyarrow's reader end the process: a null, or very deep nesting.
+    """Raise for JSON that makes pyarrow's reader crash the process: a row that is null, or very deep nesting.
 
     Args:
-        path: A file with an object a line, or with a list of objects; possibly ending in ``.gz``.
+        path: A file with one object per line, or with a list of objects; possibly ending in ``.gz``.
 
     Raises:
         ValueError: Naming the line or row and the remedy.
@@ -132,7 +132,7 @@ def check_json(path: str) -> None:
             if opened > _BRACKETS:
                 _parsed(path, line, f"line {number}")
             depth = max(0, depth + opened - line.count(b"}") - line.count(b"]"))
-            if depth > _BRACKETS:  # one value over many lines; or texts with brackets, which are no JSON as a whole
+            if depth > _BRACKETS:  # a value over many lines; or brackets inside texts, which then parse without error
                 _parsed(path, start, "its first value")
                 depth = 0
 
@@ -143,7 +143,7 @@ def _check_list(path: str, rows: Any) -> None:
 
 
 def _parsed(path: str, text: bytes, what: str) -> Any:
-    """Return the values of a text; None where it is no valid JSON, which the reader says better."""
+    """Parse a text and raise if it is nested too deeply; None if it is not valid JSON, which the reader reports."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except RecursionError:
@@ -162,7 +162,7 @@ def _null(path: str, where: str) -> str:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    # a reader takes a lone carriage return for the end of a line too
+    # readers also end a line at a lone carriage return
     return (part for line in file for part in (line.splitlines() if b"\r" in line else (line,)))
 
 

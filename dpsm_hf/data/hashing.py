@@ -1,6 +1,6 @@
-"""Hashes of token rows and texts, used instead of random numbers.
+"""Hashes of token rows and texts, used in place of random numbers.
 
-A choice made by hash depends on no generator's state, so the order of the data, the number of processes and resuming
+A choice made by a hash depends on no generator's state, so the order of the data, the number of processes and resuming
 do not change it.
 """
 
@@ -22,18 +22,18 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def mix(value: Any) -> Any:
-    """Return a bijective hash of a number, or an int64 tensor of numbers, in [0, 2**32)."""
+    """Return a hash in [0, 2**32) of a number, or int64 tensor of numbers, in that range; no two collide."""
     value = ((value ^ (value >> 16)) * _FIRST) & MASK
     value = ((value ^ (value >> 15)) * _SECOND) & MASK
     return value ^ (value >> 16)
 
 
 def combine(state: Any, *values: Any) -> Any:
-    """Return the hash of a sequence of numbers; distinct last numbers below 2**32 never collide.
+    """Return the hash of a sequence of numbers; sequences that differ only in the last one never collide.
 
     Args:
-        state: a hash in [0, 2**32), or a tensor of hashes.
-        values: integers, or int64 tensors that broadcast with it.
+        state: the hash to begin with, in [0, 2**32), or a tensor of hashes.
+        values: integers in [0, 2**32), or int64 tensors that broadcast with ``state``.
     """
     for value in values:
         state = mix((mix(state) + value) & MASK)
@@ -53,7 +53,7 @@ def row_hash(tokens: Tensor, kept: Tensor, salt: int = 0) -> Tensor:
     """
     place = kept.cumsum(-1)
     each = combine(salt & MASK, torch.where(kept, tokens, 0), place)
-    # a sum over places does not depend on where the padding is
+    # places count the kept tokens only and the sum has no order, so padding changes nothing
     total = torch.where(kept, each, 0).sum(-1) & MASK
     hashed: Tensor = combine(total, kept.sum(-1))
     return hashed

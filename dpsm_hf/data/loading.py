@@ -1,4 +1,4 @@
-"""Load the splits of a run: hub data sets, local files, or the text that Python itself carries."""
+"""Load the splits of a run: from the hub, from local files, or the text that comes with Python."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ EMBEDDED_DATASETS = {"python-docs": load_python_docs, "python-docstrings": load_
 SITE_PACKAGES = "site-packages"
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
-# Errors that the readers of datasets raise for a file without rows.
+# Names of the errors that the readers of `datasets` raise for a file without rows.
 _NO_ROWS = {"SchemaInferenceError", "EmptyDataError", "StopIteration"}
 
 _LOCAL_REMEDY = (
     "Use local files with --train_file and --validation_file (csv, json, jsonl, txt or parquet), a folder with such "
-    "files as --dataset_name, or the real text that every Python carries with --dataset_name python-docs (language "
+    "files as --dataset_name, or the real text that comes with every Python: --dataset_name python-docs (language "
     "modelling) or python-docstrings (summarisation)."
 )
 
@@ -62,20 +62,20 @@ def load_text_datasets(
         dataset_config_name: Configuration of a hub data set; ``site-packages`` adds the installed packages'
             docstrings to the two embedded sets.
         train_file: A csv, json, jsonl, txt or parquet file; all but parquet may be gzipped (``.gz``).
-        validation_file: The file of the validation split.
-        test_file: The file of the test split.
-        calibration_file: The file of the calibration split.
+        validation_file: The same for the validation split.
+        test_file: The same for the test split.
+        calibration_file: The same for the calibration split.
         required_splits: Splits that must exist and hold at least one row.
-        validation_split_percentage: Percentage of train that becomes the validation split if there is none; None or
-            0 makes none.
-        calibration_split_percentage: Percentage of train that becomes the calibration split if one is required and
-            there is none.
+        validation_split_percentage: Percentage of train to hold out for validation if the source has no such split;
+            None or 0 holds out none.
+        calibration_split_percentage: Percentage of train to hold out for calibration if that split is required and
+            the source has none.
         streaming: Return iterable data sets, which are read while training.
         keep_linebreaks: Keep the line ends of txt files.
         cache_dir: Where ``datasets`` keeps its files.
         token: Hub token.
         trust_remote_code: Accepted for old command lines; ``datasets`` no longer runs code from the hub.
-        remedy: The error message's advice where a hub data set is not found, in the caller's options.
+        remedy: The advice in the error message for a hub data set that is not found, naming the caller's options.
 
     Returns:
         The splits by name.
@@ -83,8 +83,8 @@ def load_text_datasets(
     Raises:
         ConnectionError: The hub cannot be reached.
         FileNotFoundError: A file or a hub data set does not exist.
-        ValueError: Contradicting sources, an unknown extension, a file that cannot be read or is not UTF-8, or
-            a required split that is missing or empty.
+        ValueError: The sources contradict each other, an extension is unknown, a file cannot be read or is not UTF-8,
+            or a required split is missing or empty.
     """
     given = {"train": train_file, "validation": validation_file, "test": test_file, "calibration": calibration_file}
     files = {split: path for split, path in given.items() if path is not None}
@@ -129,10 +129,10 @@ def hold_out(
         required: Whether a train split that is too small is an error; otherwise it is left whole.
 
     Returns:
-        The splits with ``train`` shortened and the new one.
+        The splits, with a shorter ``train`` and the new one.
 
     Raises:
-        ValueError: A percentage out of range, or too few rows.
+        ValueError: The percentage is out of range, or train has too few rows.
     """
     check_percentage(name, percentage)
     train = splits["train"]
@@ -193,7 +193,7 @@ def check_sources(dataset_name: str | None, files: Mapping[str, str]) -> None:
 
 
 def file_builder(path: str) -> str:
-    """Return the ``datasets`` builder for a file by its extension, ignoring ``.gz``.
+    """Return the `datasets` builder for a file by its extension, ignoring ``.gz``.
 
     Args:
         path: Path of a data file.
@@ -243,13 +243,13 @@ def check_columns(dataset: AnyDataset, wanted: Mapping[str, str | None], split: 
 
 
 def column_names(dataset: AnyDataset) -> list[str]:
-    """List the columns of a split; of a stream that does not know them, from its first row.
+    """Return the columns of a split in order; a stream that does not know them is read up to its first row.
 
     Args:
         dataset: One split.
 
     Returns:
-        The names in order; empty for an empty stream.
+        The names; empty for an empty stream.
     """
     if dataset.column_names is not None:
         return list(dataset.column_names)
@@ -337,7 +337,7 @@ def _load_files(
 def _load_file(
     builder: str, split: str, path: str, streaming: bool, keep_linebreaks: bool, cache_dir: str | None
 ) -> AnyDataset:
-    # utf-8-sig drops the byte order mark of Windows editors; the csv and json readers do so themselves
+    # utf-8-sig drops the byte order mark that Windows editors write; the csv and json readers drop it themselves
     options: dict[str, Any] = (
         {"keep_linebreaks": keep_linebreaks, "encoding": "utf-8-sig"} if builder == "text" else {}
     )
@@ -352,7 +352,7 @@ def _load_file(
         )
         if streaming:
             next(iter(part), None)  # a stream reports errors only when its first row is read
-    except Exception as error:  # of many kinds, none of which names the file
+    except Exception as error:  # the readers raise many kinds of errors, none of which names the file
         cause = error.__cause__ or error
         if type(cause).__name__ in _NO_ROWS or "corresponds to no data" in str(cause):
             raise ValueError(f"The {split} split is empty (0 rows): --{split}_file {path!r} holds none.") from error

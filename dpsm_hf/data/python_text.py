@@ -32,8 +32,8 @@ _SKIPPED_FOLDERS = {
     "_bundled",
     "_vendor",
 }
-# Salt of the hash of a module's name. Modules differ much in size; with this salt the shares of text and of pairs are
-# near 80/10/10. It was chosen by those sizes alone, before any training.
+# Salt of the hash of a module's name. Modules differ much in size; with this salt, text and summarisation pairs are
+# both split near 80/10/10. It was chosen by these sizes only, before any training.
 _SPLIT_SALT = "dpsm-hf-32"
 _SHARES = (0.8, 0.9)
 _SIGNATURE = re.compile(r"[\w.]+\s?\(.*\)(\s*->.*)?:?\s*$")
@@ -41,7 +41,7 @@ _SIGNATURE = re.compile(r"[\w.]+\s?\(.*\)(\s*->.*)?:?\s*$")
 
 @dataclass(frozen=True)
 class Docstring:
-    """A docstring without indentation, the top-level module that it is in, and where that comes from."""
+    """A docstring without indentation, its top-level module, and its source (such as ``standard-library``)."""
 
     text: str
     module: str
@@ -49,13 +49,13 @@ class Docstring:
 
 
 def split_of(name: str) -> str:
-    """Return the split that a module or topic belongs to, the same on every machine.
+    """Return the split of a module or topic, chosen by the sha256 of its name: the same on every machine.
 
     Args:
         name: Top-level module name or topic.
 
     Returns:
-        ``train``, ``validation`` or ``test``, chosen by the sha256 of the name.
+        ``train``, ``validation`` or ``test``.
     """
     digest = hashlib.sha256(f"{_SPLIT_SALT}:{name}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
@@ -185,7 +185,7 @@ def _read_tree(root: Path, source: str) -> list[Docstring]:
 def _read_docstrings(path: Path) -> Iterator[str]:
     try:
         with tokenize.open(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old sources use escapes that newer Pythons warn about
+            warnings.simplefilter("ignore")  # newer versions of Python warn about invalid escapes in old sources
             tree = ast.parse(file.read())
     except (SyntaxError, UnicodeDecodeError, ValueError, OSError, RecursionError):
         return  # templates, and files for other versions of Python

@@ -1,7 +1,7 @@
 """Nested subsets of a training set, and folds for cross-validation, by a hash of each example's text.
 
-An example is a row, or a document of several rows. Where it belongs depends on its text alone: not on the order of
-the data, the seed, the machine or the version of Python. Equal examples are in the same fold, so that no text is both
+An example is a row, or a document of several rows. Its subset and fold depend on its text only: not on the order of
+the data, the seed, the machine or the version of Python. Equal examples are in the same fold, so no text is both
 trained on and validated on.
 """
 
@@ -18,17 +18,18 @@ from .corruption import exact_share
 from .hashing import text_hash
 from .loading import AnyDataset
 
-# Different salts, so that the examples of a small subset are spread evenly over the folds.
+# Different salts, so that a small subset is spread evenly over the folds.
 _SUBSET, _FOLD = "dpsm-hf-subset", "dpsm-hf-fold"
 
 
 def low_resource(
     dataset: AnyDataset, share: float, columns: Sequence[str], *, by_length: bool = False, by_document: bool = False
 ) -> AnyDataset:
-    """Keep a share of the examples in their order; a smaller share is a subset of a larger one.
+    """Return a share of the examples, in their order; a smaller share is a subset of a larger one.
 
-    The ``ceil(share * n)`` examples with the smallest hashes are kept (``by_length``: as many as hold the share of the
-    characters). Of a stream, whose length is unknown, every example with a hash below ``share * 2**64`` is kept.
+    The ``ceil(share * n)`` examples with the smallest hashes are kept; with ``by_length`` so many that they hold the
+    share of the characters. Of a stream, whose length is unknown, every example with a hash below ``share * 2**64`` is
+    kept.
 
     Args:
         dataset: the training set.
@@ -38,7 +39,7 @@ def low_resource(
         by_document: examples are documents of several rows, each ended by a blank one.
 
     Raises:
-        ValueError: if the share is out of range, or documents of several rows are to be taken from a stream.
+        ValueError: if the share is out of range, or ``by_document`` is set for a stream.
     """
     part = exact_share("--low_resource", share)
     if not isinstance(dataset, Dataset):
@@ -58,7 +59,7 @@ def low_resource(
 
 
 def fold_of(texts: Sequence[str | None], folds: int) -> int:
-    """Return the fold, from 0 on, that an example with these texts belongs to."""
+    """Return the fold of an example with these texts, from 0 on."""
     return text_hash(texts, _FOLD) % folds
 
 
@@ -78,7 +79,7 @@ def split_fold(
         The training part and the validation part.
 
     Raises:
-        ValueError: if a part is empty, or documents of several rows are to be taken from a stream.
+        ValueError: if a part is empty, or ``by_document`` is set for a stream.
     """
     if not isinstance(dataset, Dataset):
         _refuse_stream_of_documents("--cross_validation_fold", by_document)
@@ -116,7 +117,7 @@ def _single_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Seq
 
 
 def _documents(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[Sequence[str | None], int]]:
-    """Yield the lines of each document, and its number of rows with the blank ones after it."""
+    """Yield the lines of each document, and its number of rows including the blank ones that end it."""
     lines: list[str | None] = []
     rows, ended = 0, False
     for texts, _ in _single_rows(dataset, columns):
@@ -151,6 +152,6 @@ def _not_in_fold(row: Mapping[str, Any], columns: Sequence[str], fold: int, fold
 def _refuse_stream_of_documents(option: str, by_document: bool) -> None:
     if by_document:
         raise ValueError(
-            f"{option} keeps documents of several lines whole, and a stream is looked at line by line: leave out "
+            f"{option} keeps documents of several lines whole, but a stream is read line by line: leave out "
             "--streaming, or pass --document_boundary row if every line is a document."
         )

@@ -1,4 +1,4 @@
-"""Summarisation pairs: which columns hold them, which pairs are kept, and how they become token ids.
+"""Summarisation data: find the columns, filter the pairs of text and summary, and tokenize them.
 
 Functions on batches are pure, so they work in `datasets.Dataset.map` (several processes, cache) and with
 `IterableDataset`. Loading is in `dpsm_hf.data.loading`.
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# (text column, summary column) by the last part of the data set's name, without the organisation, in lower case.
+# (text column, summary column) by the data set's name without the organisation, in lower case.
 SUMMARIZATION_COLUMNS: dict[str, tuple[str, str]] = {
     "aeslc": ("email_body", "subject_line"),
     "amazon_reviews_multi": ("review_body", "review_title"),
@@ -46,7 +46,7 @@ SUMMARIZATION_COLUMNS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizationSettings:
-    """Settings of `tokenize_pairs`.
+    """The settings of `tokenize_pairs`.
 
     Args:
         text_column: Column with the full texts.
@@ -74,7 +74,7 @@ class TokenizationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FilterCounts:
-    """Numbers of pairs kept, dropped for an empty side, and dropped as too short; None for a stream."""
+    """How many pairs were kept, dropped for an empty text or summary, and dropped as too short; None for a stream."""
 
     kept: int | None
     empty: int | None
@@ -103,8 +103,8 @@ def resolve_columns(
 ) -> tuple[str, str]:
     """Decide which columns hold texts and summaries.
 
-    First an explicit name, then the columns of a known data set; else, as in the upstream script, the first column for
-    the texts and the second for the summaries, with a warning since it is a guess.
+    In this order: an explicit name; the columns of a known data set; else, as in the upstream script, the first column
+    for the texts and the second for the summaries, with a warning because it is a guess.
 
     Args:
         column_names: Columns of the data set, in order.
@@ -147,7 +147,7 @@ def resolve_columns(
 
 
 def has_both_sides(batch: Mapping[str, Sequence[Any]], text_column: str, summary_column: str) -> list[bool]:
-    """Return for each pair whether both sides are there and not blank.
+    """Return for each pair whether neither text nor summary is missing or blank.
 
     Args:
         batch: Columns of one batch.
@@ -179,7 +179,7 @@ def filter_pairs(
     num_proc: int | None = None,
     load_from_cache_file: bool | None = None,
 ) -> tuple[Any, FilterCounts]:
-    """Drop pairs with an empty side, then pairs with a short text, and log how many of each.
+    """Drop pairs with an empty text or summary, then pairs with a short text, and log how many of each.
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`.
@@ -237,7 +237,7 @@ def tokenize_pairs(
     """Tokenize a batch of pairs into `input_ids`, `attention_mask` and `labels`.
 
     Args:
-        batch: Columns of one batch; both sides non-empty (see `filter_pairs`).
+        batch: Columns of one batch, without empty texts or summaries (see `filter_pairs`).
         tokenizer: Any tokenizer; summaries are tokenized as `text_target` (for mBART's language codes).
         settings: Columns, lengths, prefix and padding.
 
@@ -245,7 +245,7 @@ def tokenize_pairs(
         The tokenizer's columns for the sources, and `labels`.
 
     Raises:
-        ValueError: If a value is not text, or padding is asked of a tokenizer without a pad token.
+        ValueError: If a value is not text, or ``pad_to_max_length`` is set and the tokenizer has no pad token.
     """
     if settings.pad_to_max_length and tokenizer.pad_token_id is None:
         raise ValueError(
@@ -259,7 +259,7 @@ def tokenize_pairs(
     labels = tokenizer(text_target=targets, max_length=settings.max_target_length, padding=padding, truncation=True)
     rows = labels["input_ids"]
     if settings.pad_to_max_length and settings.ignore_pad_token_for_loss:
-        # by the mask, not by the id: if the pad token is the end token too, the real end must stay a label
+        # by the mask, not by the id: where the pad token is the end token too, the real end token must stay a label
         rows = [
             [token if kept else -100 for token, kept in zip(row, mask, strict=True)]
             for row, mask in zip(rows, labels["attention_mask"], strict=True)
@@ -311,8 +311,8 @@ def tokenize_split(
     at_limit = sum(sum(token != -100 for token in row) >= limit for row in tokenized["labels"]) if limit else 0
     if at_limit and not settings.pad_to_max_length:
         logger.warning(
-            "%s set: %d of %d summaries reach the limit of %d tokens and may be cut; generated text is scored against "
-            "the summary as cut.",
+            "%s set: %d of %d summaries reach the limit of %d tokens and may be truncated; generated text is scored "
+            "against the truncated summary.",
             split,
             at_limit,
             len(tokenized),
@@ -322,7 +322,7 @@ def tokenize_split(
 
 
 def _texts(batch: Mapping[str, Sequence[Any]], column: str) -> list[str]:
-    """Return a column as texts, with None as the empty text."""
+    """Return a column as strings, None as the empty one; raise for any other value."""
     texts: list[str] = []
     for index, value in enumerate(batch[column]):
         if value is not None and not isinstance(value, str):

@@ -39,11 +39,12 @@ def train_bpe_tokenizer(
     sequence_template: bool = False,
     model_max_length: int = DEFAULT_MAX_LENGTH,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, whose alphabet is the 256 bytes, so that it reproduces any text exactly.
+    """Train a byte-level BPE tokenizer; its alphabet is the 256 bytes, so it can reproduce any text exactly.
 
     Args:
         texts: Training texts.
-        vocab_size: Number of tokens with the special ones; the result has fewer if the texts have too few pairs.
+        vocab_size: Number of tokens including the special ones; the result has fewer if the texts have too little to
+            merge.
         sequence_template: Put ``<s>`` before and ``</s>`` after every sequence, as for encoder-decoders; otherwise no
             special tokens are added, as for GPT-2.
         model_max_length: The model's limit in tokens, saved with the tokenizer.
@@ -133,8 +134,8 @@ def resolve_tokenizer(
         output_dir: Folder of the run.
         training_texts: Returns the texts of the train split, each time from the start.
         vocab_size: Size for ``train-bpe``; 4096 when None.
-        sequence_template: See :func:`train_bpe_tokenizer`.
-        model_max_length: See :func:`train_bpe_tokenizer`; replaces the value of a saved tokenizer.
+        sequence_template: See `train_bpe_tokenizer`.
+        model_max_length: See `train_bpe_tokenizer`; replaces the value of a saved tokenizer.
         resuming: Whether the run continues a checkpoint, whose tokenizer must not change.
         main_process_first: Returns a context in which the main process runs before the others, such as
             ``training_args.main_process_first``.
@@ -158,9 +159,9 @@ def resolve_tokenizer(
             logger.info("Using the tokenizer that was trained for this run before, in %s.", folder)
         elif kept is not None and resuming:
             raise ValueError(
-                f"The tokenizer in {str(folder)!r} was trained with {_differences(kept, record)}, but a checkpoint is "
-                "being continued, whose embeddings belong to it. Repeat the run's own settings, or start afresh with "
-                "another --output_dir."
+                f"The tokenizer in {str(folder)!r} was trained with {_differences(kept, record)}, and the checkpoint "
+                "to resume was trained with it. Repeat the run's own settings, or start afresh with another "
+                "--output_dir."
             )
         else:
             logger.info("Training a byte-level BPE tokenizer of %s tokens on the train split.", size)
@@ -187,7 +188,7 @@ def column_texts(dataset: AnyDataset, columns: Iterable[str], limit: int = MAX_T
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """Return a sha256 (hexadecimal) of texts and of where each one ends."""
+    """Return the sha256 (hexadecimal) of a sequence of texts; where each text ends counts too."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", errors="surrogatepass")
@@ -196,7 +197,7 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 
 class _Counter:
-    """Iterates over texts and counts their characters: the BPE trainer does not report an empty iterator."""
+    """Count the characters of texts while iterating over them; the BPE trainer does not report an empty iterator."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts

@@ -1,4 +1,4 @@
-"""From hidden states to loss and gradients, chunk by chunk, without a tensor of logits."""
+"""The fused head: loss and gradients from hidden states, chunk by chunk, without a full tensor of logits."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["linear_scoring_loss"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "linear_scoring_loss":  # at its first use: it is slow to import
+    if name == "linear_scoring_loss":  # imported at first use, because it is slow to import
         from . import scoring_loss
 
         return scoring_loss.linear_scoring_loss

@@ -1,11 +1,11 @@
-"""Scoring chunk by chunk, so that one chunk of logits lives at any moment instead of ``[N, V]``.
+"""The loss and its gradients, chunk by chunk, so that memory holds one chunk of logits and never all ``[N, V]``.
 
-For some rows at a time: ``logits = hidden @ weight.T``, the row pass turns them into their gradient in place, and two
-matrix products carry it on to the hidden states and the weight. All of that happens in the forward pass; the backward
-pass only scales.
+For each chunk of rows: compute ``logits = hidden @ weight.T``, let the row pass overwrite them with their gradient,
+and multiply that by the weight and by the hidden states to get the gradients of both. All of this happens in the
+forward pass; the backward pass only multiplies by the incoming gradient.
 
-Sources: the chunked gradient-in-forward of Hsu et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your Losses in
-Large-Vocabulary Language Models" (ICLR 2025), each with other rules for chunks and precision; see docs/design.md.
+Sources: the gradient in the forward pass is from Hsu et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your
+Losses in Large-Vocabulary Language Models" (ICLR 2025). Chunk sizes and precision differ from both: docs/design.md.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from .matmul import WeightGradient, by_onednn, product, scaled
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
 from .row_pass import device_scalar, row_pass
 
-# A finished gradient, or the sum that it is still to be made of.
+# The gradient of one input: a finished tensor, a sum over chunks that `finish` turns into one, or None.
 Source = Tensor | WeightGradient | None
 
-# Rows of a chunk. On a GPU fewer than about 1,000 make the read-modify-write of the float32 weight gradient cost more
-# than the product that it belongs to, and half a GiB is enough. On a CPU 128 are nearly as fast as 1,024; glibc keeps
-# blocks of up to 32 MiB for the next chunk, which spares it the page faults.
+# Rows of a chunk. On a GPU, with fewer than about 1,000 rows, reading and writing the float32 weight gradient costs
+# more than the product that is added to it; 512 MiB are enough for that. On a CPU, 128 rows are nearly as fast as
+# 1,024, and glibc reuses blocks of up to 32 MiB for the next chunk, which avoids page faults.
 _DEVICE_CHUNK, _DEVICE_CHUNK_BYTES = 2048, 2**29
 _CPU_LEAST, _CPU_CHUNK, _CPU_CHUNK_BYTES = 128, 256, 2**25
 
-# The rows of the logits' buffer begin at multiples of this many entries: V is often odd (50257), and products of
-# matrices with unaligned rows are slow.
+# Each row of the logits buffer starts at a multiple of this many entries: V is often odd (50257), and matrix products
+# with unaligned rows are slow.
 _ROW_ALIGNMENT = 64
 
-# float16 holds no p**2 of a large vocabulary: its gradients are computed this much larger, and scaled at the end. Less
-# where the weight is so large that their products would not fit into float16.
+# p**2 of a large vocabulary underflows in float16, so float16 gradients are computed larger by this factor and divided
+# by it at the end. Above this largest weight the factor is smaller, or products with the weight would overflow.
 _HALF_SCALE = 1024.0
 _HALF_WEIGHT = 4.0
 
 
 class ChunkedObjective(torch.autograd.Function):
-    """The loss of a batch as a function of its hidden states and its head's parameters; see `linear_scoring_loss`."""
+    """The autograd function behind `linear_scoring_loss`: loss and gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -53,25 +53,25 @@ class ChunkedObjective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 or 6]``.
 
-        ``rows`` are the indices of the M scored tokens among the hidden states, or None where all are. With a
-        ``denominator`` the loss is differentiable and its gradients are computed here; without one the values are,
-        and their gradients are computed in the backward pass, from the hidden states once more.
+        ``rows`` are the indices of the M scored tokens among the hidden states; None if all are scored. With a
+        ``denominator`` the loss is differentiable, and its gradients are computed here. Without one the values are
+        differentiable, and the backward pass computes the logits again for their gradients.
         """
         wants = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
-        work = _Work(hidden, head, labels, rows, options)
+        work = _ChunkedPass(hidden, head, labels, rows, options)
         eager = denominator is not None and options.objective is not None and any(wants)
-        # half precision underflows on 1 / N, and on p**2: there the factors are put onto the finished gradients
-        late = work.dtype == torch.float16
+        # 1 / N and p**2 underflow in float16, so there the division by N is deferred to the finished gradients
+        defers = work.dtype == torch.float16
         wide = torch.float64 if work.dtype == torch.float64 else torch.float32
         tokens = device_scalar(1 if denominator is None else denominator, hidden.device, wide)
         scale = tokens.reciprocal()
-        # by a power of two, so that putting it off rounds nothing a second time
-        later = work.half_scale() * torch.exp2(tokens.log2().ceil()) if late else tokens
-        values, statistics, gradients = work.run((scale * later if late else scale) if eager else None, wants)
+        # the deferred factor is a power of two, so that applying it later adds no rounding error
+        deferred = work.half_scale() * torch.exp2(tokens.log2().ceil()) if defers else tokens
+        values, statistics, gradients = work.run((scale * deferred if defers else scale) if eager else None, wants)
         if values is None:
             values = statistics.new_zeros(len(labels))
         ctx.gradients = gradients
-        ctx.late = later.reciprocal() if late else None
+        ctx.deferred = deferred.reciprocal() if defers else None
         if denominator is None and options.objective is not None and any(wants):
             ctx.save_for_backward(hidden, labels, rows, *parameters)
             ctx.work = (head, options, wants, work.autocast, work.dtype)
@@ -84,7 +84,7 @@ class ChunkedObjective(torch.autograd.Function):
     @staticmethod
     @ranged(HEAD)
     def backward(ctx: Any, grad_loss: Tensor | None, grad_values: Tensor | None, _: None) -> tuple[Any, ...]:
-        """Scale the gradients that the forward pass computed."""
+        """Multiply the gradients of the forward pass by the gradient of the loss."""
         refuse_second_derivative("linear_scoring_loss")
         if grad_values is not None:
             return _gradients_of_values(ctx, grad_values)
@@ -95,17 +95,17 @@ class ChunkedObjective(torch.autograd.Function):
                 "the gradients of this loss were freed by its first backward: call that with retain_graph=True to go "
                 "through it a second time."
             )
-        factor = grad_loss if ctx.late is None else grad_loss * ctx.late
+        factor = grad_loss if ctx.deferred is None else grad_loss * ctx.deferred
         if factor.device.type == "cpu" and float(factor) == 1.0:
             factor = None
         gradients, keep = ctx.gradients, _keeps_graph()
-        if not keep:  # they are scaled where they stand: a copy costs as much as the whole head
+        if not keep:  # scaled in place: a copy takes as much memory as the gradients themselves
             ctx.gradients = None
         return _finished(gradients, factor, keep)
 
 
 def _finished(gradients: list[tuple[Source, torch.dtype]], factor: Tensor | None, keep: bool) -> tuple[Any, ...]:
-    """Return the gradient of each argument of the forward pass."""
+    """Return ``factor`` times the gradient of each argument of the forward pass, in the order of the arguments."""
     found: list[Tensor | None] = []
     for source, dtype in gradients:
         if isinstance(source, WeightGradient):
@@ -118,9 +118,9 @@ def _finished(gradients: list[tuple[Source, torch.dtype]], factor: Tensor | None
 def _gradients_of_values(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
     hidden, labels, rows = ctx.saved_tensors[:3]
     head, options, wants, autocast, dtype = ctx.work
-    # the backward pass runs outside of the autocast that the forward pass was in
+    # autograd runs the backward pass outside the autocast context of the forward pass
     with torch.autocast(hidden.device.type, dtype=dtype) if autocast else contextlib.nullcontext():
-        work = _Work(hidden, head, labels, rows, options)
+        work = _ChunkedPass(hidden, head, labels, rows, options)
     factor: Tensor | None = None
     if work.dtype == torch.float16 and len(labels):
         largest = grad_values.abs().max().clamp_min(torch.finfo(grad_values.dtype).tiny)
@@ -135,8 +135,8 @@ def _keeps_graph() -> bool:
     return True if ask is None else bool(ask())
 
 
-class _Work:
-    """One walk over the chunks of a batch."""
+class _ChunkedPass:
+    """One pass over the chunks of a batch."""
 
     def __init__(self, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: HeadOptions) -> None:
         self.hidden, self.head, self.labels, self.rows, self.options = hidden, head, labels, rows, options
@@ -151,7 +151,7 @@ class _Work:
             )
 
     def half_scale(self) -> Tensor:
-        """Return the power of two by which float16 gradients are computed too large."""
+        """Return the power of two by which float16 gradients are scaled up against underflow."""
         largest = torch.full((), _HALF_WEIGHT, device=self.hidden.device)
         if isinstance(self.head, LinearHead):
             largest = torch.maximum(largest, self.head.weight.detach().abs().max().float())
@@ -164,22 +164,23 @@ class _Work:
         """Score every chunk.
 
         Args:
-            weight: factor of the gradient, of each scored token ``[M]`` or of all; None computes no gradient.
-            wants: whether the hidden states and each parameter of the head need one.
+            weight: what each token's gradient is multiplied by: one for each scored token, ``[M]``, or one for all;
+                None computes no gradient.
+            wants: whether the hidden states and each parameter of the head need a gradient.
 
         Returns:
-            Values ``[M]``, statistics ``[M, 5 or 6]``, and for the hidden states and each parameter the gradient (or
-            None) with the dtype it is to have.
+            Values ``[M]`` (None without an objective), statistics ``[M, 5 or 6]``, and for the hidden states and each
+            parameter its gradient (or None) with the dtype to return it in.
         """
         hidden, head, options = self.hidden, self.head, self.options
-        # One chunk where the logits [N, V] are smaller than half of the float32 sum [V, D] of the weight's gradient,
-        # which one chunk does without: less memory, and no pass over that sum for each chunk.
+        # In bfloat16 with N <= D, all logits [N, V] take at most half the memory of the float32 sum [V, D] of the
+        # weight's gradient. A single chunk needs no such sum: it takes less memory and saves a pass over it per chunk.
         low = isinstance(head, LinearHead) and hidden.dtype == head.weight.dtype == torch.bfloat16
         self.whole = low and weight is not None and wants[1] and len(self.labels) <= hidden.shape[-1]
         chunk = _LinearChunks(self, head, wants) if isinstance(head, LinearHead) else _ModuleChunks(self, head, wants)
         grad_hidden: Tensor | None = None
         if weight is not None and wants[0]:
-            # rows that are not scored are never visited: they stay zero
+            # unscored rows are never written, so they have to be zero from the start
             grad_hidden = torch.empty_like(hidden) if self.rows is None else torch.zeros_like(hidden)
         score = _row_pass_of(options.impl, hidden.device)
         values, columns = [], []
@@ -194,7 +195,7 @@ class _Work:
                         logits, self.labels[part], options.objective, options.post,
                         weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
                     )  # fmt: skip
-                if options.extra is not None:  # the row pass leaves the logits alone where it writes no gradient
+                if options.extra is not None:  # the logits are still intact: without weight no gradient was written
                     assert weight is None, "extra statistics are for evaluation"
                     extra = options.extra(options.post(logits), self.labels[part])
                     statistics = torch.cat([statistics, extra.to(statistics.dtype)], -1)
@@ -215,7 +216,7 @@ class _Work:
         return torch.cat(values) if values else None, torch.cat(columns), list(zip(sources, dtypes, strict=True))
 
     def chunk_size(self) -> int:
-        """Return the rows of a chunk: 260 rows are cut into 130 + 130, not into 256 + 4."""
+        """Return the number of rows in a chunk; chunks are of equal size: 260 rows make 130 + 130, not 256 + 4."""
         tokens, row_bytes = max(1, len(self.labels)), self.head.vocab_size * self.dtype.itemsize
         if self.options.chunk_tokens is not None:
             most = self.options.chunk_tokens
@@ -230,15 +231,15 @@ class _Work:
 
 
 class _LinearChunks:
-    """Logits of a linear head in one buffer, and its gradients by matrix products."""
+    """The chunks of a linear head: logits in one reused buffer, gradients by matrix products."""
 
-    def __init__(self, work: _Work, head: LinearHead, wants: list[bool]) -> None:
+    def __init__(self, work: _ChunkedPass, head: LinearHead, wants: list[bool]) -> None:
         self.wants, self.dtype = wants, work.dtype
         self.weight = head.weight.detach().to(work.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(work.dtype)
         self.hidden = work.hidden.detach()[:0]
         self.buffer: Tensor | None = None
-        if not by_onednn(self.weight, work.chunk_size()):  # that returns memory of its own
+        if not by_onednn(self.weight, work.chunk_size()):  # oneDNN allocates its own output
             columns = -(-head.vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self.buffer = torch.empty(work.chunk_size(), columns, dtype=work.dtype, device=work.hidden.device)
         self.grad_weight = WeightGradient(head.weight, whole=work.chunk_size() >= len(work.labels))
@@ -269,15 +270,15 @@ class _LinearChunks:
 
 
 class _ModuleChunks:
-    """Logits of any other head, and its gradients by autograd over one chunk."""
+    """The chunks of any other head: logits by calling it, gradients by autograd over one chunk."""
 
-    def __init__(self, work: _Work, head: ModuleHead, wants: list[bool]) -> None:
+    def __init__(self, work: _ChunkedPass, head: ModuleHead, wants: list[bool]) -> None:
         self.head, self.work, self.wants = head, work, wants
         self.sums: list[Tensor | None] = [None] * len(head.parameters)
         self.graph: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor, gradient: bool) -> Tensor:
-        """Return a copy of the head's output for some rows: the module may need its own in the backward pass."""
+        """Return a copy of the head's output for some rows; autograd may need the output itself unchanged."""
         kind = hidden.device.type
         with torch.set_grad_enabled(gradient), torch.autocast(kind, dtype=self.work.dtype, enabled=self.work.autocast):
             rows = hidden.detach().requires_grad_(gradient and self.wants[0])
@@ -312,7 +313,7 @@ class _ModuleChunks:
 
 def _row_pass_of(impl: Implementation, device: torch.device) -> Callable[..., tuple[Tensor | None, Tensor]]:
     if impl == "triton" or (impl == "auto" and device.type == "cuda"):
-        from . import kernels  # Triton is there on Linux alone
+        from . import kernels  # needs Triton, which exists on Linux only
 
         reason = kernels.why_not(device)
         if not reason:

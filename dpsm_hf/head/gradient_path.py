@@ -1,9 +1,9 @@
-"""Make the backward pass visit the output of the output layer before the loss that was computed inside it.
+"""Make the backward pass reach the output of the output layer before the loss that was computed inside it.
 
-Where the loss is computed inside the output layer, nobody uses the layer's output. But ZeRO-3, FSDP2 and backward
-hooks act when the gradient of that output arrives; without it ZeRO-3 would not have gathered the weight when its
-gradient is computed. So the output is made to depend on the loss, and the loss on what the model made of the output.
-The gradient along that path is zero.
+When the loss is computed inside the output layer, nothing uses the layer's output, so no gradient would reach it. But
+ZeRO-3, FSDP2 and backward hooks act when that gradient arrives: without it, ZeRO-3 would not have gathered the weight
+by the time its gradient is computed. So `output_of` makes the output depend on the loss, and `loss_after` makes the
+returned loss depend on the model's logits. The gradient along this path is zero.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ from torch import Tensor
 
 
 def output_of(loss: Tensor | None, values: Tensor) -> Tensor:
-    """Return a copy of a module's output that depends on the 0-d loss made inside of it, if that has a graph."""
+    """Return a copy of a module's output that, in the autograd graph, depends on the 0-d loss computed inside it.
+
+    Without a loss that requires grad it is a plain copy.
+    """
     return values.clone() if loss is None or not loss.requires_grad else _Output.apply(loss, values)
 
 
 def loss_after(loss: Tensor | None, output: Any) -> Tensor | None:
-    """Return the same loss, tied to an output if both have a graph: the backward pass then visits the output first."""
+    """Return the loss with an output as a further input, so that the backward pass reaches the output first.
+
+    The loss is returned as it is unless both require grad.
+    """
     if loss is None or not loss.requires_grad or not isinstance(output, Tensor) or not output.requires_grad:
         return loss
     return _After.apply(loss, output)
 
 
 def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
-    """Yield the tensors that an output's graph begins with, searched up to the node ``stop``.
+    """Yield the leaf tensors (parameters) that an output depends on, without searching beyond the node ``stop``.
 
-    A region compiled by torch.compile is one node of the graph. Only its direct inputs are yielded: which of its
-    outputs uses which of them cannot be seen.
+    A region compiled by torch.compile is one node of the graph. Of the tensors behind it only its direct inputs are
+    yielded, because the graph does not show which of its outputs uses which input.
     """
     for node in _nodes(output, stop):
         leaf = getattr(node, "variable", None)
@@ -40,7 +46,7 @@ def leaves(output: Tensor, stop: Any) -> Iterator[Tensor]:
 
 
 def depends_on(output: Any, node: Any) -> bool:
-    """Return whether a tensor's graph leads through a node."""
+    """Return whether a tensor's autograd graph contains a node."""
     if node is None or not isinstance(output, Tensor):
         return False
     return output.grad_fn is node or any(
@@ -49,7 +55,7 @@ def depends_on(output: Any, node: Any) -> bool:
 
 
 def _nodes(output: Tensor, stop: Any) -> Iterator[Any]:
-    """Yield the nodes of a tensor's graph, up to one that is not gone beyond."""
+    """Yield the nodes of a tensor's autograd graph, without ``stop`` and what lies behind it."""
     pending, seen = [output.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -70,7 +76,7 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None  # the loss has a gradient of its own
+        return None, None  # the gradient of the loss comes by its own path
 
 
 class _After(torch.autograd.Function):

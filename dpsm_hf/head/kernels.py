@@ -1,4 +1,4 @@
-"""The row pass on CUDA: where the Triton kernel runs, and how it is launched."""
+"""The row pass on CUDA: whether the Triton kernel can run, and its launch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from .row_pass import device_scalar, row_pass
 
-# 4,096 entries over 8 warps are 16 a thread: three or four sums of them stay in registers, and eight programs of 256
-# threads fill an SM. Smaller vocabularies take the power of two that holds them.
+# 4,096 entries over 8 warps are 16 per thread: three or four sums of that size stay in registers, and eight programs
+# of 256 threads fill a streaming multiprocessor. Smaller vocabularies take the next power of two.
 _MOST_BLOCK = 4096
 
 
 def why_not(device: torch.device) -> str:
-    """Return why the kernel does not run on a device, with the remedy; "" if it does."""
+    """Return why the kernel cannot run on a device, with the remedy; "" if it can."""
     if not _installed():
         return "impl='triton' needs Triton, which is not installed: pip install triton, or use impl='torch'."
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -48,7 +48,10 @@ def launch_options(vocab_size: int) -> dict[str, int]:
 def constants(
     objective: Objective | None, post: PostOps, *, row_weight: bool, entropy: bool, gradient: bool
 ) -> dict[str, Any]:
-    """Return what the kernel is compiled for; alpha, the weight and all other numbers are no part of it."""
+    """Return the compile-time constants of the kernel.
+
+    alpha, the weight and all other numbers are passed at run time, so that changing them compiles nothing.
+    """
     found: dict[str, Any] = {
         "HAS_SOFTCAP": post.softcap is not None,
         "HAS_ROW_WEIGHT": row_weight,
@@ -63,12 +66,12 @@ def constants(
 
 @functools.cache
 def _triton_functions() -> dict[str, Any]:
-    """Return the Triton function of each rule; made at first use, as Triton is slow to import and on Linux alone."""
+    """Return the Triton function of each rule; made at first use, as Triton is slow to import and on Linux only."""
     import triton
 
     modules: dict[str, Any] = {rule.name: sys.modules[rule.kernel.__module__] for rule in RULES.values()}
     for module in modules.values():
-        module.tl = triton.language  # Triton looks for it, and for the functions that are called, among the globals
+        module.tl = triton.language  # Triton looks up `tl` and the called functions in the module's globals
         for name in [name for name in vars(module) if name.endswith("kernel")]:
             setattr(module, name, triton.jit(getattr(module, name)))
     return {name: module.kernel for name, module in modules.items()}
@@ -78,7 +81,7 @@ def triton_row_pass(
     logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
     weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """Do what `row_pass` does in one kernel launch, without waiting for the device (float64 has no kernel)."""
+    """Do what `row_pass` does in one kernel launch, without a device synchronisation; float64 goes to `row_pass`."""
     if logits.dtype == torch.float64:
         return row_pass(logits, labels, objective, post, weight=weight, entropy=entropy, gradient=gradient)
     from .triton_kernel import row_kernel

@@ -1,7 +1,7 @@
-"""Matrix products of the fused head, and their sum over chunks that is the gradient of the output layer's weight.
+"""The matrix products of the fused head, and the gradient of the output layer's weight as their sum over chunks.
 
-PyTorch hands float32 products on a CPU to MKL, which on AMD processors does not use all of AVX-512: oneDNN's are up to
-twice as fast there. It is reached by the operator that `torch.compile` emits for linear layers of frozen weights.
+PyTorch computes float32 products on a CPU with MKL, which does not use all of AVX-512 on AMD processors; oneDNN is up
+to twice as fast there. It is called by the operator that `torch.compile` emits for linear layers of frozen weights.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from torch import Tensor
 
 from ..runtime.processor import processor_fact
 
-# Multiplications from which on oneDNN is the faster one.
+# Multiplications in a product (n * k * m) from which on oneDNN is faster.
 _WORTH_IT = 2**22
 
-# Rows of the weight whose product is added up at a time on a CPU: it stays in the cache.
+# Rows of the weight's gradient computed at a time on a CPU, so that the partial product stays in the cache.
 _BLOCK = 2048
 
-# Float32 blocks of this size are given back to the system one by one; glibc keeps what is freed in smaller ones.
+# glibc returns a freed block of this size to the system at once; freed blocks of up to 32 MiB it keeps.
 _FREED_BYTES = 40 * 2**20
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return ``left @ right.T + bias`` of ``[n, k]``, ``[m, k]``, ``[m]``, any strides, in ``out`` or elsewhere."""
+    """Return ``left @ right.T + bias``, ``[n, m]``, by the fastest library for these factors.
+
+    Args:
+        left: ``[n, k]``, any strides.
+        right: ``[m, k]``, any strides.
+        bias: ``[m]``.
+        out: may be used for the result; oneDNN allocates its own.
+    """
     if by_onednn(left, len(right)):
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     if bias is None:
@@ -34,7 +41,7 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor
 
 
 def by_onednn(left: Tensor, columns: int) -> bool:
-    """Return whether the product of ``left`` ``[n, k]`` with a matrix of so many columns goes to oneDNN."""
+    """Return whether `product` uses oneDNN for ``left`` ``[n, k]`` and a result ``[n, columns]``."""
     return (
         left.dtype == torch.float32
         and left.device.type == "cpu"
@@ -57,15 +64,16 @@ def _onednn_is_faster() -> bool:
 
 
 class WeightGradient:
-    """Sum ``gradient.T @ hidden`` over chunks, in float32 (float64 for float64): bfloat16 sums lose whole chunks.
+    """The gradient of the output layer's weight: ``gradient.T @ hidden`` summed over chunks in float32.
 
-    Equivalent plain torch: ``total += gradient.float().T @ hidden.float()``, but each product is computed in the
-    dtype of its factors.
+    In bfloat16 the sum would round away the contribution of whole chunks; float64 is summed in float64. Equivalent
+    plain torch: ``total += gradient.float().T @ hidden.float()``, except that each product is computed in the dtype of
+    its factors.
 
     Args:
-        weight: ``[V, D]``, whose gradient it is.
-        whole: whether there is one chunk alone. Its product is then computed in the weight's own dtype: matrix
-            products of bfloat16 sum in float32 and round once, as adding up in float32 does.
+        weight: the weight, ``[V, D]``.
+        whole: whether there is only one chunk. A bfloat16 product is then returned as it is: matrix products of
+            bfloat16 sum in float32 and round once, so a float32 sum would give nothing more.
     """
 
     def __init__(self, weight: Tensor, whole: bool = False) -> None:
@@ -83,7 +91,7 @@ class WeightGradient:
             return
         if first:
             self._blocks = self._empty_blocks(hidden)
-        # oneDNN is at its best on contiguous rows
+        # oneDNN is fastest on contiguous rows
         fast = by_onednn(hidden, len(self._weight))
         exact = hidden.dtype in (torch.float32, torch.float64)
         if (exact and not fast) or _adds_in_float32(hidden.device, hidden.dtype):
@@ -95,14 +103,14 @@ class WeightGradient:
                 torch.addmm(total, transposed, hidden, out=total, **dtype)
             return
         if hidden.dtype == torch.float16:
-            hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 holds
+            hidden = hidden.float()  # the gradients of a frequent token add up to more than float16 can hold
             fast = by_onednn(hidden, len(self._weight))
         columns = hidden.t().contiguous() if fast else hidden.t()
         parts = [part for block in self._blocks for part in block.split(_BLOCK)]
         for part, rows in zip(parts, transposed.split([len(part) for part in parts]), strict=True):
             rows = rows.to(hidden.dtype)
             term = product(rows.contiguous() if fast else rows, columns)
-            # copying instead of adding to zeros saves a pass over the whole weight
+            # copying the first product, instead of adding it to zeros, saves a pass over the whole weight
             part.copy_(term) if first else part.add_(term)
 
     def _empty_blocks(self, hidden: Tensor) -> list[Tensor]:
@@ -110,12 +118,12 @@ class WeightGradient:
         rows, columns = self._weight.shape
         size = rows
         if self._weight.dtype.itemsize < wide.itemsize and hidden.device.type == "cpu" and hidden.dtype != wide:
-            # a low-precision result is made block by block from float32 blocks that are freed as it grows
+            # `finish` converts block by block and frees each, so float32 and low-precision copies never coexist whole
             size = max(1, _FREED_BYTES // (columns * wide.itemsize))
         return [hidden.new_empty(min(size, rows - i), columns, dtype=wide) for i in range(0, rows, size)]
 
     def finish(self, factor: Tensor | None, keep: bool) -> Tensor:
-        """Return ``factor * sum`` in the weight's dtype; with ``keep`` it can be asked for again."""
+        """Return ``factor * sum`` in the weight's dtype (None is 1); with ``keep`` the sum stays for another call."""
         blocks, dtype = self._blocks, self._weight.dtype
         if not blocks:
             return torch.zeros_like(self._weight)
@@ -124,7 +132,7 @@ class WeightGradient:
         if self._whole and blocks[0].dtype == dtype:
             result = blocks[0].clone() if keep else blocks[0]
             if factor is not None:
-                for part in result.split(_BLOCK):  # the wide copies that `scaled` makes are small ones here
+                for part in result.split(_BLOCK):  # block by block, since `scaled` makes a float32 copy
                     part.copy_(scaled(part, factor, keep=True))
             return result
         if len(blocks) == 1:
@@ -141,9 +149,9 @@ class WeightGradient:
 
 
 def scaled(tensor: Tensor, factor: Tensor | None, keep: bool) -> Tensor:
-    """Return ``factor * tensor`` (None is 1): a new tensor if ``keep``, else made of the old one's memory."""
+    """Return ``factor * tensor`` (None is 1): a new tensor with ``keep``, else the input may be overwritten."""
     if factor is not None and tensor.dtype.itemsize < factor.dtype.itemsize:
-        # on a GPU the factor would be rounded to the tensor's dtype first
+        # multiplied directly, a GPU would first round the factor to the tensor's dtype
         return (tensor.to(factor.dtype) * factor).to(tensor.dtype)
     if keep:
         return tensor.clone() if factor is None else tensor * factor
@@ -152,7 +160,7 @@ def scaled(tensor: Tensor, factor: Tensor | None, keep: bool) -> Tensor:
 
 @functools.cache
 def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this device's matrix product adds low-precision factors to a float32 matrix in place."""
+    """Return whether this device can add a low-precision matrix product to a float32 matrix in place."""
     if device.type != "cuda":
         return False
     try:

@@ -1,11 +1,11 @@
-"""The fused head in a model: for the length of one call, its output layer scores tokens instead of returning logits.
+"""The fused head in a model: during one call, the model's output layer scores tokens instead of returning logits.
 
-The forward of the language model and of its output layer are replaced on the *instance* while a batch is scored, and
-put back right after, so that nothing else (saving, generating, a user's own call) ever meets the replacement. The call
-itself goes through the wrapped model, so the hooks of DDP, FSDP and PEFT fire as always.
+While a batch is scored, ``forward`` of the language model and of its output layer are replaced on the *instance*; they
+are restored right after, so saving, generating and a user's own calls never see the replacement. The call itself goes
+through the wrapped model, so the hooks of DDP, FSDP and PEFT run as always.
 
 The first batch is checked: the output layer returns real logits for a few rows, the model finishes its forward with
-them, and the result must be the logits that the fused head assumed.
+them, and the result must equal the logits that the fused head computed the loss from.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ from .gradient_path import depends_on, leaves, loss_after, output_of
 from .options import Head, HeadOptions, LinearHead, ModuleHead
 from .scoring_loss import ScoredRows, TokenLabels, score_hidden
 
-# Rows whose real logits are compared at the first batch; later ones return as many rows of zeros, so that whatever the
-# model does with its logits it can do to them.
+# Rows whose real logits are compared at the first batch. Later batches return as many rows of zeros, so that whatever
+# code the model runs on its logits still has some.
 _CHECKED_ROWS = 4
 
 
 class FusedHeadError(RuntimeError):
-    """The tokens of this model cannot be scored inside its head; the message says why."""
+    """This model's tokens cannot be scored inside its output layer; the message says why."""
 
 
 class OtherLossError(FusedHeadError):
-    """In training the model computes its loss without its loss function, so it is not to be given labels."""
+    """In training the model computes its loss without calling its loss function, so it must not be given labels."""
 
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a model returns while its head scores; a declared class, because DDP and FSDP look into known ones only."""
+    """What the model returns in a scoring call: token scores in place of logits.
+
+    A `ModelOutput` dataclass, because DDP and FSDP find the tensors only in output classes that they know.
+    """
 
     loss: Tensor | None = None
     scored: Tensor | None = None
@@ -66,30 +69,31 @@ class ScoredOutput(ModelOutput):
     entropy: Tensor | None = None
     extra: Tensor | None = None
     targets: Tensor | None = None
-    added: Tensor | None = None  # by the model to the loss of its tokens
-    tokens_loss: Tensor | None = None  # the loss as it was before a wrapper of the model may have added to it
+    added: Tensor | None = None  # what the model adds to the loss of its tokens, such as load balancing of experts
+    tokens_loss: Tensor | None = None  # the loss of the tokens alone: a wrapper of the model may add to `loss`
 
     def scores(self) -> TokenScores:
-        """Return the token scores, with the loss of the batch."""
+        """Return the scores as `TokenScores`, whose ``loss`` is that of the whole batch."""
         names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy", "extra")
         return TokenScores(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What one call of the model is to score.
+    """The labels, the objective and the options for scoring one batch.
 
     Args:
         labels: ``[B, T]``.
         alignment: which label a row of the hidden states predicts; None if ``labels`` are aligned already
             (``shift_labels``).
-        objective: the rule.
+        objective: the scoring rule with its options.
         denominator: the loss is the sum over tokens divided by this.
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None chooses for the device.
-        extra: further columns for each token, in evaluation.
-        labelled: the batch has labels, for what the model adds to its loss: its own loss function is replaced.
-        leads: the model's hidden states begin before the first label.
+        extra: further statistics of each token, in evaluation.
+        labelled: the model is called with labels, so that it computes what it adds to its loss; its own loss function
+            is replaced meanwhile.
+        leads: the model puts hidden states before those of the first label (prompt tokens, image patches).
     """
 
     labels: Tensor
@@ -103,7 +107,7 @@ class ScoringRequest:
     leads: bool = False
 
     def targets(self, length: int) -> Tensor:
-        """Return the label of each of ``length`` positions."""
+        """Return the label that each of ``length`` positions predicts, ``[B, length]``."""
         return self.labels if self.alignment is None else align_targets(self.labels, length, self.alignment)
 
 
@@ -131,21 +135,26 @@ class FusedHead:
         self._node: Any = None
         self._vocab_sizes: dict[tuple[Any, ...], int] = {}
         self._layer: nn.Module = self._find_layer()
-        self._core_forward = self._layer_forward = _missing
-        # the same objects at every call, so that torch.compile does not take them for new ones
+        self._core_forward = self._layer_forward = _outside_of_a_call
+        # bound once: torch.compile would recompile for new method objects
         self._replacements = (self._score_model, self._score_layer)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], request: ScoringRequest) -> ScoredOutput:
-        """Call the wrapped model on a batch and return the scores; with labels only as the request says.
+        """Call the wrapped model on a batch and return the scores.
+
+        Args:
+            model: the model or a wrapper of it.
+            batch: its inputs; with labels if and only if ``request.labelled``.
+            request: what to score.
 
         Raises:
-            FusedHeadError: if the model does not use its output layer as expected, or (at the first call) does
-                something with its logits that is not known here.
+            FusedHeadError: if the model does not use its output layer as expected, or (at the first call) changes its
+                logits in a way that the fused head does not reproduce.
         """
         with turn(self.core):
             self._model = model
             self._request, self._thread, self._grad_enabled = request, threading.get_ident(), torch.is_grad_enabled()
-            # its labels are known long before the device has the hidden states: ask for their rows now
+            # started now: the labels are known long before the device has computed the hidden states
             self._rows = ScoredRows(request.targets(request.labels.shape[-1]))
             key = self._state()
             self._compared = False
@@ -160,7 +169,7 @@ class FusedHead:
                         output = model(**batch)
             finally:
                 self._request = self._rows = self._result = self._raw = self._node = None
-                self._core_forward = self._layer_forward = _missing
+                self._core_forward = self._layer_forward = _outside_of_a_call
             if not isinstance(output, ScoredOutput):
                 raise FusedHeadError(f"{type(model).__name__} returned {type(output).__name__} instead of the scores")
             if self._compared:
@@ -169,7 +178,7 @@ class FusedHead:
 
     @property
     def checked(self) -> bool:
-        """Return whether the model was checked as it is now: in this mode, with this layer and these hooks."""
+        """Return whether the model has passed the check in its present mode, with its present layer and hooks."""
         return self._state() in self._checked
 
     def _state(self) -> tuple[Any, ...]:
@@ -204,7 +213,7 @@ class FusedHead:
     def _score_model(self, *args: Any, **kwargs: Any) -> ScoredOutput:
         return self._collect(self._core_forward(*args, **kwargs))
 
-    # the scoring is no graph that a compiler could improve, and it changes from step to step
+    # compiling would gain nothing here, and the options change from step to step, which would recompile
     @torch.compiler.disable
     def _score_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if threading.get_ident() != self._thread:
@@ -238,10 +247,10 @@ class FusedHead:
         if self.checked:
             return output_of(scores.loss, rows.new_zeros(()).expand(*rows.shape[:-1], head.vocab_size))
         if isinstance(head, ModuleHead) and torch.is_grad_enabled():
-            _refuse_strangers(self._layer_forward(rows), head, rows)
+            _refuse_foreign_parameters(self._layer_forward(rows), head, rows)
         with torch.no_grad():
             raw = self._layer_forward(rows)
-        # in float32 what the model does with them is exact enough to tell a factor of 0.999 from rounding
+        # in float32, rounding is small enough to notice even a factor of 0.999
         self._raw = raw if raw.dtype == torch.float64 else raw.float()
         output = output_of(scores.loss, self._raw)  # a copy: the model may go on with it in place
         self._node = output.grad_fn
@@ -264,7 +273,7 @@ class FusedHead:
         (scores, targets), self._result = self._result, None
         loss = loss_after(scores.loss, logits)
         assert loss is not None  # an objective was given
-        # a copy: PEFT adds the regularisation of AdaLoRA to it in place
+        # a copy, because PEFT adds AdaLoRA's regularisation to it in place
         return ScoredOutput(**{**vars(scores), "loss": loss.clone()}, targets=targets, added=added, tokens_loss=loss)
 
     def _other_loss(self) -> OtherLossError:
@@ -282,7 +291,7 @@ class FusedHead:
                 own = bias if own is None else own + bias
             return LinearHead(cast(Tensor, weight), own)
         if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
-            # DeepSpeed lets go of the weights of its parts before the gradients of a chunk are asked for
+            # DeepSpeed releases the weights of the layer's parts before the gradients of a chunk are computed
             raise FusedHeadError("the output layer is more than one linear layer, and sharded by ZeRO-3")
         forward = self._layer_forward if bias is None else _biased(self._layer_forward, bias)
         key = (id(layer), *(tuple(parameter.shape) for parameter in layer.parameters()))
@@ -302,10 +311,10 @@ class FusedHead:
         if any(id(leaf) not in known for leaf in leaves(logits, self._node)):
             raise FusedHeadError(f"{name} has something trainable behind its output layer")
         if bool(torch.isnan(raw).any()):
-            return  # broken weights are no answer to the question; the loss will say so
+            return  # with NaN in the weights nothing can be compared; the NaN loss is reported elsewhere
         real = logits.detach().to(raw.dtype)
         finite = torch.isfinite(mine)
-        # from the same numbers, so they differ by the roundings of the post-ops alone
+        # both come from the same numbers, so they may differ only by the rounding of the post-ops
         largest = float(torch.where(torch.isfinite(raw), raw, 0.0).abs().max())
         tolerance = (16 if logits.dtype == raw.dtype else 2) * torch.finfo(logits.dtype).eps * largest
         difference = torch.where(finite & torch.isfinite(real), (real - mine).abs(), 0.0)
@@ -317,10 +326,10 @@ class FusedHead:
         self._compared = True
 
 
-def _refuse_strangers(output: Tensor, head: ModuleHead, rows: Tensor) -> None:
-    """Find tensors that a head's output depends on beside its own parameters: their gradient would be lost."""
+def _refuse_foreign_parameters(output: Tensor, head: ModuleHead, rows: Tensor) -> None:
+    """Refuse a head whose output depends on a tensor besides its own parameters: its gradient would be lost."""
     known = {id(parameter) for parameter in head.parameters}
-    # what leads to the hidden states is the model's own graph
+    # what lies behind the hidden states belongs to the model and gets its gradient there
     if any(id(leaf) not in known and leaf is not rows for leaf in leaves(output, rows.grad_fn)):
         raise FusedHeadError("the output layer depends on a tensor that is not among its parameters")
 
@@ -337,5 +346,5 @@ def _some_rows(hidden: Tensor) -> Tensor:
     return sample.index_select(-2, places)
 
 
-def _missing(*args: Any, **kwargs: Any) -> Any:
+def _outside_of_a_call(*args: Any, **kwargs: Any) -> Any:
     raise FusedHeadError("the fused head is called outside of a scoring call")

@@ -20,15 +20,15 @@ FUSED_MODES = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a head is scored: the rule, what the model does after its head, and how the work is cut.
+    """The options for scoring inside a head: the scoring rule, the post-ops, the chunk size.
 
     Args:
-        objective: the rule to differentiate; None computes the statistics alone.
-        post: what the model does to the output of its head.
+        objective: the scoring rule to differentiate; None computes the statistics only.
+        post: the post-ops that turn the head's output into logits.
         entropy: also compute each token's entropy.
         chunk_tokens: rows of a chunk; None chooses for the device.
-        impl: which row pass.
-        extra: further columns to compute from the logits of each chunk, where no gradient is computed.
+        impl: which implementation of the row pass; see `linear_scoring_loss`.
+        extra: further statistics to compute from the logits of each chunk; only where no gradient is computed.
     """
 
     objective: Objective | None
@@ -67,11 +67,12 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class ModuleHead:
-    """Any other output layer, run chunk by chunk under autograd: LoRA on the head, quantised weights.
+    """Any other output layer, such as one with LoRA or quantised weights; run chunk by chunk under autograd.
 
     Args:
         forward: from hidden states ``[n, D]`` to the head's output ``[n, V]``.
-        parameters: every tensor that ``forward`` depends on and that may need a gradient.
+        parameters: every tensor that ``forward`` depends on and that may need a gradient; the gradient of any other
+            would be lost.
         vocab_size: V.
     """
 

@@ -1,8 +1,8 @@
-"""The row pass: turn a chunk of logits into its gradient, in place, and return what each row scored.
+"""The row pass: overwrite a chunk of logits with its gradient and return the score and statistics of each row.
 
-This is the middle of the fused head, written with plain torch operations for any device. The chunk is walked through
-in blocks of rows that stay in the processor's cache, each copied to float32 once: the logits are read once and written
-once whatever their dtype, and the arithmetic in between costs little beside the matrix products.
+It is the step between the matrix products of the fused head, in plain torch operations for any device. It works on
+blocks of rows that fit into the processor's cache, each converted to float32 once, so the logits are read from memory
+once and written once, and the arithmetic costs little next to the matrix products.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from ..rules.post_ops import PostOps
 from ..rules.rows import RowStatistics, gradient_in_place, row_blocks, statistics_columns, tail_statistics
 from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
-# A block of this many float32 entries and a second one of its size lie in a CPU's cache; other devices want few, large
-# operations instead.
+# Two blocks of this many float32 entries fit into a CPU's cache; other devices run fewer, larger operations faster.
 _CPU_BLOCK_ENTRIES = 2**20
 _DEVICE_BLOCK_ENTRIES = 2**26
 
 
 def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a number on the device; a fill does not wait for it, as a copy from the host would."""
+    """Return a number as a 0-d tensor on the device, by a fill: a copy from the host would wait for the device."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype, non_blocking=True)
     return torch.full((), value, dtype=dtype, device=device)
@@ -31,18 +30,17 @@ def row_pass(
     logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
     weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * score)`` by it.
+    """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * value)``.
 
     Equivalent plain torch: ``score_tokens(post(logits.float()), labels, objective)`` and its backward.
 
     Args:
-        logits: ``[n, V]`` output of the head, before the post-ops, any strides with contiguous rows; overwritten if
-            ``gradient``.
-        labels: ``[n]`` int64, every one in ``[0, V)``: ignored rows are dropped before.
-        objective: the rule; None computes the statistics alone.
+        logits: the head's output before the post-ops, ``[n, V]``, each row contiguous; overwritten if ``gradient``.
+        labels: ``[n]`` int64, every one in ``[0, V)``; the caller has dropped the ignored rows.
+        objective: the scoring rule; None computes the statistics only.
         post: the model's post-ops.
-        weight: factor of the gradient, of each row ``[n]`` or of all.
-        entropy: also compute the entropy of each row, which costs a further read.
+        weight: what each row's gradient is multiplied by: one for each row, ``[n]``, or one for all.
+        entropy: also compute the entropy of each row, which reads the logits once more.
         gradient: write the gradient.
 
     Returns:
@@ -52,7 +50,7 @@ def row_pass(
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
-    size = max(1, min(rows, entries // vocab_size))  # of `row_blocks`
+    size = max(1, min(rows, entries // vocab_size))  # the rows of a block, as `row_blocks` cuts them
     work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
     for part in row_blocks(logits, entries):
@@ -78,7 +76,7 @@ def row_pass(
 def _reduce(
     block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, work: Tensor
 ) -> tuple[RowStatistics, Tensor, Tensor]:
-    """Return the statistics of a block, its probabilities with the target's entry at zero, and a free buffer."""
+    """Return the statistics of a block, its probabilities with the target's entry set to 0, and a free buffer."""
     n = len(block)
     p, spare = work[0, :n], work[1, :n]
     z = block
@@ -97,20 +95,20 @@ def _reduce(
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
     entropy_sum = torch.zeros_like(confidence)
     if entropy:
-        # a masked logit is -inf and its p is 0, whose product would be NaN
+        # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
         below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
         entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
     miss = p.sum(-1)
     correct = shifted >= 0
-    # log S: where y is the largest, log1p keeps the digits that p_y has lost
+    # log S = log1p(sum of the others' exp) where y is the largest: exact for p_y -> 1, where log(S) loses digits
     log_normalizer = torch.where(correct, torch.log1p(miss / confidence), -confidence.log())
     row = RowStatistics(
         row_max=z_max.squeeze(-1).to(p.dtype),
         normalizer=1.0 / confidence,
         p_target=p_target,
         miss=miss,
-        off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm loses a hundred times more digits
+        off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm has a hundred times its rounding error
         nll=log_normalizer - shifted,
         correct=correct,
         mean_logit=mean,

@@ -1,7 +1,6 @@
-"""Scoring inside the output layer: from hidden states to the loss and its gradients, without a tensor of logits.
+"""`linear_scoring_loss`: the loss and its gradients from hidden states, without a full tensor of logits.
 
-`linear_scoring_loss` is the public function, `score_hidden` what it and the trainers' patched heads share. The work is
-done chunk by chunk in `dpsm_hf.head.chunked`.
+It and the trainers' `FusedHead` call `score_hidden`, which leaves the work to `dpsm_hf.head.chunked`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def linear_scoring_loss(
     impl: Implementation = "auto",
     rule_parameters: Mapping[str, float] | None = None,
 ) -> TokenScores:
-    """Score every token from its hidden state and the output layer's weight, never holding all the logits.
+    """Score every token from its hidden state and the output layer's weight, holding one chunk of logits at a time.
 
     Equivalent plain torch::
 
@@ -64,33 +63,37 @@ def linear_scoring_loss(
             causal model pass ``hidden[:, :-1]`` and ``input_ids[:, 1:]``.
         bias: ``[V]``, added to the head's output.
         scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`; ``alpha`` may be
-            a 0-d tensor, which is never waited for.
+            a 0-d tensor, which is read without a device synchronisation.
         logit_scale, logit_softcap: the model's post-ops, as in `PostOps`.
-        reduction: "mean" divides the sum over the scored tokens by ``num_items_in_batch``; "none" gives one value a
-            token, in the shape of the labels, and computes the logits a second time in the backward pass.
+        reduction: "mean" divides the sum over the scored tokens by ``num_items_in_batch``; "sum" does not divide;
+            "none" gives one value per token, in the shape of the labels, and computes the logits a second time in the
+            backward pass.
         num_items_in_batch: tokens of the whole optimizer step; None counts the scored tokens of this call.
-        ignore_index: label of tokens that are not scored. Their rows are dropped before any product.
+        ignore_index: label of tokens that are not scored. Their rows are dropped before any matrix product.
         entropy: also compute each token's entropy.
-        chunk_tokens: rows of a chunk; None takes 256 on a CPU, fewer (at least 128) where these would take more than
-            32 MiB, and 2,048 elsewhere, fewer where these would take more than 512 MiB.
+        chunk_tokens: rows of a chunk. None takes 256 on a CPU, or as many as fit into 32 MiB if fewer (at least 128);
+            elsewhere 2,048, or as many as fit into 512 MiB if fewer.
         impl: "torch" (in-place operations on any device), "triton" (one CUDA kernel for the row pass), "reference"
             (all logits at once), or "auto": triton on CUDA where it is installed, else torch.
-        rule_parameters: values of the rule's other parameters, by name.
+        rule_parameters: values of the rule's other parameters by name, such as ``{"gce_q": 0.5}``.
 
     Returns:
-        `TokenScores` with ``loss`` reduced as asked, and detached statistics ``[N]``; ``entropy`` is None unless asked
-        for.
+        `TokenScores` with ``loss`` reduced by ``reduction``, and detached statistics ``[N]``; its ``entropy`` is None
+        unless ``entropy=True``.
 
     Raises:
-        ValueError: for shapes or options that do not fit, or (on a CPU, at once) a label outside ``[0, V)``. On an
-            accelerator such a token makes the loss NaN instead, since looking would stall the device.
+        ValueError: for shapes or options that do not fit, or (on a CPU) a label outside ``[0, V)``. On an accelerator
+            such a label makes the loss NaN instead, since checking would synchronise with the device.
+
+    Sources: Hsu et al., "Liger Kernel" (2024); Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models"
+    (ICLR 2025).
     """
     _check_shapes(hidden_states, lm_head_weight, labels, bias)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown; choose mean, sum or none.")
     if reduction != "mean" and num_items_in_batch is not None:
         raise ValueError(
-            f"num_items_in_batch is the denominator of a mean, which reduction={reduction!r} has not; leave one out."
+            f"num_items_in_batch is the denominator of a mean, but reduction={reduction!r} takes none; leave one out."
         )
     own = further_parameters(scoring_rule, rule_parameters)
     objective = Objective(scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
@@ -127,16 +130,17 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
 
 
 class ScoredRows:
-    """Find the scored tokens of a batch; on a GPU the count is started before the forward, so that no one waits later.
+    """Find the scored tokens of a batch, on a GPU without stalling it.
 
-    How many there are decides the shapes of the matrix products, so the host has to know. Asked before the model's
-    forward and answered by the time its head is reached, the device has that whole forward queued meanwhile.
+    The host needs their number for the shapes of the matrix products. The count is started here, before the model's
+    forward is queued, and is ready by the time the host reaches the head; the device has the forward to work on
+    meanwhile.
     """
 
     def __init__(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
         self._scored = labels.reshape(-1) != ignore_index
         if labels.device.type == "cuda":
-            # scored tokens first, in their order: a prefix of known length is what is left to find
+            # a stable sort puts the scored tokens first in their order, so only the length of that prefix is missing
             self._order = (~self._scored).to(torch.int8).argsort(stable=True)
             self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
             self._count.copy_(self._scored.sum(), non_blocking=True)
@@ -156,10 +160,10 @@ class TokenLabels:
     """The labels of a batch, flattened to N, and which of them are scored.
 
     Args:
-        labels: ``[N]`` int64, valid everywhere: 0 where the token is not scored or its label is invalid.
-        scored: bool ``[N]``.
-        rows: indices of the scored tokens in order; None where all are.
-        invalid: bool ``[N]``, tokens with a label outside the vocabulary; None if it is known that there are none.
+        labels: ``[N]`` int64; 0 in place of a label that is ignored or invalid.
+        scored: bool ``[N]``, False where the label is ignored.
+        rows: indices of the scored tokens in order; None if all are scored.
+        invalid: bool ``[N]``, True for a label outside the vocabulary; None if there are known to be none.
     """
 
     labels: Tensor
@@ -171,7 +175,13 @@ class TokenLabels:
     def of(
         cls, labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX, rows: Tensor | None = None
     ) -> TokenLabels:
-        """Return the labels of a batch; ``rows`` where the caller already has them, without waiting for the device.
+        """Return the flattened and checked labels of a batch.
+
+        Args:
+            labels: of any shape.
+            vocab_size: V.
+            ignore_index: label of tokens that are not scored.
+            rows: indices of the scored tokens, if the caller has them; finding them synchronises with a GPU.
 
         Raises:
             ValueError: on a CPU, for a label outside ``[0, vocab_size)``.
@@ -190,7 +200,7 @@ class TokenLabels:
 
     @property
     def kept(self) -> Tensor:
-        """Return the labels of the scored tokens alone."""
+        """Return the labels of the scored tokens, ``[M]``."""
         return self.labels if self.rows is None else self.labels[self.rows]
 
 
@@ -198,21 +208,21 @@ class TokenLabels:
 def score_hidden(
     head: Head, hidden_states: Tensor, tokens: TokenLabels, options: HeadOptions, *, denominator: Tensor | int | None
 ) -> TokenScores:
-    """Score a batch inside its head.
+    """Score every token of a batch from its hidden state, by the head's output and the options.
 
     Args:
         head: the output layer.
         hidden_states: ``[..., D]``, flattened to N.
-        tokens: of the same N.
-        options: the rule, the post-ops, how to cut the work.
-        denominator: the loss is the sum over tokens divided by this; None gives ``[N]`` values, undivided.
+        tokens: the labels of the same N tokens.
+        options: the scoring rule, the post-ops, the chunk size.
+        denominator: the loss is the sum over tokens divided by this; None returns one value per token, ``[N]``.
     """
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     if options.impl == "reference":
         return _score_all_logits(head, hidden, tokens, options, denominator)
     parameters = head.parameters
     if not torch.is_grad_enabled():
-        # an autograd function is told that its inputs need gradients whether or not they are recorded
+        # under no_grad an autograd function still sees requires_grad of its inputs, and would compute gradients
         hidden, parameters = hidden.detach(), tuple(None if p is None else p.detach() for p in parameters)
     loss, values, statistics = ChunkedObjective.apply(
         hidden, head, tokens.kept, tokens.rows, options, denominator, *parameters

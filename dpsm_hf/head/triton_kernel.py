@@ -1,9 +1,10 @@
 """The row pass as one Triton kernel: two reads of a row of logits and one write of its gradient.
 
-The formula of a rule is the Triton function in its file of `rules.formulas`, which the kernel is compiled with. One
-program scores one row. The first read keeps a running maximum, and rescales ``u`` and ``Q`` when it moves (``Q`` by
-the square: no second exponential); the second read rebuilds ``p`` and stores the gradient where the logit stood. Score
-smoothing must know the normalizer before it can tell its tail, and reads once more in between.
+The formula of a rule is the function ``kernel`` in its file of `dpsm_hf.rules.formulas`, with which this kernel is
+compiled. One program scores one row. The first read keeps a running maximum and rescales ``u`` and ``Q`` (defined in
+`dpsm_hf.rules.rows`) when it changes, ``Q`` by the square of the factor; the second read recomputes ``p`` and
+overwrites each logit with its gradient. Score smoothing needs the normalizer to know its tail, and reads the row once
+more in between.
 
 Imported by `dpsm_hf.head.kernels` where Triton is installed.
 """
@@ -16,14 +17,14 @@ import triton.language as tl
 
 @triton.jit
 def _log1p(x):
-    # Kahan's: exact to rounding where 1 + x has lost the digits of x
+    # Kahan's correction: accurate for small x, where 1 + x loses the digits of x
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))
 
 
 @triton.jit
 def _tanh(x):
-    # (1 - e) / (1 + e) cancels near 0, where the series is exact to rounding
+    # (1 - e) / (1 + e) cancels near 0; there the Taylor series is accurate
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     square = x * x
@@ -55,7 +56,7 @@ def row_kernel(
     lanes = tl.arange(0, BLOCK)
     z_label = _post(tl.load(logits + label), scale, softcap, HAS_SOFTCAP)
 
-    # one sum a lane; only the maximum is reduced in every round
+    # each lane keeps its own sums, reduced once at the end; only the maximum is reduced in every round
     m = tl.maximum(z_label, -3.4028234e38)
     u_lanes = tl.zeros([BLOCK], tl.float32)
     q_lanes = tl.zeros([BLOCK], tl.float32)
@@ -72,7 +73,7 @@ def row_kernel(
         shifted = z - new_m
         e = tl.exp(shifted)
         if HAS_ENTROPY:
-            # a masked logit is -inf and its e is 0, whose product would be NaN
+            # a masked logit is -inf with e = 0, and 0 * -inf would be NaN
             entropy_lanes = moved * (entropy_lanes + (m - new_m) * u_lanes) + tl.where(e > 0, e * shifted, e)
         u_lanes = moved * u_lanes + e
         q_lanes = moved * moved * q_lanes + e * e
@@ -144,7 +145,7 @@ def row_kernel(
                 gradient = p_row * (a + b * p_row) + d
                 if SMOOTHING == 2:
                     gradient += tl.where(tl.exp(z - log_sum) < share, -unit, 0.0)
-                # selected before the one store: adding to a stored low-precision number would lose its digits
+                # computed in float32 and stored once: adding to a stored low-precision number would lose digits
                 gradient = tl.where(columns == label, target, gradient) * factor
                 if HAS_SOFTCAP:
                     t = z / softcap

@@ -1,1 +1,1 @@
-"""Time, memory, operations and energy of a step."""
+"""Measure what a step costs: time, memory, floating-point operations, energy."""

@@ -1,7 +1,7 @@
-"""Energy and utilisation of an NVIDIA GPU while something runs on it, read through NVML (the extra ``energy``).
+"""Measure energy and utilisation of an NVIDIA GPU through NVML (the extra ``energy``).
 
-What cannot be read is None, with a note that says why: never zero. NVML sees the whole GPU, so other programs on it
-are counted in.
+A value that cannot be read is None, never zero, with a note that says why. NVML measures the whole GPU, so other
+programs on it are included.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-#: Seconds between two samples of power and utilisation; NVML renews them about ten times a second.
+#: Seconds between two samples of power and utilisation; NVML updates them about ten times a second.
 INTERVAL = 0.1
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """What a GPU used.
+    """The energy and the utilisation of a GPU during a measurement.
 
     Args:
         seconds: wall-clock time of the measurement.
@@ -31,7 +31,7 @@ class GpuReading:
         watts: mean power, energy over time.
         utilisation_percent: mean share of time in which a kernel ran.
         samples: how often power and utilisation were read.
-        note: why something was not measured, empty if all was.
+        note: why a value was not measured; empty if all were.
     """
 
     seconds: float | None = None
@@ -44,10 +44,10 @@ class GpuReading:
 
 
 class GpuMeter:
-    """Measure energy and utilisation of a GPU for the length of a context.
+    """Measure energy and utilisation of a GPU during a context.
 
-    The GPU's own counter of energy is preferred (Volta and later); without it, samples of its power are integrated by
-    the trapezoidal rule. The counter moves about ten times a second, so measure for some seconds.
+    The GPU's own energy counter is used if it has one (Volta and later); without it, samples of its power are
+    integrated by the trapezoidal rule. The counter is updated about ten times a second, so measure for some seconds.
 
     Example::
 
@@ -56,10 +56,10 @@ class GpuMeter:
         print(meter.reading.joules)
 
     Args:
-        device: that of the work; anything but CUDA is not measured.
+        device: the device that works; only CUDA is measured.
         interval: seconds between samples.
         nvml: the module ``pynvml``; None imports it.
-        clock: seconds, rising.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GpuMeter:
         self._started = self._clock()
         if self._handle is not None:
             self._counter = self._read_counter()
-            self._sample(use=False)  # the first utilisation would be of the time before
+            self._sample(use=False)  # utilisation read now would be that of the time before
             self._thread = threading.Thread(target=self._watch, name="gpu-meter", daemon=True)
             self._thread.start()
         return self
@@ -122,23 +122,23 @@ class GpuMeter:
             self._nvml.nvmlShutdown()
             return None, f"NVML does not know the GPU ({error})"
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Return NVML's answer, None where this GPU has none."""
+    def _read(self, function: Callable[[Any], Any]) -> Any:
+        """Return what a function of NVML returns for this GPU; None if the GPU does not support it."""
         try:
-            return question(self._handle)
+            return function(self._handle)
         except self._nvml.NVMLError as error:
             self._why = self._why or str(error)
             return None
 
     def _read_counter(self) -> float | None:
-        millijoules = self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
+        millijoules = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if millijoules is None else millijoules / 1000
 
     def _sample(self, use: bool = True) -> None:
-        milliwatts = self._ask(self._nvml.nvmlDeviceGetPowerUsage)
+        milliwatts = self._read(self._nvml.nvmlDeviceGetPowerUsage)
         if milliwatts is not None:
             self._power.append((self._clock(), milliwatts / 1000))
-        rates = self._ask(self._nvml.nvmlDeviceGetUtilizationRates) if use else None
+        rates = self._read(self._nvml.nvmlDeviceGetUtilizationRates) if use else None
         if rates is not None:
             self._use.append(float(rates.gpu))
 
@@ -148,7 +148,7 @@ class GpuMeter:
 
     def _conclude(self, counter: float | None, seconds: float) -> GpuReading:
         joules, source = None, None
-        # the counter begins anew when the driver is loaded again
+        # the counter restarts from 0 when the driver is reloaded
         if self._counter is not None and counter is not None and counter > self._counter:
             joules, source = counter - self._counter, "counter"
         elif len(self._power) > 1:
@@ -166,6 +166,6 @@ def integrate(samples: Sequence[tuple[float, float]]) -> float:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Return the name by which NVML knows a GPU; its index would miss what CUDA_VISIBLE_DEVICES leaves out."""
+    """Return a GPU's UUID in NVML's spelling; its index may differ, since NVML ignores CUDA_VISIBLE_DEVICES."""
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"

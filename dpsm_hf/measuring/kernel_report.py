@@ -31,12 +31,12 @@ VARIANTS: dict[str, tuple[Objective | None, PostOps]] = {
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What the assembler says of one compiled kernel.
+    """The resources of one compiled kernel, as reported by the assembler.
 
     Args:
-        registers: of each thread.
-        spill_bytes: stored to and loaded from local memory for want of registers.
-        shared_bytes: of each program.
+        registers: registers of each thread.
+        spill_bytes: bytes stored to and loaded from local memory because registers ran out.
+        shared_bytes: shared memory of each program.
     """
 
     registers: int
@@ -47,14 +47,14 @@ class CompiledKernel:
 def compile_ahead(
     architecture: int, dtype: str, objective: Objective | None, post: PostOps, vocab_size: int = 50257
 ) -> CompiledKernel:
-    """Compile the kernel for a GPU that need not be there.
+    """Compile the kernel for a GPU architecture, without such a GPU.
 
     Args:
         architecture: compute capability times ten: 80, 90.
         dtype: of the logits: "fp32", "bf16" or "fp16".
-        objective: the rule; None computes statistics alone.
+        objective: the scoring rule; None computes the statistics only.
         post: the model's post-ops.
-        vocab_size: chooses block size and warps.
+        vocab_size: V, which determines block size and warps.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -72,7 +72,7 @@ def compile_ahead(
         "parameters": ("fp32",) * len(objective.parameters if objective is not None else ()),
         **dict.fromkeys(fixed, "constexpr"),
     }  # fmt: skip
-    # as at run time: pointers of allocations and the row's stride (64 entries) are multiples of 16
+    # as at run time: pointers and the stride of a row (a multiple of 64 entries) are multiples of 16
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(7)}
     source = ASTSource(row_kernel, signature, constexprs=fixed, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)

@@ -1,4 +1,4 @@
-"""What measurements share: peak memory of a call, processes of their own, percentiles, and the name of the machine."""
+"""Helpers for measuring: peak memory of a call, a measuring process's environment, percentiles, machine, commit."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..runtime.processor import processor_name
 
 MIB = 2**20
 
-#: Environment of a process whose memory is measured: malloc gives memory of at least this size back at once, so that
-#: a high-water mark is a sum of live tensors. Times are not to be measured in it.
+#: Environment for a process whose memory is measured: malloc returns freed blocks from this size (bytes) on to the
+#: system at once, so that the peak of the process is the peak of its live tensors. It is too slow to measure times.
 EXACT_MEMORY: Mapping[str, str] = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 _M_MMAP_THRESHOLD = -3
 
 
 def peak_above(run: Callable[[], object], device: torch.device) -> float | None:
-    """Return the MiB that a call needs at its peak beyond what was there before; None where that is not known.
+    """Return the peak memory of a call in MiB, beyond what was in use before; None if it cannot be measured.
 
-    On CUDA what PyTorch's allocator had handed out at most. On a CPU under Linux the kernel's high-water mark of the
-    process; meanwhile malloc gives back at once what is freed, from 64 KiB on: the mark is then a peak of live
-    tensors, and not of what an allocator keeps for later.
+    On CUDA it is the peak of PyTorch's allocator. On a CPU under Linux it is the kernel's peak of the resident memory
+    of the process; during the call malloc returns freed blocks of 64 KiB and more to the system at once, so that the
+    peak is that of live tensors.
 
     Args:
         run: the call.
-        device: that it computes on.
+        device: the device it computes on.
     """
     gc.collect()
     if device.type == "cuda":
@@ -56,38 +56,38 @@ def peak_above(run: Callable[[], object], device: torch.device) -> float | None:
     try:
         run()
     finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # where glibc's own rule ends up with large tensors
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # the value that glibc itself settles at with large tensors
     return process_memory("VmHWM") - before
 
 
 def process_memory(name: str) -> float:
-    """Return a line of /proc/self/status in MiB: ``VmRSS`` now, ``VmHWM`` at most."""
+    """Return an entry of /proc/self/status in MiB, such as ``VmRSS`` (resident memory) or ``VmHWM`` (its peak)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return a percentile of at least one value by linear interpolation; the share 0.5 is the median."""
+    """Return the quantile ``share`` of at least one value by linear interpolation; 0.5 is the median."""
     return float(np.quantile(values, share))
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """Return the median, the tenth and the ninetieth percentile of values, and how many there are."""
+    """Return the median, the 10th and the 90th percentile of values, and their number."""
     shares = {"median": 0.5, "p10": 0.1, "p90": 0.9}
     return {**{name: percentile(values, share) for name, share in shares.items()}, "samples": len(values)}
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name for a record: the GPU's, or the processor's with the threads in use."""
+    """Return a device's name for a record: the GPU's model, or the processor's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} cores, {processor_name()}"
 
 
 def commit() -> str:
-    """Return the short commit hash of this package, marked where its files differ from it.
+    """Return the short commit hash of this package, with ``-dirty`` if its files differ from the commit.
 
-    Where it is no checkout, a hash of its sources: equal for equal code.
+    Without a checkout it is ``source-`` and a hash of the sources, which is equal for equal code.
     """
     if _git("ls-files", "--error-unmatch", "version.py") is None:
         return f"source-{source_hash()}"
@@ -96,7 +96,7 @@ def commit() -> str:
 
 
 def source_hash() -> str:
-    """Return 12 hexadecimal digits of the SHA-256 of this package's sources, for telling one state from another."""
+    """Return the first 12 hexadecimal digits of the SHA-256 of this package's sources."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         content = path.read_bytes()
@@ -113,9 +113,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def own_process_environment(exact_memory: bool) -> dict[str, str]:
-    """Return the environment of a child that measures: it finds this package, and malloc does as the measure needs."""
+    """Return the environment for a measuring child process, in which it can import this package.
+
+    Args:
+        exact_memory: add `EXACT_MEMORY`, for measuring memory.
+    """
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # as in the runs of a campaign, see `runtime.child_process`: on cores that others use too, spinning threads crawl
+    # as in the runs of a campaign (`runtime.child_process`): on shared cores, spinning threads are very slow
     environment.setdefault("GOMP_SPINCOUNT", "30000")
     return {**environment, **EXACT_MEMORY} if exact_memory else environment

@@ -1,4 +1,4 @@
-"""Where a step's time goes by named range, and how many operations its matrix products are."""
+"""Profile a step: its time by named range, and the floating-point operations of its matrix products."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 
 from ..runtime.ranges import RANGES
 
-#: The range around all others: one whole optimizer step.
+#: The outermost range: one whole optimizer step.
 STEP = "step"
 
 
 @dataclass
 class RangeTime:
-    """The time of a named range, added up over its calls.
+    """The time of a named range, summed over its calls.
 
     Args:
         calls: how often it was entered.
-        cpu_ms: wall-clock time of the thread that was in it.
+        cpu_ms: wall-clock time on the host, in milliseconds.
         own_cpu_ms: the same without the named ranges inside it.
-        device_ms: time of the kernels that were launched in it; None where there is no accelerator.
-        own_device_ms: the same without those launched in the named ranges inside it.
+        device_ms: time of the kernels launched in it, in milliseconds; None without an accelerator.
+        own_device_ms: the same without the kernels launched in the named ranges inside it.
     """
 
     calls: int = 0
@@ -39,6 +39,8 @@ class RangeTime:
 
 @dataclass
 class _Interval:
+    """One call of a named range in a profile: times in microseconds, ``around`` from the outermost range inwards."""
+
     name: str
     start: float
     end: float
@@ -51,8 +53,9 @@ def profile_by_range(step: Callable[[], object], device: torch.device) -> dict[s
     """Return the time of one step by named range, with `STEP` for the whole.
 
     Args:
-        step: does one optimizer step; the first step under a profiler is slow, so one is thrown away.
-        device: that it computes on.
+        step: does one optimizer step. It is called twice, and only the second call counts: the first one under a
+            profiler is slow.
+        device: the device it computes on.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -69,12 +72,13 @@ def profile_by_range(step: Callable[[], object], device: torch.device) -> dict[s
 def times_by_range(events: Iterable[Any], kernels: bool) -> dict[str, RangeTime]:
     """Return the time of each named range of a profile.
 
-    A range lies in another if its time does: the backward pass of an accelerator runs in a thread of its own while
-    the range ``backward`` waits for it. A kernel belongs to the innermost range in which it was launched.
+    A range counts as inside another if its time lies within the other's, also in another thread: on an accelerator
+    autograd runs the backward pass in a thread of its own while the range ``backward`` waits for it. A kernel belongs
+    to the innermost range in which it was launched.
 
     Args:
-        events: of `torch.profiler.profile.events`.
-        kernels: whether there are kernels to add up.
+        events: what `torch.profiler.profile.events` returns.
+        kernels: whether the profile has kernels of an accelerator.
     """
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     names = {STEP, *RANGES}
@@ -98,7 +102,7 @@ def times_by_range(events: Iterable[Any], kernels: bool) -> dict[str, RangeTime]
         time.own_cpu_ms += length - interval.inside / 1000
         own_device[interval.name] += interval.kernels / 1000
         names_around = {outer.name for outer in interval.around}
-        # a range in one of its own name (scoring a row in a head in a head) is counted once
+        # a range inside another call of the same range is counted once
         if interval.name not in names_around:
             time.calls += 1
             time.cpu_ms += length
@@ -120,12 +124,12 @@ def _add_kernels(events: Iterable[Any], intervals: list[_Interval]) -> None:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of the matrix products of a call; a multiplication with its addition is two.
+    """The floating-point operations of the matrix products of a call; a multiply-add counts as two.
 
     Args:
-        total: all of them.
-        by_operator: the same by operator of PyTorch.
-        not_counted: what the number leaves out.
+        total: their number.
+        by_operator: the number by PyTorch operator.
+        not_counted: what the numbers leave out, in words.
     """
 
     total: int
@@ -133,20 +137,20 @@ class Flops:
     not_counted: str
 
 
-#: What is never counted: nothing but matrix products and attention is.
+#: What `count_flops` never counts: it counts matrix products and attention only.
 ELEMENTWISE = "element-wise work (softmax, row pass, layer norms, the optimizer)"
 
 
 def count_flops(run: Callable[[], object], *, compiled: bool = False) -> Flops:
-    """Count the operations of a call with `torch.utils.flop_counter`.
+    """Count the floating-point operations of a call with `torch.utils.flop_counter`.
 
-    The products of the fused head are counted where they run, in the forward pass, though they are most of what the
-    head's backward pass is in an ordinary model. Beyond torch's own list this knows oneDNN's linear layer, attention
-    on a CPU, and products into a wider number type.
+    The fused head computes its gradients in the forward pass, and their matrix products are counted there. In addition
+    to the operators that torch knows, oneDNN's linear layer, attention on a CPU, and products with a wider result
+    dtype are counted.
 
     Args:
         run: the call.
-        compiled: that the model is compiled, whose products are out of the counter's sight.
+        compiled: whether the model is compiled; the counter cannot see its products, and ``not_counted`` says so.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with counter:
@@ -159,7 +163,7 @@ def count_flops(run: Callable[[], object], *, compiled: bool = False) -> Flops:
 def _formulas() -> dict[Any, Any]:
     aten = torch.ops.aten
     found: dict[Any, Any] = {
-        # torch's own formulas trip over the dtype of the result, which the fused head asks for on CUDA
+        # torch's own formulas fail on the argument out_dtype, which the fused head passes on CUDA
         aten.mm: lambda a, b, *_, **__: mm_flop(a, b),
         aten.addmm: lambda bias, a, b, *_, **__: mm_flop(a, b),
     }
@@ -184,7 +188,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    # the scores again, and two products for each of the two of the forward pass
+    # the attention scores once more, and two products for each of the two of the forward pass
     batch, heads, length, width = query
     scores = bmm_flop((batch * heads, length, width), (batch * heads, width, key[2]))
     return scores + 2 * _attention(query, key, value)

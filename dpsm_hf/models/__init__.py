@@ -1,4 +1,4 @@
-"""Facts about a language model: vocabulary, which label a row of logits predicts, output layer, bytes of tokens."""
+"""Facts about a language model: vocabulary, label alignment, own loss, output layer, bytes of tokens."""
 
 from .language_model import label_alignment
 

@@ -1,4 +1,4 @@
-"""A cheap fingerprint of a model's weights: has it changed since the last look?"""
+"""A cheap fingerprint of a model's weights, to see whether they have changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .language_model import core_model
 
 
 def fingerprint(model: nn.Module) -> Any:
-    """Return a value that compares unequal after the weights were written to or the adapters switched.
+    """Return a value that differs once weights were written to or adapters were switched.
 
-    A write in place raises a tensor's version counter, except through ``.data`` and in fused optimizer kernels; so
-    three numbers of every tensor are read too. A write through ``.data`` to other single weights goes unnoticed.
+    An in-place write raises a tensor's version counter, except through ``.data`` and in fused optimizer kernels;
+    therefore three numbers of every tensor are compared as well. A write through ``.data`` that leaves these three
+    numbers as they are is not noticed.
 
     Args:
-        model: the language model, wrapped or not.
+        model: the language model, possibly wrapped.
     """
     core = core_model(model)
     parameters = list(core.parameters())
@@ -33,13 +34,13 @@ def fingerprint(model: nn.Module) -> Any:
 
 
 def _probes(parameters: list[nn.Parameter]) -> list[bytes]:
-    """Return the first, middle and last number of every tensor that is not sharded, as bytes for each device."""
-    # Not of shards: processes would see different numbers, and one alone might decide to fit a temperature again.
+    """Return the first, middle and last number of every tensor that is not sharded, one byte string per device."""
+    # Shards are left out: processes would see different numbers, and only some might decide to refit a temperature.
     whole = [p.detach() for p in parameters if p.numel() and not p.is_meta and not isinstance(p, DTensor)]
     whole = [values for values in whole if values.is_floating_point() and values.element_size() > 1]
     by_device: dict[torch.device, list[Tensor]] = {}
     for values in whole:
         places = torch.tensor([0, values.numel() // 2, values.numel() - 1], device=values.device)
         by_device.setdefault(values.device, []).append(values.take(places).float())
-    # as bytes, since NaN is not equal to itself
+    # as bytes, because NaN does not equal itself
     return [torch.cat(parts).cpu().numpy().tobytes() for parts in by_device.values()]

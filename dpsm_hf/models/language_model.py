@@ -1,4 +1,4 @@
-"""What a trainer has to know about a model: its vocabulary, which label each row of logits is scored against."""
+"""What a trainer has to know about a model: its core, its vocabulary, and which label each row of logits predicts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from ..rules.losses import IGNORE_INDEX
 
 Alignment = Literal["shifted", "aligned"]
 
-# Decoders whose forward scores row t against label t although their names say "CausalLM": their users shift the labels
-# beforehand.
+# Decoders that compare row t of the logits with label t, unlike other causal models: their users shift the labels.
 _UNSHIFTED_CAUSAL_LMS = frozenset(
     {
         "BartForCausalLM",
@@ -56,7 +55,7 @@ _ALIGNED = (
     | _class_names(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     | {"EncoderDecoderModel", "SpeechEncoderDecoderModel", "VisionEncoderDecoderModel"}
 )
-# Of these an encoder-decoder is aligned and a decoder shifted: what hears or sees may be either.
+# Of these classes encoder-decoders are aligned and decoders are shifted; models of speech or images may be either.
 _LANGUAGE_MODELS = _class_names(
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -65,19 +64,19 @@ _LANGUAGE_MODELS = _class_names(
 )
 
 
-# What models said when they were asked.
-_ASKED: weakref.WeakKeyDictionary[nn.Module, Alignment] = weakref.WeakKeyDictionary()
+# The alignment that `dpsm_hf.models.own_loss` measured on a model's first batch.
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, Alignment] = weakref.WeakKeyDictionary()
 
-# Kinds of prompt learning whose virtual tokens are input like others; prefixes are keys and values without logits.
+# Kinds of prompt learning whose virtual tokens are inputs with logits; in prefix tuning they are keys and values only.
 _PROMPTS_WITH_LOGITS = frozenset({PeftType.PROMPT_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.P_TUNING})
 
-# Keys of a batch that only the loss uses; Trainer adds skip_logits where Liger has replaced the forward.
+# Keys of a batch that only the loss uses; Trainer adds skip_logits when Liger has replaced the forward.
 _FOR_THE_LOSS = ("labels", "shift_labels", "skip_logits")
 
 
 def core_model(model: nn.Module) -> nn.Module:
-    """Return the language model inside wrappers of torch.compile, data parallelism and PEFT."""
-    while (inner := _wrapped(model)) is not None:  # wrappers can be nested in any order
+    """Return the language model inside its wrappers: torch.compile, data parallelism, PEFT, in any order."""
+    while (inner := _wrapped(model)) is not None:
         model = inner
     return cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
 
@@ -98,7 +97,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Return the number of logits per token, or None if the model does not say."""
+    """Return the number of logits per token, V; None if neither output layer nor configuration has it."""
     core = core_model(model)
     head = core.get_output_embeddings() if isinstance(core, PreTrainedModel) else None
     if head is not None and hasattr(head, "out_features"):
@@ -109,13 +108,13 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def label_alignment(model: nn.Module) -> Alignment | None:
     """Return which label row ``t`` of the logits predicts: "shifted" ``t + 1``, "aligned" ``t``; None if unknown.
 
-    What the model said when it was asked (`dpsm_hf.models.own_loss`) counts. Before its first scored batch, classes
-    are looked up by name in Transformers' tables: the class that defines ``forward``, since a subclass with its own
-    forward may compute another loss.
+    After the first scored batch this is what `dpsm_hf.models.own_loss` measured. Before, the class is looked up by
+    name in Transformers' tables: the class that defines ``forward``, since a subclass with its own forward may compute
+    another loss.
     """
     core = core_model(model)
-    if core in _ASKED:
-        return _ASKED[core]
+    if core in _MEASURED:
+        return _MEASURED[core]
     name = next(base for base in type(core).__mro__ if "forward" in vars(base)).__name__
     if name in _ALIGNED:
         return "aligned"
@@ -125,12 +124,12 @@ def label_alignment(model: nn.Module) -> Alignment | None:
 
 
 def remember_alignment(core: nn.Module, alignment: Alignment) -> None:
-    """Keep what a model answered, for `label_alignment`."""
-    _ASKED[core] = alignment
+    """Store the measured alignment of a model, for `label_alignment`."""
+    _MEASURED[core] = alignment
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """Return how many positions PEFT's prompt tuning puts before the text, which no label belongs to."""
+    """Return how many positions without labels PEFT's prompt tuning puts before the text."""
     inner: nn.Module | None = model
     while inner is not None:
         if isinstance(inner, PeftModel):
@@ -142,7 +141,10 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def loss_in(outputs: Any) -> Tensor | None:
-    """Return the loss in the outputs of a model that was given labels: named, first in a tuple, or the only tensor."""
+    """Return the loss in a model's outputs: the one named so, the first of a tuple, or the only tensor; None if none.
+
+    The model must have been given labels: without, a tuple does not begin with a loss.
+    """
     if isinstance(outputs, Mapping):
         loss = outputs.get("loss")
     else:
@@ -151,9 +153,10 @@ def loss_in(outputs: Any) -> Tensor | None:
 
 
 def logits_in(outputs: Any) -> Tensor | None:
-    """Return the logits in the outputs of a model: named, the first of a tuple that is no number, or the only tensor.
+    """Return the logits in a model's outputs: the tensor named so, the first of a tuple with two or more dimensions.
 
-    A tuple begins with those of loss, router loss and logits that the model computed.
+    A tuple holds, in this order, those of loss, router loss and logits that the model computed. An output that is a
+    single tensor of two or more dimensions is taken for the logits. None if there are none.
     """
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits")
@@ -165,16 +168,16 @@ def logits_in(outputs: Any) -> Tensor | None:
 
 
 def check_positions(model: nn.Module, labels: Tensor, length: int, *, leads: bool) -> None:
-    """Refuse labels that do not belong to the positions of a model's logits one by one.
+    """Refuse labels of another length than the model's logits, where which belongs to which cannot be known.
 
     Args:
         model: the language model, possibly wrapped.
         labels: ``[B, labels]``.
         length: positions of the model's logits.
-        leads: whether the model's logits begin before the labels, with those of an image, say.
+        leads: whether the model's logits begin with positions that have no label, such as those of an image.
 
     Raises:
-        ValueError: if labels are missing.
+        ValueError: if there are more logits than labels, virtual tokens not counted, and ``leads`` is False.
     """
     virtual = virtual_tokens(model)
     if leads or length <= labels.shape[-1] + virtual:
@@ -188,10 +191,10 @@ def check_positions(model: nn.Module, labels: Tensor, length: int, *, leads: boo
 
 
 def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
-    """Return the label that each of ``length`` positions of the model's output is scored against, ``[B, length]``.
+    """Return the label that each of ``length`` positions of the logits is scored against, ``[B, length]``.
 
-    Virtual tokens before the text (PEFT's prompt tuning) are not scored, except that the last one predicts the first
-    label where labels are shifted.
+    Positions before the text (virtual tokens of PEFT's prompt tuning, images) are not scored, except that with shifted
+    labels the last of them predicts the first label.
 
     Args:
         labels: ``[B, labels]``, -100 where nothing is scored.
@@ -199,7 +202,7 @@ def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
         alignment: of the model.
 
     Raises:
-        ValueError: if the model's output is shorter than the labels.
+        ValueError: if there are fewer logits than labels.
     """
     virtual = length - labels.shape[-1]
     if virtual < 0:
@@ -213,7 +216,7 @@ def align_targets(labels: Tensor, length: int, alignment: Alignment) -> Tensor:
 
 
 def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch without labels, with decoder inputs made from them where the model needs those.
+    """Return a batch without labels; for an encoder-decoder, with decoder inputs made from them if it has none.
 
     Raises:
         ValueError: if an encoder-decoder cannot make its decoder inputs from the labels.
@@ -228,9 +231,9 @@ def inputs_without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[s
 
 
 def _decoder_input_ids(core: nn.Module, labels: Tensor) -> Tensor:
-    """Return what a decoder is fed for these labels: by the model's own method, or shifted to the right by one.
+    """Return the decoder inputs for these labels: by the model's own method, or the labels shifted right by one.
 
-    That these are what the model itself would have made of its labels is checked at the first batch.
+    `dpsm_hf.models.own_loss` checks on the first batch that the model makes the same of its labels.
     """
     prepare = getattr(core, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
@@ -257,11 +260,11 @@ def _token_of_decoder(core: nn.Module, name: str) -> int | None:
 
 
 def end_tokens(core: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a text; empty if neither model nor tokenizer names one.
+    """Return the ids of the end-of-sequence tokens; empty if neither model nor tokenizer has one.
 
     Args:
         core: the language model without wrappers.
-        tokenizer: used where neither the generation config nor the config names one.
+        tokenizer: used if neither the generation config nor the config has one.
     """
     for source in (getattr(core, "generation_config", None), getattr(core, "config", None), tokenizer):
         found = getattr(source, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""A model's output layer, and the scaling, capping and bias that turn its output into logits."""
+"""A model's output layer, and the scale, the soft cap and the bias that turn its output into logits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from ..rules.post_ops import PostOps
 
-# Granite divides logits by ``config.logits_scaling``. These multiply by it; the next scale the hidden states instead.
+# Granite divides its logits by ``config.logits_scaling``. Of the models with that setting, these multiply instead:
 _MULTIPLIED_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_seed"})
+# and these scale the hidden states before the output layer:
 _SCALED_BEFORE_THE_HEAD = frozenset({"minicpm3"})
 
 
 def output_layer(core: nn.Module) -> nn.Module | None:
-    """Return the layer from hidden states to logits, unwrapped from PEFT's ``modules_to_save``; None if unknown.
+    """Return the output layer, from hidden states to logits; None if there is none to be found.
+
+    It is what ``get_output_embeddings()`` returns, or else ``lm_head``; of PEFT's ``modules_to_save`` the active copy.
 
     Args:
-        core: the language model without wrappers; its ``get_output_embeddings()`` is asked, then ``lm_head``.
+        core: the language model without wrappers.
     """
     find = getattr(core, "get_output_embeddings", None)
     layer = find() if callable(find) else None
@@ -31,11 +34,11 @@ def output_layer(core: nn.Module) -> nn.Module | None:
 
 
 def post_ops(core: nn.Module) -> PostOps:
-    """Return scale and cap that the model applies to the output of its layer, read from its configuration.
+    """Return the post-ops that the model applies to the output of its output layer, from its configuration.
 
     ``logit_scale`` multiplies (Cohere), ``logits_scaling`` divides (Granite; HyperCLOVA-X multiplies),
-    ``lm_head_multiplier`` multiplies (Falcon H1), ``final_logit_softcapping`` caps (Gemma 2 and what follows it;
-    RecurrentGemma calls it ``logits_soft_cap``). The check of the first batch detects a model that does anything else.
+    ``lm_head_multiplier`` multiplies (Falcon H1), ``final_logit_softcapping`` caps (Gemma 2 and later; RecurrentGemma
+    calls it ``logits_soft_cap``). `FusedHead` checks on the first batch that the model does nothing else.
     """
     config: Any = getattr(core, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

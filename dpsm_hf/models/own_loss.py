@@ -1,8 +1,8 @@
-"""What a model's own loss is made of: asked of the model itself, with a few rows of the first batch.
+"""What a model's own loss consists of, measured by calling the model on a few rows of the first batch.
 
-Two questions are answered here. Which label does a row of logits predict? And does the model add anything to the
-cross-entropy of its tokens, such as the load balancing of its experts? Models of Transformers 5 compute cross-entropy
-through ``self.loss_function``; replaced by zero for the length of one call, it leaves exactly what the forward adds.
+`own_loss` finds out two things: which label a row of logits predicts, and whether the model adds something to the
+cross-entropy of its tokens, such as the load balancing of experts. Models of Transformers 5 compute cross-entropy by
+``self.loss_function``; if that returns zero during one call, the loss is exactly what the forward adds.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from .language_model import (
 
 logger = logging.get_logger(__name__)
 
-# Keys of batches of text alone, which can be cut to a part of their length.
+# A batch with no other keys is text only and can be cut to a part of its length.
 _TEXT = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"})
-# Full logits are made of no more tokens than these, where the batch can be cut.
+# Full logits are computed for at most this many tokens, if the batch can be cut.
 _POSITIONS = 128
 
-# Two threads that call one model with something replaced in it take turns: each puts back what it found.
+# Threads that replace something in one model take turns: each has to restore what it found.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def turn(core: nn.Module) -> threading.RLock:
-    """Return the lock of a model, to be held while anything in it is replaced."""
+    """Return the lock of a model, to be held while a function or method of it is replaced."""
     return _LOCKS.setdefault(core, threading.RLock())
 
 
@@ -58,7 +58,7 @@ def turn(core: nn.Module) -> threading.RLock:
 
 
 class LossReplacement:
-    """A function in place of a model's loss function, which returns zero and counts how often it is called."""
+    """A stand-in for a model's loss function that returns zero and counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -66,14 +66,14 @@ class LossReplacement:
         self.logits: Tensor | None = None
         self._thread: int | None = None
         self._original: Callable[..., Any] | None = None
-        # one object for good, so that torch.compile does not take it for a new one at every call
+        # made once: torch.compile would recompile for a new function object
         self._function = self._make()
 
     def _make(self) -> Callable[..., Any]:
         def no_loss(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 if self._thread not in (None, threading.get_ident()) and self._original is not None:
-                    return self._original(*args, **kwargs)  # somebody else's call
+                    return self._original(*args, **kwargs)  # a call from another thread, which is to get its loss
                 self.calls += 1
             given = (*args, *kwargs.values())
             like = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
@@ -85,11 +85,11 @@ class LossReplacement:
 
     @contextlib.contextmanager
     def active(self, core: nn.Module, *, any_thread: bool = False) -> Iterator[LossReplacement]:
-        """Replace the loss function of one model for the length of a context.
+        """Replace the loss function of one model during a context, and restore it afterwards.
 
         Args:
             core: the language model without wrappers.
-            any_thread: also for calls from other threads, such as those of data parallelism.
+            any_thread: also replace it for calls from other threads, such as those of data parallelism.
         """
         with turn(core):
             before = vars(core).get("_loss_function")
@@ -110,32 +110,32 @@ _REPLACEMENTS: weakref.WeakKeyDictionary[nn.Module, LossReplacement] = weakref.W
 
 
 def replacement_of(core: nn.Module) -> LossReplacement:
-    """Return the replacement of a model's loss function, always the same one."""
+    """Return the replacement for a model's loss function, the same object at every call."""
     return _REPLACEMENTS.setdefault(core, LossReplacement())
 
 
-# ---- what is found out ---------------------------------------------------------------------------------------------
+# ---- the result ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """What a model's own loss is made of."""
+    """What a model's own loss consists of."""
 
     alignment: Alignment  #: which label a row of its logits predicts
-    #: it is computed by one call of ``self.loss_function``: with that replaced, the forward may be given labels
+    #: The forward calls ``self.loss_function`` exactly once; with that replaced, the model may be given labels.
     replaceable: bool = False
-    #: more is added than cross-entropy, and not to what ``self.loss_function`` returns
+    #: The loss is more than the cross-entropy of the tokens, and that part cannot be had by the replacement.
     adds: bool = False
-    #: its logits begin before the first label, with those of an image, say
+    #: The logits begin with positions that have no label, such as those of an image.
     leads: bool = False
 
     def code(self) -> int:
-        """Return a number for each possible answer, from 1 on."""
+        """Return the number of this result, from 1 on, to send it to other processes."""
         return 1 + get_args(Alignment).index(self.alignment) + 2 * self.replaceable + 4 * self.adds + 8 * self.leads
 
     @classmethod
     def decoded(cls, code: int) -> OwnLoss:
-        """Return the answer that a number stands for."""
+        """Return the result with this number."""
         bits = code - 1
         return cls(get_args(Alignment)[bits & 1], bool(bits & 2), bool(bits & 4), bool(bits & 8))
 
@@ -148,20 +148,21 @@ _OF_INSTANCE: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], OwnLoss
 
 
 def own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
-    """Return what a model's own loss is made of; asked at its first scored batch, remembered by class and settings.
+    """Return what a model's own loss consists of; measured on its first scored batch, then remembered.
 
-    Every process must call it, and all get the same answer.
+    It is remembered by model class, configuration and the flags in the batch. Every process must call this, and all
+    get the same result.
 
     Args:
-        model: the trainer's; called without gradient, in evaluation mode so that no random number is drawn.
+        model: the trainer's; called without gradient and in evaluation mode, so that no random number is drawn.
         inputs: a batch with ``labels``.
 
     Returns:
-        The answer, or None where no process has a label that is scored, or the logits are not finite.
+        The result; None if no process has a scored label, or the logits are not finite.
 
     Raises:
         ValueError: if the model's loss is not the cross-entropy of its logits plus something that does not depend on
-            the labels, or if processes find different answers.
+            the labels, or if processes get different results.
     """
     core = core_model(model)
     flags = tuple(sorted((key, value) for key, value in inputs.items() if isinstance(value, (bool, str))))
@@ -171,7 +172,7 @@ def own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
     key = _class_key(model, core, flags)
     found = None if key is None else _KNOWN.get(key)
     if found is None:
-        found = _ask_together(model, inputs)
+        found = _measure_on_all_processes(model, inputs)
         if found is None:
             return None
         if key is not None:
@@ -182,31 +183,31 @@ def own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
 
 
 def correct_own_loss(core: nn.Module, found: OwnLoss) -> None:
-    """Replace what is remembered of one model, which in training does otherwise than in evaluation mode."""
+    """Replace what is remembered of a model whose loss in training turned out to differ from evaluation mode."""
     kept = _OF_INSTANCE.setdefault(core, {})
     for flags in kept:
         kept[flags] = found
 
 
 def _class_key(model: nn.Module, core: nn.Module, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return what determines a model's loss; None where a class and a configuration do not."""
+    """Return the key by which models share a result; None if class and configuration do not determine the loss."""
     if not isinstance(core, PreTrainedModel):
         return None
     try:
         config = core.config.to_json_string(use_diff=False)
-    except (TypeError, ValueError):  # a configuration that cannot be written
+    except (TypeError, ValueError):  # a configuration that is not serialisable
         return None
     forward = vars(core).get("forward")
     own = getattr(forward, "__qualname__", type(forward).__name__)
     return type(core), type(core).forward, own, core.loss_function, config, virtual_tokens(model), flags
 
 
-def _ask_together(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
-    """Ask on every process, and agree: whoever has no label takes the answer of the others."""
+def _measure_on_all_processes(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
+    """Measure on every process and compare; a process without a scored label takes the result of the others."""
     found: OwnLoss | None = None
     failure: Exception | None = None
     try:
-        found = _ask(model, inputs)
+        found = _measure(model, inputs)
     except Exception as error:
         failure = error
     if process_number() > 1:
@@ -216,12 +217,13 @@ def _ask_together(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None
         codes = [code for code in range(1, _CODES) if float(counts[code])]
         if failure is None and float(counts[_FAILED]):
             failure = ValueError(
-                f"the loss of {type(core_model(model)).__name__} is not understood on another process, which says why."
+                f"the loss of {type(core_model(model)).__name__} could not be determined on another process; see the "
+                "error of that process."
             )
         if failure is None and len(codes) > 1:
             failure = ValueError(
                 f"processes find different losses in {type(core_model(model)).__name__}: "
-                f"{[OwnLoss.decoded(code) for code in codes]}. Do all of them have the same model and kind of batch?"
+                f"{[OwnLoss.decoded(code) for code in codes]}. Give all of them the same model and kind of batch."
             )
         found = OwnLoss.decoded(codes[0]) if codes else None
     if failure is not None:
@@ -229,14 +231,14 @@ def _ask_together(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None
     return found
 
 
-# ---- how it is found out -------------------------------------------------------------------------------------------
+# ---- the measurement -----------------------------------------------------------------------------------------------
 
 
-def _ask(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
+def _measure(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
     core = core_model(model)
     vocabulary = vocabulary_size(model)
     labels = inputs["labels"]
-    if vocabulary is not None:  # a wrong one is reported where it is scored; here it would stop the device
+    if vocabulary is not None:  # an invalid label is reported by the scorer; on a GPU it would crash the process here
         labels = labels.masked_fill((labels < 0) | (labels >= vocabulary), IGNORE_INDEX)
     kept = {key: value for key, value in inputs.items() if key not in ("shift_labels", "skip_logits")}
     whole = {**kept, "labels": labels}
@@ -244,36 +246,37 @@ def _ask(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
         small = _part(core, whole)
         if small is not whole:
             try:
-                return _Question(model, core, small).answer()
+                return _LossMeasurement(model, core, small).result()
             except _UnlikeOwnLossError:
                 raise
             except Exception as error:
                 if _out_of_memory(error):
                     raise
-                # a part of the batch need not be one: images, say, can be anybody's
-        return _Question(model, core, whole).answer()
+                # cutting may break a batch: which row an image belongs to, for example, cannot be seen from its tensor
+        return _LossMeasurement(model, core, whole).result()
 
 
 class _UnlikeOwnLossError(ValueError):
-    """The model's loss is not that of its logits."""
+    """The model's loss is not the cross-entropy of its logits."""
 
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-class _Question:
-    """The calls of a model that show what its loss is made of.
+class _LossMeasurement:
+    """The calls of a model that show what its loss consists of.
 
-    Its loss is compared with the cross-entropy of its logits for all labels and for every other one: what it adds does
-    not depend on them, a wrong alignment does. An untrained model's losses are all near log V; then a label in the
-    first place alone decides, for which an aligned model has a loss and a shifted one has none.
+    Its loss is compared with the cross-entropy of its logits in both alignments, for all labels and for every other
+    one: in the right alignment the difference is the same for both, since what the model adds does not depend on the
+    labels. An untrained model's losses are all near log V, so both alignments can fit; then a batch whose only label
+    is at the first position decides, for which an aligned model has a loss and a shifted one has none.
     """
 
     def __init__(self, model: nn.Module, core: nn.Module, batch: dict[str, Any]) -> None:
         self.model, self.core, self.batch, self.labels = model, core, batch, batch["labels"]
 
-    def answer(self) -> OwnLoss | None:
+    def result(self) -> OwnLoss | None:
         labels, core = self.labels, self.core
         try:
             output = self.model(**self.batch)
@@ -282,7 +285,7 @@ class _Question:
             if not _out_of_memory(error):
                 self._check_shapes()
             raise
-        # the labels are about to change, and what the decoder is fed must not
+        # made once, since the labels change below and the decoder inputs must not
         fed = inputs_without_labels(self.model, self.batch)
         replaceable, added = False, 0.0
         loss = None
@@ -295,14 +298,14 @@ class _Question:
             replaceable = replacement.calls == 1
             scored_logits = replacement.logits
             if replaceable and logits is not None and scored_logits is not None and _has_hooks(self.model):
-                # a hook may have changed the logits after the model computed its loss: that is what is asked for
+                # a hook may have changed the logits after the loss was computed; compare those that it came from
                 logits = scored_logits if scored_logits.shape == logits.shape else logits
         if replaceable and loss is not None:
             added = float(loss.float().mean())
         else:
             try:
                 logits = logits_in(self.model(**fed))
-            except TypeError as error:  # a forward that cannot do without labels
+            except TypeError as error:  # a forward that requires labels
                 raise self._unlike(own, {}, logits) from error
         scored = labels != IGNORE_INDEX
         every_other = labels.masked_fill(~scored | (scored.flatten().cumsum(0).view_as(scored) % 2 == 0), IGNORE_INDEX)
@@ -324,20 +327,20 @@ class _Question:
             found[alignment] = entropies[0]
             rests = [value - entropy for value, entropy in zip(values, entropies, strict=True)]  # type: ignore[operator]
             expected = added if replaceable else rests[0]
-            # a half without a label that is scored has no loss
+            # if every other label leaves none to score, that loss is NaN, which must count as fitting
             if abs(rests[0] - expected) <= tolerance and not abs(rests[1] - expected) > tolerance:
                 fits[alignment] = rests[0]
         if not fits and fed.keys() > self.batch.keys() - {"labels"} and math.isfinite(values[0]):
             given = loss_in(self.model(**fed, labels=labels))
             if given is not None and abs(float(given.float().mean()) - values[0]) > tolerance:
-                raise self._fed_otherwise(values[0], float(given.float().mean()))
+                raise self._other_decoder_inputs(values[0], float(given.float().mean()))
         if not fits:
             if not math.isfinite(values[0]) and not any(map(math.isfinite, found.values())):
-                return None  # broken weights are no answer; the loss will say so
+                return None  # with NaN in the weights nothing can be compared; the NaN loss is reported elsewhere
             raise self._unlike(own, found, logits)
         if len(fits) > 1:
             rest = next(iter(fits.values()))
-            has_loss = alone is not None and float(alone.float().mean()) - rest > tolerance  # not for NaN
+            has_loss = alone is not None and float(alone.float().mean()) - rest > tolerance  # False for NaN
             chosen_alignment: Alignment = "aligned" if has_loss else "shifted"
             fits = {chosen_alignment: fits[chosen_alignment]}
         [(alignment, rest)] = fits.items()
@@ -346,18 +349,18 @@ class _Question:
         return OwnLoss(alignment, replaceable, adds, leading > 0)
 
     def _check_shapes(self) -> None:
-        """Raise in plain words what a model cannot compute a loss of."""
+        """Raise a readable error if the model failed because its labels do not fit its logits."""
         logits = logits_in(self.model(**inputs_without_labels(self.model, self.batch)))
         if logits is not None and logits.dim() > 1:
             check_positions(self.model, self.labels, logits.shape[-2], leads=False)
             align_targets(self.labels, logits.shape[-2], "aligned")
 
-    def _fed_otherwise(self, own: float, given: float) -> ValueError:
+    def _other_decoder_inputs(self, own: float, given: float) -> ValueError:
         return _UnlikeOwnLossError(
-            f"{type(self.core).__name__} feeds its decoder something else when it is given labels alone: its own loss "
-            f"on the first batch is {own}, but {given} with decoder_input_ids that are the labels shifted to the "
-            "right by one. Add to the batches what its decoder is to be fed, decoder_input_ids and "
-            "decoder_attention_mask (DataCollatorForSeq2Seq(tokenizer, model=model) adds the former for a model with "
+            f"{type(self.core).__name__} makes other decoder inputs from its labels than DPSM: its own loss on the "
+            f"first batch is {own}, but {given} with decoder_input_ids that are the labels shifted to the right by "
+            "one. Add decoder_input_ids and decoder_attention_mask to the batches "
+            "(DataCollatorForSeq2Seq(tokenizer, model=model) adds the former for a model with "
             "prepare_decoder_input_ids_from_labels)."
         )
 
@@ -382,7 +385,7 @@ class _Question:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, alignment: Alignment) -> float | None:
-    """Return the mean over the labels that are scored; None where the shapes do not fit."""
+    """Return the mean cross-entropy over the scored labels; None if the shapes do not fit."""
     if (
         logits.dim() != labels.dim() + 1
         or logits.shape[:-2] != labels.shape[:-1]
@@ -396,7 +399,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, alignment: Alignment) -> floa
 
 
 def _precise(core: nn.Module, *tensors: Tensor) -> bool:
-    """Return whether a loss was computed in float32 throughout."""
+    """Return whether a loss was computed in float32 or float64 throughout."""
     halves = (torch.float16, torch.bfloat16)
     dtypes = {tensor.dtype for tensor in tensors} | {getattr(core, "dtype", torch.float32)}
     return not dtypes & set(halves) and not torch.is_autocast_enabled(tensors[0].device.type)
@@ -407,14 +410,18 @@ def _has_hooks(model: nn.Module) -> bool:
 
 
 def _routes(core: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether the model adds the load balancing of its experts, which can be near zero in one batch."""
     asked = batch.get("output_router_logits")
     return bool(getattr(getattr(core, "config", None), "output_router_logits", False) if asked is None else asked)
 
 
 @contextlib.contextmanager
 def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Call a model without gradient, without compiling it anew, and leave no trace: modes, counts and random state."""
-    # a router may widen its capacity for a long text, say
+    """A context for calling a model without gradient, compilation or lasting effect.
+
+    Afterwards the training mode, plain attributes (counters, for example) and the random state are as before.
+    """
+    # plain attributes too: some models change one in their forward, such as a router its capacity for a long text
     before = [(module, _plain_attributes(module)) for module in model.modules()]
     tensor = next(model.parameters(), None)
     device = None if tensor is None or tensor.device.type in ("cpu", "meta", "mps") else tensor.device
@@ -433,13 +440,13 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers, texts and flags of a module, but for Transformers' mark of the hooks that it has."""
+    """Return a module's attributes that are numbers, strings or flags, without Transformers' note of its hooks."""
     kept = (bool, int, float, str)
     return {k: v for k, v in vars(module).items() if isinstance(v, kept) and k != "_output_capturing_hooks_installed"}
 
 
 def _part(core: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a few rows of a batch, and of a long text a part; the batch itself where it cannot be cut."""
+    """Return the batch cut to a few rows, and long text to a part of its length; uncut if it cannot be cut."""
     labels = batch["labels"]
     if labels.dim() < 2:
         return batch

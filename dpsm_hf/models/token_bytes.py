@@ -1,4 +1,4 @@
-"""Bytes of text per token, for the metric bits per byte."""
+"""The number of bytes of text in each token, for the metric bits per byte."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def token_bytes(tokenizer: Any) -> Tensor | None:
-    """Return the length in bytes of each token's text, int64 ``[V]``, or None where tokens do not determine it.
+    """Return the length in bytes of each token's text, int64 ``[V]``; None if it is not fixed for each token.
 
-    They do in byte-level vocabularies (GPT-2, Llama 3, Qwen, RoBERTa, BART), where every character is one byte.
-    SentencePiece adds and drops spaces at the edges of texts, so its tokens do not add up to the text. Special tokens
-    have 0 bytes. Where a tokenizer normalises texts, bytes are those of the normalised text.
+    It is fixed in byte-level vocabularies (GPT-2, Llama 3, Qwen, RoBERTa, BART), where each character of a token
+    stands for one byte. SentencePiece adds and drops spaces at the edges of texts, so its tokens do not add up to the
+    text. Special tokens have 0 bytes. If the tokenizer normalises text, the bytes are those of the normalised text.
 
     Args:
-        tokenizer: of Transformers, or None; only fast tokenizers are supported, the result is None for others.
+        tokenizer: a fast tokenizer of Transformers; for any other, and for None, the result is None.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

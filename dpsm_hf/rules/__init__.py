@@ -1,1 +1,1 @@
-"""The formulas: value and gradient of every scoring rule from the scalars of a row, and the schedules of alpha."""
+"""The scoring rules, each with its value and gradient per token, and the schedules of alpha."""

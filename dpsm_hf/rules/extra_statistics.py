@@ -1,4 +1,4 @@
-"""Further numbers of each token for an evaluation, taken from a chunk of logits before it is freed."""
+"""Further statistics of each token for an evaluation, computed from a chunk of logits before it is freed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _BLOCK_ENTRIES = 2**22
 
 @dataclass(frozen=True)
 class ExtraStatistics:
-    """Further columns for each scored token; none of them is ever kept for the vocabulary.
+    """Further statistics to compute for each scored token: a few columns per token, never ``[N, V]``.
 
     Args:
-        temperature: also score the token from ``logits / temperature``.
-        moments_at: the NLL of the token from ``logits / T`` at this T, and its first and second derivative by log T.
-        classes: int64 ``[K]``, tokens whose probability is wanted wherever a token is scored.
+        temperature: T at which the token is scored again, from ``logits / T``: the columns of `STATISTICS`.
+        moments_at: T at which to compute the token's NLL from ``logits / T`` and its first and second derivative with
+            respect to log T: the columns of `MOMENTS`.
+        classes: int64 ``[K]``, token ids whose predicted probabilities are kept at every scored token.
     """
 
     temperature: float | None = None
@@ -37,7 +38,7 @@ class ExtraStatistics:
         return scaled + moments + (0 if self.classes is None else len(self.classes))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the columns of some rows, ``[n, width]`` in float32 (float64 for float64).
+        """Return the columns for some rows of logits, ``[n, width]`` in float32 (float64 for float64 logits).
 
         Args:
             logits: ``[n, V]``, after the model's post-ops; not changed.
@@ -59,7 +60,10 @@ class ExtraStatistics:
         return found
 
     def split(self, columns: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        """Return the columns ``[N, width]`` as scaled statistics, moments, and class probabilities ``[N, K]``."""
+        """Split the columns ``[N, width]`` into statistics at the temperature, moments, and probabilities ``[N, K]``.
+
+        The first two are by name, and empty where they were not asked for; the last is then None.
+        """
         parts = list(columns.unbind(-1))
         scaled = {name: parts.pop(0) for name in STATISTICS} if self.temperature is not None else {}
         moments = {name: parts.pop(0) for name in MOMENTS} if self.moments_at is not None else {}
@@ -67,14 +71,15 @@ class ExtraStatistics:
 
 
 def _moments(u: Tensor, labels: Tensor) -> list[Tensor]:
-    """Return ``nll``, ``d nll / d log T = H - nll`` and ``d2 nll / d log T**2 = nll - H + Var_p(log p)``.
+    """Return ``nll``, ``d nll / d log T = H - nll`` and ``d2 nll / d log T**2 = nll - H + Var_p(log p)``; ``[n]``.
 
-    With ``u = z / T`` it is ``du / d log T = -u``: the mean of u over p comes in, the normalizer less the entropy H.
+    ``u = z / T`` are the scaled logits, H is the entropy of ``p = softmax(u)``. They follow from
+    ``du / d log T = -u`` and ``E_p[u] = logsumexp(u) - H``.
     """
     log_p = torch.log_softmax(u, -1)
     p = log_p.exp()
     nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    log_p = log_p.clamp_min(torch.finfo(u.dtype).min)  # a masked logit has p = 0, and 0 * -inf is no number
+    log_p = log_p.clamp_min(torch.finfo(u.dtype).min)  # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
     mean = (p * log_p).sum(-1)
     variance = (p * (log_p - mean.unsqueeze(-1)).square().clamp_max(torch.finfo(u.dtype).max)).sum(-1)
     entropy = -mean

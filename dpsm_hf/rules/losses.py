@@ -25,19 +25,21 @@ _CHUNK_ENTRIES = 2**24
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a batch of N tokens scored, each tensor of shape ``[N]`` and 0 (False) where the label is ignored.
+    """The loss and the statistics of a batch of N tokens.
+
+    Each tensor has shape ``[N]`` and is 0 (False) where the label is ignored. All but ``loss`` are detached.
 
     Args:
-        loss: the objective of each token, differentiable by the logits (from `linear_scoring_loss`: reduced as asked,
-            differentiable by its inputs); None when none was asked for.
+        loss: the objective of each token, differentiable with respect to the logits (from `linear_scoring_loss`:
+            reduced by its ``reduction``, differentiable with respect to its inputs); None without an objective.
         scored: bool, False where the label is ``ignore_index``.
-        nll: ``-log p_y`` in nats, detached, as are all that follow.
+        nll: ``-log p_y`` in nats.
         brier: ``sum_j (p_j - [j = y])**2``, in [0, 2].
         spherical: ``1 - p_y / ||p||``, in [0, 1].
         confidence: ``max_j p_j``.
         correct: 1.0 where the label has the largest logit.
-        entropy: ``-sum_j p_j log p_j`` in nats; None where it was not asked for.
-        extra: ``[N, width]``, the columns of `ExtraStatistics`; None where none were asked for.
+        entropy: ``-sum_j p_j log p_j`` in nats; None if it was not requested.
+        extra: ``[N, width]``, the columns of `ExtraStatistics`; None if none were requested.
     """
 
     loss: Tensor | None
@@ -71,13 +73,16 @@ def score_tokens(
     Args:
         logits: ``[..., V]``; the leading dimensions are flattened to N.
         labels: same leading shape, int64 in ``[0, V)`` or ``ignore_index``.
-        objective: the rule to differentiate; None computes the detached statistics alone.
+        objective: the scoring rule to differentiate; None computes the statistics only.
         ignore_index: label of tokens that are not scored.
-        extra: further columns to compute for each token.
+        extra: further statistics to compute for each token.
+
+    Returns:
+        `TokenScores`, with one loss per token.
 
     Raises:
-        ValueError: if the shapes disagree, or (on a CPU, at once) if a label lies outside ``[0, V)``. On an
-            accelerator such a token's loss is NaN instead, since looking would stall the device.
+        ValueError: if the shapes disagree, or (on a CPU) if a label lies outside ``[0, V)``. On an accelerator the
+            loss of such a token is NaN instead, since checking would synchronise with the device.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, "
@@ -104,7 +109,7 @@ def score_tokens(
 
 
 def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> str:
-    """Return the sentence that names the first label outside ``[0, V)``, or "" when there is none."""
+    """Return an error message that names the first label outside ``[0, V)`` and the remedies; "" if there is none."""
     invalid = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if not bool(invalid.any()):
         return ""
@@ -117,7 +122,11 @@ def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int =
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Refuse a backward pass with create_graph=True, where once_differentiable returns a gradient without a graph."""
+    """Refuse a backward pass with create_graph=True; `once_differentiable` would return a gradient without a graph.
+
+    Raises:
+        RuntimeError: in such a pass, naming the function ``name``.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the scoring rules have no second derivative: call backward without create_graph=True (a penalty on "
@@ -126,7 +135,10 @@ def refuse_second_derivative(name: str) -> None:
 
 
 class _TokenObjective(torch.autograd.Function):
-    """Per-token value of an objective; the backward rebuilds each chunk's probabilities from its row maxima."""
+    """The objective of each token as an autograd function.
+
+    It saves the maximum and the normalizer of each row, from which the backward pass recomputes the probabilities.
+    """
 
     @staticmethod
     def forward(
@@ -160,37 +172,37 @@ class _TokenObjective(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         for rows in row_blocks(logits, _CHUNK_ENTRIES):
             row_max, normalizer = row_scalars[:, rows]
-            # scaling the coefficients scales the whole row, for [N] instead of [N, V] multiplications
+            # scaling the coefficients scales the whole row: [N] multiplications instead of [N, V]
             a, b, d, e, target = coefficients[:, rows] * grad_loss[rows]
             score = RowScore(grad_loss[rows], a, b, d, e, target)
             part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold)
-            # stored, not multiplied by 0: the logits of a padding position may be NaN
+            # set to 0, not multiplied by 0: the logits of a padding position may be NaN
             gradient[rows] = part.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
         return gradient, None, None, None
 
 
 class DPSMLoss(nn.Module):
-    """Train with ``(1 - alpha) * CE + alpha * Brier``, alpha rising over the first steps, in a loop of your own.
+    """The loss ``(1 - alpha) * CE + alpha * Brier`` with scheduled alpha, for a training loop of your own.
 
     Args:
         vocab_size: V; logits of any other width are refused.
         warmup_steps: training calls over which alpha rises from ``alpha_start`` to ``alpha_end`` (a number below 1
             is a share of ``total_steps``).
-        schedule: a name that `get_alpha_schedule` knows, or an `AlphaSchedule`. "feedback" needs held-out metrics
-            and therefore a trainer.
-        reduction: "mean" over the scored tokens (0 when there is none), "sum", or "none" for one value a token in the
-            shape of the targets, 0 where ignored.
+        schedule: a name that `get_alpha_schedule` knows, or an `AlphaSchedule`. "feedback" is refused: it needs
+            held-out metrics and therefore a trainer.
+        reduction: "mean" over the scored tokens (0 when there is none), "sum", or "none" for one value per token in
+            the shape of the targets, 0 where ignored.
         ignore_index: target of tokens that are not scored.
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
         fixed_alpha: the same alpha at every call, in place of a schedule.
         scoring_rule, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
-        rule_parameters: values of the rule's other parameters, by name.
+        rule_parameters: values of the rule's other parameters by name, such as ``{"gce_q": 0.5}``.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
-    goes on at the same alpha. A training call counts itself first: of ``warmup_steps=W`` the first one has alpha 1/W,
-    as in the method's own code. (`DPSMTrainer` takes alpha of finished steps: its first has alpha 0.)
-    In evaluation mode the loss is taken at the alpha of the last training call and nothing advances.
+    continues at the same alpha. A call counts itself: with ``warmup_steps=W`` the first training call has alpha 1/W,
+    as in the method's own code. (In `DPSMTrainer` alpha follows the finished steps, so its first step has alpha 0.)
+    In evaluation mode the loss uses the alpha of the last training call, and the count stays.
 
     Example::
 
@@ -250,13 +262,13 @@ class DPSMLoss(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """Return the Brier weight that the next call uses, in the mode that the module is in."""
+        """Return the Brier weight of the next call, in the present mode (training or evaluation)."""
         return self.schedule(int(self.global_step) + self.training, self.total_steps)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of ``logits`` ``[B, T, V]`` or ``[N, V]`` against ``targets`` ``[B, T]`` or ``[N]``.
 
-        Targets are taken as aligned with the logits: for a causal model pass ``logits[:, :-1]`` and ``ids[:, 1:]``.
+        Targets must be aligned with the logits: for a causal model pass ``logits[:, :-1]`` and ``ids[:, 1:]``.
         """
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(f"the logits have {logits.shape[-1]} entries a token, but DPSMLoss was made for "

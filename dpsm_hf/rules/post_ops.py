@@ -1,4 +1,4 @@
-"""The scale and the soft cap between a model's head and its logits."""
+"""The post-ops: the scale and the soft cap that some models apply to the output of their head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PostOps:
-    """What a model does to the output of its head before it calls it logits.
+    """The scale and the soft cap that turn the output of a model's head into its logits.
 
     ``logits = softcap * tanh(scale * z / softcap)``; without ``softcap``, ``logits = scale * z``.
 
@@ -34,7 +34,7 @@ class PostOps:
             )
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return the logits that the head's output ``z`` becomes."""
+        """Return the logits for the head's output ``z``, of any shape."""
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)

@@ -1,4 +1,4 @@
-"""All scoring rules, found in `dpsm_hf.rules.formulas`: a new rule is one new file there and nothing else.
+"""The table of all scoring rules, found in `dpsm_hf.rules.formulas`: to add a rule, add one file there.
 
 ``python -m dpsm_hf.rules.registry docs/losses.md`` rewrites the table of the rules in the documentation.
 """
@@ -32,13 +32,13 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def rule_parameter(name: str) -> Any:
-    """Return the dataclass field of a rule's parameter."""
+    """Return the dataclass field for a rule's parameter, with its default and its help text."""
     parameter = PARAMETERS[name]
     return field(default=parameter.default, metadata={"help": f"dpsm_hf: {parameter.help}"})
 
 
 def with_rule_parameters(cls: _Class) -> _Class:
-    """Add a field for every parameter of a rule that a class does not declare itself; stands below ``@dataclass``."""
+    """Add to a class a field for every rule parameter it does not declare; a decorator, used below ``@dataclass``."""
     for name in PARAMETERS:
         if name not in cls.__annotations__:
             cls.__annotations__[name] = float
@@ -47,10 +47,10 @@ def with_rule_parameters(cls: _Class) -> _Class:
 
 
 def further_parameters(scoring_rule: str, given: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the given values of parameters that a function has no argument of its own for.
+    """Check ``rule_parameters`` and return them: the parameters for which functions have no argument of their own.
 
     Raises:
-        ValueError: naming a parameter that the rule does not have.
+        ValueError: naming a parameter that the rule does not have, or that has an argument (``focal_gamma``).
     """
     known = (
         [p.name for p in RULES[scoring_rule].parameters if p.name != "focal_gamma"] if scoring_rule in RULES else []
@@ -65,7 +65,7 @@ def further_parameters(scoring_rule: str, given: Mapping[str, float] | None) -> 
 
 
 def documented(text: str) -> str:
-    """Return a page of the documentation with the table of the rules in its place."""
+    """Return the text of a documentation page with its table of the rules made anew."""
     lines = ["| `scoring_rule` | value of a token | strictly proper | range | source |", "|---|---|---|---|---|"]
     lines += [f"| `{r.name}` | {r.formula} | {r.proper} | {r.bounds} | {r.source} |" for r in RULES.values()]
     return re.sub(r"\| `scoring_rule` \|(.*\n)+?(?=\n)", lambda _: "\n".join(lines) + "\n", text, count=1)

@@ -1,13 +1,13 @@
-"""The few scalars of a row of logits that scoring rules are computed from, a row's gradient, and what a rule is.
+"""The statistics of a row of logits that every scoring rule is computed from, the gradient of a row, and `Rule`.
 
-For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)`` every rule here has a value that depends on the
-row only through the *row statistics*, and a gradient of one form::
+For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)``, the value of every rule here depends on the row
+only through a few scalars, the *row statistics*, and its gradient has one form::
 
     dL/dz_j = a * p_j + b * p_j**2 + d + e * [p_j < tail_threshold]    for j != y,        dL/dz_y = target
 
-so nothing of size ``[N, V]`` but the logits and their gradient is ever needed: no one-hot, no stored softmax. The
-target is kept out of the sums (``u``, ``Q`` below), hence ``1 - p_y = u / S`` and ``||p||**2 - p_y**2 = Q / S**2``
-keep all their digits as ``p_y -> 1``, where the textbook forms cancel::
+So nothing of size ``[N, V]`` is needed except the logits and their gradient: no one-hot, no stored softmax. The sums
+``u`` and ``Q`` below leave out the target, so that ``1 - p_y = u / S`` and ``||p||**2 - p_y**2 = Q / S**2`` are
+accurate as ``p_y -> 1``, where the textbook forms cancel::
 
     m = max z    e_j = exp(z_j - m)    u = sum_{j != y} e_j    Q = sum_{j != y} e_j**2    S = u + e_y
     p_y = e_y / S        q = 1 - p_y = u / S        r = Q / S**2        ||p||**2 = p_y**2 + r
@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: What is reported of every scored token; entropy is the last, and there only where it is asked for.
+#: The statistics of every scored token; entropy, the last, is computed only if it is requested.
 STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
 
 
 class RowStatistics(NamedTuple):
-    """The scalars of each row that every rule is computed from; all of shape ``[N]``, float32 or float64."""
+    """The scalars of each row that every rule is computed from, each ``[N]``, float32 or float64."""
 
     row_max: Tensor  # m = max_j z_j
     normalizer: Tensor  # S = sum_j exp(z_j - m)
@@ -62,13 +62,13 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
-    """Reduce each row of logits to the scalars of `RowStatistics`, in float32 at least.
+    """Reduce each row of logits to the scalars of `RowStatistics`, in float32 (float64 for float64 logits).
 
-    Equivalent plain torch, but for digits lost near ``p_y = 1``: ``p = logits.float().softmax(-1)``,
+    Equivalent plain torch, but accurate near ``p_y = 1``: ``p = logits.float().softmax(-1)``,
     ``p_target = p.gather(-1, labels)``, ``off_norm = (p**2).sum(-1) - p_target**2`` and so on.
 
     Args:
-        logits: ``[N, V]`` of any floating dtype; float64 is kept.
+        logits: ``[N, V]`` of any floating dtype.
         labels: ``[N]`` int64, each in ``[0, V)``.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -78,7 +78,7 @@ def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
     weight = shifted.exp()
     target_shifted = shifted.gather(-1, index).squeeze(-1)
     target_weight = weight.gather(-1, index).squeeze(-1)
-    # exp(-inf) * -inf would be NaN for vocabulary entries that a model masks out
+    # a masked logit is -inf with weight 0, and 0 * -inf would be NaN
     entropy_sum = (weight * shifted.clamp_min(torch.finfo(z.dtype).min)).sum(-1)
     weight = weight.scatter_(-1, index, 0.0)
     others = weight.sum(-1)
@@ -105,14 +105,14 @@ def statistics_columns(row: RowStatistics, entropy: bool = True) -> Tensor:
 
 
 class RowScore(NamedTuple):
-    """Value and gradient coefficients of a rule, one of each for a row; see the module's first formula."""
+    """The value and the gradient coefficients of a rule for each row; they stand in the module's first formula."""
 
     value: Tensor
     a: Tensor | float  # times p_j
     b: Tensor | float  # times p_j**2
     d: Tensor | float  # constant over the row
-    e: Tensor | float  # on the tail, p_j < tail_threshold
-    target: Tensor  # the whole gradient of the target's logit
+    e: Tensor | float  # added where p_j < tail_threshold
+    target: Tensor  # the gradient of the target's logit
 
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
@@ -124,7 +124,7 @@ class RowScore(NamedTuple):
 
 
 def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return for each row the count of ``p_j < threshold`` and the sum of their ``-log p_j``; both ``[N]``."""
+    """Return for each row the number of ``p_j < threshold`` and the sum of their ``-log p_j``; both ``[N]``."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     log_p = z - row.log_normalizer.unsqueeze(-1)
     masked = log_p.exp() < threshold
@@ -134,7 +134,7 @@ def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tup
 def logits_gradient(
     logits: Tensor, labels: Tensor, row_max: Tensor, normalizer: Tensor, score: RowScore, threshold: float | None
 ) -> Tensor:
-    """Return the gradient of each row's score by its logits, ``[N, V]`` in float32 (float64 for float64 logits)."""
+    """Return the gradient of each row's score with respect to its logits, ``[N, V]``, in float32 or float64."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     p = (z - row_max.unsqueeze(-1)).exp_().div_(normalizer.unsqueeze(-1))
     return gradient_in_place(p, labels.unsqueeze(-1), score, threshold)
@@ -143,10 +143,10 @@ def logits_gradient(
 def gradient_in_place(
     p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
 ) -> Tensor:
-    """Turn the probabilities ``[n, V]`` of some rows into the gradient of their score by the logits, and return it.
+    """Overwrite the probabilities ``[n, V]`` of some rows with the gradient of their score, and return it.
 
     Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the entry of the labels, ``[n, 1]``, replaced by
-    ``score.target``. The buffer ``spare``, shaped like p, is overwritten.
+    ``score.target``. ``spare`` is a buffer of the shape of p, which is overwritten.
     """
     tail = None if threshold is None else (p < threshold) * _column(score.e)
     factor = _column(score.a)
@@ -157,7 +157,7 @@ def gradient_in_place(
         p.add_(_column(score.d))
     if tail is not None:
         p.add_(tail)
-    # computed once in float32 and stored once: adding to what stands there would cancel as p_y -> 1
+    # the target's entry is replaced, not corrected: adding to what stands there would cancel as p_y -> 1
     return p.scatter_(-1, labels, score.target.unsqueeze(-1))
 
 
@@ -166,7 +166,10 @@ def _column(value: Tensor | float) -> Tensor | float:
 
 
 def row_blocks(logits: Tensor, entries: int) -> Iterator[slice]:
-    """Return slices of the rows of at most so many entries (or of one row); an empty batch has one, empty block."""
+    """Return slices that cut the rows into blocks of at most ``entries`` numbers, or of one row.
+
+    An empty batch has one, empty block.
+    """
     size = max(1, entries // max(1, logits.shape[-1]))
     return (slice(start, start + size) for start in range(0, max(1, len(logits)), size))
 
@@ -175,26 +178,26 @@ def row_blocks(logits: Tensor, entries: int) -> Iterator[slice]:
 
 
 class RuleOptions(NamedTuple):
-    """What a formula is given beside the statistics of the rows."""
+    """The options that a rule's ``score`` function gets in addition to the row statistics."""
 
     vocab_size: int
     alpha: float | Tensor  # weight of the Brier score in the mix
     label_smoothing: float
     score_smoothing: float
     parameters: tuple[float, ...]  # values of the rule's own parameters, in its order
-    tail: tuple[Tensor, Tensor] | None  # with score smoothing, see `tail_statistics`
+    tail: tuple[Tensor, Tensor] | None  # from `tail_statistics`; None without score smoothing
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number of one rule, which becomes a field of `Objective` and of the training arguments.
+    """A parameter of one rule, such as gamma; it becomes a field of `Objective` and of the training arguments.
 
     Args:
         name: of the field.
-        default: its value where nothing is said.
-        help: what it is, for ``--help``.
-        allowed: tells whether a value is in range.
-        must: what an error says of a value that is not: "lie in (0, 1]".
+        default: its default.
+        help: its description for ``--help``.
+        allowed: returns whether a value is in range.
+        must: the range in words for the error message after "must": "lie in (0, 1]".
     """
 
     name: str
@@ -209,17 +212,17 @@ class Rule:
     """One scoring rule; each file in `dpsm_hf.rules.formulas` makes one.
 
     Args:
-        name: value of ``scoring_rule``.
-        score: from the statistics of the rows to their values and gradient coefficients.
-        kernel: the same for one row, in Triton's language; `dpsm_hf.head.kernels` makes Triton functions of all that
-            end in ``kernel`` in the files of the rules. Arguments: ``weight`` (a factor of everything it returns),
-            ``p, q, r, nll, log_sum, norm, mean`` (the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
+        name: the value of ``scoring_rule`` that selects it.
+        score: computes the values and gradient coefficients of rows from their statistics, in torch.
+        kernel: the same for one row, in Triton's language. `dpsm_hf.head.kernels` compiles every function whose name
+            ends in ``kernel`` in the files of the rules. Arguments: ``weight`` (all results are multiplied by it),
+            ``p, q, r, nll, log_sum, norm, mean`` (of the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
             log sum exp z, ||p||, mean of z), ``size`` (V), ``epsilon`` (of the smoothing), ``share`` (epsilon / V),
-            ``parameters`` (a tuple), ``alpha``, and the constant ``SMOOTHING`` (0 none, 1 of the label, 2 of the
-            score). It returns value, a, b, d, the weight of score smoothing's tail, and the target's gradient.
+            ``parameters`` (a tuple), ``alpha``, and the constant ``SMOOTHING`` (0 none, 1 label smoothing, 2 score
+            smoothing). It returns value, a, b, d, the weight of score smoothing's tail, and the target's gradient.
         formula, proper, bounds, source: cells of the table in docs/losses.md.
-        order: place in lists; rules of one place follow by name.
-        parameters: numbers that are this rule's own.
+        order: position in lists; rules of equal order are sorted by name.
+        parameters: the rule's own parameters.
         score_smoothing: whether score smoothing is defined for it.
     """
 
@@ -236,7 +239,10 @@ class Rule:
 
 
 def with_tail(score: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return a rule with the log tail that score smoothing adds to it."""
+    """Return a rule's score with the log tail that score smoothing adds; unchanged without score smoothing.
+
+    The tail is ``-(epsilon / V) * sum_{j: p_j < epsilon / V} log p_j``. Source: Shao et al. (ICML 2024).
+    """
     if options.tail is None:
         return score
     count, minus_log = options.tail

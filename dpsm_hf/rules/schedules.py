@@ -1,8 +1,8 @@
 """Schedules of the mixing weight alpha: pure functions of the step, the total steps and the held-out metrics.
 
-A schedule keeps no state of its own, so training that resumes at a step resumes at its alpha, exactly. With ``s`` the
-optimizer steps done, ``T`` the total, ``H`` the hold and ``W`` the warm-up (both in steps), alpha goes from ``start``
-to ``end`` along ``shape(s)`` in [0, 1]:
+A schedule keeps no state, so training that resumes at a step has exactly the alpha of that step. With ``s`` the
+optimizer steps done, ``T`` their total, ``H`` the hold (steps before alpha moves) and ``W`` the warm-up (steps of the
+ramp), ``alpha = start * (1 - shape(s)) + end * shape(s)`` with ``shape(s)`` in [0, 1]:
 
 =============  ===========================================================================================
 ``linear``     ``min(1, (s - H) / W)``, 0 before H
@@ -27,7 +27,7 @@ LogHistory = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """The numbers a schedule is given, lengths still as the user wrote them (>= 1 steps, < 1 a share of the total)."""
+    """The options of a schedule as the user gave them; a length is in steps if >= 1, a share of the total if < 1."""
 
     start: float = 0.0
     end: float = 1.0
@@ -60,16 +60,16 @@ def _up_and_down(step: int, span: ScheduleSpan) -> float:
     peak = span.hold + span.warmup
     if step < peak:
         return _ramp(step, span)
-    # the last step that is taken is T - 1: there alpha is back at its start
+    # the last step has number T - 1: there alpha is back at its start
     return max(0.0, 1.0 - (step - peak) / max(1, span.total - 1 - peak))
 
 
 def _along(shape: Callable[[int, ScheduleSpan], float]) -> AlphaFunction:
-    """Return the schedule that goes from start (where the shape is 0) to end (where it is 1)."""
+    """Return the schedule ``start * (1 - shape) + end * shape``."""
 
     def alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
         share = shape(step, span)
-        # written so that the end points are hit exactly
+        # in this form shapes 0 and 1 give start and end exactly
         return options.start * (1.0 - share) + options.end * share
 
     return alpha
@@ -83,8 +83,8 @@ def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, hist
     """Move alpha after each evaluation by a bounded multiple of the held-out signed calibration gap.
 
     ``alpha <- clip(alpha + clip(gain * gap, -limit, limit), low, high)`` for every entry of the log history that has
-    the metric (mean confidence minus accuracy), in order, beginning at ``start``; low and high are the smaller and
-    the larger of ``start`` and ``end``. An over-confident model (gap > 0) is moved toward the Brier score.
+    the metric, in order, from ``start`` on. The gap is mean confidence minus accuracy; low and high are the smaller
+    and the larger of ``start`` and ``end``. An over-confident model (gap > 0) gets more of the Brier score.
     """
     alpha, (low, high) = options.start, sorted((options.start, options.end))
     for entry in history:
@@ -117,13 +117,14 @@ def register_alpha_schedule(
     uses_hold: bool = True,
     needs_total: bool = False,
 ) -> Callable[[AlphaFunction], AlphaFunction]:
-    """Make a function available as ``alpha_schedule=name``.
+    """Make a function of your own available as ``alpha_schedule=name``; a decorator.
 
     Args:
-        name: how arguments refer to the schedule; a name that is taken is refused.
+        name: the value of ``alpha_schedule`` that selects it.
         start, hold: defaults of ``alpha_start`` and ``alpha_hold`` for this schedule.
-        uses_warmup, uses_hold: whether the function reads these lengths; a hold that is not read is an error.
-        needs_total: whether the function reads the total number of steps itself.
+        uses_warmup, uses_hold: whether the function reads ``span.warmup`` and ``span.hold``; a user's hold that is
+            not read is an error.
+        needs_total: whether the function reads ``span.total``.
 
     Example::
 
@@ -154,7 +155,7 @@ register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(feedback
 
 
 def available_alpha_schedules() -> list[str]:
-    """Return the names that `get_alpha_schedule` knows, third parties' included."""
+    """Return the names that `get_alpha_schedule` knows, including those registered by others."""
     return list(_SCHEDULES)
 
 
@@ -166,10 +167,10 @@ class AlphaSchedule:
     options: ScheduleOptions
 
     def resolve(self, total_steps: int) -> ScheduleSpan:
-        """Return the schedule's lengths in steps, shares rounded up as Transformers rounds ``warmup_steps``.
+        """Return the schedule's lengths in steps; shares are rounded up, as Transformers rounds ``warmup_steps``.
 
         Raises:
-            ValueError: if a share is to be taken of an unknown total (``total_steps`` of 0).
+            ValueError: if the total is needed and not known (``total_steps`` of 0).
         """
         registered, options = _SCHEDULES[self.name], self.options
         lengths = {"warmup": options.warmup_steps, "hold": options.hold}
@@ -186,14 +187,14 @@ class AlphaSchedule:
         return ScheduleSpan(total_steps, warmup, hold)
 
     def check(self, total_steps: int) -> None:
-        """Raise the ValueError that calling with this total would raise."""
+        """Raise the ValueError that calling the schedule with this total would raise, if any."""
         self(0, total_steps)
 
     def __call__(self, step: int, total_steps: int, log_history: LogHistory = ()) -> float:
-        """Return alpha for the optimizer step after ``step`` finished ones.
+        """Return alpha of the optimizer step that follows ``step`` finished ones.
 
         Raises:
-            ValueError: if the schedule (a third party's, say) leaves [0, 1].
+            ValueError: if the schedule returns an alpha outside [0, 1], which only a registered one of your own can.
         """
         alpha = float(_SCHEDULES[self.name].function(step, self.resolve(total_steps), self.options, log_history))
         if not 0.0 <= alpha <= 1.0:
@@ -201,7 +202,7 @@ class AlphaSchedule:
         return alpha
 
     def describe(self, total_steps: int) -> str:
-        """Return one line that says how alpha will move, in steps."""
+        """Return a one-line description of how alpha moves, in steps, for the log."""
         span, options, registered = self.resolve(total_steps), self.options, _SCHEDULES[self.name]
         if self.name == "constant":
             return f"constant: alpha = {options.end:g} at every step"
@@ -221,9 +222,9 @@ class AlphaSchedule:
         return " ".join(parts) + f" (of {total_steps})"
 
     def reaches_end(self, total_steps: int) -> bool:
-        """Return whether alpha equals its end at the last step or at the end of the ramp, if that is ever taken.
+        """Return whether training gets as far as ``alpha_end``: at the end of the ramp or at the last step.
 
-        Where alpha goes under "feedback" depends on what is measured: True.
+        For "feedback", whose alpha depends on the measurements, it is always True.
         """
         if self.name == "feedback":
             return True
@@ -243,14 +244,14 @@ def get_alpha_schedule(
     limit: float = 0.1,
     metric: str = "eval_signed_gap",
 ) -> AlphaSchedule:
-    """Return the schedule of that name, checked.
+    """Return a schedule of alpha by name, with its options checked.
 
     Args:
         name: one of `available_alpha_schedules`.
-        warmup_steps: length of the ramp; >= 1 counts optimizer steps, below 1 is a share of all of them, 0 jumps.
-        start, end: alpha before and after, in [0, 1]; the start defaults to 0.
-        hold: length of the phase before the ramp (or the switch), in the same unit as ``warmup_steps``; the default
-            is the schedule's own.
+        warmup_steps: length of the ramp: optimizer steps if >= 1, a share of all steps if below 1, no ramp if 0.
+        start, end: alpha before and after the ramp, in [0, 1]; ``start`` defaults to 0.
+        hold: length of the phase before the ramp or the switch, in the same unit as ``warmup_steps``; None takes the
+            schedule's default.
         gain, limit, metric: of "feedback": see `feedback_alpha`.
 
     Raises:

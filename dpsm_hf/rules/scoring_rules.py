@@ -1,4 +1,4 @@
-"""What a token is trained with: a scoring rule and its options, and their value and gradient for rows of logits.
+"""`Objective`: a scoring rule with its options; `score_rows`: its value and gradient for rows of logits.
 
 Sources: Brier (1950); Gneiting & Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation" (JASA 2007);
 Lin et al., "Focal Loss for Dense Object Detection" (2017); Shao et al., "Language Generation with Strictly Proper
@@ -24,19 +24,19 @@ __all__ = [
 @dataclass(frozen=True)
 @with_rule_parameters
 class Objective:
-    """Say which scoring rule a token is trained with.
+    """A scoring rule with its options: the loss of a token.
 
     Args:
         scoring_rule: name of a rule in `dpsm_hf.rules.formulas`: ``dpsm`` (``(1 - alpha) * CE + alpha * Brier``),
             ``ce``, ``brier``, ``spherical``, ``focal``, ...
-        alpha: weight of the Brier score in ``dpsm``, in [0, 1]; a float or a 0-d tensor (never differentiated).
+        alpha: weight of the Brier score in ``dpsm``, in [0, 1]; a float or a 0-d tensor, which gets no gradient.
         label_smoothing: epsilon of the target distribution ``t = (1 - epsilon) * onehot(y) + epsilon / V``.
         score_smoothing: epsilon of Shao et al. (2024): the Brier or spherical score on epsilon-smoothed labels plus
             ``-(epsilon / V) * sum_{j: p_j < epsilon / V} log p_j``.
         focal_gamma: exponent of the focal loss, at least 0.
         z_loss: weight of ``log(sum_j exp z_j)**2``, at least 0.
 
-    The parameters of the other rules are further fields, by keyword.
+    The parameters of the other rules, such as ``gce_q``, are further fields.
 
     Raises:
         ValueError: for an unknown ``scoring_rule``, a number out of its range, or options that contradict each other.
@@ -56,7 +56,7 @@ class Objective:
             )
         if isinstance(self.alpha, Tensor) and self.alpha.dim():
             raise ValueError(f"alpha must be a number or a 0-d tensor, but has shape {tuple(self.alpha.shape)}.")
-        # on a device, looking would stall it
+        # reading an alpha that is on an accelerator would synchronise with it
         known = not isinstance(self.alpha, Tensor) or self.alpha.device.type == "cpu"
         if known and not 0.0 <= float(self.alpha.detach() if isinstance(self.alpha, Tensor) else self.alpha) <= 1.0:
             raise ValueError(
@@ -96,7 +96,7 @@ class Objective:
 
 
 def tail_threshold(objective: Objective, vocab_size: int) -> float | None:
-    """Return the probability under which score smoothing adds its log tail, or None where there is no such tail."""
+    """Return epsilon / V, below which score smoothing adds its log tail; None without score smoothing."""
     return objective.score_smoothing / vocab_size if objective.score_smoothing else None
 
 

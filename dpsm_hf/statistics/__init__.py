@@ -1,9 +1,9 @@
-"""Statistics for comparing systems over few seeds and on one test set: pure functions on numbers and arrays.
+"""Statistics for comparing systems over few seeds and on one test set: pure functions of numbers and arrays.
 
-`paired` summarises and compares runs of the same seeds, `documents` and `resampling` compare two systems on the same
-documents, `power` computes detectable differences, `agreement` counts signs over settings, and `decision` turns
-intervals into holds, fails or cannot tell and corrects p-values of many tests.
-docs/statistics.md has the formulas.
+`paired` summarises and compares runs of the same seeds; `documents` and `resampling` compare two systems on the same
+documents; `power` computes detectable differences; `agreement` counts signs over settings; `decision` turns an
+interval into "holds", "fails" or "cannot tell" and corrects the p-values of many tests. docs/statistics.md has the
+formulas.
 """
 
 from .agreement import SignAgreement, sign_agreement

@@ -11,17 +11,17 @@ from ..calibration.intervals import Interval
 
 @dataclass(frozen=True)
 class SignAgreement:
-    """How many cells (a setting with a seed) have a difference of the expected sign.
+    """In how many cells (a setting with a seed) a difference has the expected sign.
 
     Attributes:
         expected: 1 or -1.
-        same, opposite, zero, missing: numbers of cells; a difference of 0 does not agree.
+        same, opposite, zero, missing: numbers of cells; a difference of 0 does not count as agreement.
         share: ``same / (same + opposite + zero)``; NaN if all cells are missing.
         bounds: the share if no missing cell had the expected sign, and if all had it. Pass it to `decide` for a claim
             about these settings and seeds.
         interval: exact binomial interval of the share, for a claim about all settings and seeds. It assumes
             independent cells; those of one seed or one setting are correlated, so it is somewhat too narrow.
-        by_setting: the share in each setting, NaN where all its cells are missing.
+        by_setting: the share in each setting; NaN if all its cells are missing.
     """
 
     expected: int
@@ -42,9 +42,9 @@ def sign_agreement(
     """Count in how many settings and seeds a difference has the expected sign.
 
     Args:
-        differences: by setting, then by seed (system minus baseline); None or NaN is a missing run, infinity has a
-            sign.
-        expected: 1 or -1, the sign of the claim, fixed before looking at the data.
+        differences: by setting, then by seed (system minus baseline); None or NaN is a missing run, infinity counts
+            by its sign.
+        expected: 1 or -1, the sign that is claimed; to be fixed before looking at the data.
         level: of confidence, in (0, 1).
 
     Raises:

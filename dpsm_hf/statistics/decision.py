@@ -1,4 +1,4 @@
-"""Holds, fails or cannot tell: decisions on claims, how they are combined, and p-values of many tests (Holm)."""
+"""Decisions on claims ("holds", "fails", "cannot tell"), their combination, and Holm's correction of p-values."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Decision(str, Enum):
 def decide(interval: Interval, *, at_least: float | None = None, at_most: float | None = None) -> Decision:
     """Decide from its confidence interval whether a quantity lies within limits.
 
-    Holds if the whole interval lies within the limits (inclusive), fails if all of it lies outside on one side, else
-    the data cannot tell. So "holds" and "fails" are both tested; neither is the default when the other is not shown.
-    With an interval of level 1 - 2 a, each is wrong with probability at most a, since each bound is on the wrong side
-    of the truth with probability a. (With two limits close together relative to the spread, "fails" is wrong with
-    probability at most 2 a.)
+    "Holds" if the whole interval lies within the limits (inclusive), "fails" if all of it lies outside on one side,
+    else "cannot tell". So both "holds" and "fails" need evidence; neither is concluded from lack of evidence for the
+    other. With an interval of level 1 - 2 a, each is wrong with probability at most a, since each bound is on the
+    wrong side of the truth with probability a. (With two limits close together relative to the spread, "fails" is
+    wrong with probability at most 2 a.)
 
     Args:
         interval: of the quantity; bounds may be infinite. A NaN bound (a single run, for example) gives "cannot tell".
@@ -82,7 +82,7 @@ def any_of(decisions: Iterable[Decision]) -> Decision:
 
 
 def stars(p_value: float) -> str:
-    """Return ``***`` for p < .001, ``**`` for p < .01, ``*`` for p < .05, an empty text above, "n/a" for NaN.
+    """Return ``***`` for p < .001, ``**`` for p < .01, ``*`` for p < .05, "" for larger p, "n/a" for NaN.
 
     Raises:
         ValueError: for a p-value outside [0, 1].
@@ -96,7 +96,7 @@ def stars(p_value: float) -> str:
 
 @dataclass(frozen=True)
 class AdjustedTest:
-    """A test of a family, its own and its adjusted p-value; NaN for a test that could not be made."""
+    """The p-value of one test of a family, as it is and adjusted by Holm; NaN for a test that could not be made."""
 
     p_value: float
     adjusted: float
@@ -110,12 +110,12 @@ class AdjustedTest:
 def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """Return Holm's adjusted p-values, ``max_{j <= i} min(1, (m - j + 1) p_(j))`` for the i-th smallest.
 
-    Rejecting where the adjusted value is below a keeps the probability of any false rejection in the family below a,
-    for any dependence between the tests. A missing test (None, NaN) stays missing and still counts in m, as if its
-    p-value were 1: a family does not become smaller because some of its runs failed.
+    Rejecting where the adjusted p-value is at most a keeps the probability of any false rejection in the family at
+    most a, for any dependence between the tests. A missing test (None, NaN) stays missing and still counts in m, as if
+    its p-value were 1: a family does not become smaller because some of its runs failed.
 
     Args:
-        p_values: of the declared family ``[m]``, None or NaN for missing tests.
+        p_values: of the family as declared beforehand, ``[m]``; None or NaN for missing tests.
 
     Returns:
         ``[m]``, NaN where missing.
@@ -139,7 +139,7 @@ def holm(p_values: Sequence[float | None] | np.ndarray) -> np.ndarray:
 
 
 def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]:
-    """Apply `holm` to a family of tests by name."""
+    """Apply `holm` to a family of tests given by name."""
     adjusted = holm(list(p_values.values()))
     return {
         name: AdjustedTest(math.nan if p is None else float(p), float(new))
@@ -148,7 +148,7 @@ def holm_family(p_values: Mapping[str, float | None]) -> dict[str, AdjustedTest]
 
 
 def check_limits(at_least: float | None, at_most: float | None) -> tuple[float, float]:
-    """Return the limits of a claim, infinite where there is none; ValueError as `decide`."""
+    """Return the limits of a claim, infinite where there is none; raises ValueError as `decide` does."""
     if at_least is None and at_most is None:
         raise ValueError("The claim has no limit: give at_least, at_most or both.")
     low = -math.inf if at_least is None else float(at_least)

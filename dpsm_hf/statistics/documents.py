@@ -1,4 +1,4 @@
-"""Figures of a test set as functions of sums over documents, so that documents can be resampled or swapped."""
+"""Metrics of a test set as functions of sums over documents, so that documents can be resampled or swapped."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class DocumentMeans:
-    """A mean over a test set, ``sum total / sum count`` over documents, or its exp.
+    """A mean over a test set, ``sum total / sum count`` over documents, or its exponential.
 
-    Token means (NLL, Brier, accuracy), ROUGE of summaries (a count of 1 each), and perplexity (exp of NLL).
+    For token means (NLL, Brier, accuracy), ROUGE of summaries (a count of 1 each), and perplexity (exp of NLL).
 
     Args:
-        total: sums ``[documents]`` (or of blocks of documents), or ``[seeds, documents]`` for several runs.
-        count: number of tokens (or summaries) in each document, same shape, not negative.
-        exponentiate: report ``exp(mean)``, for perplexity.
+        total: the sum in each document (or block of documents), ``[documents]``, or ``[seeds, documents]``.
+        count: the number of tokens (or summaries) in each document, same shape, not negative.
+        exponentiate: return ``exp(mean)``, for perplexity.
 
     Raises:
         ValueError: for other shapes, NaN, infinity, negative counts, sums where nothing was counted, or no counts.
@@ -27,7 +27,7 @@ class DocumentMeans:
     count: np.ndarray
     exponentiate: bool = False
 
-    #: Where the count is among the features.
+    #: Index of the count among the features.
     count_at: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class DocumentMeans:
         return np.stack([_runs_first(self.total, 1), _runs_first(self.count, 1)], axis=-1)
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
-        """Return the figure from summed features ``[..., 2]``; NaN where nothing was counted."""
+        """Return the metric for summed features ``[..., 2]``; NaN where nothing was counted."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             mean = np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
             return np.exp(mean) if self.exponentiate else mean
@@ -51,9 +51,10 @@ class DocumentBins:
     """The expected calibration error of a test set, ``sum_b |sum correct - sum confidence| / sum count``.
 
     Args:
-        count: predictions by document and bin of confidence, ``[documents, bins]`` or ``[seeds, documents, bins]``.
-        correct: number of right ones, same shape.
-        confidence: sum of confidences, same shape.
+        count: number of predictions by document and bin of confidence, ``[documents, bins]`` or
+            ``[seeds, documents, bins]``.
+        correct: number of correct ones, same shape.
+        confidence: sum of their confidences, same shape.
 
     Raises:
         ValueError: for other shapes, NaN, infinity, negative counts, sums where nothing was counted, or no counts.
@@ -65,7 +66,7 @@ class DocumentBins:
     correct: np.ndarray
     confidence: np.ndarray
 
-    #: Where the count is among the features.
+    #: Index of the count among the features.
     count_at: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -74,12 +75,12 @@ class DocumentBins:
 
     @property
     def features(self) -> np.ndarray:
-        """Return count, then correct - confidence by bin, of each document: ``[seeds, documents, 1 + bins]``."""
+        """Return each document's count, then ``correct - confidence`` by bin, ``[seeds, documents, 1 + bins]``."""
         count, correct, confidence = (_runs_first(x, 2) for x in (self.count, self.correct, self.confidence))
         return np.concatenate([count.sum(-1, keepdims=True), correct - confidence], axis=-1)
 
     def metric(self, sums: np.ndarray) -> np.ndarray:
-        """Return the figure from summed features ``[..., 1 + bins]``; NaN where nothing was counted."""
+        """Return the metric for summed features ``[..., 1 + bins]``; NaN where nothing was counted."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(sums[..., 0] > 0, np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], np.nan)
 
@@ -88,7 +89,7 @@ Documents = DocumentMeans | DocumentBins
 
 
 def paired_features(values: Documents, baseline: Documents, same_counts: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of two systems, ``[seeds, documents, features]``, without documents that are empty in both.
+    """Return the features of two systems, ``[seeds, documents, features]``, without documents empty in both.
 
     Args:
         values: of the system.
@@ -96,7 +97,7 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
         same_counts: raise if a document has different counts in the two systems.
 
     Raises:
-        ValueError: if the two are of different kinds or of different documents.
+        ValueError: if the two are of different kinds, or do not belong to the same documents.
     """
     if _kind(values) != _kind(baseline):
         raise ValueError(f"{_kind(values)} cannot be compared with {_kind(baseline)}: give two of one kind.")
@@ -123,7 +124,7 @@ def paired_features(values: Documents, baseline: Documents, same_counts: bool) -
 
 
 def _runs_first(values: np.ndarray, dimensions: int) -> np.ndarray:
-    """Return float64 with a leading axis of runs."""
+    """Return an array as float64 with the runs as first axis."""
     x = np.asarray(values, dtype=np.float64)
     return x[None] if x.ndim == dimensions else x
 

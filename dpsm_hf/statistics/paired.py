@@ -1,4 +1,4 @@
-"""Few runs: their mean and spread, two systems on the same seeds, and tests of claims about them.
+"""Summaries of few runs, comparisons of two systems on the same seeds, and tests of claims about them.
 
 Missing numbers raise an error; they are never dropped.
 """
@@ -16,7 +16,7 @@ from .decision import Decision, check_limits, decide, stars
 
 SCALES = ("difference", "ratio")
 
-# Figures that differ by at most 4 units in the last place are equal: sums in another order differ as much.
+# Numbers that differ by at most this share of themselves count as equal: sums in another order differ as much.
 _ROUNDING = 4 * np.finfo(np.float64).eps
 
 
@@ -50,17 +50,17 @@ def summarize(values: ArrayLike) -> Summary:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A system against its baseline over the same seeds.
+    """The comparison of a system with its baseline over the same seeds.
 
     Attributes:
         scale: "difference" (values - baseline) or "ratio" (values / baseline).
         estimate: the mean difference, or the geometric mean of the ratios.
-        sd: of the differences, or of the log-ratios; NaN for one pair.
-        interval: t interval of the estimate, of that level, NaN for one pair.
-        t: statistic for "no difference", infinite if all differences are the same and not 0.
+        sd: standard deviation of the differences, or of the log-ratios; NaN for one pair.
+        interval: t interval of the estimate, of level ``level``; NaN for one pair.
+        t: Student's t for "no difference"; infinite if all differences are equal and not 0.
         p_value: two-sided; NaN for one pair.
-        zero_variance: all differences are the same. Interval and p are then the limits of the formulas (a point; 0, or
-            1 where the difference is 0): right for deterministic figures (bytes, FLOPs), too narrow for rounded ones.
+        zero_variance: all differences are equal. The interval is then a point, and p is 0 (or 1 if the difference is
+            0): correct for deterministic numbers (bytes, FLOPs), too narrow for rounded ones.
     """
 
     scale: str
@@ -87,7 +87,7 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
 
     ``d_i = values_i - baseline_i``; ``t = mean(d) / (sd(d) / sqrt(n))`` with n - 1 degrees of freedom; interval
     ``mean(d) ± t_{(1 + level) / 2, n - 1} sd(d) / sqrt(n)``. At 95 % the factor of the standard error is 12.7 for two
-    pairs and 4.3 for three. Assumes roughly normal differences, which fewer than ten pairs cannot confirm.
+    pairs and 4.3 for three. It assumes roughly normal differences, which fewer than ten pairs cannot confirm.
 
     Args:
         values: of the system ``[n]``, finite.
@@ -108,12 +108,12 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
 def paired_ratio(values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95) -> PairedComparison:
     """Compare two systems by the ratios of their runs with the same seed.
 
-    The exp of the t interval of ``log(values_i / baseline_i)``. Fieller's interval of ``mean(values) /
-    mean(baseline)`` is not used: with three pairs it is unbounded if the baseline's mean is less than 4.3 standard
-    errors from 0, it depends on which system is the baseline, and it assumes additive noise, while times, perplexities
-    and calibration errors vary by factors. For a spread of a few per cent the two nearly agree.
+    The interval is the exponential of the t interval of ``log(values_i / baseline_i)``. Fieller's interval of
+    ``mean(values) / mean(baseline)`` is not used: with three pairs it is unbounded if the baseline's mean is less than
+    4.3 standard errors from 0, it depends on which system is the baseline, and it assumes additive noise, while times,
+    perplexities and calibration errors vary by factors. For a spread of a few per cent the two nearly agree.
 
-    Arguments, result and errors are those of `paired_difference`; figures that are not positive raise too.
+    Arguments, result and errors are those of `paired_difference`; numbers that are not positive raise too.
 
     Source: Kirkwood, "Geometric means and measures of dispersion" (Biometrics 1979). The alternative: Fieller, "Some
     problems in interval estimation" (JRSS B 1954).
@@ -138,14 +138,15 @@ def _compare(scale: str, values: ArrayLike, baseline: ArrayLike, level: float) -
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """Test of the claim that a difference or a ratio lies within limits.
+    """The test of a claim that a difference or a ratio lies within limits.
 
     Attributes:
         estimate: the mean difference, or the geometric mean of the ratios.
-        interval: of level 1 - 2 alpha.
+        interval: t interval of the estimate, of level 1 - 2 alpha.
         at_least, at_most: the limits, infinite where there is none.
-        alpha: probability of "holds" for a claim that is wrong.
-        p_at_least, p_at_most: one-sided p-values, null hypotheses "below at_least" and "above at_most"; NaN without.
+        alpha: greatest probability of "holds" for a claim that is wrong.
+        p_at_least, p_at_most: one-sided p-values of the null hypotheses "below at_least" and "above at_most"; NaN
+            without that limit.
         p_value: the larger of the two.
     """
 
@@ -184,14 +185,14 @@ def claim_test(
         baseline: of the baseline ``[n]``, in the same order of seeds.
         at_least: lower limit of the difference or of the ratio (0.95, for example).
         at_most: upper limit.
-        scale: "difference", or "ratio" with limits and differences taken in logarithms, as `paired_ratio`.
-        alpha: probability of "holds" for a wrong claim; the interval has the level 1 - 2 alpha.
+        scale: "difference", or "ratio", which tests the logarithms as `paired_ratio` does.
+        alpha: greatest probability of "holds" for a wrong claim; the interval has the level 1 - 2 alpha.
 
     Returns:
-        With one pair interval and p are NaN and the decision is "cannot tell".
+        With one pair, interval and p are NaN and the decision is "cannot tell".
 
     Raises:
-        ValueError: for limits, scale, alpha or figures out of range.
+        ValueError: for limits, scale, alpha or numbers out of range.
 
     Source: Schuirmann, "A comparison of the two one-sided tests procedure and the power approach" (Journal of
     Pharmacokinetics and Biopharmaceutics 1987); on logarithms, FDA, "Statistical approaches to establishing
@@ -261,7 +262,7 @@ def _moments(d: np.ndarray) -> tuple[float, float, bool]:
 
 
 def _finite(values: ArrayLike, name: str) -> np.ndarray:
-    """Return numbers as a float64 vector after checking that they are a list of finite ones."""
+    """Return numbers as a float64 vector; raise ValueError unless they are a flat list of finite ones."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1:
         raise ValueError(f"{name} has shape {x.shape}: give a flat list, one number for each run.")
@@ -275,7 +276,7 @@ def _finite(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def _finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs of numbers as two float64 vectors ``[n]`` after checking them."""
+    """Return pairs of numbers as two float64 vectors ``[n]``; raise ValueError unless they are pairs."""
     x, y = _finite(values, "values"), _finite(baseline, "baseline")
     if len(x) != len(y):
         raise ValueError(f"{len(x)} values but {len(y)} of the baseline: give pairs, two runs that share a seed.")
@@ -285,9 +286,9 @@ def _finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, n
 
 
 def _paired(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
-    """Return the differences, or the logarithms of the ratios, with 0 for figures that are equal but for rounding.
+    """Return the differences or log-ratios ``[n]``, with 0 for numbers that are equal up to rounding.
 
-    Otherwise figures of the same counts, summed in another order, would have a "significant" difference of 1e-17.
+    Otherwise the same numbers summed in another order would have a "significant" difference of 1e-17.
     """
     same = np.abs(values - baseline) <= _ROUNDING * np.maximum(np.abs(values), np.abs(baseline))
     if scale == "difference":

@@ -1,4 +1,4 @@
-"""Power of the paired t-test by the noncentral t distribution: what few pairs can detect."""
+"""The power of the paired t-test, from the noncentral t distribution: what few pairs can detect."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from ..calibration.intervals import Interval
 
 @dataclass(frozen=True)
 class PowerNote:
-    """What n pairs can detect.
+    """What n pairs with a given spread can detect.
 
     Attributes:
-        sd: of the differences of n pairs.
-        sd_interval: 95 % interval of the true sd, from chi-squared; NaN for fewer than two pairs.
+        sd: standard deviation of the differences of the n pairs.
+        sd_interval: 95 % interval of the true standard deviation, from chi-squared; NaN for fewer than two pairs.
         detectable: smallest difference detected with probability `power`; NaN for fewer than two pairs.
-        alpha: of the two-sided test.
+        alpha: level of the two-sided test.
+        sentence: the same in one English sentence.
     """
 
     pairs: int
@@ -31,13 +32,14 @@ class PowerNote:
 def t_test_power(difference: float, sd: float, pairs: int, *, alpha: float = 0.05, sides: int = 2) -> float:
     """Return the probability that a paired t-test detects a true difference.
 
-    ``P(T > t_{1 - alpha / sides, n - 1})`` for T noncentral t with n - 1 degrees of freedom and noncentrality
-    ``sqrt(n) |difference| / sd``; for two sides plus the (tiny) probability of the wrong sign.
+    It is ``P(T > t_{1 - alpha / sides, n - 1})`` for T noncentral t with n - 1 degrees of freedom and noncentrality
+    ``sqrt(n) |difference| / sd``; with two sides, plus the (tiny) probability of a significant difference of the wrong
+    sign.
 
     Args:
         difference: true mean difference.
         sd: true standard deviation of the differences.
-        pairs: n, from 2 on.
+        pairs: n, at least 2.
         alpha: level of the test.
         sides: 2, or 1 for a claim with one limit (in the right direction).
 
@@ -100,7 +102,7 @@ def pairs_needed(
 
 
 def power_note(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05, unit: str = "") -> PowerNote:
-    """Return what `pairs` pairs with this spread could have detected, in numbers and in one sentence.
+    """Return what so many pairs with this spread can detect, in numbers and in one sentence.
 
     The spread of few differences is itself uncertain: its 95 % interval is
     ``sd sqrt((n - 1) / chi2_{.975})`` to ``sd sqrt((n - 1) / chi2_{.025})``, .52 to 6.3 times sd for three pairs.
@@ -108,7 +110,7 @@ def power_note(sd: float, pairs: int, *, power: float = 0.8, alpha: float = 0.05
     Args:
         sd: observed standard deviation of the differences; NaN with fewer than two pairs.
         pairs: n.
-        power: wanted probability.
+        power: probability of detection.
         alpha: level of the two-sided test.
         unit: put after the numbers, for example "perplexity".
 
@@ -142,7 +144,7 @@ def _power(noncentrality: float, degrees: int, critical: float, sides: int) -> f
     from scipy import stats
 
     found = float(stats.nct.sf(critical, degrees, noncentrality))
-    # P(T < -c) as the mirrored tail: nct.cdf(-c, ...) of scipy 1.17 is NaN for many noncentralities
+    # P(T < -c) computed as the mirrored tail, because nct.cdf(-c, ...) of scipy 1.17 is NaN for many noncentralities
     return found + float(stats.nct.sf(critical, degrees, -noncentrality)) if sides == 2 else found
 
 

@@ -1,12 +1,12 @@
-"""Two systems on the same documents: paired bootstrap and approximate randomisation.
+"""Compare two systems on the same documents, by the paired bootstrap and by approximate randomisation.
 
-Both cover the choice of the test set, neither covers the choice of the seed.
+Both account for the choice of the test set; neither accounts for the choice of the seed.
 
-A calibration error (ECE) is biased upwards by noise, which the basic bootstrap estimates by b = mean of the resamples
-- sample. That is right for errors far from 0. But the error of a calibrated model is all noise: c in the sample and
-√2 c in resamples, whose noise has twice the variance, so that b = (√2 - 1) c is only a part of the bias. Here the bias
-of an error may be anything from b to (1 + √2) b, and the whole error where the sample is compatible with 0. Where b is
-small the intervals are those of the basic bootstrap. docs/statistics.md has the coverage of both.
+A calibration error (ECE) is biased upwards by noise. The basic bootstrap estimates this bias by ``b = mean of the
+resamples - sample``, which is right for errors far from 0. But the error of a calibrated model is all noise: c in the
+sample and √2 c in resamples, whose noise has twice the variance, so ``b = (√2 - 1) c`` is only a part of its bias c.
+Therefore the bias is allowed to be anything from b to ``(1 + √2) b``, and the whole error if the sample is compatible
+with 0. If b is small, the intervals are those of the basic bootstrap. docs/statistics.md has the coverage of both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..calibration.intervals import Interval, check_resampling
 from .documents import DocumentBins, Documents, paired_features
 from .paired import SCALES
 
-# Size of the matrix of weights held at a time: 64 MB of float64.
+# Entries of the largest weight matrix that is held at a time: 64 MiB of float64.
 _AT_A_TIME = 2**23
 
 # Ratio of the true bias to b for an error that is all noise: 1 / (√2 - 1).
@@ -30,17 +30,18 @@ _ALL_NOISE = 1 + math.sqrt(2)
 
 @dataclass(frozen=True)
 class DocumentBootstrap:
-    """Difference or ratio of two systems, with its interval over the choice of documents.
+    """The difference or ratio of two systems, with its bootstrap interval over documents.
 
     Attributes:
         scale: "difference" (values - baseline) or "ratio".
         documents: number of documents, without those that are empty in both systems.
-        values, baseline, estimate: figures of the systems (means over several runs), their difference or ratio.
-        interval: NaN with fewer than two documents, or where a resample has no figure.
-        standard_error: standard deviation over the resamples of the difference or of the log-ratio; NaN where one is
-            undefined.
-        undefined: resamples without a difference or ratio (a baseline of 0, no counts). A single one makes the
-            interval of `DocumentMeans` NaN; that of `DocumentBins` needs the two figures only.
+        values, baseline: the metric of each system, its mean over the runs.
+        estimate: their difference or ratio.
+        interval: of the estimate; NaN with fewer than two documents, or if the metric of a resample is undefined.
+        standard_error: standard deviation of the difference or log-ratio over the resamples; NaN if it is undefined in
+            one.
+        undefined: number of resamples without a difference or ratio (a baseline of 0, no counts). A single one makes
+            the interval of `DocumentMeans` NaN; that of `DocumentBins` needs only the metrics of both systems.
     """
 
     scale: str
@@ -57,15 +58,15 @@ class DocumentBootstrap:
 
 @dataclass(frozen=True)
 class Randomization:
-    """Result of `approximate_randomization`.
+    """The result of `approximate_randomization`.
 
     Attributes:
         documents: number of documents, without those that are empty in both systems.
         difference: values - baseline, the mean over the runs if there are several.
-        p_value: share of swaps with a difference at least as large.
+        p_value: share of the sets of swaps with a difference at least as large.
         alternative: "two-sided", "less" or "greater".
         assignments: number of sets of swaps that were tried.
-        exact: whether all possible sets were.
+        exact: whether all possible sets were tried.
     """
 
     documents: int
@@ -88,14 +89,14 @@ def paired_bootstrap(
 ) -> DocumentBootstrap:
     """Return the bootstrap interval of a difference or ratio, resampling the same documents for both systems.
 
-    For `DocumentMeans` the interval is the basic bootstrap's, ``[2 v - q_high, 2 v - q_low]`` around the estimate v
-    (in logarithms for a ratio). For `DocumentBins`, whose errors are biased upwards by noise, see this module's
-    docstring. Several runs are not resampled; the means of their figures are compared. For the variation over seeds
-    see `paired_difference`.
+    For `DocumentMeans` it is the basic bootstrap interval ``[2 v - q_high, 2 v - q_low]`` around the estimate v (of
+    the logarithms for a ratio). For `DocumentBins`, whose errors are biased upwards by noise, see this module's
+    docstring. Several runs are not resampled: their mean metrics are compared. For the variation over seeds see
+    `paired_difference`.
 
     Args:
         values: sums of the system by document, or by block of documents, which is then the unit of resampling.
-        baseline: of the baseline, on the same documents.
+        baseline: the same of the baseline, on the same documents.
         scale: "difference" or "ratio".
         level: of confidence, in (0, 1).
         samples: number of resamples.
@@ -103,7 +104,7 @@ def paired_bootstrap(
         same_counts: raise if a document has different counts in the two systems.
 
     Raises:
-        ValueError: for arguments out of range, or if the two are not of the same documents.
+        ValueError: for arguments out of range, or if the two do not belong to the same documents.
 
     Source: Koehn, "Statistical significance tests for machine translation evaluation" (EMNLP 2004) for pairing;
     Davison & Hinkley, "Bootstrap methods and their application" (1997), section 5.2.
@@ -155,17 +156,17 @@ def approximate_randomization(
 
     If the systems are the same (the null hypothesis), swapping the two outputs of a document changes nothing. With R
     random sets of swaps, ``p = (1 + #{as large}) / (1 + R)``, which is never 0 and keeps the level of the test. If
-    there are at most `samples` sets (``2**documents``), all are tried and p is exact. The outputs of a document in all
-    runs are swapped together.
+    there are at most `samples` possible sets (``2**documents``), all are tried and p is exact. With several runs, the
+    outputs of a document are swapped in all runs together.
 
     Args:
-        values, baseline, same_counts: as `paired_bootstrap` takes them; what is resampled there is swapped here.
+        values, baseline, same_counts: as in `paired_bootstrap`; the unit that is resampled there is swapped here.
         alternative: "two-sided", "less" (values below the baseline) or "greater".
         samples: number of random sets of swaps.
         seed: of the swaps.
 
     Raises:
-        ValueError: for arguments out of range, or if the two are not of the same documents.
+        ValueError: for arguments out of range, or if the two do not belong to the same documents.
 
     Source: Noreen, "Computer-intensive methods for testing hypotheses" (1989); Yeh, "More accurate tests for the
     statistical significance of result differences" (COLING 2000); Phipson & Smyth, "Permutation p-values should never
@@ -183,7 +184,7 @@ def approximate_randomization(
         difference = float((figures[0] - figures[1]).mean())
     if not math.isfinite(difference):
         raise ValueError(f"The figures {figures[0]} and {figures[1]} have no difference that could be tested.")
-    # ties: a swap with the same difference adds the same numbers in another order
+    # for ties: swaps with the same difference add the same numbers in another order
     tolerance = 1e-12 * max(float(np.abs(figures[0]).max()), float(np.abs(figures[1]).max()))
     larger = {"two-sided": np.abs, "less": np.negative, "greater": np.positive}[alternative]
     as_large = tried = 0
@@ -213,7 +214,7 @@ def _on_original_scale(contrast: float, scale: str) -> float:
 
 
 def _parts(rows: int, number: int) -> Iterator[range]:
-    """Yield the rows of a matrix with that many columns in parts that fit into memory."""
+    """Yield the row indices of a matrix with ``number`` columns in parts of at most `_AT_A_TIME` entries."""
     step = max(1, _AT_A_TIME // number)
     for start in range(0, rows, step):
         yield range(start, min(start + step, rows))
@@ -235,10 +236,11 @@ def _swaps(rng: np.random.Generator, number: int, sets: int, exact: bool) -> Ite
 
 
 def _error_bias(value: float, drawn: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the least and the most that noise may have added to a calibration error.
+    """Return the least and the greatest bias that noise may have added to a calibration error.
 
-    At least ``b = max(0, mean(drawn) - value)``, at most ``(1 + √2) b``; but all of `value` where the basic bootstrap
-    of the squared error reaches 0, ``2 value**2 <= q_high**2``, as in `calibration.intervals.error_interval`.
+    The least is ``b = max(0, mean(drawn) - value)``, the greatest ``(1 + √2) b``; but all of `value` if the basic
+    bootstrap interval of the squared error reaches 0, that is ``2 value**2 <= q_high**2``, as in
+    `calibration.intervals.error_interval`.
     """
     least = min(value, max(0.0, float(drawn.mean()) - value))
     at_zero = 2 * value**2 <= float(np.quantile(drawn, (1 + level) / 2)) ** 2
@@ -248,12 +250,12 @@ def _error_bias(value: float, drawn: np.ndarray, level: float) -> tuple[float, f
 def _error_difference(
     values: float, drawn_values: np.ndarray, baseline: float, drawn_baseline: np.ndarray, level: float
 ) -> Callable[[float], Interval]:
-    """Return the interval of the error ``values - ratio * baseline`` as a function of the ratio, 1 for the difference.
+    """Return a function of r that computes the interval of ``values - r * baseline`` for two calibration errors.
 
-    ``[d - most_1 + least_2 - (q_high - m), d - least_1 + most_2 + (m - q_low)]``, with d the difference of the sample,
-    m and q mean and quantiles of the resampled differences, and the biases of `_error_bias`. With ``most = least`` it
-    is the basic bootstrap. The two biases are treated as unrelated, which makes the interval too wide for systems that
-    are nearly the same.
+    The interval is ``[d - most_1 + r least_2 - (q_high - m), d - least_1 + r most_2 + (m - q_low)]``: d is
+    ``values - r * baseline`` in the sample, m and q are its mean and quantiles over the resamples, and least and most
+    are the biases of the two errors from `_error_bias`. With ``most = least`` it is the basic bootstrap. The biases
+    are treated as unrelated, which makes the interval too wide for systems that are nearly the same.
     """
     least, most = _error_bias(values, drawn_values, level)
     baseline_least, baseline_most = _error_bias(baseline, drawn_baseline, level)
@@ -271,10 +273,10 @@ def _error_difference(
 
 
 def _error_ratio(difference: Callable[[float], Interval], far: float) -> Interval:
-    """Return the interval of the ratio of two errors: all r up to `far` for which `difference` of r holds 0.
+    """Return the interval of the ratio of two errors: all r up to `far` for which ``difference(r)`` contains 0.
 
-    So it holds 1 exactly if that of the difference holds 0. It starts at 0 where the first error could be 0, and
-    reaches infinity where the second could be 0.
+    So it contains 1 exactly if the interval of the difference contains 0. It starts at 0 if the first error could be
+    0, and ends at infinity if the second could be 0.
 
     Source: Fieller, "Some problems in interval estimation" (JRSS B 1954), with a bootstrap interval in place of t.
     """

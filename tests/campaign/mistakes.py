@@ -179,7 +179,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ("    metric: eval_nll\n", "    metric: eval_nnl\n", "budget:",
      "budget.halving.metric: 'nnl' is not a metric of evaluations; did you mean nll?"),
     ("    metric: eval_nll\n", "    metric: eval_nll_scaled\n", "budget:",
-     "budget.halving.metric: eval_nll_scaled is not there during training"),
+     "budget.halving.metric: eval_nll_scaled does not exist during training"),
     ("    metric: eval_nll\n", "    metric: token_accuracy\n", "budget:",
      "budget.halving.metric: of token_accuracy less is not better; name eval_nll"),
     ("alpha_schedule: late_linear}", "alpha_schedule: late_linear, max_steps: 20}",

@@ -204,7 +204,7 @@ def test_a_finished_run_is_taken_from_a_killed_runner(tmp_path: Path) -> None:
     (folder / "outcome.json").unlink()
     code, records, _ = run(campaign, tmp_path / "out")
     assert [a["status"] for a in records["v0"].attempts] == ["interrupted", "ok"]
-    assert "ended without a word" in records["v0"].attempts[0]["message"]
+    assert "ended without recording how" in records["v0"].attempts[0]["message"]
 
 
 def test_the_record_says_which_checkpoint_was_really_taken(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_statistics_are_those_of_score_tokens_and_detached(reduction: str, entro
         ({"scoring_rule": "hinge"}, "scoring_rule='hinge' is unknown; choose one of"),
         ({"alpha": 1.5}, r"alpha=1\.5 lies outside \[0, 1\]"),
         ({"reduction": "max"}, "reduction='max' is unknown; choose mean, sum or none"),
-        ({"reduction": "sum", "num_items_in_batch": 3}, "denominator of a mean, which reduction='sum' has not"),
+        ({"reduction": "sum", "num_items_in_batch": 3}, "denominator of a mean, but reduction='sum' takes none"),
         ({"impl": "cuda"}, "impl='cuda' is unknown; choose one of auto, torch"),
         ({"impl": "compile"}, "impl='compile' is unknown; choose one of auto, torch, triton, reference"),
         ({"chunk_tokens": 0}, "chunk_tokens=0 must be a whole number from 1 on; None chooses"),

@@ -449,12 +449,12 @@ def test_processes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = {"input_ids": ids() % 30, "labels": ids() % 30}
     nothing = {**inputs, "labels": torch.full((4, 12), -100)}
     mine = OwnLoss("shifted", replaceable=True)
-    assert module._ask_together(make_model("llama"), inputs) == mine
+    assert module._measure_on_all_processes(make_model("llama"), inputs) == mine
     others.code = mine.code()
-    assert module._ask_together(make_model("llama"), nothing) == mine
+    assert module._measure_on_all_processes(make_model("llama"), nothing) == mine
     others.code = OwnLoss("aligned").code()
     with pytest.raises(ValueError, match="processes find different losses in LlamaForCausalLM"):
-        module._ask_together(make_model("llama"), inputs)
+        module._measure_on_all_processes(make_model("llama"), inputs)
     others.code = 17
-    with pytest.raises(ValueError, match="not understood on another process"):
-        module._ask_together(make_model("llama"), inputs)
+    with pytest.raises(ValueError, match="could not be determined on another process"):
+        module._measure_on_all_processes(make_model("llama"), inputs)

@@ -1,4 +1,4 @@
-"""What a training step of every variation costs in time, memory, operations and energy."""
+"""The efficiency audit: time, memory, floating-point operations and energy of a step of every variation."""
 
 from .audit import run_audit, table
 

@@ -1,8 +1,8 @@
-"""The efficiency audit of a campaign: what a training step of every variation costs, on the same text and machine.
+"""`run_audit`: measure what a training step of every variation costs, on the same text and the same machine.
 
-Every variation takes real steps of its trainer on a fixed batch, each measure in a process that suits it: peak memory
-in one of its own, times in one that interleaves all variations. What has been measured is written at once; after a
-kill, the next audit of the same commit on the same machine measures only what is missing.
+Every variation takes real steps of its trainer on a fixed batch. Peak memory is measured in one process for each
+variation, times in one process that interleaves all of them. Measurements are written at once; after a kill, the next
+audit of the same commit on the same machine measures only what is missing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _TAIL_LINES = 5
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """What an audit measures, a campaign's ``audit``."""
+    """What an audit measures; the section ``audit`` of a campaign."""
 
-    tokens: int = 2000  # of the fixed batch; for summarization sources and summaries together
-    repeats: int = 5  # samples of the time of each variation
-    steps: int = 0  # of the sustained measurement; 0 leaves it out
-    sequences: int = 64  # rows of a step of the sustained measurement
-    length: int = 1024  # tokens of such a row
-    size: str | None = None  # of the model; None takes that of the reference's first run
+    tokens: int = 2000  # in the fixed batch; for summarization sources and summaries together
+    repeats: int = 5  # time samples of each variation
+    steps: int = 0  # steps of the sustained measurement; 0 leaves it out
+    sequences: int = 64  # rows in a step of the sustained measurement
+    length: int = 1024  # tokens in such a row
+    size: str | None = None  # size of the model; None takes that of the reference's first run
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("repeats", 1), ("steps", 0), ("sequences", 1), ("length", 2)):
@@ -53,9 +53,10 @@ class AuditSettings:
 
     @classmethod
     def of(cls, campaign: Campaign) -> AuditSettings:
-        """Return the settings of a campaign; without any, 1,000 sustained steps at paper scale and none at small.
+        """Return the settings of a campaign; the default of ``steps`` is 1,000 at paper scale, 0 at small scale.
 
-        An unknown key or a value out of range is a ValueError.
+        Raises:
+            ValueError: for an unknown key or a value out of range.
         """
         given = dict(campaign.audit or {})
         known = [field.name for field in dataclasses.fields(cls)]
@@ -67,11 +68,18 @@ class AuditSettings:
 
 
 def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
-    """Return the run of each variation whose step is audited: those that differ in the variation alone.
+    """Return one run of each variation to audit, such that they differ in the variation as little else as possible.
 
-    Variations that read another's runs train nothing and are left out, as are those that the plan has no run of. A run
-    that starts from another's model gets that model with random weights, which cost the same. Its step is audited in
-    one process, on however many it trains. A reference without a run of that size is a ValueError.
+    Variations without runs, because they stand for another's results or the plan has none, are left out. A run that
+    starts from another's model is audited with random weights, which cost the same. Steps are audited in one process,
+    whatever number the run trains on.
+
+    Args:
+        campaign: the campaign.
+        size: of the model; None takes that of the reference's first run.
+
+    Raises:
+        ValueError: if the reference has no run of that size.
     """
     own = [point for point in campaign.points if not point.scaled]
     mine = [p for p in own if p.variation == campaign.reference and size in (None, p.size)]
@@ -94,11 +102,11 @@ def audited_runs(campaign: Campaign, size: str | None = None) -> dict[str, Run]:
 
 
 def run_audit(campaign: Campaign, directory: Path) -> dict[str, Any]:
-    """Measure what is missing of a campaign's audit and return all of it, which is in ``audit.json`` too.
+    """Measure what is missing in a campaign's audit, and return the whole audit.
 
     Args:
-        campaign: the campaign; its ``audit`` holds the `AuditSettings`.
-        directory: folder of the campaign; ``audit.json`` is written there, texts and logs into ``audit/``.
+        campaign: the campaign; its ``audit`` has the `AuditSettings`.
+        directory: folder of the campaign; ``audit.json`` is written there, text and logs into ``audit/``.
 
     Returns:
         The content of ``audit.json``, see docs/audit.md. A variation that could not be measured has the status
@@ -119,11 +127,11 @@ class _Audit:
         self.runs = audited_runs(campaign, self.settings.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.content = self._begin()
-        #: What is known of each variation.
+        #: The measurements of each variation.
         self.entries: dict[str, dict[str, Any]] = self.content["variations"]
 
     def run(self) -> dict[str, Any]:
-        """Measure what is missing."""
+        """Measure what is missing, and return the content of ``audit.json``."""
         for name in self.runs:
             if "peak_memory_mb" not in self.entries[name]:
                 self._measure("memory", [name])
@@ -146,7 +154,7 @@ class _Audit:
     def _rounds_missing(self, name: str) -> int:
         entry = self.entries[name]
         missing = self.settings.repeats - len(entry["samples"])
-        # the profile comes after the rounds, in the same process
+        # the profile is taken after the rounds, in the same process, so it needs at least one
         return max(missing, 0 if "profile" in entry and "gpu" in entry else 1)
 
     # ---- what is kept and written ----------------------------------------------------------------------------------
@@ -167,17 +175,17 @@ class _Audit:
                 kept = {"samples": []}
             known = {"title": self.campaign.variation(name).title, "status": "running", "message": "", "run": run.id}
             content["variations"][name] = {**kept, **known}
-        for entry in content["variations"].values():  # timed while the reference failed: nothing to compare with
+        for entry in content["variations"].values():  # samples taken while the reference failed cannot be compared
             entry["samples"] = [sample for sample in entry["samples"] if sample["reference_seconds"]]
         return content
 
     def _read_previous(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Return variations and text of an audit of the same machine, commit and settings; else none."""
+        """Return variations and text of an earlier audit with the same machine, commit and settings; else none."""
         try:
             previous = json.loads((self.directory / AUDIT_NAME).read_text(encoding="utf-8"))
             same = all(previous[key] == content[key] for key in content if key not in ("variations", "settings"))
             found = previous["variations"]
-            # more repeats go on from what there is; another batch or another size is another measurement
+            # a change of repeats keeps the samples taken so far; any other change makes them incomparable
             old, new = ({**s, "repeats": 0} for s in (previous["settings"], content["settings"]))
             return (dict(found), previous["text"]) if same and old == new else ({}, None)
         except (OSError, ValueError, KeyError, TypeError):
@@ -189,7 +197,7 @@ class _Audit:
 
     @functools.cached_property
     def _spec(self) -> Path:
-        """Write what the processes need: arguments, tokenizer and the text as ids; the same at every call."""
+        """Write what the measuring processes need (arguments, tokenizer, text as ids), and return the file's path."""
         from .step import parse_arguments
 
         first = self.runs[self.campaign.reference]
@@ -198,7 +206,7 @@ class _Audit:
         tokenizer = run.load_tokenizer(lambda: texts)  # train-bpe at the run's size, on the audit's own text
         tokenizer.save_pretrained(self.folder / "text-tokenizer")
         large = self.settings.sequences * self.settings.length
-        # the large steps move on through the text; ten different ones are enough of a change
+        # sustained steps move through the text; after ten different batches it may start over
         wanted = max(2 * self.settings.tokens, 10 * large if self.settings.steps else 0)
         ids, used = _ids(tokenizer, texts, wanted)
         np.save(self.folder / "ids.npy", np.asarray(ids, dtype=np.int32))
@@ -217,7 +225,7 @@ class _Audit:
     # ---- processes -------------------------------------------------------------------------------------------------
 
     def _measure(self, kind: str, names: Sequence[str], rounds: int | None = None) -> None:
-        """Run one process and take in what it finds; a variation that it leaves unmeasured has failed."""
+        """Run one measuring process and store what it finds; variations that it leaves unmeasured have failed."""
         command = [sys.executable, "-m", "dpsm_hf.campaign.audit.worker", kind, str(self._spec), *names]
         if rounds is not None:
             command += ["--rounds", str(rounds)]
@@ -255,7 +263,7 @@ class _Audit:
 
 
 def _findings(command: Sequence[str], errors: Any, *, exact_memory: bool) -> Iterator[dict[str, Any]]:
-    """Yield what a process finds, line by line; whoever stops listening ends it."""
+    """Yield the findings of a measuring process, one per line of its output; closing the iterator ends the process."""
     environment = {**own_process_environment(exact_memory), "TOKENIZERS_PARALLELISM": "false"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=errors, encoding="utf-8", env=environment) as process:
@@ -269,7 +277,7 @@ def _findings(command: Sequence[str], errors: Any, *, exact_memory: bool) -> Ite
 
 
 def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], list[str]]:
-    """Return the ids of as many texts as it takes, and these texts; fewer ids where the texts end."""
+    """Return ``wanted`` token ids, and the texts that they come from; ids of too short texts are repeated."""
     ids: list[int] = []
     used: list[str] = []
     for text in texts:
@@ -277,13 +285,13 @@ def _ids(tokenizer: Any, texts: Iterable[str], wanted: int) -> tuple[list[int], 
             break
         used.append(text)
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    while len(ids) < wanted:  # a small text is read again
+    while len(ids) < wanted:
         ids += ids[: wanted - len(ids)]
     return ids[:wanted], used
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what a measurement belongs to: device, versions, and the state of this package's code."""
+    """Return what a measurement depends on: device, versions, and the commit and sources of this package."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "device": device_name(device), "commit": commit(), "source": source_hash(),
@@ -291,11 +299,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------------------------
 
 
 def summarise(content: dict[str, Any]) -> None:
-    """Fill in the figures of each variation that follow from what was measured, None where something is missing."""
+    """Compute the results of each variation from its measurements, in place; None where a measurement is missing."""
     entries = content["variations"]
     base = entries.get(content["reference"], {}).get("peak_memory_mb")
     for entry in entries.values():
@@ -317,10 +325,10 @@ def summarise(content: dict[str, Any]) -> None:
 
 
 def table(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one row for each variation, for a report; what was not measured is None.
+    """Return one row for each variation, for a report; values that were not measured are None.
 
     Args:
-        content: of ``audit.json``.
+        content: the content of ``audit.json``.
 
     Returns:
         Rows with ``variation``, ``title``, ``status``, ``message``, ``seconds_per_step`` (median; ``..._p10``,
@@ -345,7 +353,7 @@ def table(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _share(profile: Mapping[str, Mapping[str, float | None]], name: str) -> float | None:
-    """Return a range's share of a step: of the kernels' time where there are kernels, else of the thread's."""
+    """Return a named range's share of the time of a step: of kernel time if there are kernels, else of host time."""
     if name not in profile or "step" not in profile:
         return None
     kind = "device_ms" if profile["step"]["device_ms"] else "cpu_ms"

@@ -1,7 +1,7 @@
-"""A training step of each variation on the same text: one model and one optimizer that trainers take turns with.
+"""`Steps`: training steps of several variations on the same text, with one model and one optimizer for all.
 
-The trainers are the real ones, with the arguments of the variation's own runs; a step is theirs: `training_step` for
-each micro-batch, clipping, the optimizer. Only the text is the audit's, so that every variation has the same.
+The trainers are the real ones, with the arguments of the variation's own runs. A step is a real one, too:
+`training_step` for each micro-batch, clipping, the optimizer. Only the text is the audit's own.
 """
 
 from __future__ import annotations
@@ -22,20 +22,26 @@ from ...tasks import get_task
 from ...tasks.model_building import load_saved_tokenizer
 from ...tasks.task import Task
 
-#: Where in training a step is measured, as a share of its steps: late enough that every schedule mixes both scores.
+#: The point of training at which a step is measured, as a share of its steps: late enough for alpha to be above 0.
 PLACE = 0.75
-# Optimizer steps of a training whose arguments do not say how many it has.
+# Optimizer steps to assume for a training whose arguments do not give a number.
 _STEPS = 1000
-# Of a run's arguments these concern its folder, its data and its evaluations.
+# Arguments of a run that concern its folder, trackers and the hub.
 _LEFT_OUT = frozenset(
     {"output_dir", "resume_from_checkpoint", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_token"}
 )
 
 
 def parse_arguments(task: str, arguments: Mapping[str, Any], directory: Path) -> Task:
-    """Read a run's arguments as the task does, for a trainer that trains nothing and saves nothing.
+    """Return a task with a run's arguments, changed so that its trainer does not evaluate.
 
-    An argument that the task does not have, or does not take, is a ValueError.
+    Args:
+        task: name of the task.
+        arguments: of the run.
+        directory: becomes ``output_dir``.
+
+    Raises:
+        ValueError: for an argument that the task does not have or does not accept.
     """
     kept = {name: value for name, value in arguments.items() if name not in _LEFT_OUT and value is not None}
     path = directory / "arguments.json"
@@ -54,22 +60,25 @@ class Shape:
     """The shape of a batch."""
 
     sequences: int  # rows
-    source: int  # tokens of a row that the model reads
-    target: int  # tokens of a summary; 0 for a language model, whose targets are its own tokens
-    tokens: int  # of the batch, sources and summaries together; what is over at the end is not scored
+    source: int  # input tokens of a row
+    target: int  # tokens of a summary; 0 for a language model, whose targets are its inputs
+    tokens: int  # in the batch, sources and summaries together; any more in the last row are not scored
 
     @classmethod
     def of(cls, run: Task, longest: int, tokens: int) -> Shape:
-        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model takes.
+        """Return the shape of a batch of so many tokens, in as few rows of equal length as the model can take.
 
-        A summary has the share of its row that the run's longest summary has; ``longest`` is `Task.longest_row`.
+        Args:
+            run: the run, whose longest source and summary determine how a row is divided between the two.
+            longest: tokens of the longest row that the model can take, from `Task.longest_row`.
+            tokens: of the batch.
         """
         sequences = -(-tokens // longest)
         return cls.rows(run, sequences, -(-tokens // sequences), tokens)
 
     @classmethod
     def rows(cls, run: Task, sequences: int, length: int, tokens: int | None = None) -> Shape:
-        """Return the shape of so many rows of a length; ``tokens`` where the last row is not full."""
+        """Return the shape of so many rows of a length; give ``tokens`` if the last row is not full."""
         target = 0
         if run.encoder_decoder:
             data = run.data_args
@@ -79,12 +88,12 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row, its summary included."""
+        """Return the tokens of a row, including its summary."""
         return self.source + self.target
 
 
 def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return one optimizer step's micro-batches, of so many rows each (None: all in one), of real text."""
+    """Return one optimizer step's micro-batches, each of ``rows`` rows (None makes one of all), from token ids."""
     text = ids[: shape.sequences * shape.length].view(shape.sequences, shape.length).to(device)
     source, labels = text[:, : shape.source].contiguous(), text[:, shape.source :].contiguous()
     if not shape.target:
@@ -97,15 +106,21 @@ def make_batches(ids: Tensor, shape: Shape, rows: int | None, device: torch.devi
 
 
 class Steps:
-    """Optimizer steps of several variations, given by their runs' arguments, with one model.
+    """Optimizer steps of several variations with one model.
 
-    Variations that do not have one model and one precision in common are a ValueError.
+    Args:
+        task: name of the task.
+        runs: arguments of one run of each variation.
+        tokenizer_folder: the saved tokenizer.
+
+    Raises:
+        ValueError: if the variations differ in model or precision.
     """
 
     def __init__(self, task: str, runs: Mapping[str, Mapping[str, Any]], tokenizer_folder: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        #: The run of each variation.
+        #: The task of each variation, with its arguments.
         self.runs = {name: parse_arguments(task, arguments, folder) for name, arguments in runs.items()}
         first = next(iter(self.runs.values()))
         self._check_common()
@@ -127,7 +142,7 @@ class Steps:
         if len(seen) > 1:
             raise ValueError(
                 f"the variations {', '.join(seen.values())} differ in their model or in {', '.join(names)}, so their "
-                "steps cannot be compared; let variations differ in the arguments of the loss alone."
+                "steps cannot be compared; let variations differ only in the arguments of the loss."
             )
 
     def _trainer(self, run: Task) -> Any:
@@ -137,7 +152,7 @@ class Steps:
             self._first = trainer
             trainer.create_optimizer()
             self.wrapped, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        # one accelerator: a second would wrap the model once more
+        # one accelerator for all, as a second one would wrap the model again
         trainer.accelerator, trainer.optimizer = self._first.accelerator, self.optimizer
         trainer.model_wrapped = self.wrapped
         trainer.state.max_steps = args.max_steps if args.max_steps > 0 else _STEPS
@@ -145,7 +160,7 @@ class Steps:
         return trainer
 
     def alpha(self, name: str) -> float | None:
-        """Return the weight of the Brier score in a variation's step; None where nothing is mixed."""
+        """Return the weight of the Brier score in a variation's step; None unless its rule is ``dpsm``."""
         alpha = self._trainers[name].alpha
         return None if alpha is None else float(alpha)
 
@@ -153,7 +168,7 @@ class Steps:
         """Do one optimizer step of a variation."""
         trainer = self._trainers[name]
         trainer.current_gradient_accumulation_steps = len(batches)
-        # as Trainer counts: of the labels of all micro-batches
+        # counted as Trainer does, over all micro-batches
         count = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
         for batch in batches:
             trainer.training_step(self.wrapped, dict(batch), num_items_in_batch=count)
@@ -163,6 +178,6 @@ class Steps:
         self.wrapped.zero_grad()
 
     def wait(self) -> None:
-        """Wait until the device has done what it was asked."""
+        """Synchronise with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""The process in which an audit measures: ``python -m dpsm_hf.campaign.audit.worker KIND SPEC NAME...``.
+"""The measuring process of an audit: ``python -m dpsm_hf.campaign.audit.worker KIND SPEC NAME...``.
 
-``memory`` takes one variation, whose peak needs a process of its own, and counts its operations; ``time`` takes all,
-round by round, and profiles each; ``sustain`` takes each in turn for many large steps. Each finding is one line of
-JSON on standard output, as soon as there is one; everything else that is printed goes to standard error.
+``memory`` measures the peak memory of one variation and counts its operations; ``time`` times all variations, round
+by round, and profiles each; ``sustain`` runs many large steps of each. Each finding is written at once, as one line of
+JSON on standard output; all other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ...measuring.profiling import count_flops, profile_by_range
 from ...runtime.child_process import end_with_parent
 from .step import Shape, Steps, make_batches
 
-# A sample of time is of as many steps as this many seconds hold: the clock, and what else happens, count for less.
+# A time sample has as many steps as fit into this many seconds, so that clock and disturbances matter less.
 _SAMPLE_SECONDS = 0.2
 _MOST_STEPS = 50
-# Seconds of the fixed batch during which a GPU's energy is measured: its counter moves ten times a second.
+# Seconds over which a GPU's energy is measured: its counter is updated ten times a second.
 _GPU_SECONDS = 5.0
 _PROGRESS_SECONDS = 20.0
 
@@ -40,7 +40,13 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 class Measurement:
-    """What one process measures, by the file that `audit` has written: see its ``_spec``."""
+    """The measurements of one process.
+
+    Args:
+        spec: content of the file that `run_audit` has written (``_Audit._spec``).
+        names: variations.
+        report: gets each finding.
+    """
 
     def __init__(self, spec: Mapping[str, Any], names: Sequence[str], report: Report) -> None:
         self.settings, self.reference, self.report = spec["settings"], spec["reference"], report
@@ -56,7 +62,7 @@ class Measurement:
         return make_batches(self.ids, self.shape, None, self.steps.device)
 
     def memory(self) -> None:
-        """Report a variation's peak memory above model and optimizer state, and its operations."""
+        """Report the peak memory of a variation's step beyond model and optimizer state, and its operations."""
         (name,) = self.names
         batches = self.fixed_batch()
         step = functools.partial(self.steps.step, name, batches)
@@ -71,17 +77,17 @@ class Measurement:
         })  # fmt: skip
 
     def time(self, rounds: int) -> None:
-        """Report the time of a step of every variation, round by round, then where it goes and what it takes."""
+        """Report the time of a step of every variation, round by round, then the profile and the energy of each."""
         batches = self.fixed_batch()
         alive = [name for name in self.names if self._works(self._warm_up, name, batches)]
         if not alive:
             return
         reference = self.reference if self.reference in alive else alive[0]
-        # all variations alike, by the reference
+        # the same number of steps for all variations, from the reference's time
         count = max(1, min(_MOST_STEPS, math.ceil(_SAMPLE_SECONDS / self._seconds(reference, batches, 1))))
         for number in range(rounds):
             turn = number % len(alive)
-            # whoever comes first after a pause is at a disadvantage, so everybody does once
+            # rotated, since the first variation after a pause is at a disadvantage
             seconds = {name: self._seconds(name, batches, count) for name in [*alive[turn:], *alive[:turn]]}
             self.report({"round": seconds, "steps_per_sample": count})
         for name in alive:
@@ -92,13 +98,13 @@ class Measurement:
     def _works(self, measure: Callable[..., None], name: str, *arguments: Any) -> bool:
         try:
             measure(name, *arguments)
-        except Exception as error:  # of one variation: the others are measured all the same
+        except Exception as error:  # one variation failed; the others are still measured
             self.report({"variation": name, "failed": describe(error)})
             return False
         return True
 
     def _warm_up(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        for _ in range(2):  # the optimizer's state exists after the first
+        for _ in range(2):  # the first creates the optimizer's state
             self.steps.step(name, batches)
 
     def _seconds(self, name: str, batches: Sequence[Mapping[str, Tensor]], count: int) -> float:
@@ -110,7 +116,7 @@ class Measurement:
         return (time.perf_counter() - started) / count
 
     def _gpu(self, name: str, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Return utilisation and energy of some seconds of steps, or that they were not measured."""
+        """Return utilisation and energy over some seconds of steps; without a GPU, the note that says so."""
         steps = 0
         with GpuMeter(self.steps.device) as meter:
             if self.steps.device.type == "cuda":
@@ -121,7 +127,7 @@ class Measurement:
         return {**asdict(meter.reading), "steps": steps or None}
 
     def sustain(self) -> None:
-        """Report many steps of the large shape for each variation, on text that moves on from step to step."""
+        """Report the speed over many large steps of each variation, each step on the next part of the text."""
         for name in self.names:
             self._works(self._sustain, name)  # the large shape may not fit
 
@@ -167,14 +173,14 @@ def _print_line(stream: TextIO, finding: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print what is found; return the exit status."""
+    """Measure, and print the findings; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dpsm_hf.campaign.audit.worker", description=__doc__)
     parser.add_argument("kind", choices=["memory", "time", "sustain"])
     parser.add_argument("spec", type=Path, help="JSON file that `dpsm campaign audit` wrote")
     parser.add_argument("names", nargs="+", help="variations")
     parser.add_argument("--rounds", type=int, default=5, help="of kind time: samples of each variation")
     arguments = parser.parse_args(argv)
-    end_with_parent()  # left alone it would disturb the next measurement
+    end_with_parent()  # an orphaned process would disturb the next measurement
     report: Report = functools.partial(_print_line, sys.stdout)
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,1 +1,1 @@
-"""The runs of a campaign: launched, watched, pruned, recorded, and taken up again after any kill."""
+"""Run a campaign: launch its runs, watch, prune and record them, and resume them after a kill."""

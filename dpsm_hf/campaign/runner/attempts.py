@@ -1,6 +1,6 @@
-"""One process of one run, from the record that announces it to the record that says how it ended, and why.
+"""`Attempt`: one launch of one run, with a record written at its start and at its end.
 
-How it ended is told by its exit code, its last lines, and what the kernel says.
+`classify` finds out how it ended and why, from its exit code, the last lines of its log, and the kernel's counters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .launching import (
 from .lock import end_orphans, interrupt_run, kill_run, processes_of
 from .records import Record, write_record
 
-#: Lines of the log that are looked at: a launcher's own traceback stands below the cause.
+#: How many of the log's last lines are searched for the cause: a launcher adds a traceback of its own below it.
 LOG_LINES = 200
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "os error 28)", "[Errno 28]", "[Errno 122]")
@@ -39,9 +39,10 @@ _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "Cannot allocate memory", "MemoryError", "CUBLAS_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
 )  # fmt: skip
-# The exceptions below are what a launcher adds: they say that a process failed, not why.
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
+# Exceptions that a launcher adds: they say that a process failed, not why.
 _LAUNCHER_ERRORS = ("subprocess.CalledProcessError", "torch.distributed.elastic")
+# How launchers write the exit code of the training process.
 _CODES = (
     re.compile(r"CalledProcessError: .*returned non-zero exit status (\d+)\."),
     re.compile(r"CalledProcessError: .*died with <Signals\.\w+: (\d+)>\."),
@@ -50,16 +51,24 @@ _CODES = (
 _MEMORY_KILLS = r"^oom_kill (\d+)"
 _LITTLE_SPACE = 2**20
 _SIGKILL = 9
-# Codes of what somebody may send, a shell's for an interrupt and for SIGTERM too; other signals are crashes. By name:
-# Windows has not all of them.
+# Exit codes after a signal that a person or a scheduler may send (a shell reports SIGINT as 130, SIGTERM as 143);
+# other signals are crashes. Listed by name, because Windows lacks some of them.
 _SENT = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGKILL")
 _STOPPED = frozenset({130, 143, *(-number for number in signal.Signals if number.name in _SENT)})
 
 
 class Attempt:
-    """A run under way, which may go to the end or, in halving, to the rung of this number (counted from 0).
+    """One launch of a run, up to its end or, under successive halving, up to a rung.
 
-    An OSError where the record could not be written, or no process could be started.
+    Args:
+        place: what all runs of the campaign share.
+        run_id: `Run.id`.
+        devices: GPUs it gets; none on a CPU.
+        tokenizer: folder of the shared tokenizer, if it uses one.
+        rung: number of the rung to pause at, from 0 on; None runs to the end.
+
+    Raises:
+        OSError: if the record cannot be written, or no process can be started.
     """
 
     def __init__(
@@ -97,29 +106,29 @@ class Attempt:
 
     @property
     def saving(self) -> bool:
-        """Return whether its training processes were told to save a checkpoint and stop."""
+        """Return whether its training processes have been sent the signal to save a checkpoint and stop."""
         return bool(self._told)
 
     def interrupt(self) -> None:
-        """Have the training processes save a checkpoint and stop, each told once; before there is one, end at once."""
+        """Signal the training processes, each once, to save a checkpoint and stop; kill the run if there are none."""
         self.asked = True
         self._told = interrupt_run(self.settings, self._told)
         if not self._told:
             self.kill()
 
     def kill(self) -> None:
-        """Stop it at once."""
+        """Kill all its processes."""
         self.asked = True
         self.child.kill()
         kill_run(self.settings)
 
     def poll(self) -> tuple[Record, Ending] | None:
-        """Return its record and how it ended, None while it runs."""
+        """Return its record and its ending, once it has ended; None while it runs."""
         result = self.child.poll()
         if result is None:
             return None
         if processes_of(self.settings):
-            kill_run(self.settings)  # what its launcher has left behind would go on writing
+            kill_run(self.settings)  # processes that outlived their launcher would go on writing
         before, now = self._memory_kills, memory_kill_count()
         kills = now - before if now is not None and before is not None else None
         free = shutil.disk_usage(self.folder).free
@@ -127,7 +136,7 @@ class Attempt:
         record = collect(self.record, self.folder)
         step = reached_step(self.folder)
         if ending.status == "interrupted" and self.asked and step == 0:
-            ending = Ending("interrupted", "interrupted before it had a checkpoint; it begins anew")
+            ending = Ending("interrupted", "interrupted before its first checkpoint; it will start over")
         if ending.status == "ok":
             ending = self._finished(record, step)
         to_step = int(record.efficiency.get("steps") or step) if ending.status == "ok" else step
@@ -142,13 +151,13 @@ class Attempt:
             return _ok_or_diverged(record)
         if self.rung is not None and step > 0:
             return Ending("paused", f"waits at step {step} for the runs it is compared with")
-        return Ending("failed", "exit code 0, but the script has left no results: do its arguments ask for any work?")
+        return Ending("failed", "exit code 0, but the script has left no results: set do_train or do_eval")
 
 
 def _write_end(
     record: Record, folder: Path, ending: Ending, facts: Mapping[str, Any], used: Mapping[str, Any]
 ) -> Record:
-    """Return a record with what is known of the end of its last attempt, and write it."""
+    """Write a record with the end of its last attempt, and return it."""
     end = {**facts, "status": ending.status, "message": ending.message, **used}
     if (step := begun_at(folder)) is not None:
         end["from_step"] = step
@@ -165,7 +174,7 @@ def _ok_or_diverged(record: Record) -> Ending:
 
 
 def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return processor time and peak memory of all attempts, unknown where nobody could measure one of them."""
+    """Return processor time and peak memory of all attempts together; None if one of them was not measured."""
     times, peaks = ([attempt.get(name) for attempt in attempts] for name in ("cpu_seconds", "peak_memory_mb"))
     return {
         "cpu_seconds": None if None in times else round(sum(filter(None, times)), 1),
@@ -174,16 +183,16 @@ def _measured(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def recover(record: Record, directory: Path) -> Record:
-    """Return the record of a run whose runner was killed, after ending what is left of its processes."""
+    """Bring the record of a run whose runner was killed up to date, after ending the processes it left; return it."""
     folder = run_folder(directory, record.run_id)
     orphans = end_orphans(folder / SETTINGS_NAME)
     record = collect(record, folder)
-    # The outcome is the last thing a script writes: only the runner had not come to take it.
+    # the script writes its outcome last: if that is there, only the record was missing
     if is_finished(folder):
         ending = _ok_or_diverged(record)
     else:
-        left = f"; {orphans} of its processes were still at work and have been stopped" if orphans else ""
-        ending = Ending("interrupted", f"its runner ended without a word, killed for instance{left}")
+        left = f"; {orphans} of its processes were still running and have been stopped" if orphans else ""
+        ending = Ending("interrupted", f"its runner ended without recording how, so it was probably killed{left}")
     return _write_end(record, folder, ending, {"to_step": reached_step(folder)}, {})
 
 
@@ -192,7 +201,7 @@ def recover(record: Record, directory: Path) -> Record:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: one of `records.STATUSES`, why in a sentence, and whether the disk had no room for any run."""
+    """How a run ended: one of `records.STATUSES`, the reason in a sentence, and whether that is a full disk."""
 
     status: str
     message: str = ""
@@ -203,10 +212,14 @@ def classify(
     exit_code: int, lines: Sequence[str], asked: bool = False, memory_kills: int | None = None,
     free_bytes: int | None = None,
 ) -> Ending:  # fmt: skip
-    """Say how a run ended by the exit code and the last lines of its launcher, and whether the runner interrupted it.
+    """Return how a run ended, and why.
 
-    ``memory_kills`` counts what the kernel killed for want of memory meanwhile, ``free_bytes`` is the room left on the
-    disk; None where unknown.
+    Args:
+        exit_code: of its launcher.
+        lines: the last lines of its log.
+        asked: whether the runner itself interrupted it.
+        memory_kills: how many processes the kernel killed meanwhile because memory ran out; None if unknown.
+        free_bytes: free space on the disk; None if unknown.
     """
     if exit_code == 0:
         return Ending("ok")
@@ -219,15 +232,15 @@ def classify(
     if memory := _first(errors, _OUT_OF_MEMORY):
         return Ending("oom", memory)
     if code == -_SIGKILL and memory_kills:
-        return Ending("oom", f"killed by the kernel for want of memory (it has killed {memory_kills} meanwhile)")
+        return Ending("oom", f"killed by the kernel because memory ran out (it killed {memory_kills} in this time)")
     if last.startswith("FloatingPointError"):
         return Ending("diverged", last.partition(": ")[2] or last)
     if asked:
-        return Ending("interrupted", "interrupted; it goes on from its newest checkpoint")
+        return Ending("interrupted", "interrupted; it will resume from its newest checkpoint")
     if code in _STOPPED:
         return Ending("interrupted", _signalled(code, memory_kills))
     if free_bytes is not None and free_bytes < _LITTLE_SPACE:
-        # torch does not pass on why it could not write, and the log may have had no room for more either
+        # torch does not say why it could not write, and the log may have been cut off by the full disk too
         what = f": {last}" if last else ""
         return Ending("failed", f"the disk is full ({free_bytes} bytes free){what}", disk_full=True)
     what = last or (lines[-1] if lines else "it wrote nothing")
@@ -235,7 +248,7 @@ def classify(
 
 
 def real_exit_code(exit_code: int, lines: Sequence[str]) -> int:
-    """Return the exit code of the training process, which its launcher tells in words only."""
+    """Return the exit code of the training process, which its launcher writes only into the log."""
     if exit_code != 1:
         return exit_code
     for line in reversed(lines):
@@ -252,8 +265,8 @@ def _signalled(code: int, memory_kills: int | None) -> str:
     if code != -_SIGKILL:
         return f"ended by signal {-code} ({signal.Signals(-code).name})"
     if memory_kills is None:
-        return "killed (signal 9): by somebody, or by the kernel for want of memory, which does not say so here"
-    return "killed (signal 9) by somebody: the kernel has killed nothing for want of memory meanwhile"
+        return "killed (signal 9): by somebody, or by the kernel because memory ran out, which cannot be seen here"
+    return "killed (signal 9) by somebody: the kernel killed no process for lack of memory in this time"
 
 
 def _first(errors: Sequence[str], parts: Sequence[str]) -> str | None:
@@ -261,9 +274,9 @@ def _first(errors: Sequence[str], parts: Sequence[str]) -> str | None:
 
 
 def memory_kill_count(root: Path = Path("/")) -> int | None:
-    """Return how many processes the kernel has killed for want of memory so far, None where it does not say.
+    """Return how many processes the kernel has killed so far because memory ran out; None if it does not say.
 
-    That of the own control group where there is one, else that of the whole machine.
+    They are those of this process's control group if it has one, else of the whole machine.
     """
     group = _in_file(r"^0::/*(.*?)/*$", root / "proc/self/cgroup") or ""
     events = _in_file(_MEMORY_KILLS, root / "sys/fs/cgroup" / group / "memory.events")
@@ -272,7 +285,7 @@ def memory_kill_count(root: Path = Path("/")) -> int | None:
 
 
 def _in_file(pattern: str, path: Path) -> str | None:
-    """Return the first group of a pattern's first match in a file, None where there is no match or no file."""
+    """Return the first group of a pattern's first match in a file; None if there is no match or no file."""
     try:
         match = re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

@@ -1,15 +1,15 @@
-"""The time a campaign may take: which runs wait, which are left out, which ablations are stopped early, and why.
+"""The time budget of a campaign: which runs have to wait, which are left out, which ablations are stopped early.
 
-The limit is a multiple of what as many runs of the reference take, by the clock of their records:
+The limit is a multiple of the training time of as many runs of the reference, as measured:
 
     allowed = limit * sum over the planned runs of the reference's training seconds in the same setting
 
-Training seconds are those of the Trainer's log, evaluation excluded. What does not fit is left out: ablations, and
-since they are asked in the order of the plan, the last ones first. Main variations are never left out.
+Training seconds are those of the Trainer's log, without evaluation. Ablations that do not fit are left out; they are
+considered in the order of the plan, so the last ones go first. Main variations are never left out.
 
 Successive halving stops ablations that are behind at a rung: those of one setting and seed are trained to the same
-step and compared by the same metric of a regular evaluation there. Which are stopped follows from the figures alone,
-so that it comes out the same whenever the runner is killed.
+step and compared by a metric of the regular evaluation there. The choice depends on these values only, so it is the
+same whenever the runner was killed in between.
 
 Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016.
 """
@@ -33,12 +33,12 @@ from .records import SETTLED, Record
 
 
 def training_seconds(record: Record | None) -> float | None:
-    """Return the seconds a run has trained so far, evaluation excluded; None where nothing was measured."""
+    """Return the seconds a run has trained so far, without evaluation; None if they were not measured."""
     return record.efficiency.get("train_seconds") if record is not None else None
 
 
 def prunable_runs(campaign: Campaign) -> set[str]:
-    """Return the ids of the runs that may be left out: they stand for ablations only."""
+    """Return the ids of the runs that may be left out: those that belong to ablations only."""
     main = {variation.name for variation in campaign.variations if variation.role == "main"}
     needed = {point.run_id for point in campaign.points if point.variation in main}
     return {point.run_id for point in campaign.points} - needed
@@ -49,24 +49,24 @@ def prunable_runs(campaign: Campaign) -> set[str]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a campaign may spend, has spent and still has to spend, in seconds of training."""
+    """The training time that a campaign may spend, has spent and still has to spend, in seconds."""
 
     allowed: float  # for all planned runs
     spent: float  # by all runs so far
-    reserved: float  # for what main runs and those under way still need
-    needed: float  # for the run in question
-    counted: int  # runs that the reference's measurement covers
+    reserved: float  # what main runs and running ones still need
+    needed: float  # what the run to be started needs
+    counted: int  # runs for which the reference's time is known
 
     @property
     def fits(self) -> bool:
-        """Return whether the run fits in."""
+        """Return whether the run to be started fits into the budget."""
         return self.spent + self.reserved + self.needed <= self.allowed
 
 
 def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict[str, float]:
-    """Return, for each run, the mean measured training time of the reference in the same setting, by run id.
+    """Return for each run, by id, the mean training time in seconds of the reference's finished runs in its setting.
 
-    Where that was not measured, at the same size, data and length; a run without either is left out.
+    If there are none, of those of the same size, data and length; runs without either are missing in the result.
     """
     by_setting: dict[Setting, list[float]] = {}
     by_length: dict[tuple[Any, ...], list[float]] = {}
@@ -84,20 +84,27 @@ def reference_seconds(campaign: Campaign, records: Mapping[str, Record]) -> dict
 
 
 def awaited_references(campaign: Campaign, run_id: str) -> list[str]:
-    """Return the reference's runs that would tell how long a run takes."""
+    """Return the ids of the reference's runs from whose time the time of a run can be estimated."""
     points = campaign.planned_points
 
-    def tells(at: Point, point: Point) -> bool:
+    def comparable(at: Point, point: Point) -> bool:
         return at.setting == point.setting or campaign.length(at) == campaign.length(point)
 
     others = [i for i, at in points.items() if at.variation == campaign.reference and i != run_id]
-    return [i for i in others if tells(points[i], points[run_id])] if run_id in points else []
+    return [i for i in others if comparable(points[i], points[run_id])] if run_id in points else []
 
 
 def ledger(
     campaign: Campaign, records: Mapping[str, Record], run_id: str, active: Iterable[str] = ()
 ) -> Ledger | None:
-    """Return the account before a run is started; None as long as the reference is not measured where it stands."""
+    """Return the ledger before a run is started; None as long as the reference's time for it is not known.
+
+    Args:
+        campaign: the campaign.
+        records: all records, by run id.
+        run_id: the run to be started.
+        active: ids of the running ones.
+    """
     reference = reference_seconds(campaign, records)
     if run_id not in reference:
         return None
@@ -109,7 +116,7 @@ def ledger(
             ratios.setdefault(points[other].variation, []).append(own / seconds)
 
     def left(other: str) -> float:
-        # A variation of which no run is measured is taken to be as fast as the reference.
+        # a variation without a measured run is assumed to be as fast as the reference
         whole = reference[other] * fmean(ratios.get(points[other].variation, [1.0]))
         return max(0.0, whole - (training_seconds(records.get(other)) or 0.0))
 
@@ -125,7 +132,7 @@ def ledger(
 
 
 def _limit_decision(campaign: Campaign, account: Ledger) -> tuple[dict[str, Any], str]:
-    """Return what is written into the record of a run that is left out, and its message."""
+    """Return the decision for the record of a run that is left out, and its message."""
     rule = (
         f"all runs together train at most {campaign.budget.limit:g} times as long as as many runs of "
         f"{campaign.reference}, measured; ablations that do not fit in are left out"
@@ -145,14 +152,14 @@ def _limit_decision(campaign: Campaign, account: Ledger) -> tuple[dict[str, Any]
 
 @dataclass(frozen=True)
 class Cohort:
-    """Ablations that are compared with each other."""
+    """Ablations of one setting and seed, which halving compares with each other."""
 
     setting: str
     members: tuple[str, ...]
 
 
 def cohorts(campaign: Campaign) -> list[Cohort]:
-    """Return the groups of runs that halving compares; a group of one is none, and main runs are in no group."""
+    """Return the cohorts that halving compares, each of at least two runs; main runs are in none."""
     if campaign.budget.halving_metric is None:
         return []
     compared = prunable_runs(campaign) - {needed for run in campaign.runs.values() for needed in run.needs}
@@ -166,7 +173,7 @@ def cohorts(campaign: Campaign) -> list[Cohort]:
 
 
 def check_halving(campaign: Campaign) -> None:
-    """Look whether the ablations are evaluated by steps, where halving is to compare them; a RunnerError if not."""
+    """Raise RunnerError if halving is to compare ablations that are not evaluated by steps."""
     for run_id in [run_id for cohort in cohorts(campaign) for run_id in cohort.members]:
         strategy = campaign.runs[run_id].arguments.get("eval_strategy")
         if strategy != "steps":
@@ -177,19 +184,19 @@ def check_halving(campaign: Campaign) -> None:
 
 
 def survivors(figures: Mapping[str, float], keep: float) -> list[str]:
-    """Return the runs that go on: the lowest share, at least one, and those that equal the last of them.
+    """Return the runs that go on: the share with the lowest values, at least one, and any that equal the last of them.
 
-    Equal to the last digit are schedules that have not left cross-entropy yet: a rung before they do cannot tell them
-    apart, and must not choose among them by the order of the plan.
+    Schedules that have not left cross-entropy yet are equal to the last digit. A rung before they do must not choose
+    among them by the order of the plan.
     """
     count = max(1, math.ceil(round(len(figures) * keep, 6)))
-    ranked = sorted(figures, key=figures.__getitem__)  # a stable sort: of those not finite the earlier in the plan
+    ranked = sorted(figures, key=figures.__getitem__)  # stable: among infinite values the order of the plan decides
     last = figures[ranked[count - 1]]
     return [i for i in figures if i in ranked[:count] or (figures[i] == last and math.isfinite(last))]
 
 
 def rung_done(record: Record | None) -> int:
-    """Return how many rungs a run has passed: where it was compared and goes on."""
+    """Return how many rungs a run has passed, having been compared there."""
     decided: Mapping[str, Any] = record.decision if record is not None else {}
     return int(decided["rung"]) + 1 if decided.get("kind") == "halving" else 0
 
@@ -197,7 +204,7 @@ def rung_done(record: Record | None) -> int:
 def _halving_decision(
     budget: Budget, cohort: Cohort, rung: int, step: int, figures: Mapping[str, float], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what is written into the records of all runs that were compared at a rung (counted from 0)."""
+    """Return the decision for the records of all runs that were compared at a rung (numbered from 0)."""
     rule = (
         f"at {budget.halving_rungs[rung]:g} of the steps the best {budget.halving_keep:g} of the ablations of one "
         f"setting and seed go on, and any equal to the last of them, by {budget.halving_metric} on the validation "
@@ -212,7 +219,7 @@ def _halving_decision(
 def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
     figures: Mapping[str, float | None] = decided["figures"]
     shown = {other: "not finite" if value is None else f"{value:.6g}" for other, value in figures.items()}
-    # one setting and seed: the variation's name, which comes first, tells them apart
+    # within one setting and seed the variation's name, the first part, is enough
     kept = ", ".join(f"{other.split('/')[0]} {shown[other]}" for other in decided["kept"])
     return (
         f"stopped at step {decided['step']} (rung {decided['rung'] + 1} of {decided['rungs']}): {decided['metric']} "
@@ -220,11 +227,16 @@ def _explain_halving(decided: Mapping[str, Any], name: str) -> str:
     )
 
 
-# ---- both at work --------------------------------------------------------------------------------------------------
+# ---- limit and halving together ------------------------------------------------------------------------------------
 
 
 class Pruning:
-    """Decide by the records what the budget has to say; nothing is written here."""
+    """Decide from the records which runs wait, are left out or are stopped; it writes nothing itself.
+
+    Args:
+        place: what all runs of the campaign share.
+        say: shows a line to the user.
+    """
 
     def __init__(self, place: Workplace, say: Callable[[str], None]) -> None:
         self._campaign, self._directory, self._names = place.campaign, place.directory, place.names
@@ -236,12 +248,12 @@ class Pruning:
     # ---- before a start
 
     def next_rung(self, run_id: str) -> int | None:
-        """Return the number of the rung that a run has to stop at next, None where it may go to the end."""
+        """Return the number of the rung that a run has to pause at next; None if it may run to the end."""
         rung = rung_done(self._records.get(run_id))
         return rung if run_id in self._members and rung < len(self._campaign.budget.halving_rungs) else None
 
     def waits(self, run_id: str, rung: int | None, active: Collection[str], may_start: Callable[[str], bool]) -> bool:
-        """Return whether a run has to wait: at a rung for the others, or until the reference is measured."""
+        """Return whether a run has to wait: at a rung for the others, or until the reference's time is measured."""
         if rung is not None and self._reached(run_id, rung, active) is not None:
             return True
         if run_id not in self._prunable or run_id in reference_seconds(self._campaign, self._records):
@@ -249,7 +261,7 @@ class Pruning:
         return any(other in active or may_start(other) for other in awaited_references(self._campaign, run_id))
 
     def left_out(self, run_id: str, active: Collection[str]) -> Record | None:
-        """Return the record of a run that does not fit into the time, None where it does or has to be made anyway."""
+        """Return the record of a run to be left out of the budget; None if it fits or is never left out."""
         account = ledger(self._campaign, self._records, run_id, active)
         if account is None or account.fits:
             return None
@@ -272,9 +284,10 @@ class Pruning:
     # ---- at a rung
 
     def decide(self, active: Collection[str], may_start: Callable[[str], bool]) -> dict[str, Record]:
-        """Return the new records of the runs that can be compared now: those that go on, and those that are stopped.
+        """Return new records, with the decision, of all runs that can be compared now: those kept and those stopped.
 
-        A RunnerError where no evaluation at the step has the metric.
+        Raises:
+            RunnerError: if no evaluation at the step has the metric.
         """
         found: dict[str, Record] = {}
         rungs = range(len(self._campaign.budget.halving_rungs))
@@ -285,7 +298,7 @@ class Pruning:
             undecided = [run_id for run_id in going_on if rung_done(self._records[run_id]) == rung]
             behind = [run_id for run_id, step in reached.items() if step is None]
             if not undecided or any(run_id in active or may_start(run_id) for run_id in behind):
-                continue  # one may still get there
+                continue  # another one may still reach this rung
             step = max(steps[run_id] for run_id in undecided)
             figures = self._figures(steps, undecided, step)
             decided = _halving_decision(self._campaign.budget, cohort, rung, step, figures, self._names)
@@ -298,7 +311,11 @@ class Pruning:
         return found
 
     def _figures(self, there: Iterable[str], undecided: Collection[str], step: int) -> dict[str, float]:
-        """Return the figures of the runs that are there, which those not decided upon must have."""
+        """Return the metric at a step of the runs that reached it; infinity if it is not finite.
+
+        Raises:
+            RunnerError: if an undecided run has no such evaluation.
+        """
         metric = str(self._campaign.budget.halving_metric)
         key = metric if metric.startswith("eval_") else f"eval_{metric}"
         figures = {}
@@ -308,7 +325,7 @@ class Pruning:
             found = [entry[key] for entry in at_step if key in entry]
             if found:
                 figures[run_id] = float(found[0]) if found[0] is not None and math.isfinite(found[0]) else math.inf
-            elif run_id in undecided:  # who has come there without stopping may not have been evaluated there
+            elif run_id in undecided:  # a run that went past the rung need not have been evaluated there
                 names = sorted({name for entry in at_step for name in entry if name.startswith("eval_")})
                 said = f"it has {', '.join(names)}" if names else "there is none"
                 raise RunnerError(
@@ -317,7 +334,7 @@ class Pruning:
         return figures
 
     def _reached(self, run_id: str, rung: int, active: Collection[str]) -> int | None:
-        """Return the step of a rung where a run has come that far, whether it has stopped there or not."""
+        """Return the step of a rung if a run has reached it, paused there or not; else None."""
         record = self._records.get(run_id)
         if record is None or run_id in active:
             return None

@@ -1,4 +1,4 @@
-"""What a training script has left in a run's folder, put into the run's record."""
+"""Collect what a training script has left in a run's folder into the run's record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SPLITS = {"eval": "validation", "test": "test", "predict": "test"}
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the checkpoints of a run by step, the newest first, without those a kill has left half-written."""
+    """Yield step and folder of each checkpoint of a run, newest first, without those that a kill left incomplete."""
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
         if "global_step" in read_if_whole(found[step] / STATE_NAME):
@@ -30,7 +30,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def newest_state(folder: Path) -> Mapping[str, Any]:
-    """Return the Trainer's state: of the finished run, else of its newest checkpoint, else an empty one."""
+    """Return the newest state of the Trainer: that of the finished run or of its newest checkpoint; else empty."""
     own = read_if_whole(folder / STATE_NAME)
     newer = next((read_if_whole(path / STATE_NAME) for _, path in checkpoints(folder)), {})
     return own if own.get("global_step", -1) >= newer.get("global_step", -1) else newer
@@ -42,30 +42,30 @@ def reached_step(folder: Path) -> int:
 
 
 def begun_at(folder: Path) -> int | None:
-    """Return the step that the last attempt's script has gone on from by its own word; None where it said nothing.
+    """Return the step from which the script of the last attempt says it resumed; None if it has not said so.
 
-    It is not `reached_step` where the newest checkpoint was damaged.
+    It differs from `reached_step` if the newest checkpoint was damaged.
     """
     step = read_if_whole(folder / STARTED_NAME).get("from_step")
     return step if isinstance(step, int) else None
 
 
 def is_finished(folder: Path, ended_well: bool = False) -> bool:
-    """Return whether the script has come to its end: it writes the outcome last, in one step.
+    """Return whether the script has run to its end: it writes its outcome last, atomically.
 
-    Of one that ended well any results tell that it came to its end, rather than stopped to go on later.
+    With ``ended_well``, for a script with exit code 0, the Trainer's results count too: it did not merely pause.
     """
     return (folder / OUTCOME_NAME).exists() or (ended_well and (folder / RESULTS_NAME).exists())
 
 
 def forget_results(folder: Path) -> None:
-    """Delete what an earlier attempt has left for its end, so that what is found later is the last attempt's."""
+    """Delete the result files of earlier attempts, so that those found later are the last attempt's."""
     for name in (OUTCOME_NAME, RESULTS_NAME, STATE_NAME, STARTED_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
 def clean_folder(folder: Path, keep_checkpoints: bool, keep_model: bool) -> None:
-    """Delete what takes the room of a settled run: checkpoints, and weights where nobody needs them."""
+    """Delete the large files of a settled run: checkpoints and weights, unless they are to be kept."""
     for path in () if keep_checkpoints else folder.glob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
     for pattern in () if keep_model else _WEIGHTS:
@@ -74,10 +74,15 @@ def clean_folder(folder: Path, keep_checkpoints: bool, keep_model: bool) -> None
 
 
 def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
-    """Return a record with the figures of its folder: those of the end where there are some, else the log so far.
+    """Return a record with the results in its folder: the final ones if there are any, else the log so far.
 
-    Where ``logged``, the last evaluation of the log stands in for that of the end. What the runner measured is kept.
-    A file that is no JSON is a ValueError.
+    Args:
+        record: the record so far; what the runner measured is kept.
+        folder: of the run.
+        logged: without final results, take the metrics of the last evaluation in the log.
+
+    Raises:
+        ValueError: for a file that is not JSON.
     """
     history = newest_state(folder).get("log_history", [])
     if is_finished(folder):
@@ -87,19 +92,19 @@ def collect(record: Record, folder: Path, *, logged: bool = False) -> Record:
     else:
         evaluated = (entry for entry in reversed(history) if "eval_nll" in entry or "eval_loss" in entry)
         outcome = _outcome_of_files(folder, next(evaluated, {}), history) if logged else {}
-    told = {key: value for key, value in (outcome.get("efficiency") or {}).items() if value is not None}
-    efficiency = {**record.efficiency, "train_seconds": seconds_trained(history), **told}
+    measured = {key: value for key, value in (outcome.get("efficiency") or {}).items() if value is not None}
+    efficiency = {**record.efficiency, "train_seconds": seconds_trained(history), **measured}
     found: dict[str, Any] = {"best_step": outcome.get("best_step"), "samples": outcome.get("samples") or ()}
     found |= {name: outcome.get(name) or {} for name in ("metrics", "calibration", "documents", "corruption")}
     return replace(record, history=strict(history), efficiency=efficiency, **found)
 
 
 def read_run(folder: str | Path) -> Record:
-    """Read the folder of a run, one of a campaign or the ``output_dir`` of any Trainer.
+    """Read the record of a run from its folder in a campaign, or make one from the ``output_dir`` of any Trainer.
 
-    Of a run that no campaign has started, the log history, the results and the calibration files are read, and a
-    ``run.json`` where whoever started it has written one: ``name``, ``scoring_rule``, ``status`` (``finished`` or
-    ``failed``), ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
+    For the latter, the log history, the results and the calibration files are read, and a ``run.json`` if you have
+    written one beside them, with any of ``name``, ``scoring_rule``, ``status`` (``finished`` or ``failed``),
+    ``message``, ``seed``, ``command``, ``versions``, ``seconds``, ``cpu_seconds``, ``peak_memory_mb``.
 
     Raises:
         ValueError: the folder does not exist, holds no run, or holds a file that is not JSON.
@@ -130,7 +135,7 @@ def read_run(folder: str | Path) -> Record:
 def _outcome_of_files(
     folder: Path, results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what an outcome would hold, as far as the files of the Trainer and of the callbacks tell."""
+    """Return an outcome made from the files of the Trainer and of the callbacks, as far as they go."""
     metrics: dict[str, dict[str, Any]] = {}
     for key, value in results.items():
         prefix, _, name = key.partition("_")
@@ -149,7 +154,7 @@ def _outcome_of_files(
 
 
 def diverged(record: Record) -> str | None:
-    """Return what of a finished run's figures is not finite, None where all are."""
+    """Return a sentence on the first result of a finished run that is not finite; None if all are finite."""
     for split, figures in record.metrics.get("last", {}).items():
         for name in ("nll", "loss"):
             if name in figures and figures[name] is None:

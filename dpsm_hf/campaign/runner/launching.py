@@ -1,4 +1,4 @@
-"""What is handed to the training script of a run (arguments, command line, environment), and the machine it runs on.
+"""How a run is launched: arguments, command line and environment of its training script; facts about the machine.
 
 Nothing here imports torch.
 """
@@ -26,7 +26,7 @@ from .records import Record
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "log.txt"
 
-#: How Python is to start the program whose commands are the tasks.
+#: Arguments of Python that start the program ``dpsm``, whose commands are the tasks.
 PROGRAM = ("-m", "dpsm_hf")
 
 _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
@@ -34,7 +34,7 @@ _PLACEHOLDER = re.compile(r"\{(run:([^{}]+)|campaign)\}")
 
 @dataclass(frozen=True)
 class Workplace:
-    """What all runs of a campaign have in common; ``records``, by run id, change as they go on."""
+    """What all runs of a campaign share: the campaign, its folder, the runs' names and their current records by id."""
 
     campaign: Campaign
     directory: Path
@@ -49,7 +49,7 @@ def run_folder(directory: Path, run_id: str) -> Path:
 
 
 def fill_in(value: Any, directory: Path) -> Any:
-    """Replace ``{run:ID}`` by that run's folder and ``{campaign}`` by the campaign's, in texts at any depth."""
+    """Replace ``{run:ID}`` by that run's folder and ``{campaign}`` by the campaign's, in strings at any depth."""
     if isinstance(value, str):
         return _PLACEHOLDER.sub(lambda found: str(run_folder(directory, found[2]) if found[2] else directory), value)
     if isinstance(value, Mapping):
@@ -60,12 +60,18 @@ def fill_in(value: Any, directory: Path) -> Any:
 def script_settings(
     campaign: Campaign, run: Run, name: str, directory: Path, tokenizer: Path | None = None, stop: float | None = None
 ) -> dict[str, Any]:
-    """Return all arguments of a run's script: its own, and what the campaign adds to keep, show and track it.
+    """Return all arguments of a run's script: its own, and those that the campaign adds for saving, logging, tracking.
 
-    A shared tokenizer takes the place of ``train-bpe``; ``stop`` is the step or share of steps to stop at for now.
+    Args:
+        campaign: the campaign.
+        run: the run.
+        name: of the run, shown in trackers.
+        directory: of the campaign.
+        tokenizer: folder of the shared tokenizer, which replaces ``train-bpe``.
+        stop: step, or share of the steps, to pause at; None runs to the end.
     """
     own = fill_in(run.arguments, directory)
-    # A run that is killed has to have something to go on from. At evaluations, or it could not keep the best one.
+    # A killed run needs a checkpoint to resume from. Saved at evaluations, so that the best one can be kept.
     by_steps = own.get("eval_strategy") == "steps"
     every = own.get("eval_steps", own.get("logging_steps", 500)) if by_steps else 0.1
     keeping = {"save_strategy": "steps", "save_total_limit": 2, "save_steps": every}
@@ -85,7 +91,7 @@ def script_settings(
 
 
 def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
-    """Return the command line of a run; nothing is left to a person's own accelerate configuration."""
+    """Return the command line of a run; its options override the user's own accelerate configuration."""
     options = f"--num_processes {run.processes} --num_machines 1 --num_cpu_threads_per_process {threads}"
     options += " --mixed_precision no --dynamo_backend no --main_process_port 0"  # the Trainer's own arguments decide
     several = ["--multi_gpu"] if run.processes > 1 else []
@@ -94,7 +100,7 @@ def launch_command(run: Run, settings: Path, threads: int) -> list[str]:
 
 
 def shown_command(command: Sequence[str], directory: Path) -> list[str]:
-    """Return a command line as it stands in a record: paths as they are seen from the campaign's folder."""
+    """Return a command line for a record: its paths are relative to the campaign's folder, not of this machine."""
 
     def shown(word: str) -> str:
         path = Path(word)
@@ -108,15 +114,15 @@ def shown_command(command: Sequence[str], directory: Path) -> list[str]:
 def launch_environment(
     campaign: Campaign, run: Run, name: str, directory: Path, *, devices: Sequence[str] = (), threads: int = 1
 ) -> dict[str, str]:
-    """Return the environment variables of a run beyond those of the runner."""
+    """Return the environment variables that a run gets in addition to the runner's."""
     added = {RUNNER_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     if devices:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    # Threads that wait spin, which starves another run on the same cores.
+    # by default waiting threads spin, which slows down other runs on the same cores
     defaults = {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "30000"}
     if "wandb" in campaign.track:
         added |= {"WANDB_RUN_GROUP": _group(campaign), "WANDB_RUN_ID": f"{_group(campaign)}-{run.id}"}
-        # What goes on after an interrupt is the same run there.
+        # a resumed run continues the same run in W&B
         defaults |= {"WANDB_PROJECT": campaign.name, "WANDB_RESUME": "allow", "WANDB_DIR": str(directory)}
     if "tensorboard" in campaign.track:
         added["TENSORBOARD_LOGGING_DIR"] = str(directory / "tensorboard" / name)
@@ -130,13 +136,14 @@ def _group(campaign: Campaign) -> str:
 
 
 def check_campaign(campaign: Campaign, directory: Path) -> None:
-    """Check, before the first run starts, for mistakes that would fail all runs, or one of them hours later.
+    """Check a campaign, before its first run starts, for mistakes that would make runs fail.
 
-    An unknown tracker, or a run that needs one that is not there, is a RunnerError.
+    Raises:
+        RunnerError: for an unknown tracker, braces in the directory's name, or a run that starts from an unknown one.
     """
     for tracker in campaign.track:
         if tracker not in TRACKERS:
-            raise RunnerError(f"track: {tracker!r} is unknown; choose of {', '.join(TRACKERS)}.")
+            raise RunnerError(f"track: {tracker!r} is unknown; choose one of {', '.join(TRACKERS)}.")
     if any(character in str(directory) for character in "{}"):
         raise RunnerError(f"{directory} has braces in its name, which mark placeholders in arguments: rename it.")
     for run_id, run in campaign.runs.items():
@@ -149,20 +156,20 @@ def check_campaign(campaign: Campaign, directory: Path) -> None:
 
 
 def machine_facts(devices: Sequence[str] = (), root: Path = ROOT) -> dict[str, Any]:
-    """Return ``device``, ``versions``, ``cores``, and ``commit`` and ``dirty`` where the code is a git checkout."""
+    """Return ``device``, ``versions`` and ``cores``, and ``commit`` and ``dirty`` for a git checkout."""
     names = gpu_names()
     device = ", ".join(names.get(d, f"GPU {d}") for d in devices) if devices else processor_name()
     return {"device": device, "cores": cores(), "versions": versions(), **code_state(root)}
 
 
 def cores() -> int:
-    """Return how many processor cores this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def gpu_names() -> dict[str, str]:
-    """Return the names of the NVIDIA GPUs by index; empty where there is none."""
+    """Return the names of the NVIDIA GPUs by index; empty if there are none."""
     listed = _output(["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"])
     pairs = (line.split(",", 1) for line in (listed or "").splitlines() if "," in line)
     return {index.strip(): name.strip() for index, name in pairs}
@@ -177,10 +184,10 @@ def visible_devices() -> tuple[str, ...]:
 
 
 def code_state(root: Path) -> dict[str, Any]:
-    """Return ``commit`` and ``dirty`` of a git checkout; nothing where the folder is none."""
+    """Return ``commit`` and ``dirty`` of a git checkout; empty if the folder is not the top of one."""
     git = ("git", "-C", str(root))
     top, _, commit = (_output([*git, "rev-parse", "--show-toplevel", "HEAD"]) or "").partition("\n")
-    # An installation below somebody else's checkout is not theirs.
+    # a package installed somewhere below another project's checkout does not belong to it
     if not commit or Path(top).resolve() != root.resolve():
         return {}
     changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])

@@ -1,4 +1,4 @@
-"""One runner at a time in a campaign's folder, and no training process left over from one that was killed."""
+"""Make sure that one runner at a time works in a campaign's folder, and end the processes that a killed one left."""
 
 from __future__ import annotations
 
@@ -21,43 +21,46 @@ from .records import read_if_whole
 
 LOCK_NAME = "runner.lock"
 LAUNCHER = "accelerate.commands.launch"
-#: What an orphan gets to save a checkpoint before it is killed.
+#: Seconds that an orphaned training process gets to save a checkpoint before it is killed.
 ORPHAN_SECONDS = 60.0
 _KILL_SECONDS = 10.0
-# Enough for a second look at a lock whose holder has ended.
+# Seconds to wait for the lock: enough for a second try after its holder has ended.
 _LOCK_SECONDS = 0.5
 
 
 class RunnerError(RuntimeError):
-    """Something that keeps the whole campaign from running, said in a sentence."""
+    """A reason why the whole campaign cannot run, in a sentence."""
 
 
 @contextmanager
 def campaign_lock(directory: Path) -> Iterator[None]:
-    """Hold a campaign's folder for this process alone, until the block ends or the process does.
+    """Lock a campaign's folder for this process, during a context.
 
-    The lock is the operating system's where it has one, so a killed runner leaves none behind; where it has none, the
-    lock says which process holds it, and one that has ended holds it no more. ``runner.lock`` names the holder. A
-    RunnerError where another runner holds it, or one on another machine has not taken its name off.
+    The operating system's file lock is used, which ends with its process, so a killed runner leaves none behind. Where
+    there is no such lock, the lock file has the id of its process, and counts only while that runs. ``runner.lock``
+    names the holder.
+
+    Raises:
+        RunnerError: if another runner holds the lock, or ``runner.lock`` names a runner on another machine.
     """
     path = directory / LOCK_NAME
-    # in a file of its own: some systems let nobody read a locked file, and the holder's name is there to be read
+    # the lock is a file of its own: some systems do not let others read a locked file, and runner.lock is to be read
     lock = FileLock(path.with_name(f".{LOCK_NAME}"), timeout=_LOCK_SECONDS)
     try:
         held = lock.acquire()
     except Timeout:
-        raise RunnerError(f"{_describe(_holder(path))} works in {directory} already: wait for it.") from None
+        raise RunnerError(f"{_describe(_holder(path))} works in {directory} already: wait for it to end.") from None
     with held, path.open("a+", encoding="utf-8") as file:
         found = _holder(path)
-        # Not every shared file system takes a lock of one machine to the others.
+        # not every shared file system shows the lock of one machine to the others
         if found and found.get("host") != socket.gethostname():
             raise RunnerError(
-                f"{_describe(found)} has not signed off from {directory}, and whether it still works cannot be seen "
-                f"from here. If it does not, delete {path}."
+                f"{_describe(found)} has not released {directory}, and from this machine it cannot be seen whether it "
+                f"still runs. If it does not, delete {path}."
             )
-        # one of an earlier version of this package holds another lock
+        # a runner of an earlier version of this package holds another lock
         if (working := runner_at_work(directory)) is not None:
-            raise RunnerError(f"{working} works in {directory} already: wait for it.")
+            raise RunnerError(f"{working} works in {directory} already: wait for it to end.")
         file.truncate(0)
         me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
         file.write(json.dumps(me) + "\n")
@@ -69,13 +72,13 @@ def campaign_lock(directory: Path) -> Iterator[None]:
 
 
 def runner_at_work(directory: Path) -> str | None:
-    """Say who works in a campaign's folder, None where nobody does."""
+    """Return a description of the runner that works in a campaign's folder; None if there is none."""
     found = _holder(directory / LOCK_NAME)
     if not found:
         return None
     if found.get("host") == socket.gethostname():
         try:
-            # Process ids are used again; the time of its start tells whether it is the same one.
+            # process ids are reused; the start time shows whether it is the same process
             if abs(psutil.Process(found["pid"]).create_time() - found["started"]) > 1:
                 return None
         except psutil.NoSuchProcess:
@@ -96,34 +99,39 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def processes_of(settings: Path) -> list[psutil.Process]:
-    """Return the processes of a run: its launcher, one for each rank, and what those have started."""
+    """Return the processes of a run, found by its settings file: launcher, ranks, and the helpers of the ranks."""
     others = (process for process in psutil.process_iter(["cmdline", "ppid"]) if process.pid != os.getpid())
-    # None where this process may not see the command line
+    # the command line is None if this process may not see it
     return [process for process in others if str(settings) in (process.info["cmdline"] or ())]
 
 
 def ranks_of(settings: Path) -> list[psutil.Process]:
-    """Return the training processes of a run, without their launcher and their own helpers."""
+    """Return the training processes (ranks) of a run, without launcher and helpers."""
     training = {process.pid: process for process in processes_of(settings) if LAUNCHER not in process.info["cmdline"]}
     return [process for process in training.values() if process.info["ppid"] not in training]
 
 
 def interrupt_run(settings: Path, told: Collection[int] = ()) -> set[int]:
-    """Press Ctrl-C for a run: its training processes save a checkpoint and stop.
+    """Send SIGINT to the training processes of a run: they save a checkpoint and stop.
 
-    Those in ``told`` know already; once more would stop them at once. Returns the ids of all that know now.
+    Args:
+        settings: the run's settings file.
+        told: ids of the processes that have got the signal before; a second one would stop them at once.
+
+    Returns:
+        The ids of all processes that have got it now.
     """
-    knowing = set(told)
+    signalled = set(told)
     for process in ranks_of(settings):
-        if process.pid not in knowing:
+        if process.pid not in signalled:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGINT)
-                knowing.add(process.pid)
-    return knowing
+                signalled.add(process.pid)
+    return signalled
 
 
 def kill_run(settings: Path) -> None:
-    """Kill what there is of a run, and wait until it is gone."""
+    """Kill all processes of a run, and wait until they are gone."""
     for process in processes_of(settings):
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -131,16 +139,16 @@ def kill_run(settings: Path) -> None:
 
 
 def _wait_for_end(found: Callable[[Path], Collection[object]], settings: Path, seconds: float) -> None:
-    # Not psutil's wait, which would take the exit code of a child away from who has started it.
+    # not psutil's wait: it would take the exit code of a child, which whoever started it still needs
     until = time.monotonic() + seconds
     while found(settings) and time.monotonic() < until:
         time.sleep(0.05)
 
 
 def end_orphans(settings: Path, patience: float = ORPHAN_SECONDS) -> int:
-    """End what a killed runner has left of a run, and return how many training processes that were.
+    """End the processes of a run that a killed runner left behind, and return how many training processes there were.
 
-    First so that it can save a checkpoint, which it gets ``patience`` seconds for, then at once.
+    They get ``patience`` seconds to save a checkpoint, then they are killed.
     """
     found = len(ranks_of(settings))
     if found:

@@ -1,4 +1,4 @@
-"""What a person sees while a campaign runs: one line a run, and how long the rest will take."""
+"""The progress shown while a campaign runs: one line per run, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .records import SETTLED, Record
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Return a duration in words: 45 s, 3 min 20 s, 2 h 05 min."""
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole} s"
@@ -45,7 +45,7 @@ def run_names(campaign: Campaign) -> dict[str, str]:
 
 
 class Progress:
-    """Lines about the runs of a campaign, and on a terminal a last line that tells what is under way."""
+    """Write a line for each run that ends and, on a terminal, keep a last line with the running ones."""
 
     def __init__(
         self, campaign: Campaign, order: list[str], names: Mapping[str, str], stream: TextIO | None = None
@@ -66,13 +66,13 @@ class Progress:
         self._stream.flush()
 
     def ended(self, run_id: str, status: str, seconds: float, message: str, left: float | None) -> None:
-        """Write the line of a run whose process has ended; ``left``: seconds for the rest, None where unknown."""
+        """Write the line of a run that has ended; ``left`` is how many seconds the rest takes, None if unknown."""
         rest = "" if left is None else "  the last one" if left == 0 else f"  about {duration(left)} left"
         why = f"  {message}" if message else ""
         self.say(f"{self._head(run_id)}  {status}  {duration(seconds)}{rest}{why}")
 
     def tick(self, active: Mapping[str, float], estimate: Callable[[], float | None]) -> None:
-        """Rewrite the last line, on a terminal and once a second."""
+        """Rewrite the last line; only on a terminal, and at most once a second."""
         now = time.monotonic()
         if not self._live or now - self._shown < 1:
             return
@@ -88,7 +88,7 @@ class Progress:
         return f"[{self._numbers.get(run_id, 0):>{len(str(total))}}/{total}] {self._names.get(run_id, run_id)}"
 
     def left(self, records: Mapping[str, Record], waiting: Iterable[str], jobs: int) -> float | None:
-        """Return how long the rest will take, by the time of the runs that are done; None before there is one."""
+        """Return how many seconds the rest will take, by the time of the finished runs; None before the first."""
         taken: dict[object, list[float]] = {}
         for run_id, record in records.items():
             if record.status == "ok" and record.seconds:

@@ -1,6 +1,6 @@
-"""Running a campaign: what is missing, one process for each run, whatever happens to any of them.
+"""`run_campaign`: launch the runs of a campaign that are not done yet, several at a time, each in its own process.
 
-The state is in the records alone: `run_campaign` may be killed at any moment, and the next call goes on from there.
+All state is in the records: `run_campaign` may be killed at any moment, and the next call continues from there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .records import RETRIES, SETTLED, Record, read_records, write_record
 from .tokenizer import MODULE as TOKENIZER_MODULE
 from .tokenizer import shared_tokenizer, tokenizer_settings
 
-#: So many failed attempts, over all calls, and a run is left alone until it is asked for with ``retry``.
+#: A run with so many failed attempts, over all calls, is started again only with ``retry``.
 MAX_FAILURES = 3
-#: What is left of finished runs: ``all``; ``model``, without checkpoints; ``records``, without weights nobody needs.
+#: What is kept of finished runs: ``all``; ``model``, without checkpoints; ``records``, also without weights.
 KEEP = ("all", "model", "records")
 
 _POLL_SECONDS = 0.1
@@ -53,18 +53,18 @@ def run_campaign(
     stream: TextIO | None = None,
     progress: Callable[..., Progress] = Progress,
 ) -> int:
-    """Do the runs of a campaign that are not done, and write a record of each.
+    """Run what is missing of a campaign, and write a record of each run.
 
     Args:
         campaign: the campaign.
         directory: its folder.
-        jobs: runs at a time.
-        devices: GPUs to share out, as CUDA_VISIBLE_DEVICES names them; None takes all that are visible.
-        only: names of runs with wildcards, or run ids; what they start from is done too. None does all.
-        retry: statuses to take up again, of `RETRIES`; for ``failed`` beyond the `MAX_FAILURES` attempts.
-        keep: what is left of finished runs, of `KEEP`.
-        stream: where lines about the progress go; standard error by default.
-        progress: makes what a person sees, from campaign, order, names and stream.
+        jobs: number of runs at a time.
+        devices: GPUs to distribute, named as in CUDA_VISIBLE_DEVICES; None takes all visible ones.
+        only: names of runs, with wildcards, or run ids; the runs that they start from are included. None runs all.
+        retry: statuses, of `RETRIES`, whose runs to start again, even after `MAX_FAILURES` failed attempts.
+        keep: what to keep of finished runs, of `KEEP`.
+        stream: where to write progress; standard error by default.
+        progress: makes the `Progress` from campaign, order, names and stream.
 
     Returns:
         An exit code: 0 if all runs are ok or were left out by the budget, 1 if some are not, 2 if nothing could be
@@ -77,7 +77,7 @@ def run_campaign(
         if keep not in KEEP:
             raise RunnerError(f"keep={keep!r} is unknown; choose one of {', '.join(KEEP)}.")
         if unknown := sorted(set(retry) - set(RETRIES)):
-            raise RunnerError(f"retry={unknown[0]!r} is unknown; choose of {', '.join(RETRIES)}.")
+            raise RunnerError(f"retry={unknown[0]!r} is unknown; choose one of {', '.join(RETRIES)}.")
         check_campaign(campaign, directory)
         check_halving(campaign)
         directory.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,8 @@ def run_campaign(
 
 def _full(directory: Path, what: str) -> str:
     return (
-        f"{what}. Every other run would meet the same, so the campaign stops here. Make room on the disk of "
-        f"{directory} and give the same command again: what is done is kept."
+        f"{what}. Every other run would fail in the same way, so the campaign stops here. Free space on the disk of "
+        f"{directory} and give the same command again: finished runs are kept."
     )
 
 
@@ -148,7 +148,7 @@ class _Runner:
                     self.progress.tick({i: now - a.child.started for i, a in self.active.items()}, self._left)
                     time.sleep(_POLL_SECONDS)
         finally:
-            # Nothing is left here but after an error of the runner's own.
+            # there is something left to kill only after an error in the runner itself
             left: list[Attempt | Child] = [*self.active.values(), *self.tokenizers.values()]
             for process in left:
                 process.kill()
@@ -157,7 +157,7 @@ class _Runner:
     @contextmanager
     def _listen(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone.
+            yield  # Python delivers signals to the main thread only
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -213,7 +213,7 @@ class _Runner:
 
     def _clean(self, run_id: str) -> None:
         status = self.records[run_id].status
-        # One that ran out of memory may be taken up again where it was.
+        # a run that ran out of memory may be resumed from its checkpoint, with --retry
         if status in SETTLED and status != "oom" and run_id not in self.again:
             keep_model = self.keep != "records" or run_id in self.needed
             clean_folder(run_folder(self.directory, run_id), self.keep == "all", keep_model)
@@ -226,7 +226,7 @@ class _Runner:
     # ---- what may start --------------------------------------------------------------------------------------------
 
     def _may_start(self, run_id: str) -> bool:
-        """Return whether a run is still to come in this call, now or later."""
+        """Return whether a run may still be started in this call, now or later."""
         record = self.records.get(run_id)
         if run_id in self.tried or run_id in self.active or run_id not in self.order:
             return False
@@ -240,9 +240,9 @@ class _Runner:
         return all(self._is_ok(other) or other in self.active or self._may_start(other) for other in needs)
 
     def _may_come(self, run_id: str) -> bool:
-        """Return whether a run will still be done, now or after a restart.
+        """Return whether a run may still be started, in this call or in a later one.
 
-        Halving waits for runs that were interrupted: which ablations it stops must not depend on what was killed.
+        Halving waits for interrupted runs too: which ablations it stops must not depend on which runs were killed.
         """
         stopped = run_id in self.tried and self.records[run_id].status == "interrupted"
         return stopped or self._may_start(run_id)
@@ -283,7 +283,7 @@ class _Runner:
                 self.progress.ended(run_id, "pruned", 0.0, record.message, None)
 
     def _devices_for(self, run_id: str) -> list[str] | None:
-        """Return the devices for a run; none on a CPU, None as long as too few are free."""
+        """Return the devices for a run: an empty list on a CPU, None as long as too few are free."""
         run = self.campaign.runs[run_id]
         if not self.devices or run.arguments.get("use_cpu"):
             return []
@@ -297,7 +297,7 @@ class _Runner:
         settings = folder.with_suffix(".json")
         write_json(tokenizer_settings(run, self.directory), settings)
         command = [sys.executable, "-m", TOKENIZER_MODULE, run.task, str(settings), str(folder)]
-        kill_run(settings)  # that of a killed runner would write into the same folder
+        kill_run(settings)  # a process that a killed runner left would write into the same folder
         environment = launch_environment(self.campaign, run, "tokenizer", self.directory, threads=self.place.threads)
         self.tokenizers[folder] = Child(command, folder.with_suffix(".log"), environment)
 

@@ -1,4 +1,4 @@
-"""How far a campaign is: a table of its runs from their records, and what is still missing."""
+"""The status of a campaign: a table of its runs from their records, and the time that the rest will take."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _LONGEST = 100
 
 
 def campaign_status(campaign: Campaign, directory: str | Path) -> str:
-    """Return a table of all runs with their status, and sums below it, from the records alone.
+    """Return a table of all runs with their status, and totals below it, from the records only.
 
-    A record that cannot be read is a ValueError, which names it.
+    Raises:
+        ValueError: naming a record that cannot be read.
     """
     directory = Path(directory).resolve()
     order, names = campaign.order, run_names(campaign)
@@ -41,7 +42,7 @@ def campaign_status(campaign: Campaign, directory: str | Path) -> str:
 def _figures(record: Record | None, at_work: bool) -> tuple[str, ...]:
     if record is None:
         return ("missing", "0", "", "", "")
-    # Where its runner was killed the next one takes it up again.
+    # its runner was killed; the next one resumes it
     status = "stopped" if record.status == "running" and not at_work else record.status
     taken = record.seconds if any(attempt.get("seconds") is not None for attempt in record.attempts) else None
     times = ["" if seconds is None else duration(seconds) for seconds in (taken, training_seconds(record))]

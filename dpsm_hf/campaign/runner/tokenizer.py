@@ -1,8 +1,8 @@
-"""The tokenizer that the runs of a campaign share where their arguments say ``train-bpe``: trained once, before them.
+"""The tokenizer that runs with ``tokenizer_name=train-bpe`` share: trained once, before the first of them.
 
     python -m dpsm_hf.campaign.runner.tokenizer TASK SETTINGS FOLDER
 
-trains one in a process of its own, as the task's own runs do: it is the one that a run would train.
+trains it in a process of its own, by the code of the task, so that it is the one that each run would train itself.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ...tasks import get_task
 from ..spec.design import Run
 from .launching import fill_in
 
-#: What is started, in a process of its own, to train one.
+#: The module to start for training one.
 MODULE = "dpsm_hf.campaign.runner.tokenizer"
-TRAIN_BPE = "train-bpe"  # as in data.tokenizer, which needs torch to be imported
-# What decides the texts it is trained on, its size and its limit.
+TRAIN_BPE = "train-bpe"  # as in data.tokenizer, whose import would import torch
+# The arguments that determine the texts it is trained on, its size and its maximal length.
 _DECIDING = (
     "dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file", "calibration_file",
     "max_train_samples", "text_column_name", "text_column", "summary_column", "keep_linebreaks", "streaming",
@@ -33,18 +33,18 @@ _DECIDING = (
 
 
 def shared_tokenizer(run: Run, directory: Path) -> Path | None:
-    """Return the folder of the tokenizer that a run shares with others; None where it has one of its own."""
-    # A given configuration has its own token ids, which only the script can bring into line with a new tokenizer.
+    """Return the folder of the tokenizer that a run shares with others; None if it has its own."""
+    # a given configuration has its own token ids, which only the script can adapt to a new tokenizer
     if run.arguments.get("tokenizer_name") != TRAIN_BPE or run.arguments.get("config_name") is not None:
         return None
-    # files by what they hold, where that is known: the same name may come to hold another text
+    # files count by their content, if it is known: the file of a name may change
     contents = {key: value for key, value in run.contents.items() if key in _DECIDING}
     text = json.dumps({"task": run.task, **tokenizer_settings(run, directory), **contents}, sort_keys=True)
     return directory / "tokenizer" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def tokenizer_settings(run: Run, directory: Path) -> dict[str, Any]:
-    """Return the arguments of a run's script that decide its tokenizer; what corrupts or cuts the data does not."""
+    """Return the arguments of a run's script that determine its tokenizer; corruption and subsets do not."""
     own = fill_in(run.arguments, directory)
     if not own.get("streaming"):
         own.pop("max_steps", None)  # which only a stream needs
@@ -52,7 +52,7 @@ def tokenizer_settings(run: Run, directory: Path) -> dict[str, Any]:
 
 
 def train_tokenizer(task: str, settings: Path, folder: Path) -> None:
-    """Train a tokenizer as a run of the task would; its folder appears whole or not at all."""
+    """Train a tokenizer as a run of the task would, and move it to its folder when it is complete."""
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -61,7 +61,7 @@ def train_tokenizer(task: str, settings: Path, folder: Path) -> None:
     run = get_task(task).parse([str(draft / "settings.json")])
     run.load_data()
     tokenizer = run.load_tokenizer(run.training_texts)
-    # A run takes the limit from the files; a saved tokenizer has that of its training.
+    # saved again, because load_tokenizer sets the maximal length and runs read it from the files
     tokenizer.save_pretrained(draft / "tokenizer")
     (draft / "tokenizer").replace(folder)
     shutil.rmtree(draft)

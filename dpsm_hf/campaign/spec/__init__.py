@@ -1,1 +1,1 @@
-"""What a campaign file says: its reader, the design it describes, and every mistake in it."""
+"""Read a campaign's YAML file, report every mistake in it, and expand it into the runs of the plan."""

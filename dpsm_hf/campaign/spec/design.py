@@ -1,4 +1,4 @@
-"""The design of a campaign: which runs there are, and where in the plan each of them stands."""
+"""`Campaign`: the design of a campaign, that is its runs and the points of the plan that they stand for."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from typing import Any
 SCALES = ("small", "paper")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
-#: Variations that carry the claims are never pruned; ablations may be.
+#: Main variations, which the claims are about, are never pruned; ablations may be.
 ROLES = ("main", "ablation")
 
-#: Arguments that change the log and the screen, but no result; no part of a run's id.
+#: Arguments that change only what is logged or shown; they are not part of a run's id.
 DISPLAY = frozenset((
     "disable_tqdm", "log_component_grad_norms", "log_level", "log_level_replica", "log_on_each_node",
     "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "project",
     "trackio_space_id",
 ))  # fmt: skip
 
-# Arguments that say which model and which tokenizer a script builds.
+# Arguments that determine the model and the tokenizer.
 _ARCHITECTURE = (
     "model_name_or_path", "config_name", "model_type", "config_overrides", "tokenizer_name", "tokenizer_vocab_size",
 )  # fmt: skip
-# What decides how long a run of one size on one data set trains.
+# Arguments that determine how long a run of a given size on a given data set trains.
 _LENGTH = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size",
     "max_train_samples", "low_resource",
 )  # fmt: skip
-# What stands in an argument for the output folder of another run.
+# The placeholder in an argument for the output folder of another run.
 _RUN_FOLDER = re.compile(r"\{run:([^{}]+)\}")
 
 
 @dataclass(frozen=True)
 class Variation:
-    """One way to train, as its difference from the base.
+    """One way to train, as the arguments by which it differs from the base.
 
     Args:
-        name, title: unique in the campaign; the title is in words, for tables.
+        name, title: unique in the campaign; the title is shown in tables.
         role: ``main`` or ``ablation``.
-        arguments: of the training script, beyond the base's.
-        of: the variation whose runs it reads after temperature scaling; then it has no arguments and no runs.
+        arguments: of the training script, in addition to the base's.
+        of: another variation, whose results after temperature scaling this one stands for; it then has no arguments
+            and no runs of its own.
     """
 
     name: str
@@ -55,16 +56,16 @@ class Variation:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that decides its numbers.
+    """One training run: everything that determines its results.
 
     Args:
         task: a key of `tasks.TASKS`.
         arguments: of the script, without ``output_dir`` and trackers. ``{run:ID}`` in one stands for the output folder
             of another run, whose model this one starts from.
-        processes: that it is launched on.
-        contents: for arguments that name local files, the hash of their content, which stands in the id: moving the
-            files keeps the id, changing them makes a new run.
-        neutral: arguments that were given the script's own default; no part of the id.
+        processes: number of processes it is launched on.
+        contents: hashes of the content of local files, by the argument that names them. They take the place of the
+            paths in the id, so moving the files keeps the id and changing them makes a new run.
+        neutral: names of arguments with the script's own default; they are not part of the id.
     """
 
     task: str
@@ -75,10 +76,10 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Return 12 hexadecimal digits of the SHA-256 of what matters; equal for runs that are the same."""
+        """Return 12 hexadecimal digits of the SHA-256 of what determines the results; equal runs have equal ids."""
         left_out = DISPLAY | self.neutral
         arguments = {name: value for name, value in self.arguments.items() if name not in left_out}
-        if "scoring_rule" in arguments:  # under its former name, so that the ids of earlier records stay
+        if "scoring_rule" in arguments:  # hashed under its former name, so that the ids of earlier records stay valid
             arguments["loss_type"] = arguments.pop("scoring_rule")
         content = {"task": self.task, "processes": self.processes, "arguments": {**arguments, **self.contents}}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -93,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs have in common that differ in variation and seed alone; ``settings`` is what the study varies."""
+    """What runs share that differ only in variation and seed; ``settings`` are the arguments that the study varies."""
 
     study: str
     size: str
@@ -102,26 +103,26 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Return it in words, for a table."""
+        """Return the setting in words, for tables."""
         return ", ".join([self.study, self.size, self.data, *(f"{name} {value}" for name, value in self.settings)])
 
     @property
     def plain(self) -> Setting:
-        """Return it without what the study varies."""
+        """Return the setting without the arguments that the study varies."""
         return Setting(self.study, self.size, self.data)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One place in the plan, and the run that stands there; several points may share a run.
+    """One point of the plan, and its run; several points may share a run.
 
     Args:
         study: the part of the campaign it belongs to: ``main``, ``flipped-targets``, ``warm-up`` ...
         variation, size, data: names.
         seed: of weights and data order.
         run_id: `Run.id`.
-        settings: what the study varies, by argument name.
-        scaled: whether its figures are those after temperature scaling.
+        settings: the arguments that the study varies.
+        scaled: whether the results of the run after temperature scaling are meant.
     """
 
     study: str
@@ -135,22 +136,23 @@ class Point:
 
     @property
     def setting(self) -> Setting:
-        """Return what two points have in common where only variation and seed differ."""
+        """Return the setting, which points share that differ only in variation and seed."""
         varied = tuple(sorted((name, str(value)) for name, value in self.settings.items()))
         return Setting(self.study, self.size, self.data, varied)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much time the campaign may take, and which ablations are stopped early.
+    """How much training time the campaign may take, and which ablations are stopped early.
 
     Args:
-        limit: total training time as a multiple of what as many runs of the reference take; measured, not guessed.
-        halving_metric: of evaluations during training, lower is better; None never prunes.
-        halving_rungs: shares of the training steps after which the worse half of the ablations is stopped.
-        halving_keep: share of the ablations that is kept at each rung.
+        limit: total training time as a multiple of the measured time of as many runs of the reference.
+        halving_metric: a metric of evaluations during training, lower is better; None stops no run early.
+        halving_rungs: shares of the training steps after which the worse ablations are stopped.
+        halving_keep: share of the ablations to keep at each rung.
 
-    Rungs that are no rising shares, or a kept share that is none, are a ValueError.
+    Raises:
+        ValueError: unless the rungs are rising shares and ``halving_keep`` is a share, between 0 and 1.
     """
 
     limit: float = 1.1
@@ -181,14 +183,14 @@ class Campaign:
         brier: the variation trained with the Brier score alone.
         budget: of time.
         audit: arguments of the efficiency audit; None leaves it out.
-        quality: the metric of quality and whether more of it is better: ``("perplexity", False)``.
-        test_split: the split whose figures are reported.
-        source: the YAML file's text, for the record.
-        track: trackers that every run reports to, ``wandb`` for instance.
-        preparations: titles, by id, of runs that stand nowhere in the plan, but whose models others start from.
-        titles: in words, by kind (``study``, ``size``, ``data``) and name.
-        planned: what the plan was told about sizes and data beside arguments, by kind and name: ``train_tokens``,
-            ``train_examples``, ``architecture``.
+        quality: the metric of quality and whether higher is better: ``("perplexity", False)``.
+        test_split: the split whose results are reported.
+        source: the text of the YAML file, kept with the results.
+        track: trackers that every run reports to, such as ``wandb``.
+        preparations: titles, by id, of runs that are at no point of the plan, but whose models others start from.
+        titles: titles for tables, by kind (``study``, ``size``, ``data``) and name.
+        planned: facts for the plan, which loads neither data nor models, by kind and name: ``train_tokens`` and
+            ``train_examples`` of data; ``model_type`` and ``config_overrides`` of sizes.
     """
 
     name: str
@@ -211,11 +213,11 @@ class Campaign:
     planned: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def variation(self, name: str) -> Variation:
-        """Return a variation by its name; an unknown one is a KeyError."""
+        """Return a variation by its name; raise KeyError for an unknown one."""
         return {v.name: v for v in self.variations}[name]
 
     def with_architecture(self, run: Run) -> Run:
-        """Return one of the runs, with the model and tokenizer of the run that it starts from where it does."""
+        """Return a run with the model and tokenizer arguments of the run that it starts from, if there is one."""
         source = run
         while match := _RUN_FOLDER.fullmatch(str(source.arguments.get("model_name_or_path", ""))):
             source = self.runs[match[1]]
@@ -230,7 +232,7 @@ class Campaign:
 
     @property
     def planned_points(self) -> dict[str, Point]:
-        """Return the first point of each run, by run id, without those that read its figures after scaling."""
+        """Return the first point of each run, by run id, leaving out points for results after temperature scaling."""
         found: dict[str, Point] = {}
         for point in self.points:
             if not point.scaled:
@@ -238,7 +240,7 @@ class Campaign:
         return found
 
     def length(self, point: Point) -> tuple[Any, ...]:
-        """Return what decides how long the run at a point trains: runs that agree in it are as long as each other."""
+        """Return what determines how long the run at a point trains; runs with equal values train equally long."""
         arguments = self.runs[point.run_id].arguments
         return (point.size, point.data, *(str(arguments.get(name)) for name in _LENGTH))
 
@@ -246,7 +248,8 @@ class Campaign:
     def order(self) -> list[str]:
         """Return the ids of the runs in the order in which they are run, each once, after those it needs.
 
-        Runs that need each other in a circle are a ValueError.
+        Raises:
+            ValueError: for runs that need each other in a circle.
         """
         order: dict[str, None] = {}
 

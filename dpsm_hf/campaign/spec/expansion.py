@@ -1,4 +1,4 @@
-"""From what a campaign's file says to the runs and points of its plan, and what contradicts in the file."""
+"""Expand a campaign's file into the runs and points of its plan, and find the contradictions in it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .local_files import EXTRA_ARGUMENT
 from .script_arguments import defaults_among, effective, refusals
 from .spec import Arguments, Given, SizeEntry, Spec, StartFrom, StudyEntry, VariationEntry, values_of
 
-# Sections, the more specific ones last.
+# Sections, from the most general to the most specific one.
 _SPECIFIC = ("base", "sizes", "data", "variations", "studies")
-# Names in messages of the scoring rules that arguments have other names for.
+# Names used in messages of the scoring rules, and the arguments that they mean.
 _SAID_AS = {"alpha": "alpha_end"}
-# What a run from scratch has in place of a model that it starts from.
+# Arguments of a run from scratch that a run starting from another's model must not have.
 _FROM_SCRATCH = ("model_type", "config_overrides", "config_name", "tokenizer_name", "tokenizer_vocab_size")
-#: Metrics that quality may be measured by, and whether more is better.
+#: The metrics of quality to choose from, and whether higher is better.
 QUALITY = {
     "perplexity": False, "nll": False, "bits_per_byte": False, "token_accuracy": True, "rouge1": True, "rouge2": True,
     "rougeL": True, "rougeLsum": True, "bertscore_f1": True,
 }  # fmt: skip
-# Arguments that say at which steps a run is evaluated.
+# Arguments that determine at which steps a run is evaluated.
 _STEPS = (
     "max_steps", "num_train_epochs", "eval_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
@@ -35,9 +35,14 @@ _MAIN_STUDY = "main"
 
 
 def expand(spec: Spec, problems: Problems) -> Campaign:
-    """Return the campaign that a file describes whose lines alone show no mistake.
+    """Return the campaign that a file describes.
 
-    What contradicts, or is refused by the script, goes to ``problems`` and is raised.
+    Args:
+        spec: the file as read.
+        problems: collects the mistakes.
+
+    Raises:
+        SpecError: with every contradiction, and every argument that the script would refuse.
     """
     _check_variations(spec, problems)
     _check_figures(spec, problems)
@@ -57,7 +62,7 @@ def expand(spec: Spec, problems: Problems) -> Campaign:
 
 
 class _Expansion:
-    """The runs and points so far; what is wrong with one is noted, and the others go on."""
+    """Collect runs and points; a mistake in one goes to ``problems``, and the others are still added."""
 
     def __init__(self, spec: Spec, problems: Problems) -> None:
         self.spec, self.problems = spec, problems
@@ -67,7 +72,7 @@ class _Expansion:
         self.checked: set[str] = set()
 
     def add_study(self, study: StudyEntry, seed: int) -> None:
-        """Add the points of a study with one seed, the reference first at each place."""
+        """Add the points of a study with one seed; in each setting the reference comes first."""
         names = sorted(study.variations, key=lambda name: name != self.spec.design.reference)
         cells = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
         for size, data, cell, name in itertools.product(study.sizes, study.data, cells, names):
@@ -95,7 +100,7 @@ class _Expansion:
         self.points.append(Point(study.name, variation.name, size.name, data, seed, run.id, settings, scaled))
 
     def preparation(self, size: SizeEntry, start: StartFrom, data: str, seed: int) -> str | None:
-        """Add the run whose model those of a size start from, and return its id."""
+        """Add the run whose model the runs of a size start from, and return its id; None if it is faulty."""
         spec = self.spec
         reference = spec.variations[spec.design.reference].arguments
         given = _merged(spec.base, size.arguments, spec.data[data].arguments, reference, start.arguments)
@@ -110,9 +115,14 @@ class _Expansion:
     def run(
         self, given: Arguments, seed: int, processes: int, place: Place, key: str, reported: bool = True
     ) -> Run | None:
-        """Return a run, None where something is wrong with it: noted at ``place`` where no argument is to blame.
+        """Return a run; None, with the mistake noted, if it is faulty.
 
-        ``reported`` is whether its figures are used, not its model alone.
+        Args:
+            given: its arguments.
+            seed: its seed.
+            processes: number of processes it is launched on.
+            place, key: where to note a mistake that is about no single argument.
+            reported: whether its results are reported; False if only its model is used.
         """
         task = self.spec.design.task
         values = effective(task, values_of(given))
@@ -122,7 +132,7 @@ class _Expansion:
             self.problems.at(argument, what)
         if missing:
             return None
-        # seeds differ in nothing that could be refused
+        # checked once for all seeds: no script refuses a seed
         unseeded = repr((sorted(values.items()), reported))
         if unseeded not in self.checked:
             self.checked.add(unseeded)
@@ -132,7 +142,7 @@ class _Expansion:
         return Run(task, {**values, "seed": seed}, processes, _contents(values, given), defaults_among(task, values))
 
     def note(self, messages: Iterable[str], given: Arguments, place: Place, key: str) -> None:
-        """Note what is refused, at the argument that a message is about where there is one."""
+        """Note messages of refusal, each at the argument that it is about, or else at ``place``."""
         for message in messages:
             blamed = _blamed(message, given)
             self.problems.add(blamed.place if blamed else place, blamed.key if blamed else key, message)
@@ -143,14 +153,14 @@ def _merged(*layers: Arguments) -> dict[str, Given]:
 
 
 def _blamed(message: str, given: Arguments) -> Given | None:
-    """Return the argument that a message is about: the first it names of those given in the most specific place."""
+    """Return the argument that a message is about: of those it names, the first in the most specific section."""
     words = [_SAID_AS.get(word, word) for word in re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message)]
     named = [given[word] for word in words if word in given and given[word].value is not None]
     return max(named, key=lambda value: _SPECIFIC.index(value.key.split(".")[0]), default=None)
 
 
 def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
-    """Return what stands in the id for the arguments that name local files."""
+    """Return the content hashes that replace local files in the run's id, by argument."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         hashes = {str(path): content_hash(path) for path in given[name].paths}
@@ -166,7 +176,7 @@ def _contents(values: Mapping[str, Any], given: Arguments) -> dict[str, Any]:
 
 
 def _check_figures(spec: Spec, problems: Problems) -> None:
-    """Look whether the figures that decide something exist, and are better on the side that is taken."""
+    """Check that the metrics of quality and of halving exist, and whether higher or lower is better."""
     metric, higher = spec.design.quality
     if "quality" in spec.places:
         place = spec.places["quality"]
@@ -180,7 +190,7 @@ def _check_figures(spec: Spec, problems: Problems) -> None:
         return
     name, place, path = halving.removeprefix("eval_"), spec.places["budget"], "budget.halving.metric"
     if name.endswith("_scaled"):
-        problems.add(place, path, f"{halving} is not there during training, where no T is fitted")
+        problems.add(place, path, f"{halving} does not exist during training, where no temperature is fitted")
     elif name not in (*METRICS, "loss"):
         problems.unknown(place, path, "a metric of evaluations", name, (*METRICS, "loss"))
     elif name != "loss" and not lower_is_better(name):
@@ -260,7 +270,7 @@ def _check_study(spec: Spec, study: StudyEntry, problems: Problems, path: str) -
 
 
 def campaign_refusals(spec: Spec, values: Mapping[str, Any]) -> Iterator[str]:
-    """Say what a campaign wants of every run beyond what its script does, by the run's arguments."""
+    """Yield what a campaign requires of every run beyond what its script does, and the run's arguments lack."""
     if not values.get("do_train"):
         yield "do_train is off, so nothing is trained; set do_train: true in base"
     wanted = "do_predict" if spec.design.test_split == "test" else "do_eval"

@@ -1,4 +1,4 @@
-"""From a campaign's YAML file and the command line to its design: every mistake is found before anything runs."""
+"""`load_campaign`: read a campaign's YAML file with the changes of the command line, and find all mistakes first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["SHIPPED", "SpecError", "apply_override", "campaign_file", "load_camp
 #: Folder of the campaigns that come with the package.
 SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
-#: What ``--only`` may ask for.
+#: The keys of ``--only``.
 POINT_KEYS = ("study", "variation", "role", "size", "data", "seed")
 
 _ONLY, _SET, _DATA = Place("--only"), Place("--set"), Place("--data")
@@ -31,20 +31,20 @@ _SPLITS = ("train", "validation", "test", "calibration")
 def load_campaign(
     path: str | Path, scale: str = "small", only: Sequence[str] | None = None, overrides: Sequence[str] | None = None
 ) -> Campaign:
-    """Read a campaign's file and lay out its runs.
+    """Read a campaign's file and expand it into its runs.
 
     Args:
         path: of the YAML file, or the name of a shipped campaign; docs/campaigns.md describes the keys.
         scale: ``small`` or ``paper``.
-        only: leave out all points but those that match, see `select`.
+        only: patterns of the points to keep, see `select`.
         overrides: changes to the file, see `apply_override`.
 
     Returns:
-        The campaign. Its runs' ids depend on what decides their numbers alone: not on the order of keys, comments,
-        titles, what is logged, or where the file and its data lie.
+        The campaign. The ids of its runs depend only on what determines their results: not on the order of keys,
+        comments, titles, what is logged, or where the file and its data are.
 
     Raises:
-        SpecError: everything that is wrong with the file, a line each: ``FILE:LINE: key: what is wrong; remedy``.
+        SpecError: with every mistake in the file, one per line: ``FILE:LINE: key: what is wrong; remedy``.
     """
     path = campaign_file(path)
     problems = Problems()
@@ -64,9 +64,9 @@ def load_campaign(
 
 
 def campaign_file(path: str | Path) -> Path:
-    """Return the file of a campaign, which may be named like one of those in the folder `SHIPPED`, ending or not.
+    """Return the path of a campaign's file, given as a path or as the name of one in `SHIPPED`, with or without .yaml.
 
-    A file of that name in the working directory goes first.
+    A file of that name in the working directory takes precedence.
     """
     shipped = SHIPPED / f"{str(path).removesuffix('.yaml')}.yaml"
     bare = Path(path).name == str(path)
@@ -88,12 +88,12 @@ def _read(path: Path, problems: Problems) -> str:
 
 
 def _refuse_credentials(tree: Located, text: str, problems: Problems) -> None:
-    """Stop at credentials: what a campaign's file holds is copied into settings, records and reports.
+    """Refuse credentials, because the content of a campaign's file is copied into settings, records and reports.
 
-    They are looked for before anything else, so that no other message repeats one.
+    This is the first check, so that no other message repeats a credential.
 
     Raises:
-        SpecError: naming their lines, not what they are.
+        SpecError: naming the lines, without the credentials.
     """
     own = Problems()
     what = f"looks like a credential, which would be copied into settings, records and reports; {REMEDY}"
@@ -108,16 +108,16 @@ def _refuse_credentials(tree: Located, text: str, problems: Problems) -> None:
 
 
 def _credentials(given: Located, path: str, below: bool = False) -> Iterator[tuple[str, Place]]:
-    """Yield keys whose values look like credentials.
+    """Yield the dotted keys and the places of values that look like credentials.
 
     Args:
-        given: a value.
-        path: its key, dotted.
-        below: whether it is part of what goes by a credential's name.
+        given: the value to search.
+        path: its dotted key.
+        below: whether it lies under a key that is named like a credential.
     """
     if isinstance(given.value, dict):
         for key, item in given.value.items():
-            # a section may have an entry of such a name, whose keys are looked at by themselves
+            # an entry of a section (a variation, say) may be named like a credential; then only its keys count
             settings = {"base", "arguments"} & {*path.split(".")} or not isinstance(item.value, dict)
             yield from _credentials(
                 item, f"{path}.{key}" if path else key, below or (settings and is_secret_name(key))
@@ -130,7 +130,7 @@ def _credentials(given: Located, path: str, below: bool = False) -> Iterator[tup
 
 
 def _renamed(given: Located, problems: Problems) -> Located:
-    """Return a value with arguments under their names of today, wherever they stand in it."""
+    """Return a value with former argument names replaced by their present ones, at any depth."""
     if isinstance(given.value, list):
         items = [_renamed(item, problems) for item in given.value]
         return dataclasses.replace(given, value=items)
@@ -148,7 +148,7 @@ def _renamed(given: Located, problems: Problems) -> Located:
 
 
 def _at_scale(tree: Located, scale: str, problems: Problems) -> dict[str, Located]:
-    """Return the file's keys with the differences of a scale applied: base key by key, other sections as a whole."""
+    """Return the file's keys with a scale applied: ``base`` changes key by key, other sections as a whole."""
     keys = {name: item for name, item in tree.value.items() if name != "scales"}
     if scale not in SCALES:
         problems.unknown(Place("--scale"), "", "a scale", scale, SCALES)
@@ -187,17 +187,17 @@ def _at_scale(tree: Located, scale: str, problems: Problems) -> dict[str, Locate
 
 
 def apply_override(tree: dict[str, Located], text: str, problems: Problems) -> None:
-    """Change one value of a file whose scale was chosen.
+    """Change one value of a campaign's file, as ``--set`` and ``--data`` do.
 
-    ``base.max_steps=100``, ``sizes.tiny.block_size=64`` (``arguments`` may be left out), ``seeds=[1]``,
-    ``budget.limit=2``; a value is read as YAML, and null takes an argument back. ``data=NAME`` runs every study on
-    one data set: one of the file, ``python-docs``, ``python-docstrings``, a name on the hub (``NAME:CONFIG``), a
-    folder, or files (``train=FILE,validation=FILE,test=FILE``).
+    Examples: ``base.max_steps=100``, ``sizes.tiny.block_size=64`` (``arguments`` may be left out), ``seeds=[1]``,
+    ``budget.limit=2``. The value is read as YAML; null removes an argument. ``data=NAME`` runs every study on one data
+    set: one of the file, ``python-docs``, ``python-docstrings``, a name on the hub (``NAME:CONFIG``), a folder, or
+    files (``train=FILE,validation=FILE,test=FILE``).
 
     Args:
-        tree: the keys; changed.
-        text: the change.
-        problems: gets what is wrong with it.
+        tree: the file's keys after a scale was applied; changed in place.
+        text: the change, ``KEY=VALUE``.
+        problems: collects the mistakes.
     """
     path, equals, written = text.partition("=")
     path = ".".join(FORMER_ARGUMENTS.get(part, part) for part in path.split("."))
@@ -213,7 +213,7 @@ def apply_override(tree: dict[str, Located], text: str, problems: Problems) -> N
 
 def _written(written: str, path: str, problems: Problems) -> Located | None:
     own = Problems()
-    # the text is one value of a file of one line
+    # parsed as the value of a one-line YAML file
     read = read_yaml(f"value: {written}\n", _SET.source, own)
     if own.found or read is None or set(read.value) != {"value"}:
         shown = repr(hidden(written)) if not is_secret_name(path.rpartition(".")[2].strip()) else "this"
@@ -237,7 +237,7 @@ def _set(tree: dict[str, Located], path: str, value: Located, problems: Problems
         return
     names = [rest]
     if section in ENTRY_KEYS:
-        # names may have dots in them: the longest that fits
+        # names may contain dots: take the longest that fits
         name = max((n for n in holder.value if rest.startswith(f"{n}.")), key=len, default=None)
         if name is None:
             wanted = rest.split(".")[0]
@@ -254,7 +254,7 @@ def _set(tree: dict[str, Located], path: str, value: Located, problems: Problems
 
 
 def _with(holder: Located, names: list[str], value: Located) -> Located:
-    """Return a tree with one value changed; the tree itself may be shared and stays as it is."""
+    """Return a copy of a tree with one value changed; the tree itself may be shared and is not changed."""
     inside: Mapping[str, Any] = holder.value if isinstance(holder.value, dict) else {}
     if len(names) == 1:
         return Located({**inside, names[0]: value}, holder.place)
@@ -282,7 +282,7 @@ def _replace_data(tree: dict[str, Located], wanted: str, problems: Problems) -> 
 
 
 def _entry(wanted: str, there: Mapping[str, Any], problems: Problems) -> tuple[str, dict[str, Any]] | None:
-    """Return name and content of the data set that a command line names."""
+    """Return name and entry of the data set that ``--data`` names; None, with the mistake noted, if there is none."""
     if not wanted:
         problems.add(_DATA, "", f"name a data set; this file has {', '.join(there) or 'none'}")
         return None
@@ -313,15 +313,15 @@ def _entry(wanted: str, there: Mapping[str, Any], problems: Problems) -> tuple[s
 
 
 def select(campaign: Campaign, only: Sequence[str]) -> Campaign:
-    """Return a campaign with the points that match every one of the given patterns.
+    """Return a campaign with only those points that match all given patterns.
 
     Args:
         campaign: the whole campaign.
-        only: each ``KEY=PATTERN``, several with commas between for "or": ``study=main``, ``variation=dpsm-*,focal``,
-            ``seed=1``, ``role=main``. A pattern may hold ``*`` and ``?``.
+        only: each ``KEY=PATTERN``, with commas for "or": ``study=main``, ``variation=dpsm-*,focal``, ``seed=1``,
+            ``role=main``. A pattern may contain ``*`` and ``?``.
 
     Raises:
-        SpecError: an unknown key, or patterns that no point matches.
+        SpecError: for an unknown key, or patterns that match no point.
     """
     if not only:
         return campaign

@@ -1,4 +1,4 @@
-"""Local files and folders named in a campaign's file: found from its folder."""
+"""Local files and folders named in a campaign's file: their paths are relative to its folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 #: Arguments of the scripts that always name a local file.
 FILE_ARGUMENTS = ("train_file", "validation_file", "test_file", "calibration_file", "deepspeed", "fsdp_config")
-#: Arguments that name a local folder where they look like a path, and otherwise something on the hub.
+#: Arguments that name a local folder if their value looks like a path, and otherwise something on the hub.
 SOURCE_ARGUMENTS = ("dataset_name", "tokenizer_name", "model_name_or_path", "config_name", "bertscore_model")
-#: A list of such sources, each with a name of its own and ``=`` before it.
+#: The argument that is a list of such sources, each as ``NAME=SOURCE``.
 EXTRA_ARGUMENT = "extra_eval_datasets"
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -18,9 +18,10 @@ _PATH_STARTS = ("/", "./", "../", "~")
 
 
 def expand_variables(text: str) -> str:
-    """Put the values of environment variables in place of ``${NAME}`` and ``${NAME:-default}``.
+    """Replace ``${NAME}`` and ``${NAME:-default}`` by the values of environment variables.
 
-    One that is not set and has no default is a ValueError.
+    Raises:
+        ValueError: naming a variable that is not set and has no default.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -34,9 +35,12 @@ def expand_variables(text: str) -> str:
 
 
 def local_path(argument: str, text: str, folder: Path) -> Path | None:
-    """Return the file or folder that an argument names, None where it names something on the hub or built in.
+    """Return the local file or folder that an argument names; None if it names something on the hub or built in.
 
-    Variables in the text are expanded already; relative paths start from the folder.
+    Args:
+        argument: name of the argument.
+        text: its value, with variables expanded.
+        folder: where relative paths start.
     """
     is_path = text.startswith(_PATH_STARTS) or text in (".", "..")
     if argument not in FILE_ARGUMENTS and not (argument in (*SOURCE_ARGUMENTS, EXTRA_ARGUMENT) and is_path):

@@ -1,6 +1,7 @@
-"""The arguments of the training scripts as a campaign's file gives them: known names, right types, accepted values.
+"""Check the arguments of the training scripts in a campaign's file: names, types, and whether the script takes them.
 
-A ``task`` is a key of `tasks.TASKS`; ``arguments`` are a run's, known and typed.
+In all functions, ``task`` is a key of `tasks.TASKS`, and ``arguments`` are those of a run, with checked names and
+types.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...runtime.yaml_lines import Located, suggestion
 from ...tasks import TASKS, get_task
 from ...tasks.command_line import REMOVED_ARGUMENTS
 
-#: What the campaign itself gives to every run, and why a file cannot.
+#: Arguments that the campaign itself sets for every run, and why a file may not.
 RESERVED = {
     "output_dir": "every run has a folder of its own",
     "seed": "list seeds under seeds",
@@ -39,14 +40,14 @@ RESERVED = {
 
 @functools.cache
 def argument_classes(task: str) -> tuple[type, ...]:
-    """Return the dataclasses of a task's arguments, those of training last, checked without looking for a device."""
+    """Return the dataclasses of a task's arguments, the training arguments last, in a form that needs no device."""
     *others, training = get_task(task).argument_classes()
     return (*others, type(training.__name__, (training,), {"device": property(lambda self: torch.device("cpu"))}))
 
 
 @functools.cache
 def argument_fields(task: str) -> Mapping[str, tuple[Any, dataclasses.Field[Any]]]:
-    """Return the type and the field of every argument of a task's script, by name."""
+    """Return type and dataclass field of every argument of a task's script, by name."""
     found = {}
     for kind in argument_classes(task):
         hints = typing.get_type_hints(kind)
@@ -55,7 +56,7 @@ def argument_fields(task: str) -> Mapping[str, tuple[Any, dataclasses.Field[Any]
 
 
 def check_name(task: str, name: str) -> str | None:
-    """Say what is wrong with the name of an argument, None where nothing is."""
+    """Return what is wrong with the name of an argument, with the remedy; None if nothing is."""
     if name in RESERVED:
         return f"the campaign sets this argument itself; leave it out: {RESERVED[name]}"
     if name in REMOVED_ARGUMENTS:
@@ -68,10 +69,10 @@ def check_name(task: str, name: str) -> str | None:
 
 
 def typed_value(task: str, name: str, given: Located) -> Any:
-    """Return the value of an argument in the type that the script wants, so that equal values are written equally.
+    """Convert the value of an argument to the script's type, so that equal values give equal run ids.
 
     Raises:
-        ValueError: if the value has another type, or is none of the allowed ones.
+        ValueError: if it cannot be converted, or is not among the allowed values.
     """
     hint, field = argument_fields(task)[name]
     value, choices = given.plain(), [str(choice) for choice in field.metadata.get("choices", ())] or words_of(hint)
@@ -89,9 +90,9 @@ def typed_value(task: str, name: str, given: Located) -> Any:
 
 
 def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Say what the script would refuse about a run's arguments; no device, file or hub is looked at."""
+    """Return the messages with which the script would refuse a run's arguments; needs no device, file or network."""
     kind, built, found = get_task(task), [], []
-    # a run for another machine is checked on this one: precision and sharding are that machine's business
+    # the run may be for another machine, whose precision and sharding this one need not support
     elsewhere = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
     given = {k: v for k, v in arguments.items() if k not in ("tf32", "fsdp", "fsdp_config", "deepspeed")}
     with quiet():
@@ -115,7 +116,7 @@ def refusals(task: str, arguments: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep configurations and dataclasses from logging and warning: a plan builds thousands of them."""
+    """Silence logging, warnings and output of configurations and dataclasses: a plan builds thousands of them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -127,7 +128,7 @@ def quiet() -> Iterator[None]:
 
 
 def defaults_among(task: str, arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of arguments that have the script's own default, which leaving them out would give too."""
+    """Return the names of the arguments whose value is the script's own default."""
     fields = argument_fields(task)
     return frozenset(name for name, value in arguments.items() if value == _default(fields[name][1]))
 
@@ -138,7 +139,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def effective(task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without those that have no effect: alpha's, where the loss mixes nothing."""
+    """Return the arguments that have an effect: without those of alpha, unless ``scoring_rule`` is ``dpsm``."""
     if arguments.get("scoring_rule", "dpsm") == "dpsm":
         return dict(arguments)
     return {name: value for name, value in arguments.items() if not name.startswith("alpha_")}

@@ -1,6 +1,6 @@
-"""What a campaign's file says at one scale: its keys, the types that they are read into, and the reader.
+"""`SpecReader`: read a campaign's file at one scale into typed entries.
 
-Every mistake is noted with its line, and reading goes on.
+Every mistake is noted with its line, and reading continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .script_arguments import check_name, typed_value
 
 T = TypeVar("T")
 
-#: Keys of a file; those of `SCALED` may stand under a scale too.
+#: Keys of a file; those of `SCALED` may also be given under a scale.
 KEYS = ("name", "title", "task", "reference", "brier", "quality", "test_split", "variations", "scales")
 SCALED = ("base", "sizes", "data", "seeds", "studies", "budget", "audit", "track")
 #: Keys of an entry, by section.
@@ -30,15 +30,15 @@ ENTRY_KEYS = {
     "data": ("title", "arguments", "train_tokens", "train_examples"),
     "studies": ("title", "variations", "sizes", "data", "seeds", "arguments", "grid", "replaces"),
 }
-#: A word for all variations.
+#: Stands for all variations.
 ALL = "all"
-# Keys of the audit beside its size, and the least number that each may have.
+# Keys of the audit, besides its size, and their smallest values.
 _AUDIT = {"tokens": 2, "repeats": 1, "steps": 0, "sequences": 1, "length": 2}
 
 
 @dataclass(frozen=True)
 class Given(Located):
-    """The typed value of an argument; None takes it back, so that the script's default holds.
+    """The typed value of an argument with its place in the file; None removes it, so that the script's default holds.
 
     ``paths`` are the local files and folders that it names.
     """
@@ -50,13 +50,13 @@ Arguments = Mapping[str, Given]
 
 
 def values_of(given: Arguments) -> dict[str, Any]:
-    """Return the arguments that have a value, as plain values."""
+    """Return the plain values of the arguments, without removed ones."""
     return {name: value.value for name, value in given.items() if value.value is not None}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What all named entries have: a name, a title, arguments, and the line of the name."""
+    """What all entries of the file share: name, title, the place of the name, and arguments."""
 
     name: str
     title: str
@@ -73,16 +73,17 @@ class VariationEntry(Entry):
 
     @property
     def design(self) -> Variation:
-        """Return it without places."""
+        """Return the variation without places in the file."""
         arguments = values_of(self.arguments)
         return Variation(self.name, self.title, self.role, arguments, self.of.value if self.of else None)
 
 
 @dataclass(frozen=True)
 class StartFrom:
-    """A run whose model the runs of a size start from; its seed is that of each of them where it has none.
+    """A run whose model the runs of a size start from.
 
-    Its arguments go on top of those of the base, the size, the data and the reference.
+    Its arguments are added to those of the base, the size, the data and the reference. Without a seed of its own there
+    is one such run for each seed of the runs that start from it.
     """
 
     title: str
@@ -92,9 +93,10 @@ class StartFrom:
 
 @dataclass(frozen=True)
 class SizeEntry(Entry):
-    """A size of the model, and how many processes a run of it is launched on.
+    """A size of the model, and how many processes its runs are launched on.
 
-    ``architecture`` is ``model_type`` and ``config_overrides`` of a model on the hub, for the plan, which loads none.
+    ``architecture`` has ``model_type`` and ``config_overrides`` of a model on the hub, for the plan, which loads no
+    model.
     """
 
     start_from: StartFrom | None = None
@@ -104,17 +106,17 @@ class SizeEntry(Entry):
 
 @dataclass(frozen=True)
 class DataEntry(Entry):
-    """A data set; ``planned`` holds how many tokens or examples its train split has, for the plan."""
+    """A data set; ``planned`` has the number of tokens or examples of its train split, for the plan."""
 
     planned: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StudyEntry(Entry):
-    """A part of the campaign: which variations on which sizes, data and seeds, and what it changes for all of them.
+    """A part of the campaign: its variations, sizes, data and seeds, and arguments that it changes for all of them.
 
-    Every combination of the values of ``grid`` is a setting of its own. ``replaces`` are arguments that the study may
-    change although a variation fixes them.
+    Every combination of the values in ``grid`` is a setting. ``replaces`` are the arguments that the study may change
+    although a variation sets them.
     """
 
     variations: tuple[str, ...] = ()
@@ -127,7 +129,7 @@ class StudyEntry(Entry):
 
 @dataclass(frozen=True)
 class Spec:
-    """A campaign's file at one scale: the design without runs and points, and the entries that these come from."""
+    """A campaign's file at one scale: the design without runs and points, and the entries to expand into these."""
 
     design: Campaign
     base: Arguments
@@ -139,7 +141,7 @@ class Spec:
 
 
 class SpecReader:
-    """Reads the tree of one scale (the file's keys, the scale's differences applied); mistakes go to `problems`.
+    """Read a file's keys, with those of a scale applied, into a `Spec`; mistakes go to ``problems``.
 
     ``folder`` is that of the file, where relative paths start.
     """
@@ -153,7 +155,12 @@ class SpecReader:
         self.data: dict[str, DataEntry] = {}
 
     def read(self, scale: str, source: str) -> Spec:
-        """Return what the tree says at a scale, with the file's text; only of use where `problems` stayed empty."""
+        """Return the file as a `Spec`; valid only if ``problems`` stayed empty.
+
+        Args:
+            scale: name of the scale.
+            source: text of the file.
+        """
         top = self.keys(self.tree, (*KEYS, *SCALED), ("name", "task", "reference", "brier", "variations"))
         self.task = self.choice(top.get("task"), TASKS, self.task)
         if "seeds" in top:
@@ -298,7 +305,7 @@ class SpecReader:
         metric = self.text(halving.get("metric")) or None
         try:
             return Budget(limit, metric, rungs, keep)
-        except ValueError:  # each number is a share by itself
+        except ValueError:  # each rung was checked above, so it is their order
             self.wrong(halving["rungs"], "the shares must rise; sort them and keep each once")
             return default
 
@@ -334,13 +341,13 @@ class SpecReader:
         return Given(value, given.place, given.key, paths=tuple(paths))
 
     def resolved(self, name: str, value: Any, place: Place, paths: list[Path]) -> Any:
-        """Return a value with variables and relative paths resolved; the paths are added to ``paths``."""
+        """Return a value with variables and relative paths resolved; append the paths to ``paths``."""
         if isinstance(value, list):
             return [self.resolved(name, item, place, paths) for item in value]
         if not isinstance(value, str):
             return value
         text = expand_variables(value)
-        # what is typed on a command line starts from the working directory
+        # paths given on the command line are relative to the working directory
         folder = self.folder if place.line is not None else Path.cwd()
         head, source, tail = "", text, ""
         if name == EXTRA_ARGUMENT:
@@ -361,7 +368,7 @@ class SpecReader:
     def keys(
         self, given: Located | None, known: Iterable[str] | None = None, required: Iterable[str] = ()
     ) -> dict[str, Located]:
-        """Return the values by key; ``known`` of None takes any key."""
+        """Return the values by key; None for ``known`` accepts any key."""
         if given is None:
             return {}
         if not isinstance(given.value, dict | None):
@@ -438,7 +445,7 @@ class SpecReader:
         return tuple(dict.fromkeys(found))
 
     def names(self, given: Located | None, what: str, known: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return names of a list, all known ones where it is left out."""
+        """Return the names in a list; all known ones if it is left out."""
         if given is None:
             return tuple(known)
         found: dict[str, None] = {}
@@ -451,7 +458,7 @@ class SpecReader:
         return tuple(found)
 
     def chosen(self, given: Located | None) -> tuple[str, ...]:
-        """Return variations by name, by role, by a pattern with ``*``, or all; one word needs no list."""
+        """Return variations given by name, role, a pattern with ``*``, or ``all``; a single word needs no list."""
         listed = [given] if given is not None and isinstance(given.value, str) else self.items(given)
         known, wanted = self.variations, set()
         for item in listed:

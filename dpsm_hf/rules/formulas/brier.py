@@ -1,4 +1,4 @@
-"""The Brier score: the squared distance between the distribution and the label."""
+"""The Brier score: the squared distance between the predicted distribution and the one-hot label."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from ..rows import RowScore, RowStatistics, Rule, RuleOptions, with_tail
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``sum_j (p_j - t_j)**2`` for the label t, smoothed or not."""
+    """Return ``sum_j (p_j - t_j)**2`` for the target distribution t, one-hot or smoothed.
+
+    Source: Brier, "Verification of Forecasts Expressed in Terms of Probability" (1950).
+    """
     eps, vocab_size = options.label_smoothing or options.score_smoothing, options.vocab_size
     p, r = row.p_target, row.off_norm
-    gap = row.miss - eps  # (1 - eps) - p_y, without the cancellation
+    gap = row.miss - eps  # (1 - eps) - p_y, computed without cancellation
     value = row.brier
     if eps:
         share = eps / vocab_size
@@ -19,7 +22,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     gap = q
     value = q * q + r
     if SMOOTHING > 0:

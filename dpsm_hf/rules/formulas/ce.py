@@ -1,4 +1,4 @@
-"""Cross-entropy: the logarithmic score."""
+"""Cross-entropy, the logarithmic score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from ..rows import RowScore, RowStatistics, Rule, RuleOptions
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``-log p_y``, or its mean over the smoothed label."""
+    """Return ``-sum_j t_j log p_j`` for the target distribution t, one-hot (``-log p_y``) or smoothed.
+
+    Source: Good, "Rational Decisions" (1952).
+    """
     eps, vocab_size = options.label_smoothing, options.vocab_size
     value = row.nll
     if eps:
@@ -16,7 +19,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     value = nll
     d = 0.0
     target = 0.0
@@ -28,10 +31,10 @@ def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, para
 
 
 def with_uniform_share(plain: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return the label-smoothed form of a rule that reads p_y alone.
+    """Return the label-smoothed form of a rule that depends on p_y only, such as the focal loss.
 
-    The uniform part of the smoothed label is scored by the logarithm: where the rule equals cross-entropy, this is
-    label-smoothed cross-entropy.
+    It is ``(1 - epsilon) * rule + epsilon * (-mean_j log p_j)``: the uniform part of the smoothed label is scored by
+    the logarithm, so that a rule that equals cross-entropy becomes label-smoothed cross-entropy.
     """
     epsilon, share = options.label_smoothing, 1.0 / options.vocab_size
     if not epsilon:
@@ -41,7 +44,7 @@ def with_uniform_share(plain: RowScore, row: RowStatistics, options: RuleOptions
 
 
 def uniform_kernel(value, a, target, weight, p, log_sum, mean, size, epsilon, share, SMOOTHING):
-    """Add the uniform part to a rule that is scaled by ``1 - epsilon``, in Triton."""
+    """Add the uniform part of `with_uniform_share` to a rule already scaled by ``1 - epsilon``, in Triton."""
     d = 0.0
     if SMOOTHING == 1:
         value += weight * epsilon * (log_sum - mean)

@@ -1,4 +1,4 @@
-"""The mix of cross-entropy and the Brier score, whose weight alpha a schedule moves during training."""
+"""The mix of cross-entropy and the Brier score; a schedule moves its weight alpha during training."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from . import brier, ce
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``(1 - alpha) * CE + alpha * Brier``; score smoothing is defined for the Brier part alone."""
+    """Return ``(1 - alpha) * CE + alpha * Brier``; score smoothing applies to the Brier part only."""
     log_part = ce.score(row, options).scaled(1 - options.alpha)
     return log_part.plus(brier.score(row, options).scaled(options.alpha))
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     value, a, b, d, tail, target = ce.kernel(
         weight * (1.0 - alpha), p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING
     )

@@ -1,4 +1,4 @@
-"""The focal loss: cross-entropy that weighs likely tokens down."""
+"""The focal loss: cross-entropy that gives less weight to tokens the model already predicts well."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ tl: Any = None  # triton.language, once the Triton functions are made
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``-(1 - p_y)**gamma * log p_y``."""
+    """Return ``-(1 - p_y)**gamma * log p_y``.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (2017), equation 4.
+    """
     (gamma,) = options.parameters
     q, nll = row.miss, row.nll
     modulation = q**gamma
-    # q**(gamma - 1) * log p_y tends to -q**gamma as q -> 0, but inf * 0 would not: divide before the power
+    # q**(gamma - 1) * log p_y tends to -q**gamma as q -> 0, but for gamma < 1 its first factor is infinite there:
+    # divide nll by q before multiplying by the power
     ratio = torch.where(q > 0, nll / q, torch.ones_like(q))
     slope = modulation * (1 + gamma * row.p_target * ratio)
     return ce.with_uniform_share(RowScore(modulation * nll, slope, 0.0, 0.0, 0.0, -slope * q), row, options)
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     gamma = parameters[0]
     part = weight * (1.0 - epsilon) if SMOOTHING == 1 else weight  # the rest is the uniform share
     positive = q > 0

@@ -1,4 +1,4 @@
-"""Generalised cross-entropy: between cross-entropy (q towards 0) and the probability of an error (q = 1)."""
+"""Generalised cross-entropy: q interpolates between cross-entropy (q towards 0) and ``1 - p_y`` (q = 1)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ tl: Any = None  # triton.language, once the Triton functions are made
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``(1 - p_y**q) / q``."""
+    """Return ``(1 - p_y**q) / q``.
+
+    Source: Zhang & Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels"
+    (NeurIPS 2018), section 3.2.
+    """
     (exponent,) = options.parameters
-    # through log p_y, which keeps its digits where p_y is close to 1 and where it underflows
+    # computed from log p_y, which is accurate where p_y is close to 1 and where p_y underflows
     log_power = -exponent * row.nll
     power = log_power.exp()
     plain = RowScore(-log_power.expm1() / exponent, power, 0.0, 0.0, 0.0, -power * row.miss)
@@ -21,12 +25,12 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     exponent = parameters[0]
     part = weight * (1.0 - epsilon) if SMOOTHING == 1 else weight  # the rest is the uniform share
     x = exponent * nll
     power = tl.exp(-x)
-    # 1 - exp(-x) by Kahan's correction: exact to rounding where exp(-x) has lost the digits of x
+    # 1 - exp(-x) by Kahan's correction: accurate for small x, where exp(-x) loses the digits of x
     near = (power > 0.5) & (power < 1.0)
     log_power = tl.log(tl.where(near, power, 0.5))
     loss = tl.where(near, (power - 1.0) * x / log_power, tl.where(power < 1.0, 1.0 - power, x))

@@ -1,4 +1,4 @@
-"""The spherical score: the cosine between the distribution and the label."""
+"""The spherical score: one minus the cosine between the predicted distribution and the one-hot label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from ..rows import RowScore, RowStatistics, Rule, RuleOptions, with_tail
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
-    """Return ``1 - sum_j t_j p_j / ||p||`` for the label t, smoothed or not."""
+    """Return ``1 - sum_j t_j p_j / ||p||`` for the target distribution t, one-hot or smoothed.
+
+    Sources: Gneiting & Raftery (JASA 2007), section 3; on tokens Shao et al. (ICML 2024).
+    """
     eps = options.label_smoothing or options.score_smoothing
     p, r, share = row.p_target, row.off_norm, eps / options.vocab_size
     norm = (p.square() + r).sqrt()
@@ -19,7 +22,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
-    """Do the same for one row, in Triton."""
+    """Compute the same for one row, in Triton."""
     cube = norm * norm * norm
     value = r / (norm * (norm + p))
     expected = p
