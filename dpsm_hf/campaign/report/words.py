@@ -130,6 +130,8 @@ def figure_of(finding: Finding) -> str:
     if finding.estimate is None:
         return "–"
     if finding.scale == "share":
+        if finding.decision == Decision.FAILS.value and finding.estimate >= (finding.at_least or 0.0):
+            return "worse"  # the same sign returns as often as is claimed, but it is the worse one
         return f"{100 * finding.estimate:.0f} %"
     if finding.scale == "ratio":
         return f"{finding.estimate:.2f} ×"
