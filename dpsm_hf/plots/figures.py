@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -93,14 +95,26 @@ def run_style(name: str, position: int) -> dict[str, Any]:
     return {"color": OKABE_ITO[index], "marker": _MARKERS[index], "linestyle": _DASHES[index]}
 
 
+def _shade(color: str, time: int) -> str:
+    """Return a colour the first time, and mixed with black or white when it is used again."""
+    if not time:
+        return color
+    other, share = (0.0, 0.45) if time % 2 else (1.0, 0.5)
+    if color == "#000000":  # which has no darker shade
+        other, share = 1.0, 0.35 + 0.2 * (time % 2)
+    red, green, blue = ((1 - share) * part + share * other for part in to_rgb(color))
+    return to_hex((red, green, blue))
+
+
 def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the styles of all runs in one figure: those of `run_style`, made distinct.
 
-    From the eighth run on colours repeat with other markers and dashes.
+    From the eighth run on colours return darker, then paler, with other markers and dashes.
     """
     styles: list[dict[str, Any]] = []
     names = [_LOSSES.get(name, name) for name in names]
     used: set[int] = {_FIXED_STYLES[name] for name in names if name in _FIXED_STYLES}
+    times: Counter[int] = Counter()
     for position, name in enumerate(names):
         index = _FIXED_STYLES.get(name)
         if index is None:
@@ -110,5 +124,6 @@ def run_styles(names: Sequence[str]) -> list[dict[str, Any]]:
         shift = index + position // len(OKABE_ITO)
         marker = _MARKERS[shift % len(_MARKERS)]
         dash = _DASHES[shift % len(_DASHES)]  # a repeated colour has other dashes
-        styles.append({"color": OKABE_ITO[index], "marker": marker, "linestyle": dash})
+        styles.append({"color": _shade(OKABE_ITO[index], times[index]), "marker": marker, "linestyle": dash})
+        times[index] += 1
     return styles

@@ -62,6 +62,7 @@ class ReliabilityDisplay:
             raise ValueError("A reliability diagram needs at least one calibration curve; got none.")
         self._series = list(series)
         self.split = split
+        self._given: Mapping[str, Mapping[str, Any]] = {}
 
     @classmethod
     def from_curve(
@@ -164,6 +165,26 @@ class ReliabilityDisplay:
         """Return the title in one line."""
         return " · ".join(part for line in _title_lines(self._series, self.split) for part in line)
 
+    def styled(self, styles: Mapping[str, Mapping[str, Any]]) -> ReliabilityDisplay:
+        """Return the display with colours, markers and dashes of its models by name, as in other pictures of them.
+
+        Args:
+            styles: ``color``, ``marker`` and ``linestyle`` of each model, as `run_styles` returns; models that it does
+                not name have their usual ones.
+        """
+        made = ReliabilityDisplay(self._series, self.split)
+        made._given = styles
+        return made
+
+    def _styles(self) -> list[dict[str, Any]]:
+        usual = run_styles([series.name for series in self._series])
+        return [dict(self._given.get(s.name, style)) for s, style in zip(self._series, usual, strict=True)]
+
+    def _color(self, series: CurveSeries) -> str:
+        """Return the colour of one model's bars."""
+        given = self._given.get(series.name)
+        return _single_color(series.name) if given is None else str(given["color"])
+
     def plot(self, ax: Axes | None = None, histogram: bool = True) -> ReliabilityDisplay:
         """Draw the diagram.
 
@@ -245,11 +266,10 @@ class ReliabilityDisplay:
         style = {"frameon": False, "fontsize": 8.5, "handlelength": 2.6, "columnspacing": 1.2, "labelspacing": 0.3}
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
-    @staticmethod
-    def _draw_bars(ax: Axes, series: CurveSeries) -> None:
+    def _draw_bars(self, ax: Axes, series: CurveSeries) -> None:
         left, width = series.edges[:-1], np.diff(series.edges)
         many = len(width) > 40
-        color = _single_color(series.name)
+        color = self._color(series)
         outline: dict[str, Any] = {"edgecolor": "white", "linewidth": 0 if many else 0.8}
         full = series.filled & ~series.few
         for part, alpha, label in ((full, 0.75, "accuracy"), (series.few, 0.3, f"accuracy, < {FEW_TOKENS} tokens")):
@@ -278,8 +298,7 @@ class ReliabilityDisplay:
                 ax.plot([], [], "D", color=_INK, markerfacecolor="white", markersize=4.5, label=_HOLLOW)
 
     def _draw_lines(self, ax: Axes, written: Callable[[CurveSeries], str]) -> None:
-        styles = run_styles([series.name for series in self._series])
-        for series, style in zip(self._series, styles, strict=True):
+        for series, style in zip(self._series, self._styles(), strict=True):
             style |= {"linewidth": 1.6, "markersize": 5.5, "zorder": 4}
             _draw_points(ax, series, f"{series.name} ({written(series)})", style)
             if series.scaled is not None:
@@ -293,13 +312,12 @@ class ReliabilityDisplay:
 
     def _draw_histogram(self, ax: Axes) -> None:
         several = len(self._series) > 1
-        styles = run_styles([series.name for series in self._series])
-        for series, style in zip(self._series, styles, strict=True):
+        for series, style in zip(self._series, self._styles(), strict=True):
             edges, share = series.density()
             if several:
                 ax.stairs(share, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.3)
                 continue
-            ax.stairs(share, edges, fill=True, color=_single_color(series.name), alpha=0.75)
+            ax.stairs(share, edges, fill=True, color=self._color(series), alpha=0.75)
             if series.tokens:
                 _mark_mean(ax, float((series.count * series.confidence)[series.filled].sum() / series.tokens))
             if series.scaled is not None:

@@ -7,7 +7,7 @@ formulas.
 """
 
 from .agreement import SignAgreement, sign_agreement
-from .decision import AdjustedTest, Decision, all_of, any_of, decide, holm, holm_family, stars
+from .decision import AdjustedTest, Decision, Standing, all_of, any_of, decide, holm, holm_family, standing, stars
 from .documents import DocumentBins, DocumentMeans
 from .paired import ClaimTest, PairedComparison, Summary, claim_test, paired_difference, paired_ratio, summarize
 from .power import PowerNote, detectable_difference, pairs_needed, power_note, t_test_power
@@ -15,8 +15,8 @@ from .resampling import DocumentBootstrap, Randomization, approximate_randomizat
 
 __all__ = [
     "AdjustedTest", "ClaimTest", "Decision", "DocumentBins", "DocumentBootstrap", "DocumentMeans",
-    "PairedComparison", "PowerNote", "Randomization", "SignAgreement", "Summary", "all_of", "any_of",
+    "PairedComparison", "PowerNote", "Randomization", "SignAgreement", "Standing", "Summary", "all_of", "any_of",
     "approximate_randomization", "claim_test", "decide", "detectable_difference", "holm", "holm_family",
     "paired_bootstrap", "paired_difference", "paired_ratio", "pairs_needed", "power_note", "sign_agreement",
-    "stars", "summarize", "t_test_power",
+    "standing", "stars", "summarize", "t_test_power",
 ]  # fmt: skip

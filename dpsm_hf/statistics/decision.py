@@ -53,6 +53,46 @@ def decide(interval: Interval, *, at_least: float | None = None, at_most: float 
     return Decision.CANNOT_TELL
 
 
+class Standing(str, Enum):
+    """How a system stands to another on one figure."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    CANNOT_TELL = "cannot tell"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def standing(
+    ours: float, theirs: float, our_interval: Interval | None, their_interval: Interval | None, *, better: int
+) -> Standing:
+    """Say whether a figure is better or worse than another: only where their intervals do not overlap.
+
+    Two intervals of 95 % that do not overlap are a stronger condition than a test at 5 %, so this errs on the side of
+    "cannot tell". It is for figures of single runs, whose intervals say what other test data would show and not what
+    other seeds would.
+
+    Args:
+        ours: the figure.
+        theirs: what it is compared with.
+        our_interval, their_interval: their confidence intervals; None or NaN, where there is none, decides nothing.
+        better: 1 where more is better, -1 where less is, 0 where neither is.
+    """
+    if our_interval is None or their_interval is None or not better:
+        return Standing.CANNOT_TELL
+    if any(math.isnan(number) for number in (ours, theirs, *our_interval, *their_interval)):
+        return Standing.CANNOT_TELL
+    # a bootstrap's interval need not hold its estimate
+    ours_low, ours_high = min(ours, our_interval.low), max(ours, our_interval.high)
+    theirs_low, theirs_high = min(theirs, their_interval.low), max(theirs, their_interval.high)
+    if ours_low > theirs_high:
+        return Standing.BETTER if better > 0 else Standing.WORSE
+    if ours_high < theirs_low:
+        return Standing.BETTER if better < 0 else Standing.WORSE
+    return Standing.CANNOT_TELL
+
+
 def all_of(decisions: Iterable[Decision]) -> Decision:
     """Combine claims by "and": fails if one fails, holds if all hold, else cannot tell.
 

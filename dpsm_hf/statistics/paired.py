@@ -55,12 +55,12 @@ class PairedComparison:
     Attributes:
         scale: "difference" (values - baseline) or "ratio" (values / baseline).
         estimate: the mean difference, or the geometric mean of the ratios.
-        sd: standard deviation of the differences, or of the log-ratios; NaN for one pair.
-        interval: t interval of the estimate, of level ``level``; NaN for one pair.
-        t: Student's t for "no difference"; infinite if all differences are equal and not 0.
-        p_value: two-sided; NaN for one pair.
-        zero_variance: all differences are equal. The interval is then a point, and p is 0 (or 1 if the difference is
-            0): correct for deterministic numbers (bytes, FLOPs), too narrow for rounded ones.
+        sd: of the differences, or of the log-ratios; NaN for one pair.
+        interval: t interval of the estimate, of that level, NaN for one pair.
+        t: statistic for "no difference"; NaN as the p-value.
+        p_value: two-sided; NaN for one pair, and where all differences are the same.
+        zero_variance: all differences are the same (but for rounding), so that the runs say nothing of their spread:
+            interval, t and p are NaN. The estimate of a figure without chance (bytes, FLOPs) needs no test.
     """
 
     scale: str
@@ -95,7 +95,7 @@ def paired_difference(values: ArrayLike, baseline: ArrayLike, *, level: float = 
         level: of confidence, in (0, 1).
 
     Returns:
-        With one pair, sd, interval, t and p are NaN.
+        With one pair, sd, interval, t and p are NaN; interval, t and p also where all differences are the same.
 
     Raises:
         ValueError: for unequal lengths, no pair, NaN, infinity, or a level out of range.
@@ -177,8 +177,7 @@ def claim_test(
     With both limits this is TOST, the two one-sided t-tests of equivalence: ``t_low = (mean(d) - at_least) / se`` and
     ``t_high = (mean(d) - at_most) / se``, p the larger of the two. With one limit it is one one-sided test: of
     non-inferiority if the limit is a tolerated loss, of superiority if it is a gain. "Holds" is the same as
-    p <= alpha (except for differences without variance exactly on a limit, where the claim holds and p is 1). "Fails"
-    is the test of the opposite, see `decide`.
+    p <= alpha. "Fails" is the test of the opposite, see `decide`.
 
     Args:
         values: of the system ``[n]``; positive on the ratio scale.
@@ -189,7 +188,8 @@ def claim_test(
         alpha: greatest probability of "holds" for a wrong claim; the interval has the level 1 - 2 alpha.
 
     Returns:
-        With one pair, interval and p are NaN and the decision is "cannot tell".
+        With one pair, or with differences that are all the same, interval and p are NaN and the decision is "cannot
+        tell": nothing is known of the spread.
 
     Raises:
         ValueError: for limits, scale, alpha or numbers out of range.
@@ -222,32 +222,24 @@ def claim_test(
 
 
 def _student(d: np.ndarray, null: float, alternative: str) -> tuple[float, float]:
-    """Return Student's t for the null hypothesis "the mean is `null`", and its p-value; NaN with one value.
-
-    Without variance t is infinite with the sign of ``mean - null`` and p is 0 or 1; if the mean is `null` exactly, t
-    is 0 and p is 1.
-    """
+    """Return Student's t for the null hypothesis "the mean is `null`", and its p-value; NaN without a spread."""
     from scipy import stats
 
     mean, sd, constant = _moments(d)
-    if len(d) < 2:
+    if len(d) < 2 or constant:
         return math.nan, math.nan
-    if constant and mean == null:
-        return 0.0, 1.0
-    t = math.copysign(math.inf, mean - null) if constant else (mean - null) / (sd / math.sqrt(len(d)))
+    t = (mean - null) / (sd / math.sqrt(len(d)))
     tail = {"two-sided": -abs(t), "less": t, "greater": -t}[alternative]
     return t, float(stats.t.cdf(tail, len(d) - 1)) * (2 if alternative == "two-sided" else 1)
 
 
 def _t_interval(d: np.ndarray, level: float) -> Interval:
-    """Return ``mean ± t sd / sqrt(n)``: NaN for one value, a point if all values are the same."""
+    """Return ``mean ± t sd / sqrt(n)``; NaN for one value and for values that are all the same."""
     from scipy import stats
 
     mean, sd, constant = _moments(d)
-    if len(d) < 2:
+    if len(d) < 2 or constant:
         return Interval(math.nan, math.nan)
-    if constant:
-        return Interval(mean, mean)
     half = float(stats.t.ppf((1 + level) / 2, len(d) - 1)) * sd / math.sqrt(len(d))
     return Interval(mean - half, mean + half)
 
@@ -286,13 +278,14 @@ def _finite_pairs(values: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, n
 
 
 def _paired(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
-    """Return the differences or log-ratios ``[n]``, with 0 for numbers that are equal up to rounding.
+    """Return the differences, or the logarithms of the ratios, without what is only rounding.
 
-    Otherwise the same numbers summed in another order would have a "significant" difference of 1e-17.
+    Figures that are equal but for rounding differ by 0: otherwise those of the same counts, summed in another order,
+    would have a "significant" difference of 1e-17. Differences that are equal but for rounding are made equal.
     """
     same = np.abs(values - baseline) <= _ROUNDING * np.maximum(np.abs(values), np.abs(baseline))
     if scale == "difference":
-        return np.where(same, 0.0, values - baseline)
+        return _levelled(np.where(same, 0.0, values - baseline), max(np.abs(values).max(), np.abs(baseline).max()))
     for name, numbers in (("values", values), ("baseline", baseline)):
         wrong = np.flatnonzero(numbers <= 0)
         if len(wrong):
@@ -300,4 +293,10 @@ def _paired(values: np.ndarray, baseline: np.ndarray, scale: str) -> np.ndarray:
                 f"{name}[{wrong[0]}]={numbers[wrong[0]]} has no logarithm: a ratio is for positive figures; compare "
                 "differences instead."
             )
-    return np.where(same, 0.0, np.log(values) - np.log(baseline))
+    ours, theirs = np.log(values), np.log(baseline)
+    return _levelled(np.where(same, 0.0, ours - theirs), max(1.0, np.abs(ours).max(), np.abs(theirs).max()))
+
+
+def _levelled(d: np.ndarray, size: float) -> np.ndarray:
+    """Return differences of figures of this size, all the same where they differ by rounding alone."""
+    return np.full_like(d, d[0]) if np.ptp(d) <= _ROUNDING * size else d

@@ -34,7 +34,8 @@ nll = {"ce": 4.0, "brier": 5.0, "dpsm": 4.1}[loss]
 entry = {"step": 3, "eval_nll": nll, "eval_loss": nll, "eval_train_seconds": 1.0}
 state = {"global_step": 3, "log_history": [{"step": 3, "loss": nll, "train_seconds": 1.0}, entry]}
 (out / "trainer_state.json").write_text(json.dumps(state))
-outcome = {"metrics": {"last": {"validation": {"nll": nll, "perplexity": 2.0**nll}}}}
+sure = {"perplexity_low": 2.0**nll - 0.1, "perplexity_high": 2.0**nll + 0.1}
+outcome = {"metrics": {"last": {"validation": {"nll": nll, "perplexity": 2.0**nll, **sure}}}}
 (out / "outcome.json").write_text(json.dumps(outcome))
 """
 

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from dpsm_hf.campaign.report.pictures import learning_curves
-from dpsm_hf.campaign.report.sentences import SingleRun, sentences_on
+from dpsm_hf.campaign.report.sentences import POINTS, SingleRun, Story, story_of
 from dpsm_hf.campaign.report.side_by_side import LOSS_TITLES, main, results_of, write_runs_page
 from dpsm_hf.campaign.runner.collecting import read_run
 from dpsm_hf.campaign.runner.records import Record, write_record
@@ -50,11 +50,21 @@ def history(start: float = 8.0, end: float = 4.6052, alpha: bool = False) -> lis
     return entries
 
 
-def record(loss: str, metrics: dict[str, float | None] = METRICS, **changes: Any) -> Record:
+def sure(metrics: dict[str, float | None], width: float = 0.001) -> dict[str, float | None]:
+    """Return metrics with an interval of each figure, by default so narrow that every difference tells."""
+    bounds = {}
+    for name, value in metrics.items():
+        if value is not None and math.isfinite(value) and not name.endswith(("_low", "_high", "_null")):
+            ends = sorted((value * (1 - width), value * (1 + width)))
+            bounds |= {f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    return {**bounds, **metrics}
+
+
+def record(loss: str, metrics: dict[str, float | None] = METRICS, width: float = 0.001, **changes: Any) -> Record:
     given: dict[str, Any] = {
         "arguments": {"scoring_rule": loss, "seed": 42},
         "status": "ok",
-        "metrics": {"last": {"validation": metrics}},
+        "metrics": {"last": {"validation": sure(metrics, width)}},
         "history": history(alpha=loss == "dpsm"),
         "calibration": {"validation": {"step": 20, "split": "eval", "tokens": 100, "curve": CURVE}},
         "efficiency": EFFICIENCY,
@@ -62,8 +72,12 @@ def record(loss: str, metrics: dict[str, float | None] = METRICS, **changes: Any
     return Record(loss, loss, "language-modelling", **{**given, **changes})
 
 
-def sentences(*records: Record) -> list[str]:
-    return sentences_on([SingleRun(r.name, LOSS_TITLES.get(r.name, r.name), r) for r in records])
+def story(*records: Record) -> Story:
+    return story_of([SingleRun(r.name, LOSS_TITLES.get(r.name, r.name), r) for r in records])
+
+
+def sentences(*records: Record) -> tuple[str, ...]:
+    return story(*records).sentences
 
 
 def text(*records: Record) -> str:
@@ -76,11 +90,12 @@ def page(tmp_path: Path, *records: Record, title: str = "Runs") -> Any:
 
 def test_dpsm_better_on_everything() -> None:
     better = {**METRICS, "perplexity": 90.0, "brier": 0.76, "ece_15": 0.01, "token_accuracy": 0.3}
-    first, figures, *rest = sentences(record("ce"), record("dpsm", metrics=better))
+    first, *rest = sentences(record("ce"), record("dpsm", metrics=better))
     assert first == (
         "On this run DPSM is better than cross-entropy on perplexity, Brier score, ECE-15 and token accuracy "
-        "and worse on none of the figures compared."
+        "and worse on none of the figures."
     )
+    (figures,) = [sentence for sentence in rest if sentence.startswith("DPSM against")]
     assert "perplexity 10.0 % lower (90.00 against 100.00)" in figures
     assert "ECE-15 50.0 % lower (0.0100 against 0.0200)" in figures
     assert "token accuracy 5.00 points higher (30.00 % against 25.00 %)" in figures
@@ -89,7 +104,8 @@ def test_dpsm_better_on_everything() -> None:
 
 def test_dpsm_worse_on_everything_is_said_plainly() -> None:
     worse = {**METRICS, "perplexity": 350.0, "brier": 0.9, "ece_15": 0.04, "token_accuracy": 0.2}
-    first, figures, *_ = sentences(record("ce"), record("dpsm", metrics=worse))
+    first, *rest = sentences(record("ce"), record("dpsm", metrics=worse))
+    figures = "".join(rest)
     assert first.startswith(
         "On this run DPSM loses to cross-entropy: it is worse on perplexity, Brier score, ECE-15 and"
     )
@@ -105,11 +121,14 @@ def test_mixed_result_warns_that_low_ece_is_not_a_better_model() -> None:
         "signed_gap": -0.02,
     }
     said = text(record("ce"), record("dpsm", metrics=mixed))
-    assert "DPSM is better than cross-entropy on ECE-15 and worse on perplexity." in said
+    assert (
+        "DPSM is better than cross-entropy on ECE-15 and worse on perplexity; Brier score and token accuracy cannot"
+        in said
+    )
     assert "perplexity 3.1 % higher" in said and "ECE-15 12.0 % lower" in said
     assert "A lower ECE beside a higher perplexity is not a better model" in said
     assert "Mean confidence minus accuracy: cross-entropy +1.00 points (overconfident) and DPSM -2.00" in said
-    assert "depends on the number of bins: DPSM is equal at 10, better at 15 and worse at 100" in said
+    assert "depends on the number of bins: DPSM is not to be told apart at 10, better at 15 and worse at 100" in said
 
 
 def test_rouge_of_models_that_cannot_write_is_not_taken_for_a_result() -> None:
@@ -128,8 +147,8 @@ def test_equal_runs_are_called_equal() -> None:
 
 def test_missing_figures_are_left_out_not_invented() -> None:
     few: dict[str, float | None] = {"perplexity": 110.0, "tokens": 5000.0}
-    first, figures, *_ = sentences(record("ce"), record("dpsm", metrics=few))
-    assert "worse on perplexity" in first and "ECE" not in figures
+    first, *rest = sentences(record("ce"), record("dpsm", metrics=few))
+    assert "worse on perplexity" in first and not any("against" in said and "ECE-15 " in said for said in rest)
     assert "have no evaluation figure in common" in text(record("ce"), record("dpsm", metrics={"entropy": 1.0}))
 
 
@@ -213,11 +232,19 @@ def test_a_run_that_got_less_of_the_processor_is_a_caution() -> None:
 
 
 def test_best_of_a_column_knows_its_direction_and_ties(tmp_path: Path) -> None:
-    better = record("dpsm", metrics={**METRICS, "perplexity": 90.0, "token_accuracy": 0.3})
+    better = record("dpsm", metrics={**METRICS, "perplexity": 90.0, "token_accuracy": 0.3, "ece_15": 0.01999})
     diverged = record("brier", metrics={**METRICS, "nll": None, "perplexity": 1.0}, status="diverged")
     table = page(tmp_path, record("ce"), better, diverged).table.split("\n\n")[0]
     lines = {line.split()[0]: line.split()[1:] for line in table.split("\n")[3:]}
-    assert lines["DPSM"] == ["90.00*", "4.6052", "0.8000", "0.0200", "0.0200", "0.0200", "30.00*"]
+    assert lines["DPSM"] == [
+        "90.00*",
+        "4.6052",
+        "0.8000",
+        "0.0200",
+        "0.0200",
+        "0.0200",
+        "30.00*",
+    ]  # ECE-15 is lower by less than its interval
     assert lines["cross-entropy"] == ["100.00", "4.6052", "0.8000", "0.0200", "0.0200", "0.0200", "25.00"]
 
 
@@ -296,7 +323,7 @@ def test_report_is_one_page_without_outside_resources(tmp_path: Path) -> None:
     assert html.count("data:image/svg+xml;base64,") == len(report.plots) >= 8
     assert all(path.exists() and path.suffix == ".png" for path in report.plots)
     assert {path.stem for path in report.plots} >= {"eval_nll-over-step", "eval_nll-over-seconds", "alpha-over-step"}
-    assert sentences(record("ce"), record("dpsm"))[0] == report.sentences[0]
+    assert sentences(record("ce"), record("dpsm"))[0] == report.sentences[0] and len(report.sentences) <= 1 + POINTS
     assert all(str(escape(sentence)) in html for sentence in report.sentences)
     assert "scoring_rule: dpsm" in html and "versions" not in html  # what it was made with, as far as it is known
 
@@ -382,3 +409,80 @@ def test_alpha_is_drawn_between_zero_and_one() -> None:
     assert low < 0 and high > 1
     results = results_of([record("ce")], "x")
     assert learning_curves(results, results.settings()[0], ["ce"], "alpha", "x") is None
+
+
+def test_better_and_worse_are_said_only_where_intervals_are_apart() -> None:
+    other = {**METRICS, "perplexity": 130.0, "ece_15": 0.012, "token_accuracy": 0.2, "brier": 0.801}
+    told = story(record("ce", width=0.1), record("dpsm", metrics=other, width=0.1))
+    assert told.headline == (
+        "On this run DPSM is better than cross-entropy on ECE-15 and worse on perplexity and token accuracy; Brier "
+        "score cannot be told apart."
+    )
+    wide = story(record("ce", width=0.5), record("dpsm", metrics=other, width=0.5))
+    assert wide.headline == (
+        "On this run DPSM and cross-entropy cannot be told apart on perplexity, Brier score, ECE-15 or token accuracy."
+    )
+    assert not re.search(r"better (?!model)|worse", " ".join(wide.sentences))
+
+
+def test_nobody_leads_in_what_training_cost_and_a_busy_machine_is_not_compared(tmp_path: Path) -> None:
+    def at(loss: str, *speeds: float) -> Record:
+        entries = [{"step": i, "loss": 5.0, "tokens_per_second": speed} for i, speed in enumerate(speeds, 1)]
+        return record(loss, history=entries, efficiency={**EFFICIENCY, "tokens_per_second": speeds[0]})
+
+    quiet, busy = (4000.0,) * 7, (4100.0, 4100.0, 900.0, 1000.0, 4000.0, 4200.0, 4000.0)
+    made = page(tmp_path, at("ce", *quiet), at("dpsm", *busy))
+    cost = made.table.split("\n\n")[1]
+    assert "tokens/s" in cost and "4,100" in cost and "*" not in cost
+    assert '"best"' not in made.html.read_text().partition("Cost of training")[2]
+    assert "times as many" not in text(at("ce", *quiet), at("dpsm", *busy))
+    assert "times as many" in text(at("ce", *quiet), at("dpsm", *quiet))
+
+
+def test_two_busy_runs_are_one_caution() -> None:
+    entries = [
+        {"step": i, "loss": 5.0, "tokens_per_second": speed}
+        for i, speed in enumerate((4000, 4100, 900, 1000, 4000, 4200, 4000), 1)
+    ]
+    told = story(record("ce", history=entries), record("dpsm", history=entries))
+    (caution,) = [sentence for sentence in told.points if sentence.startswith("Caution")]
+    assert "the runs 'ce' and 'dpsm' shared the machine" in caution
+
+
+def test_a_page_says_five_things_at_most_beside_its_headline() -> None:
+    """Everything that can be said at once: the rest stands in the details."""
+    bad = {**METRICS, "perplexity": 300.0, "ece_15": 0.01, "rougeLsum": 4.0, "nll": 5.7, "ece_15_null": 0.004}
+    runs = [
+        record("ce", metrics={**METRICS, "rougeLsum": 5.0}),
+        record("dpsm", metrics=bad, history=history(start=8.1, alpha=True)),
+        record("focal", metrics=bad),
+        record("brier", {}, status="failed", message="boom"),
+    ]
+    told = story(*runs)
+    assert len(told.points) == POINTS and len(told.details) > POINTS
+    assert told.points[0].startswith("The run 'brier' failed") and "did NOT start" in told.points[1]
+    assert len(set(told.sentences)) == len(told.sentences)
+
+
+def test_the_page_of_interrupted_runs_has_no_empty_section_and_says_it_once(tmp_path: Path) -> None:
+    stopped = record("ce", {}, status="interrupted", message="interrupted; it goes on from its newest checkpoint")
+    html = page(tmp_path, stopped).html.read_text()
+    assert ">Results<" not in html and "lower is better" not in html
+    said = "The run &#39;ce&#39; was interrupted and is not compared: it goes on from its newest checkpoint."
+    assert html.count(said) == 1
+    html = page(tmp_path, record("ce"), replace(stopped, run_id="dpsm", name="dpsm")).html.read_text()
+    shown = html.partition("How it was made")[0]
+    assert ">Results<" in html and shown.count("interrupted") == 1
+
+
+def test_how_a_run_stands_is_told_by_colour_and_sign(tmp_path: Path) -> None:
+    other = {**METRICS, "perplexity": 130.0, "ece_15": 0.012, "token_accuracy": 0.2, "brier": 0.801}
+    html = page(tmp_path, record("ce", width=0.1), record("dpsm", metrics=other, width=0.1)).html.read_text()
+    against = html[html.index("Against cross-entropy") : html.index("</section>")]
+    found = re.findall(r'data-label="([^"]+)" class="([^"]+)"><span>([^<]+)</span> <small>([^<]+)<', against)
+    assert found == [
+        ("perplexity", "worse", "worse", "(30.0 % higher)"),
+        ("Brier score", "cannot-tell", "cannot tell", "(the same within 0.5 %)"),
+        ("ECE-15", "better", "better", "(40.0 % lower)"),
+        ("token accuracy", "worse", "worse", "(5.00 points lower)"),
+    ]

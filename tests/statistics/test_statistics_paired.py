@@ -25,6 +25,7 @@ from dpsm_hf.statistics import (
     holm_family,
     paired_difference,
     paired_ratio,
+    standing,
     stars,
     summarize,
 )
@@ -97,12 +98,17 @@ def test_one_pair_has_a_difference_and_no_interval() -> None:
     assert math.isnan(claim.p_value)
 
 
-def test_equal_figures_are_not_different() -> None:
+def unknown(found) -> bool:
+    """Whether nothing is said of the spread."""
+    return found.zero_variance and all(math.isnan(number) for number in (found.t, found.p_value, *found.interval))
+
+
+def test_equal_figures_say_nothing_of_their_spread() -> None:
     found = paired_difference([0.1, 0.7, 0.3], [0.1, 0.7, 0.3])
-    assert (found.estimate, found.t, found.p_value, found.interval) == (0, 0, 1, (0, 0))
-    assert found.zero_variance
-    assert claim_test([0.1, 0.7], [0.1, 0.7], at_most=0).decision is HOLDS
-    assert paired_ratio([0.1, 0.7], [0.1, 0.7]).interval == (1, 1)
+    assert found.estimate == 0 and unknown(found) and found.stars == "n/a"
+    assert claim_test([0.1, 0.7], [0.1, 0.7], at_most=0).decision is CANNOT_TELL
+    found = paired_ratio([0.1, 0.7], [0.1, 0.7])
+    assert found.estimate == 1 and unknown(found)
 
 
 @pytest.mark.parametrize("compare", [paired_difference, paired_ratio])
@@ -110,18 +116,30 @@ def test_the_order_of_summation_is_no_difference(compare) -> None:
     x = np.array([0.1 + 0.2 + 0.3, 0.7 + 0.2 + 0.1, 1.1 + 2.2 + 3.3])
     y = np.array([0.3 + 0.2 + 0.1, 0.1 + 0.2 + 0.7, 3.3 + 2.2 + 1.1])
     assert (x != y).any()
-    assert compare(x, y).p_value == 1
+    found = compare(x, y)
+    assert found.estimate == (0 if found.scale == "difference" else 1) and unknown(found)
+
+
+@pytest.mark.parametrize("compare", [paired_difference, paired_ratio])
+def test_rounding_is_no_spread(compare) -> None:
+    """Differences that are equal but for rounding would have a p-value of nearly 0."""
+    y = np.array([50.3, 50.6, 50.9, 1.0])
+    x = y + 0.1 if compare is paired_difference else y * 1.1
+    d = x - y if compare is paired_difference else np.log(x) - np.log(y)
+    assert len(set(d.tolist())) > 1
+    found = compare(x, y)
+    assert found.estimate == pytest.approx(0.1 if found.scale == "difference" else 1.1) and unknown(found)
+    assert claim_test(x, y, at_least=0.05, scale=found.scale).decision is CANNOT_TELL
 
 
 def test_figures_without_chance() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = paired_difference([512.0, 513.0], [400.0, 401.0])
-    assert found.zero_variance
-    assert (found.estimate, found.sd, found.t, found.p_value) == (112, 0, math.inf, 0)
-    assert found.interval == (112, 112)
-    assert claim_test([512, 513], [400, 401], at_most=500).decision is HOLDS
-    assert claim_test([512, 513], [400, 401], at_most=100).decision is FAILS
+    assert (found.estimate, found.sd) == (112, 0) and unknown(found)
+    for limit in (500, 100):
+        claim = claim_test([512, 513], [400, 401], at_most=limit)
+        assert claim.decision is CANNOT_TELL and math.isnan(claim.p_value) and claim.estimate == 112
     assert paired_difference([1.1, 1.1, 1.1], [1.0, 1.0, 1.0]).zero_variance  # the mean of equal numbers is rounded
 
 
@@ -255,7 +273,7 @@ def test_one_limit_is_the_one_sided_t_test(limit: float) -> None:
 def test_holds_is_what_tost_says(pairs, low: float, width: float, scale: str) -> None:
     x, y = np.array(pairs).T
     found = claim_test(x, y, at_least=low, at_most=low + width, scale=scale)
-    if min(abs(found.p_value - 0.05), abs(found.p_value - 1)) > 1e-9:  # on the edge, rounding decides
+    if abs(found.p_value - 0.05) > 1e-9:  # on the edge, rounding decides; NaN is cannot tell
         assert (found.decision is HOLDS) == (found.p_value <= 0.05)
 
 
@@ -285,6 +303,29 @@ def test_claims_that_are_none(arguments: dict, message: str) -> None:
 
 
 # decisions
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "word"),
+    [
+        ((1.0, (0.9, 1.1)), (2.0, (1.8, 2.2)), "better"),
+        ((2.0, (1.8, 2.2)), (1.0, (0.9, 1.1)), "worse"),
+        ((1.0, (0.9, 1.85)), (2.0, (1.8, 2.2)), "cannot tell"),  # they overlap
+        ((1.0, (0.9, 1.8)), (2.0, (1.8, 2.2)), "cannot tell"),  # they touch
+        ((1.0, None), (2.0, (1.8, 2.2)), "cannot tell"),
+        ((1.0, (0.9, math.nan)), (2.0, (1.8, 2.2)), "cannot tell"),
+        ((math.nan, (0.9, 1.1)), (2.0, (1.8, 2.2)), "cannot tell"),
+        ((2.1, (0.9, 1.1)), (2.0, (1.8, 2.2)), "cannot tell"),  # its interval does not hold the figure
+    ],
+)
+def test_better_needs_intervals_that_are_apart(ours, theirs, word: str) -> None:
+    (x, x_interval), (y, y_interval) = (
+        (figure, None if bounds is None else Interval(*bounds)) for figure, bounds in (ours, theirs)
+    )
+    assert str(standing(x, y, x_interval, y_interval, better=-1)) == word
+    other = {"better": "worse", "worse": "better"}.get(word, word)
+    assert str(standing(x, y, x_interval, y_interval, better=1)) == other
+    assert str(standing(x, y, x_interval, y_interval, better=0)) == "cannot tell"
 
 
 @pytest.mark.parametrize(

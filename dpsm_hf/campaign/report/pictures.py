@@ -45,7 +45,7 @@ def render(template: str, path: Path, **context: Any) -> Path:
     """Fill in a template of ``dpsm_hf/templates``, with escapes in HTML, write it to a file and return that."""
     html = template.endswith(".html.j2")
     environment = Environment(loader=PackageLoader("dpsm_hf"), autoescape=html, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote}
+    environment.filters |= {"cell": _markdown_cell, "quoted": _markdown_quote, "parted": _parted}
     path.write_text(environment.get_template(template).render(**context), encoding="utf-8")
     return path
 
@@ -53,6 +53,12 @@ def render(template: str, path: Path, **context: Any) -> Path:
 def _markdown_cell(text: str) -> str:
     """Return text of a campaign's file or a record as one line that stands for itself, in a table or a title."""
     return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(str(text).split()))
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """Part a table's figure from what stands in brackets behind it: an interval, a difference, how many seeds."""
+    figure, bracket, aside = re.fullmatch(r"(.*?)(?: ([(\[])(.*))?", text, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return figure, f"{bracket}{aside}"
 
 
 def _markdown_quote(text: str) -> str:
@@ -139,9 +145,9 @@ def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pi
         ),
         (
             "Quality against calibration",
-            "Each variation before and after temperature scaling, with standard deviations over seeds. What another "
-            "point beats in both is worse than it; means over a part of the seeds only are left out of that "
-            "comparison.",
+            "Each variation before and after temperature scaling: means and standard deviations over seeds. The "
+            "dashed line joins the means that no other mean surpasses in both; means over a part of the seeds are "
+            "left out of it.",
             fronts,
         ),
         (
@@ -180,12 +186,13 @@ def reliability_pictures(
                 displays.append((name, title, point.seed, ReliabilityDisplay.from_json(content, title)))
                 break
     found = []
+    styles = {results.title(name): style for name, style in _styles(results).items()}
     if len(displays) > 1:
-        together = ReliabilityDisplay.overlay([display for *_, display in displays]).figure()
+        together = ReliabilityDisplay.overlay([display for *_, display in displays]).styled(styles).figure()
         caption = "All main variations; below, the distribution of confidence"
         found += pictures.add(f"{prefix}reliability-all", together, caption)
     for name, title, seed, display in displays:
-        found += pictures.add(f"{prefix}reliability-{name}", display.figure(), f"{title}, seed {seed}")
+        found += pictures.add(f"{prefix}reliability-{name}", display.styled(styles).figure(), f"{title}, seed {seed}")
     return found
 
 
@@ -279,9 +286,19 @@ def learning_curves(
 
 
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
-    """Give each variation the same style in all pictures."""
+    """Give each variation the same style in all pictures: the first of each loss that loss's own."""
     own = [v for v in results.campaign.variations if v.of is None]
-    return dict(zip((v.name for v in own), run_styles([v.title for v in own]), strict=True))
+    first: dict[str, str] = {}
+    for variation in own:
+        first.setdefault(str(variation.arguments.get("scoring_rule")), variation.name)
+    known = {name: loss for loss, name in first.items() if loss in ("ce", "brier", "dpsm", "focal", "spherical")}
+    return dict(zip((v.name for v in own), run_styles([known.get(v.name, f"{v.name} ") for v in own]), strict=True))
+
+
+def colours(results: Results) -> dict[str, tuple[str, bool]]:
+    """Return the colour of each variation by title, and whether it is another's that it only reads."""
+    styles = _styles(results)
+    return {v.title: (styles[v.of or v.name]["color"], v.of is not None) for v in results.campaign.variations}
 
 
 def _together(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

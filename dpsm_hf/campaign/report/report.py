@@ -19,8 +19,21 @@ from ..verdict.claims import Finding
 from ..verdict.results import Results
 from ..verdict.verdict import MAIN_STUDY, audited_claims, overall, verdict
 from . import tables
-from .pictures import Pictures, drawn, picture_sections, render
-from .words import GLOSSARY, claim_line, headline, settings_line
+from .matrix import claim_matrix
+from .pictures import Pictures, colours, drawn, picture_sections, render
+from .words import (
+    GLOSSARY,
+    METHOD,
+    SHOWN,
+    claim_line,
+    estimate_of,
+    headline,
+    lead,
+    limits_of,
+    settings_line,
+    shown,
+    test_of,
+)
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
 
@@ -43,8 +56,8 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
     results = Results(campaign, records)
     audit = read_json(directory / AUDIT_NAME) if (directory / AUDIT_NAME).exists() else None
     findings = verdict(results) + (audited_claims(campaign, audit) if audit is not None else [])
-    shown = _tables(results, directory, audit)
-    context = {**_context(results, findings, directory), "tables": shown, "counts": ended, "only": " ".join(only)}
+    made = _tables(results, directory, audit)
+    context = {**_context(results, findings, directory), "tables": made, "counts": ended, "only": " ".join(only)}
     written = [
         render(template, directory / name, **context)
         for name, template in ((HTML_NAME, "campaign.html.j2"), (MARKDOWN_NAME, "campaign.md.j2"))
@@ -56,7 +69,7 @@ def write_campaign_report(campaign: Campaign, directory: Path, only: Sequence[st
         "findings": list(map(asdict, findings)),
     }  # fmt: skip
     write_json(content, directory / VERDICT_NAME)
-    write_json({"schema": 1, "tables": [asdict(t) for of in shown.values() for t in of]}, directory / TABLES_NAME)
+    write_json({"schema": 1, "tables": [asdict(t) for of in made.values() for t in of]}, directory / TABLES_NAME)
     return [*written, directory / VERDICT_NAME, directory / TABLES_NAME]
 
 
@@ -67,11 +80,12 @@ def _settings(results: Results) -> list[Setting]:
 def _tables(results: Results, directory: Path, audit: Mapping[str, Any] | None) -> dict[str, list[tables.Table]]:
     """Return the tables by section, without those that have no rows."""
     quality = tables.QUALITY.get(results.campaign.task, tables.QUALITY["language-modelling"])
-    columns = (*quality, *tables.CALIBRATION)
+    columns = tables.key_first((*quality, *tables.CALIBRATION))
     best = Results(results.campaign, results.records, checkpoint="best")
     final: list[tables.Table | None] = []
     efficiency: list[tables.Table | None] = []
-    robustness: list[tables.Table | None] = [*tables.differences(results, (*quality[:2], *tables.CALIBRATION[:5]))]
+    chief = tables.key_first((*quality[:2], *tables.CALIBRATION[:5]))
+    robustness: list[tables.Table | None] = [*tables.differences(results, chief)]
     for setting in _settings(results):
         final += [
             tables.comparison(results, setting, columns, "Last checkpoint"),
@@ -80,7 +94,7 @@ def _tables(results: Results, directory: Path, audit: Mapping[str, Any] | None) 
             tables.document_table(results, setting, directory),
         ]
         efficiency.append(tables.cost(results, setting))
-        robustness += tables.out_of_domain(results, setting, (*quality, *tables.CALIBRATION[:4]))
+        robustness += tables.out_of_domain(results, setting, tables.key_first((*quality, *tables.CALIBRATION[:4])))
         robustness.append(tables.spread(results, setting, (*quality[:1], *tables.CALIBRATION[:4])))
     efficiency.append(audit_table(audit) if audit is not None else None)
     found = {"final": final, "efficiency": efficiency, "robustness": robustness}
@@ -94,10 +108,11 @@ def _context(results: Results, findings: Sequence[Finding], directory: Path) -> 
     return {
         "campaign": campaign,
         "headline": headline(campaign, findings),
-        "claims": [
-            {"family": family, "rows": [_claim_row(results, f) for f in told if f.family == family]}
-            for family in dict.fromkeys(f.family for f in told)
-        ],
+        "lead": lead(campaign, findings),
+        "matrices": {role: claim_matrix(campaign, told, role) for role in ("main", "ablation")},
+        "legend": SHOWN,
+        "colours": colours(results),
+        "claims": _claims(results, told),
         "unjudged": list(map(results.title, unknown)),
         "settings": settings_line(campaign, results),
         "sections": picture_sections(results, settings, Pictures(directory / "plots")),
@@ -105,6 +120,7 @@ def _context(results: Results, findings: Sequence[Finding], directory: Path) -> 
         "stopped": tables.stopped_early(results),
         "samples": _samples(results, settings[0]),
         "glossary": GLOSSARY,
+        "method": METHOD,
         "reproduce": _reproduce(results, directory),
     }
 
@@ -117,9 +133,26 @@ def _unfinished_ablations(results: Results) -> list[str]:
     return [v.name for v in results.campaign.variations if v.role == "ablation" and v.name in planned - done]
 
 
-def _claim_row(results: Results, finding: Finding) -> dict[str, Any]:
-    css, title = finding.decision.replace(" ", "-"), results.title(finding.variation)
-    return {**asdict(finding), "css": css, "title": title, "figures": claim_line(finding)}
+def _claims(results: Results, findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Return the findings by family, and within it by claim."""
+    rows = [_claim_row(results, finding, number) for number, finding in enumerate(findings)]
+    families = []
+    for family in dict.fromkeys(f.family for f in findings):
+        of = [row for row in rows if row["family"] == family]
+        claims = [
+            {"words": words, "rows": [row for row in of if row["words"] == words]}
+            for words in dict.fromkeys(row["words"] for row in of)
+        ]
+        families.append({"family": family, "rows": of, "claims": claims})
+    return families
+
+
+def _claim_row(results: Results, finding: Finding, number: int) -> dict[str, Any]:
+    return {
+        **asdict(finding), "shown": shown(finding), "title": results.title(finding.variation), "place": number,
+        "figures": claim_line(finding), "estimated": estimate_of(finding), "limits": limits_of(finding),
+        "test": test_of(finding),
+    }  # fmt: skip
 
 
 def audit_table(content: Mapping[str, Any]) -> tables.Table:
@@ -167,7 +200,7 @@ def _reproduce(results: Results, directory: Path) -> dict[str, Any]:
     plan = directory / "plan.json"
     command = read_json(plan).get("command") if plan.exists() else None
     return {
-        "command": command or f"dpsm campaign run FILE --scale {campaign.scale}",
+        "command": command or f"dpsm campaign run {campaign.name} --scale {campaign.scale}",
         "machines": list(map(_flat, machines.values())),
         "source": campaign.source,
         "source_sha": hashlib.sha256(campaign.source.encode()).hexdigest()[:16],

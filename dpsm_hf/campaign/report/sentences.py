@@ -1,6 +1,7 @@
 """What single runs show, one of each variation, in plain sentences derived from their numbers alone.
 
-A campaign of several seeds is judged by tests (`verdict`); one run each allows no test, so these only describe.
+A campaign of several seeds is judged by tests (`verdict`); one run each allows no test over seeds. "Better" and
+"worse" are said here only where the 95 % intervals of the two evaluations do not overlap (`standing`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ...calibration.intervals import Interval
+from ...statistics import Standing, standing
 from ..runner.records import Record
 
+#: Sentences on the page beside the headline; what else there is to say stands in its details.
+POINTS = 5
 # Differences below this share are called equal: one run cannot tell them from the choice of seed.
 TIE = 0.005
 # ROUGE-Lsum (out of 100) of texts that share little more than frequent words with the reference.
@@ -26,17 +31,26 @@ _ENDED = {
 
 @dataclass(frozen=True)
 class SingleRun:
-    """A run among others that differ in the loss: its name among them, its title, its record, the split compared."""
+    """A run among others that differ in the loss: its name among them, its title, its record, the split compared.
+
+    ``scaled`` is a run that is read after temperature scaling, beside itself before.
+    """
 
     name: str
     title: str
     record: Record
     split: str = "validation"
+    scaled: bool = False
 
     @property
     def scoring_rule(self) -> str:
         """Return the loss that it was trained with."""
         return str(self.record.arguments.get("scoring_rule", self.name))
+
+    @property
+    def is_reference(self) -> bool:
+        """Return whether the others are compared with it: cross-entropy as it is."""
+        return self.scoring_rule == "ce" and not self.scaled
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
@@ -57,7 +71,17 @@ class SingleRun:
         """Return a figure of the end or of what the training cost, None where it is missing or not finite."""
         if metric in self.record.efficiency:
             return self.record.efficiency[metric]
-        return self.record.value(metric, split=self.split)
+        return self.record.value(metric, split=self.split, scaled=self.scaled)
+
+    def interval(self, metric: str) -> Interval | None:
+        """Return the 95 % interval of a figure of the evaluation, None where it has none."""
+        ending = "_scaled" if self.scaled else ""
+        bounds = [self.metrics.get(f"{metric}_{end}{ending}") for end in ("low", "high")]
+        if None in bounds:
+            held = self.calibration.get("scaled") if self.scaled else self.calibration
+            bounds = ((held or {}).get("intervals") or {}).get(metric) or [None, None]
+        low, high = bounds
+        return None if low is None or high is None else Interval(float(low), float(high))
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         """Return steps and values of a figure of the log, without those that are missing or not finite."""
@@ -65,7 +89,23 @@ class SingleRun:
         return [(int(step), float(value)) for step, value in found if value is not None]
 
 
-class _Measure(NamedTuple):
+@dataclass(frozen=True)
+class Story:
+    """What runs show: the chief sentence, at most `POINTS` more, and the details."""
+
+    headline: str
+    points: tuple[str, ...]
+    details: tuple[str, ...]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Return all of them, the most important first."""
+        return (self.headline, *self.points, *self.details)
+
+
+class Measure(NamedTuple):
+    """A figure that runs are compared by; ``better`` is 1 where more is better, -1 where less is."""
+
     key: str
     words: str
     better: int = -1
@@ -73,15 +113,15 @@ class _Measure(NamedTuple):
     points: bool = False
 
 
-_PERPLEXITY = _Measure("perplexity", "perplexity", decimals=2)
-_ECE = _Measure("ece_15", "ECE-15")
-_ROUGE = _Measure("rougeLsum", "ROUGE-Lsum", better=1, decimals=2)
-_ACCURACY = _Measure("token_accuracy", "token accuracy", better=1, points=True)
-_MEASURES = (_ROUGE, _PERPLEXITY, _Measure("brier", "Brier score"), _ECE, _ACCURACY)
+_PERPLEXITY = Measure("perplexity", "perplexity", decimals=2)
+_ECE = Measure("ece_15", "ECE-15")
+_ROUGE = Measure("rougeLsum", "ROUGE-Lsum", better=1, decimals=2)
+_ACCURACY = Measure("token_accuracy", "token accuracy", better=1, points=True)
+MEASURES = (_ROUGE, _PERPLEXITY, Measure("brier", "Brier score"), _ECE, _ACCURACY)
 
 
-def _join(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _join(words: Sequence[str], last: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def _change(key: str, run: SingleRun, reference: SingleRun) -> float | None:
@@ -94,55 +134,75 @@ def _change(key: str, run: SingleRun, reference: SingleRun) -> float | None:
     return (ours - theirs) / abs(theirs)
 
 
-def _side(measure: _Measure, change: float) -> int:
-    """Return 1 where the run is better than the reference, -1 where it is worse, 0 for a tie."""
-    return 0 if abs(change) < TIE else measure.better if change > 0 else -measure.better
+def judged(run: SingleRun, reference: SingleRun, key: str, better: int) -> Standing:
+    """Say whether a run's figure is better or worse than another's, by their intervals; the one place that decides."""
+    ours, theirs = run.value(key), reference.value(key)
+    if ours is None or theirs is None:
+        return Standing.CANNOT_TELL
+    return standing(ours, theirs, run.interval(key), reference.interval(key), better=better)
 
 
-def _phrase(measure: _Measure, change: float, ours: float, theirs: float) -> str:
+def compared(run: SingleRun, reference: SingleRun) -> list[tuple[Measure, Standing, float]]:
+    """Return the figures that both runs have, how the run stands on each, and its relative difference."""
+    changes = [(measure, _change(measure.key, run, reference)) for measure in MEASURES]
+    return [(m, judged(run, reference, m.key, m.better), change) for m, change in changes if change is not None]
+
+
+def size_of(measure: Measure, change: float, ours: float, theirs: float) -> str:
+    """Return how much higher or lower a figure is, in words."""
+    if abs(change) < TIE:
+        return f"the same within {100 * TIE:g} %"
+    if measure.points:
+        return f"{100 * abs(ours - theirs):.2f} points {'higher' if change > 0 else 'lower'}"
+    if change >= 2:
+        return f"{change + 1:.1f} times as high"
+    return f"{100 * abs(change):.1f} % {'higher' if change > 0 else 'lower'}"
+
+
+def _phrase(measure: Measure, change: float, ours: float, theirs: float) -> str:
     if measure.points:
         figures = f"{100 * ours:.2f} % against {100 * theirs:.2f} %"
-        size = f"{100 * abs(ours - theirs):.2f} points"
     else:
         figures = f"{ours:,.{measure.decimals}f} against {theirs:,.{measure.decimals}f}"
-        size = f"{100 * abs(change):.1f} %"
-    if _side(measure, change) == 0:
-        return f"{measure.words} the same within {100 * TIE:g} % ({figures})"
-    if change >= 2:
-        return f"{measure.words} {change + 1:.1f} times as high ({figures})"
-    return f"{measure.words} {size} {'higher' if change > 0 else 'lower'} ({figures})"
+    return f"{measure.words} {size_of(measure, change, ours, theirs)} ({figures})"
 
 
-def _compare(run: SingleRun, reference: SingleRun) -> list[str]:
-    """Compare one run with the reference in a few sentences: the sum first, then the figures."""
-    words: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-    phrases = []
-    for measure in _MEASURES:
-        ours, theirs = run.value(measure.key), reference.value(measure.key)
-        change = _change(measure.key, run, reference)
-        if ours is not None and theirs is not None and change is not None:
-            words[_side(measure, change)].append(measure.words)
-            phrases.append(_phrase(measure, change, ours, theirs))
+def _head(run: SingleRun, reference: SingleRun) -> str:
+    """Say in a sentence on which figures a run is better, on which it is worse, and which leave it open."""
+    found = compared(run, reference)
     a, b = run.title, reference.title
-    if not phrases:
-        return [f"{a} and {b} have no evaluation figure in common, so they cannot be compared."]
-    wins, losses = words[1], words[-1]
+    if not found:
+        return f"{a} and {b} have no evaluation figure in common, so they cannot be compared."
+    wins, losses, open_ = (
+        [measure.words for measure, said, _ in found if said is kind]
+        for kind in (Standing.BETTER, Standing.WORSE, Standing.CANNOT_TELL)
+    )
+    rest = f"; {_join(open_)} cannot be told apart" if open_ else ""
+    if wins and losses:
+        return f"On this run {a} is better than {b} on {_join(wins)} and worse on {_join(losses)}{rest}."
     if wins:
-        rest = f"worse on {_join(losses)}" if losses else "worse on none of the figures compared"
-        head = f"{a} is better than {b} on {_join(wins)} and {rest}."
-    elif losses:
-        head = f"{a} loses to {b}: it is worse on {_join(losses)} and better on none of the figures compared."
-    else:
-        head = f"{a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
-    figures = f"{a} against {b}: {'; '.join(phrases)}."
-    return [f"On this run {head}", figures, *_bins_disagree(run, reference), *_on_the_way(run, reference)]
+        return f"On this run {a} is better than {b} on {_join(wins)}{rest or ' and worse on none of the figures'}."
+    if losses:
+        return f"On this run {a} loses to {b}: it is worse on {_join(losses)} and better on none of the figures{rest}."
+    if all(abs(change) < TIE for *_, change in found):
+        return f"On this run {a} and {b} come out the same within {100 * TIE:g} % on every figure compared."
+    return f"On this run {a} and {b} cannot be told apart on {_join(open_, 'or')}."
+
+
+def _figures(run: SingleRun, reference: SingleRun) -> str | None:
+    phrases = []
+    for measure, _, change in compared(run, reference):
+        ours, theirs = run.value(measure.key), reference.value(measure.key)
+        assert ours is not None and theirs is not None  # they have a difference
+        phrases.append(_phrase(measure, change, ours, theirs))
+    return f"{run.title} against {reference.title}: {'; '.join(phrases)}." if phrases else None
 
 
 def _bins_disagree(run: SingleRun, reference: SingleRun) -> Iterator[str]:
-    changes = {bins: _change(f"ece_{bins}", run, reference) for bins in (10, 15, 100)}
-    sides = {bins: _side(_ECE, change) for bins, change in changes.items() if change is not None}
-    if {1, -1} <= set(sides.values()):
-        parts = [f"{('equal', 'better', 'worse')[side]} at {bins}" for bins, side in sides.items()]
+    sides = {bins: judged(run, reference, f"ece_{bins}", -1) for bins in (10, 15, 100)}
+    if {Standing.BETTER, Standing.WORSE} <= set(sides.values()):
+        words = {Standing.CANNOT_TELL: "not to be told apart"}
+        parts = [f"{words.get(side, side.value)} at {bins}" for bins, side in sides.items()]
         yield f"Who is better calibrated depends on the number of bins: {run.title} is {_join(parts)}."
 
 
@@ -159,17 +219,26 @@ def _on_the_way(run: SingleRun, reference: SingleRun) -> Iterator[str]:
         )
 
 
-def _calibration(tested: Sequence[SingleRun], base: SingleRun) -> Iterator[str]:
+def _not_a_better_model(tested: Sequence[SingleRun], base: SingleRun) -> str | None:
     changes = [(_change("ece_15", run, base), _change("perplexity", run, base)) for run in tested]
     if any(ece is not None and ppl is not None and ece <= -TIE and ppl >= TIE for ece, ppl in changes):
-        yield (
+        return (
             "A lower ECE beside a higher perplexity is not a better model: one that only ever predicts the overall "
             "frequencies of the tokens has an ECE near 0."
         )
-    gaps = [(run.title, gap) for run in (base, *tested) if (gap := run.value("signed_gap"))]
-    if gaps:
-        words = [f"{title} {100 * gap:+.2f} points ({'over' if gap > 0 else 'under'}confident)" for title, gap in gaps]
-        yield f"Mean confidence minus accuracy: {_join(words)}."
+    return None
+
+
+def _gaps(runs: Sequence[SingleRun]) -> str | None:
+    """Give the mean confidence less the accuracy of each run, with a word where the interval leaves no doubt."""
+    words = []
+    for run in runs:
+        if gap := run.value("signed_gap"):
+            interval = run.interval("signed_gap")
+            sure = interval is not None and (interval.low > 0 or interval.high < 0)
+            word = f" ({'over' if gap > 0 else 'under'}confident)" if sure else ""
+            words.append(f"{run.title} {100 * gap:+.2f} points{word}")
+    return f"Mean confidence minus accuracy: {_join(words)}." if words else None
 
 
 def _schedule(run: SingleRun) -> str | None:
@@ -210,8 +279,9 @@ def _overfit(run: SingleRun) -> str | None:
     return f"The held-out NLL of {run.title} was lowest at step {step:,} ({lowest:.4f}) and has risen to {final:.4f}."
 
 
-def _busy(runs: Sequence[SingleRun]) -> Iterator[str]:
-    """Name the runs that shared the machine with other programs: their seconds say nothing about the loss."""
+def _busy(runs: Sequence[SingleRun]) -> dict[str, str]:
+    """Return why runs seem to have shared the machine with other programs: then seconds say nothing about the loss."""
+    found = {}
     took = {run.name: run.record.seconds for run in runs}
     cores = {r.name: cpu / took[r.name] for r in runs if (cpu := r.value("cpu_seconds")) and took[r.name]}
     for run in runs:
@@ -222,10 +292,17 @@ def _busy(runs: Sequence[SingleRun]) -> Iterator[str]:
             why = f"it got {cores[run.name]:.1f} processor cores where another run got {max(cores.values()):.1f}"
         else:
             continue
-        yield (
-            f"Caution: the run {run.name!r} shared the machine with other programs ({why}), so its speed and its "
-            "seconds compare with nothing."
-        )
+        found[run.name] = why
+    return found
+
+
+def _caution(busy: Mapping[str, str]) -> str | None:
+    if not busy:
+        return None
+    return (
+        f"Caution: the run{'' if len(busy) == 1 else 's'} {_join(list(map(repr, busy)))} shared the machine with "
+        f"other programs ({'; '.join(busy.values())}), so speeds and seconds compare with nothing."
+    )
 
 
 def _failures(runs: Sequence[SingleRun]) -> Iterator[str]:
@@ -238,8 +315,8 @@ def _failures(runs: Sequence[SingleRun]) -> Iterator[str]:
             yield f"The run {run.name!r} ({run.title}) diverged (not finite{where}) and is not compared."
         elif not run.comparable:
             what = _ENDED.get(run.record.status, "has no evaluation figures")
-            reason = f": {run.record.message}" if run.record.message else ""
-            yield f"The run {run.name!r} {what} and is not compared{reason}."
+            said = run.record.message.removeprefix(run.record.status).lstrip(" ;:")
+            yield f"The run {run.name!r} {what} and is not compared{f': {said}' if said else ''}."
 
 
 def _same_start(runs: Sequence[SingleRun]) -> str | None:
@@ -291,26 +368,38 @@ def _scope(runs: Sequence[SingleRun]) -> str:
     )
 
 
-def sentences_on(runs: Sequence[SingleRun]) -> list[str]:
-    """Say what runs show in sentences, the most important first: each against cross-entropy, DPSM first and in full.
+def story_of(runs: Sequence[SingleRun]) -> Story:
+    """Say what runs show, each against cross-entropy, DPSM first and in full.
 
     Runs that failed or diverged are named as such and not compared.
     """
     usable = [run for run in runs if run.comparable]
-    base = next((run for run in usable if run.scoring_rule == "ce"), None)
-    tested = [run for run in usable if run.scoring_rule != "ce"]
+    base = next((run for run in usable if run.is_reference), None)
+    tested = [run for run in usable if not run.is_reference]
     tested.sort(key=lambda run: run.scoring_rule != "dpsm")
-    said: list[str | None] = []
+    alone = [run for run in usable if not run.scaled]  # each run once
+    busy = _busy(alone)
+    heads = [_head(run, base) for run in tested] if base is not None else []
     if base is None:
-        said.append("There is no finished 'ce' run to compare with.")
+        heads = ["There is no finished 'ce' run to compare with."]
     elif not tested:
-        said.append(f"Only the reference run {base.name!r} has finished: there is nothing to compare it with.")
-    else:
+        heads = [f"Only the reference run {base.name!r} has finished: there is nothing to compare it with."]
+    stopped = " ".join(_failures([run for run in runs if not run.scaled])) or None
+    start = _same_start(alone)
+    unequal = start is not None and start.startswith("Caution")
+    dpsm = [run for run in tested if run.scoring_rule == "dpsm"]
+    # the most important first: what does not fit among the points stands in the details
+    wanted: list[str | None] = [stopped, start if unequal else None, _caution(busy)]
+    details: list[str | None] = []
+    if base is not None and tested:
+        wanted += [heads[1] if len(heads) == 2 else None, _not_a_better_model(tested, base), _weak_texts(usable)]
+        wanted += [_noise(base), *map(_schedule, dpsm)]
+        details += heads[2 if len(heads) == 2 else 1 :]
         for run in tested:
-            said += _compare(run, base)
-            said += [_schedule(run), _cost(run, base)] if run.scoring_rule == "dpsm" else []
-    said += [] if base is None else _calibration(tested, base)
-    said += [_weak_texts(usable), *map(_overfit, usable), *_failures(runs)]
-    said += [*_busy(usable), _same_start(usable), _scope(runs)]
-    said.append(_noise(base) if base is not None and tested else None)
-    return [sentence for sentence in said if sentence is not None]
+            details += [_figures(run, base), *_bins_disagree(run, base), *_on_the_way(run, base)]
+        details += [_cost(run, base) for run in dpsm if not {run.name, base.name} & set(busy)]
+    details += [_gaps([base, *tested] if base is not None else []), *map(_overfit, alone)]
+    details += [None if unequal else start, _scope(alone) if alone else None]
+    points = [sentence for sentence in wanted if sentence is not None]
+    rest = [sentence for sentence in details if sentence is not None]
+    return Story(heads[0], tuple(points[:POINTS]), (*points[POINTS:], *rest))

@@ -16,17 +16,18 @@ from typing import Any
 
 from ...plots.reliability import FEW_TOKENS
 from ...runtime.files import strict, write_json
+from ...statistics import Standing
 from ..runner.collecting import read_run
 from ..runner.records import Record
 from ..spec.design import Campaign, Point, Setting, Variation
 from ..verdict.results import Results
-from .pictures import Pictures, curve_pictures, reliability_pictures, render, sections
-from .sentences import SingleRun, sentences_on
-from .tables import CALIBRATION, QUALITY, Column, Table, as_text, comparison
+from .pictures import Pictures, colours, curve_pictures, reliability_pictures, render, sections
+from .sentences import MEASURES, SingleRun, compared, judged, size_of, story_of
+from .tables import CALIBRATION, QUALITY, Cell, Column, Table, as_text, comparison
 
 LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal": "focal loss"}
 
-# Caption and columns of each table.
+# Caption and columns of each table; what training cost stands by itself.
 _TABLES = (
     ("Generated texts against the references (ROUGE F1, out of 100)", QUALITY["summarization"][:4]),
     ("Token-level figures on held-out text, at the end of training", (
@@ -34,11 +35,17 @@ _TABLES = (
         *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
         Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
     )),
-    ("Cost of training (scored tokens a second: median of the log; peak memory of the whole process)", (
-        Column("tokens_per_second", "tokens/s", 1, 0), Column("peak_memory_mb", "peak memory (MB)", decimals=0),
-        Column("train_seconds", "training (s)", decimals=1),
-    )),
 )  # fmt: skip
+_COST = (
+    "Cost of training (scored tokens a second: median of the log; peak memory of the whole process)",
+    (
+        Column("tokens_per_second", "tokens/s", 1, 0),
+        Column("peak_memory_mb", "peak memory (MB)", decimals=0),
+        Column("train_seconds", "training (s)", decimals=1),
+    ),
+)
+#: How a run is marked that leads a column.
+_MARK = "better than every other run there: the 95 % intervals do not overlap"
 # see `pictures.Curve`
 _CURVES = (
     ("eval_nll", "held-out NLL (nats a token)", "Held-out negative log-likelihood", False),
@@ -53,7 +60,10 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class RunsPage:
-    """The page, the JSON file and the pictures that were written, the tables as text, and what the runs show."""
+    """The page, the JSON file and the pictures that were written, the tables as text, and what the runs show.
+
+    ``sentences`` are the chief one and its points; the page and the JSON file have the details too.
+    """
 
     html: Path
     results: Path
@@ -76,8 +86,9 @@ def results_of(records: Sequence[Record], title: str) -> Results:
     words = {name: LOSS_TITLES.get(loss, loss) for name, loss in losses.items()}
     titles = {name: word if name == losses[name] else f"{word} ({name})" for name, word in words.items()}
     by_loss = {loss: name for name, loss in reversed(losses.items())}
+    variations = tuple(Variation(name, titles[name], arguments={"scoring_rule": losses[name]}) for name in names)
     campaign = Campaign(
-        "runs", title, "small", records[0].task, tuple(Variation(name, titles[name]) for name in names),
+        "runs", title, "small", records[0].task, variations,
         tuple(Point("main", r.name, "", "", int(r.arguments.get("seed") or 0), r.run_id) for r in records), {},
         reference=by_loss.get("ce", names[0]), brier=by_loss.get("brier", names[0]), test_split="validation",
     )  # fmt: skip
@@ -94,25 +105,76 @@ def write_runs_page(results: Results, output_dir: str | Path, title: str, subtit
     directory.mkdir(parents=True, exist_ok=True)
     setting = results.settings()[0]
     found = [(v, results.record(results.points(setting, v.name)[0])) for v in results.campaign.variations]
-    runs = [SingleRun(v.name, v.title, record, results.split) for v, record in found if record is not None]
-    sentences, tables, pictures = sentences_on(runs), _tables(results, setting), Pictures(directory / "plots")
+    runs = [SingleRun(v.name, v.title, r, results.split, v.of is not None) for v, r in found if r is not None]
+    story, pictures = story_of(runs), Pictures(directory / "plots")
+    tables, against = _tables(results, setting, runs), _against(runs)
     html = render(
-        "runs.html.j2", directory / "report.html", title=title, subtitle=subtitle, sentences=sentences, tables=tables,
-        sections=_sections(results, setting, runs, pictures), runs=[_made_by(run) for run in runs],
+        "runs.html.j2", directory / "report.html", title=title, subtitle=subtitle, story=story, tables=tables,
+        against=against, mark=_MARK, colours=colours(results), runs=[_made_by(run) for run in runs],
+        sections=_sections(results, setting, runs, pictures),
     )  # fmt: skip
     path = directory / "results.json"
-    write_json(strict({"schema": 1, "findings": sentences, "runs": [_numbers(run) for run in runs]}), path)
-    text = "\n\n".join([*map(as_text, tables), "↓ lower is better, ↑ higher is better, * best of its column"])
-    return RunsPage(html, path, tuple(pictures.paths), text, tuple(sentences))
+    content = {"schema": 1, "findings": story.sentences, "runs": [_numbers(run) for run in runs]}
+    write_json(strict(content), path)
+    legend = f"↓ lower is better, ↑ higher is better, * {_MARK}"
+    text = "\n\n".join([*map(as_text, tables), legend] if tables else [])
+    return RunsPage(html, path, tuple(pictures.paths), text, (story.headline, *story.points))
 
 
-def _tables(results: Results, setting: Setting) -> list[Table]:
-    made = [(caption, comparison(results, setting, columns, caption)) for caption, columns in _TABLES]
+def _tables(results: Results, setting: Setting, runs: Sequence[SingleRun]) -> list[Table]:
+    by_name = {run.name: run for run in runs if run.comparable}
+
+    def leading(names: Sequence[str], column: Column) -> set[str]:
+        there = [by_name[name] for name in names if name in by_name]
+        return {
+            run.name
+            for run in there
+            if len(there) > 1
+            and all(
+                judged(run, other, column.metric, column.better) is Standing.BETTER
+                for other in there
+                if other is not run
+            )
+        }
+
+    made = [(caption, comparison(results, setting, columns, "", False, leading)) for caption, columns in _TABLES]
+    # seconds and memory of one run on a machine that does other things too: nobody leads
+    made.append((_COST[0], comparison(results, setting, _COST[1], "", tested=False)))
     shown = [(caption, table) for caption, table in made if table.rows]
     return [
         replace(table, caption=caption, headings=["loss", *table.headings[1:]], notes=() if number else table.notes)
         for number, (caption, table) in enumerate(shown)
     ]
+
+
+def _against(runs: Sequence[SingleRun]) -> Table | None:
+    """Say of each run on which figures it is better or worse than cross-entropy, and how much the figures differ."""
+    usable = [run for run in runs if run.comparable]
+    base = next((run for run in usable if run.is_reference), None)
+    if base is None:
+        return None
+    others = [run for run in usable if run is not base]
+    found = [(run, {m.key: (said, change) for m, said, change in compared(run, base)}) for run in others]
+    shown = [measure for measure in MEASURES if any(measure.key in of for _, of in found)]
+    rows = []
+    for run, of in found:
+        cells = [Cell(run.title)]
+        for measure in shown:
+            if measure.key not in of:
+                cells.append(Cell("–"))
+                continue
+            said, change = of[measure.key]
+            ours, theirs = run.value(measure.key), base.value(measure.key)
+            size = "" if ours is None or theirs is None else f" ({size_of(measure, change, ours, theirs)})"
+            cells.append(Cell(f"{said}{size}", said.value.replace(" ", "-")))
+        rows.append(cells)
+    if not shown:
+        return None
+    note = (
+        "Better or worse is said where the 95 % intervals of the two evaluations do not overlap. They cover the "
+        "choice of the test text, not that of the seed."
+    )
+    return Table(f"Against {base.title}", ["loss", *(measure.words for measure in shown)], rows, [note])
 
 
 def _sections(
@@ -178,5 +240,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(page.table, *page.sentences, f"page: {page.html}", sep="\n\n")
+    print(*filter(None, [page.table]), *page.sentences, f"page: {page.html}", sep="\n\n")
     return 0

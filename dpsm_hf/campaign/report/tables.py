@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from ..verdict.results import Results
 ALPHA = 0.05
 #: If the reference's own speed varies by more than this share, the table carries a warning.
 _UNSTEADY = 0.05
+# Of runs that the same command takes up again.
+_UNFINISHED = ("interrupted", "paused", "running")
 #: Random sets of swaps, and resamples, of the tests over documents.
 SAMPLES = 2000
 
@@ -96,6 +99,8 @@ QUALITY = {
         _PERPLEXITY,
     ),
 }
+# What a page shows of a wide table at first.
+_KEY = ("rougeL", "rougeLsum", "perplexity", "token_accuracy", "brier", "ece_15", "signed_gap")
 _BINS = tuple(Column(f"ece_{bins}", f"ECE-{bins}") for bins in (10, 15, 100))
 CALIBRATION = (
     Column("brier", "Brier"), Column("spherical", "spherical"), *_BINS, Column("signed_gap", "signed gap", 0),
@@ -117,21 +122,34 @@ EFFICIENCY = (
 )
 
 
+def key_first(columns: Sequence[Column]) -> tuple[Column, ...]:
+    """Put the columns that matter most first: a page shows them at once and the others on demand."""
+    return tuple(sorted(columns, key=lambda column: column.metric not in _KEY))
+
+
 def comparison(
-    results: Results, setting: Setting, columns: Sequence[Column], caption: str, tested: bool = True
+    results: Results,
+    setting: Setting,
+    columns: Sequence[Column],
+    caption: str,
+    tested: bool = True,
+    leading: Callable[[Sequence[str], Column], set[str]] | None = None,
 ) -> Table:
     """Compare all variations of a setting: mean ± sd over the seeds, stars of the paired t-test against the reference.
 
     The stars are those of each test alone; a dagger marks what is still below .05 after Holm's correction over the
     variations of the column. Columns and variations without any figure are left out, and where every column is one
-    after temperature scaling those that only read another's runs so. Without ``tested`` nothing is starred or marked.
+    after temperature scaling those that only read another's runs so. Without ``tested`` nothing is starred. What is
+    marked as best is what ``leading`` names of a column, by default the best mean, without ``tested`` nothing.
     """
     names = results.variations(setting)
     if all(column.scaled for column in columns):
         names = [name for name in names if results.campaign.variation(name).of is None]
     shown = [c for c in columns if any(_values(results, setting, name, c) for name in names)]
     stars = {c: _tests(results, setting, names, c) if tested else {} for c in shown}
-    best = {c: _best(results, setting, names, c) if tested else set() for c in shown}
+    if leading is None and tested:
+        leading = partial(_best, results, setting)
+    best: dict[Column, set[str]] = {c: leading(names, c) if leading is not None else set() for c in shown}
 
     def cell(name: str, column: Column) -> Cell:
         values = _values(results, setting, name, column)
@@ -357,10 +375,11 @@ def _tests(results: Results, setting: Setting, names: Sequence[str], column: Col
     if not found:
         return {}
     adjusted = holm([None if test is None or math.isnan(test.p_value) else test.p_value for test in found.values()])
-    return {
-        name: ("" if test is None or not test.stars else f" {test.stars}") + ("†" if p <= ALPHA else "")
-        for (name, test), p in zip(found.items(), adjusted, strict=True)
-    }
+    marks = {}
+    for (name, test), p in zip(found.items(), adjusted, strict=True):
+        stars = "" if test is None or math.isnan(test.p_value) else test.stars  # no test without a spread
+        marks[name] = (f" {stars}" if stars else "") + ("†" if p <= ALPHA else "")
+    return marks
 
 
 def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> list[str]:
@@ -368,7 +387,8 @@ def _status_notes(results: Results, setting: Setting, names: Sequence[str]) -> l
     for name in names:
         for point in results.points(setting, name):
             record = results.record(point)
-            if record is None or record.status in ("ok", "pruned"):  # those stopped early have a table of their own
+            # those stopped early have a table of their own, those that go on a list (`missing_runs`)
+            if record is None or record.status in ("ok", "pruned", *_UNFINISHED):
                 continue
             what = f"{record.status}: {record.message}" if record.message else record.status
             seeds.setdefault((results.title(name), what), []).append(str(point.seed))
@@ -380,7 +400,7 @@ def missing_runs(results: Results) -> list[str]:
     found = {}
     for point in results.campaign.points:
         record = results.record(point)
-        if record is None or record.status in ("interrupted", "paused", "running"):
+        if record is None or record.status in _UNFINISHED:
             what = "not run yet" if record is None else record.status
             place = describe(results, point.setting)
             found[point.run_id] = f"{point.variation}, seed {point.seed}, {place}: {what}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.files import json_number
-from ...statistics import ClaimTest, Decision, decide, power_note, sign_agreement
+from ...statistics import Decision, decide, power_note, sign_agreement
 from ..audit.audit import audited_runs
 from ..spec.design import Campaign, Setting, Variation
 from .claims import AUDITED, Claim, Finding, Judged, both_ends, claims_of, corrected, undecided, with_note
@@ -57,6 +57,7 @@ def robustness(results: Results, claims: Sequence[Claim], main_study: str = MAIN
 
     For quality and for calibration before scaling: the sign of the mean difference to the reference in the first
     setting of the main study is what is expected; it has to return in at least 75 % of all other settings and seeds.
+    Where it is the worse sign that returns so often, the claim fails.
     """
     first = next(iter(results.settings(main_study)), None)
     if first is None:
@@ -140,20 +141,17 @@ def _judge(results: Results, claim: Claim, setting: Setting, variation: Variatio
         return Judged(with_note(finding, str(error)))
     if len(pairs.seeds) < 2:
         finding = with_note(finding, "one seed has no spread: repeat with others")
+    elif math.isnan(test.p_value):
+        finding = with_note(finding, "every seed shows exactly the same, so nothing is known of the spread over seeds")
     elif claim.scale == "difference" and test.decision is Decision.CANNOT_TELL:
         differences = pairs.ours - pairs.theirs
         power = power_note(float(differences.std(ddof=1)), len(differences), unit=claim.unit)
         finding = with_note(finding, power.sentence)
     finding = replace(
         finding, estimate=test.estimate, low=json_number(test.interval.low), high=json_number(test.interval.high),
-        p_value=json_number(_p_of(test)),
+        p_value=json_number(test.p_value),
     )  # fmt: skip
-    return Judged(finding, _p_of(test), _p_of(opposite))
-
-
-def _p_of(test: ClaimTest) -> float:
-    """Return the p-value that decides; 0 where the figures have no variance and lie exactly on the limit."""
-    return 0.0 if test.decision is Decision.HOLDS and test.p_value == 1 else test.p_value
+    return Judged(finding, test.p_value, opposite.p_value)
 
 
 def _censored(finding: Finding, pairs: Pairs, our_training: np.ndarray, their_training: np.ndarray) -> Judged:
@@ -202,8 +200,8 @@ def _agreement(
         metric = metric.replace("ece_", "ECE-").replace("rouge", "ROUGE-")
     same_sign = Claim(
         f"same-sign-{claim.key}", "robustness",
-        f"differs from cross-entropy in {metric} in the same direction as in the first setting "
-        f"of the main study, in at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
+        f"is on the better side of cross-entropy's {metric} in the first setting of the main study, and likewise in "
+        f"at least {100 * AGREEMENT:.0f} % of all other settings and seeds",
         claim.metric, scale="share", at_least=AGREEMENT,
     )  # fmt: skip
     settings = "1 other setting" if len(cells) == 1 else f"{len(cells)} other settings"
@@ -217,6 +215,9 @@ def _agreement(
         return with_note(finding, "no other setting has been run")
     note = f"{agreement.same} of {seen} settings and seeds"
     decision = decide(agreement.bounds, at_least=AGREEMENT)
+    if (mean > 0) == (claim.at_most is not None):  # the worse side: that it returns is no merit
+        decision = Decision.FAILS if decision is Decision.HOLDS else Decision.CANNOT_TELL
+        note = f"worse than cross-entropy in the first setting, and of the same sign in {note}"
     if seen + agreement.missing < FEWEST_SIGNS:
         decision = Decision.CANNOT_TELL
         note += f", which are too few to agree: at least {FEWEST_SIGNS} are needed"
