@@ -17,6 +17,7 @@ import datasets
 import transformers
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..runtime.secrets import without_secrets
 from ..runtime.typed_values import typed_value
@@ -167,11 +168,15 @@ class _Arguments:
             ValueError: naming argument, value, place and what is expected.
         """
         problem = ""
+        if name == "report_to" and value is None:  # nothing to report to; TrainingArguments would refuse null
+            value = written = "none"
         for candidate in (value,) if written is None else (value, written):
             try:
                 self.values[name] = typed_value(
                     name, self.hints[name], candidate, choices=self.fields[name].metadata.get("choices", ())
                 )
+                if name == "report_to":
+                    _check_trackers(self.values[name])
                 return
             except ValueError as error:
                 problem = problem or str(error)
@@ -215,6 +220,13 @@ class _Arguments:
                     raise
                 raise ValueError(f"{', '.join(meant) or kind.__name__}: {said}") from error
         return tuple(built)
+
+
+def _check_trackers(given: str | list[str]) -> None:
+    """Refuse a name that transformers knows no tracker by; Trainer would, after the data are prepared."""
+    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+    if unknown := [name for name in ([given] if isinstance(given, str) else given) if name not in known]:
+        raise ValueError(f"has {', '.join(map(repr, unknown))}, which is not one of {', '.join(known)}")
 
 
 def _names_an_option(said: str, fields: Sequence[dataclasses.Field[Any]]) -> bool:
