@@ -20,6 +20,7 @@ _COMMANDS = {
         "plan, run and report on a programme of experiments from one YAML file",
     ),
     "demo": ("dpsm_hf.campaign.demo", "train a small model three times on real text and compare"),
+    "doctor": ("dpsm_hf.tasks.doctor", "say what is installed here, and which path a model would take"),
     "report": ("dpsm_hf.campaign.report.side_by_side", "compare finished runs in one HTML page"),
 }
 
