@@ -59,7 +59,7 @@ def path_of(name: str) -> list[Finding]:
             return [*found, ("fused head", f"no, full logits are made: {why}", "warning")]
         if own is not None:
             way = "its loss function is replaced" if own.replaceable else "it is called without labels"
-            added = 0.0 if scored.added is None else float(scored.added)
+            added = 0.0 if scored.added is None else float(scored.added.detach())
             more = f"adds a term of its own ({added:.3g} on a first batch), kept" if added else "adds nothing"
             found.append(("own loss", f"{way}; to the tokens' loss the model {more}", "ok"))
         if scorer.head is None or (own is not None and own.adds):

@@ -15,7 +15,7 @@ from ..training.arguments import DPSMArguments
 EVERYDAY = (
     "output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "activation_checkpointing", "bf16", "use_cpu", "seed", "logging_steps",
+    "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "use_cpu", "seed", "logging_steps",
     "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
     "metric_for_best_model", "resume_from_checkpoint", "report_to", "run_name", "push_to_hub",
     "predict_with_generate", "generation_max_length", "generation_num_beams",
