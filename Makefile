@@ -13,9 +13,17 @@ STAMP := $(VENV)/.dpsm_hf-installed
 DEEPSPEED_VENV := $(VENV:%/=%)-deepspeed
 DEEPSPEED_PY := $(DEEPSPEED_VENV)/bin/python
 DEEPSPEED_STAMP := $(DEEPSPEED_VENV)/.installed
+OLDEST_VENV := $(VENV:%/=%)-oldest
+OLDEST_PY := $(OLDEST_VENV)/bin/python
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+# The lower bounds of setup.cfg, which a test compares with these, and the tests that chose them.
+OLDEST := transformers==5.18.0 accelerate==1.12.0 datasets==4.5.0 peft==0.19.0 huggingface_hub==1.33.0
+CORE_TESTS := tests/training/test_equal_to_trainer.py tests/training/test_trainer_features.py tests/head/test_head.py \
+  tests/evaluation/test_trainer_evaluation.py tests/models/test_own_loss.py tests/tasks/test_run_clm.py \
+  tests/tasks/test_command_line.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test deepspeed test-deepspeed bench lint format clean
+.PHONY: help venv demo docs test deepspeed test-deepspeed oldest test-oldest bench lint format clean
 
 help: ## Show this list
 	@echo "make <target>   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -69,6 +77,21 @@ deepspeed: $(DEEPSPEED_STAMP) ## Create .venv-deepspeed, which test-deepspeed ne
 
 test-deepspeed: $(DEEPSPEED_STAMP) ## Run the tests over sharded weights with DeepSpeed too, on the CPU
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(DEEPSPEED_PY) -m pytest tests/distributed/test_sharded.py $(PYTEST_ARGS)
+
+# Like DeepSpeed's: an environment on top of the other, with the oldest versions in front.
+$(OLDEST_STAMP): $(STAMP)
+	@echo "installing the oldest versions into $(OLDEST_VENV)"
+	@$(PY) -m venv --clear --without-pip $(OLDEST_VENV)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(OLDEST_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(PY) -m pip install -qq "pip>=22.3"  # the first that knows --python
+	@$(PY) -m pip --python $(OLDEST_PY) install -qq $(OLDEST)
+	@touch $@
+
+oldest: $(OLDEST_STAMP) ## Create .venv-oldest, which test-oldest needs
+
+test-oldest: $(OLDEST_STAMP) ## Run the core tests with the oldest versions that setup.cfg allows
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST_PY) -m pytest $(CORE_TESTS) $(PYTEST_ARGS)
 
 bench: $(STAMP) ## Time the head, training steps and growth against others (half an hour, on a quiet machine); BENCH_ARGS
 	$(PY) -m benchmarks $(BENCH_ARGS)

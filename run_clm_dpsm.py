@@ -5,6 +5,9 @@ python run_clm_dpsm.py --help
 accelerate launch run_clm_dpsm.py settings.yaml
 """
 
+import sys
+
+from dpsm_hf.runtime.mistakes import exit_status
 from dpsm_hf.tasks import get_task
 
 main = get_task("language-modelling").main
@@ -16,4 +19,4 @@ def _mp_fn(index: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

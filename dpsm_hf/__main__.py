@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .runtime.mistakes import exit_status
 from .tasks import TASKS, get_task
 from .version import __version__
 
@@ -19,6 +20,7 @@ _COMMANDS = {
         "plan, run and report on a programme of experiments from one YAML file",
     ),
     "demo": ("dpsm_hf.campaign.demo", "train a small model three times on real text and compare"),
+    "doctor": ("dpsm_hf.tasks.doctor", "say what is installed here, and which path a model would take"),
     "report": ("dpsm_hf.campaign.report.side_by_side", "compare finished runs in one HTML page"),
 }
 
@@ -30,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; ``sys.argv[1:]`` when None.
 
     Returns:
-        The exit status, 2 for an unknown command.
+        The exit status: 2 for an unknown command or a mistake of the user, which is said in plain words.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     tasks = {entry.command: name for name, entry in TASKS.items()}
     if words and words[0] in tasks:
-        get_task(tasks[words[0]]).main(words[1:], prog=f"dpsm {words[0]}")
-        return 0
+        task, prog = get_task(tasks[words[0]]), f"dpsm {words[0]}"
+        return exit_status(lambda: task.main(words[1:], prog=prog), task.__module__.partition(".")[0])
     if words and words[0] in _COMMANDS:
         module, _ = _COMMANDS[words[0]]
-        return int(importlib.import_module(module).main(words[1:]) or 0)
+        return exit_status(lambda: importlib.import_module(module).main(words[1:]))
     if words == ["--version"]:
         print(f"dpsm_hf {__version__}")
         return 0

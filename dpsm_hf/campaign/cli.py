@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import write_json
+from ..runtime.files import check_folder, write_json
+from ..runtime.mistakes import exit_status
 from ..runtime.yaml_lines import SpecError
 from .runner import running
 from .runner.records import RETRIES
@@ -51,21 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(words)
+    return exit_status(lambda: _do(options, words))
+
+
+def _do(options: argparse.Namespace, words: list[str]) -> int:
     from .spec.loading import load_campaign  # needs torch and transformers, which take seconds
 
     try:
         changes = [*options.set, *([] if options.data is None else [f"data={options.data}"])]
         campaign = load_campaign(options.file, options.scale, options.only, changes)
-        directory = Path(options.output_dir) / f"{campaign.name}-{campaign.scale}"
+        directory = check_folder(options.output_dir, "--output_dir") / f"{campaign.name}-{campaign.scale}"
         step: Callable[[Campaign, Path, argparse.Namespace, list[str]], int] = globals()[f"_{options.step}"]
         return step(campaign, directory, options, words)
     except SpecError as error:
         count = len(error.problems)
         print("\n".join(error.problems), file=sys.stderr)
         print(f"{count} mistake{'s' if count > 1 else ''}; nothing was started.", file=sys.stderr)
-        return 2
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..runtime.environment import PACKAGE, versions
-from ..runtime.files import read_json, write_json
+from ..runtime.files import check_folder, read_json, write_json
+from ..runtime.mistakes import exit_status
 from .report.side_by_side import RunsPage, write_runs_page
 from .runner.launching import LOG_NAME, run_folder
 from .runner.lock import runner_at_work
@@ -208,9 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size((100, 24)).columns))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "5")
-    try:
-        campaign = load_demo(options.preset, options.steps, options.seed, words[cut + 1 :])
-        return run_demo(campaign, Path(options.output_dir) / options.preset)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(
+        lambda: run_demo(
+            load_demo(options.preset, options.steps, options.seed, words[cut + 1 :]),
+            check_folder(options.output_dir, "--output_dir") / options.preset,
+        )
+    )

@@ -28,6 +28,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); delete it and repeat the run that wrote it.") from error
 
 
+def check_folder(path: str | Path, option: str) -> Path:
+    """Return the path of a folder that is there or can be made.
+
+    Args:
+        path: of the folder.
+        option: that names it, for the error.
+
+    Raises:
+        ValueError: it, or something above it, is a file.
+    """
+    folder = Path(path)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{option} {str(path)!r}: {str(place)!r} is a file, not a folder; name another place.")
+    return folder
+
+
 def json_number(value: float) -> float | None:
     """Return a number, or None where it is infinite or NaN, for which JSON has none."""
     return value if math.isfinite(value) else None

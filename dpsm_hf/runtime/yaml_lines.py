@@ -122,6 +122,9 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``5e-5`` as a number, as YAML 1.2 does; 1.1 wants a dot."""
 
 
+_LEADING_ZERO = re.compile(r"[-+]?0[0-7_]+")
+
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -205,6 +208,10 @@ class _Reader:
                 return str(node.value)
             self.problems.add(self.place(node), path, f"the tag {node.tag} is not read; leave it out")
             return None
+        if kind in ("int", "float") and ":" in node.value:  # 12:30, which YAML 1.1 takes for 750
+            return str(node.value)
+        if kind == "int" and _LEADING_ZERO.fullmatch(node.value):  # 010, which YAML 1.1 takes for 8
+            return int(node.value.replace("_", ""), 10)
         try:
             value: Scalar = self.constructor.construct_object(node)
         except (KeyError, ValueError):  # !!bool 'x'

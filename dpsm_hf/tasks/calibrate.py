@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from ..data.loading import load_text_datasets
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
+from ..runtime.mistakes import exit_status
 from . import task_of_model
 from .model_building import load_saved_tokenizer
 from .scaled_model import PLACES, check_target, save_scaled
@@ -89,12 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after a wrong argument or data that cannot be used, said in one line."""
     options = parser().parse_args(argv)
-    try:
-        calibrate(options)
-    except (ValueError, OSError) as error:
-        print(f"dpsm calibrate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: calibrate(options))
 
 
 def calibrate(options: argparse.Namespace) -> dict[str, float]:

@@ -9,18 +9,20 @@ import logging
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import transformers
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..runtime.secrets import without_secrets
 from ..runtime.typed_values import typed_value
 from ..runtime.yaml_lines import Place
+from .option_help import Added, help_text
 from .settings_files import CONFIG_FILE_SUFFIXES, as_written, read_settings
 
 logger = logging.getLogger(__name__)
@@ -67,13 +69,6 @@ def parse_script_arguments(
     if words and words[0].endswith(CONFIG_FILE_SUFFIXES) and not words[0].startswith("-"):
         words.insert(0, "--config")
     parser = _Parser(tuple(dataclass_types), prog=prog)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--config",
-        action="append",
-        metavar="FILE",
-        help="dpsm_hf: JSON or YAML file of settings, by the names of these options; options beside it override it.",
-    )
-    parser.names.remove("config")  # a list to append to begins as nothing
     # without dataclasses, parsing gives the words; what is not given stays out
     parser.dataclass_types = []
     namespace, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -95,15 +90,41 @@ class _Parser(HfArgumentParser):
 
     ABSENT = object()
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, dataclass_types: tuple[type, ...], **options: Any) -> None:
         self.names: list[str] = []
-        super().__init__(*args, **options)
+        self.added: list[Added] = []
+        self.kinds = dataclass_types
+        self.shows_all = False
+        super().__init__(dataclass_types, **options)  # type: ignore[arg-type]
+        self.add_argument(
+            "--help_all", "--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS,
+            help="show all options of transformers too, and exit",
+        )  # fmt: skip
+        self.add_argument(
+            "--config",
+            action="append",
+            metavar="FILE",
+            help="dpsm_hf: JSON or YAML file of settings, by the names of these options; options beside it override "
+            "it.",
+        )
+        self.names.remove("config")  # a list to append to begins as nothing
+
+    def format_help(self) -> str:
+        """Return the help, with all options of transformers after --help_all."""
+        return help_text(self.prog, self.kinds, self.added, everything=self.shows_all)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse says of a command line, without the usage of two hundred options."""
+        words = re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message)
+        raise ValueError(f"{words}; --help lists the options.")
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """Add an option; one of true or false can stand alone, whatever its default is."""
         action = super().add_argument(*flags, **options)
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
+            options["nargs"] = "?"
+        self.added.append(Added(flags, options, action.dest))
         action.type, action.required = None, False
         if action.default is not argparse.SUPPRESS:
             self.names.append(action.dest)
@@ -113,6 +134,16 @@ class _Parser(HfArgumentParser):
         """Parse words; what has a value beforehand gets no default."""
         absent = argparse.Namespace(**dict.fromkeys(self.names, self.ABSENT))
         return super().parse_known_args(args, namespace or absent)
+
+
+class _HelpAll(argparse.Action):
+    """What --help_all does."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        """Print the whole help and exit."""
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
 
 
 class _Arguments:
@@ -137,11 +168,15 @@ class _Arguments:
             ValueError: naming argument, value, place and what is expected.
         """
         problem = ""
+        if name == "report_to" and value is None:  # nothing to report to; TrainingArguments would refuse null
+            value = written = "none"
         for candidate in (value,) if written is None else (value, written):
             try:
                 self.values[name] = typed_value(
                     name, self.hints[name], candidate, choices=self.fields[name].metadata.get("choices", ())
                 )
+                if name == "report_to":
+                    _check_trackers(self.values[name])
                 return
             except ValueError as error:
                 problem = problem or str(error)
@@ -178,15 +213,38 @@ class _Arguments:
             own = {field.name: self.values[field.name] for field in fields if field.name in self.values}
             try:
                 built.append(kind(**own))
-            except ValueError:
-                raise
-            except Exception as error:  # of a file that is not there, or of keys that are unknown, without the option
-                words = {
-                    name: re.findall(r"[\w./-]+", str(v)) for name, v in own.items() if isinstance(v, (str, dict))
-                }
-                near = [f"--{name}" for name, found in words.items() if any(word in str(error) for word in found)]
-                raise ValueError(f"{', '.join(near) or kind.__name__}: {error}") from error
+            except Exception as error:
+                said = str(error)
+                meant = _options_meant(said, own)
+                if isinstance(error, ValueError) and (not meant or _names_an_option(said, fields)):
+                    raise
+                raise ValueError(f"{', '.join(meant) or kind.__name__}: {said}") from error
         return tuple(built)
+
+
+def _check_trackers(given: str | list[str]) -> None:
+    """Refuse a name that transformers knows no tracker by; Trainer would, after the data are prepared."""
+    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+    if unknown := [name for name in ([given] if isinstance(given, str) else given) if name not in known]:
+        raise ValueError(f"has {', '.join(map(repr, unknown))}, which is not one of {', '.join(known)}")
+
+
+def _names_an_option(said: str, fields: Sequence[dataclasses.Field[Any]]) -> bool:
+    """Return whether an error says which option it is about: ``--debug``, ``debug=`` or a name like ``eval_steps``."""
+    names = "|".join(field.name for field in fields)
+    return any("_" in name or mark for mark, name in re.findall(rf"(--)?\b({names})\b", said)) or bool(
+        re.search(rf"\b({names})=", said)
+    )
+
+
+def _options_meant(said: str, values: Mapping[str, Any]) -> list[str]:
+    """Return the options whose value or name an error repeats, which does not say what it is about."""
+    found = []
+    for name, value in values.items():
+        words = re.findall(r"[\w./-]+", str(value)) if isinstance(value, (str, dict)) else []
+        if any(re.search(rf"(?<![\w/-]){re.escape(word)}(?![\w/-])", said) for word in (name, *words)):
+            found.append(f"--{name}")
+    return found
 
 
 def _field_names(dataclass_types: Sequence[type]) -> list[str]:

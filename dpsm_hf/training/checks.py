@@ -34,6 +34,11 @@ def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
         ValueError: if they are no token ids: numbers of a regression, or booleans, of which every one that is ignored
             would be token 1.
     """
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"the labels of the batch are a {type(labels).__name__}, but a scoring rule scores a tensor of token ids "
+            "[batch, length]: let the data collator return torch.as_tensor(labels)."
+        )
     if labels.dtype == torch.int64:
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

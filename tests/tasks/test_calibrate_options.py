@@ -124,7 +124,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     """Run the command, which must end with one line of an error, and return the line."""
     capsys.readouterr()
     assert calibrate(["--use_cpu", *map(str, words)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpsm calibrate: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 

@@ -60,6 +60,16 @@ def test_bare_words_of_yaml_are_texts_where_texts_belong(task, tmp_path):
     assert (training.run_name, parsed.model_args.model_revision) == ("007", "1e5")
 
 
+def test_leading_zeros_and_colons_mean_what_they_do_in_yaml_1_2(task, tmp_path):
+    parsed = task.parse([settings(tmp_path, "max_steps: 010\nseed: -0\nrun_name: 12:30\nlearning_rate: 1_0")])
+    training = parsed.training_args
+    assert (training.max_steps, training.seed, training.run_name) == (10, 0, "12:30")
+
+
+def test_report_to_null_reports_nowhere(task, tmp_path):
+    assert task.parse([settings(tmp_path, "report_to: null")]).training_args.report_to in ([], ["none"])
+
+
 def test_numbers_as_files_and_people_write_them(task, tmp_path):
     text = "learning_rate: 5e-5\nmax_steps: '10'\nseed: 3.0\nweight_decay: '1e-2'\ncalibration_bins: 20\nalpha_hold: 5"
     training = task.parse([settings(tmp_path, text)]).training_args
@@ -134,6 +144,10 @@ def test_help_shows_defaults_and_the_settings_file(task, capsys):
     [
         ("alpha_end: null", r"alpha_end = null in .*settings.yaml:6 should be a number; leave it out"),
         ("max_train_samples: [1]", r"max_train_samples = \[1\] in .*:6 should be a whole number"),
+        ("max_train_samples: 12:30", r"max_train_samples = '12:30' in .*:6 should be a whole number"),
+        ("report_to: 3", r"report_to = 3 in .*settings.yaml:6 "),
+        ("report_to: [wandbb]", r"report_to = \['wandbb'\] in .*:6 has 'wandbb', which is not one of all, none, "),
+        ("debug: foo", r"--debug: .*foo"),
         ("max_train_samples: 1.5", r"max_train_samples = 1.5 in .*:6 should be a whole number"),
         ("max_train_samples: yes", r"max_train_samples = yes in .*:6 should be a whole number"),
         ("\nlearning_rate: nan", r"learning_rate = 'nan' in .*:7 should be a number that is finite"),
@@ -210,6 +224,7 @@ def test_mistakes_on_the_command_line(task, tmp_path, words, message):
     ("words", "message"),
     [
         (["--accelerator_config", "nowhere.json"], "--accelerator_config: .*nowhere.json"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed: "),
         (["--accelerator_config", '{"split_batchez": true}'], "--accelerator_config: .*split_batchez"),
     ],
 )

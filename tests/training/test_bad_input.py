@@ -147,3 +147,17 @@ def test_an_unknown_model_whose_first_batch_is_ignored_is_probed_on_the_next(tmp
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == 0.0 and losses[1] > 0 and trainer._scorer.alignment == "aligned"
+
+
+@pytest.mark.parametrize("kind", ["list", "ndarray"])
+@pytest.mark.parametrize("scoring_rule", ["ce", "dpsm"])
+def test_labels_that_are_no_tensor_are_refused_in_words(scoring_rule: str, kind: str, tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids.tolist() if kind == "list" else ids.numpy()}
+
+    rows = [{"input_ids": [1, 2, 3, 4]} for _ in range(8)]
+    trainer = DPSMTrainer(model=make_model("gpt2"), args=args(tmp_path, scoring_rule=scoring_rule), train_dataset=rows,
+                          data_collator=collate)  # fmt: skip
+    with pytest.raises(ValueError, match=rf"labels of the batch are a {kind}.*torch.as_tensor"):
+        trainer.train()

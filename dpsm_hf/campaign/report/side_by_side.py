@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...plots.reliability import FEW_TOKENS
-from ...runtime.files import strict, write_json
+from ...runtime.files import check_folder, strict, write_json
+from ...runtime.mistakes import exit_status
 from ...statistics import Standing
 from ..runner.collecting import read_run
 from ..runner.records import Record
@@ -234,11 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="report", help="where report.html, results.json and plots/ go")
     parser.add_argument("--title", default="Training losses side by side", help="heading of the page")
     options = parser.parse_args(arguments)
-    try:
-        results = results_of([read_run(run) for run in options.runs], options.title)
-        page = write_runs_page(results, options.output_dir, options.title)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    folder = check_folder(options.output_dir, "--output_dir")
+    results = results_of([read_run(run) for run in options.runs], options.title)
+    page = write_runs_page(results, folder, options.title)
     print(*filter(None, [page.table]), *page.sentences, f"page: {page.html}", sep="\n\n")
     return 0
