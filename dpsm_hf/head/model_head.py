@@ -67,6 +67,7 @@ class ScoredOutput(ModelOutput):
     extra: Tensor | None = None
     targets: Tensor | None = None
     added: Tensor | None = None  # by the model to the loss of its tokens
+    aux_loss: Tensor | None = None  # the load balancing of experts, as the model returned it; to be looked at
     tokens_loss: Tensor | None = None  # the loss as it was before a wrapper of the model may have added to it
 
     def scores(self) -> TokenScores:
@@ -264,8 +265,15 @@ class FusedHead:
         (scores, targets), self._result = self._result, None
         loss = loss_after(scores.loss, logits)
         assert loss is not None  # an objective was given
+        aux_loss = getattr(output, "aux_loss", None)
         # a copy: PEFT adds the regularisation of AdaLoRA to it in place
-        return ScoredOutput(**{**vars(scores), "loss": loss.clone()}, targets=targets, added=added, tokens_loss=loss)
+        return ScoredOutput(
+            **{**vars(scores), "loss": loss.clone()},
+            targets=targets,
+            added=added,
+            aux_loss=aux_loss.detach() if isinstance(aux_loss, Tensor) else None,
+            tokens_loss=loss,
+        )
 
     def _other_loss(self) -> OtherLossError:
         return OtherLossError(f"{type(self.core).__name__} computes its loss in training without its loss function")

@@ -47,7 +47,7 @@ from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
 from .resuming import ResumingMixin
-from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
+from .scorer import BatchRule, ScoredBatch, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -74,6 +74,11 @@ class DPSMMixin(ResumingMixin):
 
     model: nn.Module
 
+    #: The class of arguments that a trainer given plain ones names.
+    config_name = "DPSMConfig"
+    #: Whether the entropy of training tokens is computed too, for `batch_scored`; it takes one more read of each row.
+    entropy_in_training = False
+
     def __init__(
         self, *args: Any, calibration_dataset: Any = None, corruption: Corruption | None = None, **kwargs: Any
     ) -> None:
@@ -83,7 +88,7 @@ class DPSMMixin(ResumingMixin):
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
-        self._scorer = Scorer(self.model, self.args, self.dpsm)
+        self._scorer = Scorer(self.model, self.args, self.dpsm, entropy_in_training=self.entropy_in_training)
         self._accumulation = LossAccumulation(self.model_accepts_loss_kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # `train` sets it anew
         self._training_log = TrainingLog()
@@ -96,7 +101,7 @@ class DPSMMixin(ResumingMixin):
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
         self._loaded_set: Any = None
-        self._calibration_dataset = calibration_dataset
+        self._calibration_dataset = self.prepared_for_evaluation(calibration_dataset)
         self._check_arguments()
         if type(self.label_smoother) is LabelSmoother:
             self.label_smoother = SmoothedOnce(self.label_smoother.epsilon, self.label_smoother.ignore_index)
@@ -108,6 +113,7 @@ class DPSMMixin(ResumingMixin):
                 self.add_callback(kind())
         for announcer in self._callbacks(AlphaScheduleCallback):
             announcer.waits = _overrides(type(self), "compute_loss")
+            announcer.config_name = self.config_name
         for callback in self._callbacks(CalibrationCallback):
             callback.stop_listening()
 
@@ -234,7 +240,17 @@ class DPSMMixin(ResumingMixin):
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
+        if training or isinstance(evaluation, Evaluation):
+            self.batch_scored(scored, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def batch_scored(self, scored: ScoredBatch, inputs: dict[str, Any]) -> None:
+        """Do nothing: for trainers with figures of their own, called with each batch of a training or an evaluation.
+
+        Args:
+            scored: the batch's tokens; holds the graph of the loss, so nothing of it is to be kept without detaching.
+            inputs: of the model, with labels, on the device.
+        """
 
     def _check_labels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         if "labels" in inputs or not model.training:
@@ -629,10 +645,15 @@ class DPSMMixin(ResumingMixin):
 
     @calibration_dataset.setter
     def calibration_dataset(self, dataset: Any) -> None:
+        dataset = self.prepared_for_evaluation(dataset)
         if dataset is not None:
             check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
         self._calibration_dataset = dataset
         self._temperature.forget()
+
+    def prepared_for_evaluation(self, dataset: Any) -> Any:
+        """Return a set as it is evaluated: as it is, but for trainers that tokenize the sets they are given."""
+        return dataset
 
     @property
     def temperature_scaler(self) -> TemperatureScaler | None:
@@ -674,7 +695,7 @@ class DPSMMixin(ResumingMixin):
             raise ValueError(
                 "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
             )
-        dataloader = self.get_eval_dataloader(dataset)
+        dataloader = self.get_eval_dataloader(self.prepared_for_evaluation(dataset))
         scaler = TemperatureScaler.fit_moments(lambda value: self._moments(dataloader, value), split=split)
         if self.is_world_process_zero():
             scaler.save(str(self.args.output_dir))
