@@ -16,7 +16,7 @@ from .arguments import TRLS_DEFAULT, DPSMSFTConfig, check_arguments
 from .batch_means import BatchMeans
 
 
-class DPSMSFTTrainer(DPSMMixin, SFTTrainer):
+class DPSMSFTTrainer(DPSMMixin, SFTTrainer):  # type: ignore[misc]  # TRL has an attribute where Trainer has a property
     """An `SFTTrainer` that trains with Dynamic Proper-Score Mixing; takes the arguments of `SFTTrainer`.
 
     Example::
@@ -72,10 +72,10 @@ class DPSMSFTTrainer(DPSMMixin, SFTTrainer):
         """Tokenize a set as `SFTTrainer.evaluate` does; one that is tokenized already stays as it is."""
         if self._skip_prepare_dataset or not isinstance(dataset, (Dataset, IterableDataset)):
             return dataset
-        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        return self._prepare_dataset(
-            dataset, self.processing_class, self.args, packing, self._formatting_func, "calibration"
-        )
+        args: Any = self.args
+        tokenizer: Any = self.processing_class
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        return self._prepare_dataset(dataset, tokenizer, args, packing, self._formatting_func, "calibration")
 
     # ---- what TRL logs ---------------------------------------------------------------------------------------------
 
