@@ -23,6 +23,7 @@ ROOMS |= {"models": {"rules", "runtime"}}
 ROOMS |= {room: {"models", "rules", "calibration", "runtime"} for room in ("evaluation", "head")}
 ROOMS |= {"training": {"evaluation", "head", "models", "rules", "calibration", "plots", "data", "runtime"}}
 ROOMS |= {"tasks": {"training"} | ROOMS["training"]}
+ROOMS |= {"trl": {"training", "models", "rules", "runtime"}}
 ROOMS |= {"measuring": {"head", "rules", "runtime"}}
 ROOMS |= {"campaign": {"tasks", "measuring", "statistics"} | ROOMS["tasks"]}
 
@@ -43,6 +44,10 @@ THIRD_PARTY: Mapping[str, str] = {
     "_get_num_items_in_batch": "Trainer's own denominator, which subclasses override",
     "_get_output_dir": "Trainer's folder of a hyper-parameter trial",
     "_load_best_model": "Trainer loads the best checkpoint at the end of training alone",
+    "_metrics": "SFTTrainer logs what it finds there, the one door to its entries",
+    "_prepare_dataset": "SFTTrainer's tokenizing of a set",
+    "_skip_prepare_dataset": "whether SFTTrainer tokenizes sets at all",
+    "_formatting_func": "what SFTTrainer tokenizes a set with",
     "scorer._model": "bert_score keeps the model that it has loaded to itself",
     "scorer._tokenizer": "bert_score keeps the tokenizer that it has loaded to itself",
 }

@@ -70,6 +70,7 @@ class ScoredOutput(ModelOutput):
     extra: Tensor | None = None
     targets: Tensor | None = None
     added: Tensor | None = None  # what the model adds to the loss of its tokens, such as load balancing of experts
+    aux_loss: Tensor | None = None  # the load balancing loss of experts as the model returned it, for logs
     tokens_loss: Tensor | None = None  # the loss of the tokens alone: a wrapper of the model may add to `loss`
 
     def scores(self) -> TokenScores:
@@ -273,8 +274,15 @@ class FusedHead:
         (scores, targets), self._result = self._result, None
         loss = loss_after(scores.loss, logits)
         assert loss is not None  # an objective was given
+        aux_loss = getattr(output, "aux_loss", None)
         # a copy, because PEFT adds AdaLoRA's regularisation to it in place
-        return ScoredOutput(**{**vars(scores), "loss": loss.clone()}, targets=targets, added=added, tokens_loss=loss)
+        return ScoredOutput(
+            **{**vars(scores), "loss": loss.clone()},
+            targets=targets,
+            added=added,
+            aux_loss=aux_loss.detach() if isinstance(aux_loss, Tensor) else None,
+            tokens_loss=loss,
+        )
 
     def _other_loss(self) -> OtherLossError:
         return OtherLossError(f"{type(self.core).__name__} computes its loss in training without its loss function")

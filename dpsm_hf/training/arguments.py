@@ -231,11 +231,31 @@ def dpsm_arguments(args: TrainingArguments) -> DPSMArguments:
     """Return the DPSM fields of training arguments: their own, or the defaults for plain TrainingArguments.
 
     Raises:
-        ValueError: if the defaults contradict what the plain arguments ask for.
+        ValueError: if the defaults contradict what the plain arguments ask for, or if these have fields of DPSM, which
+            nothing would read.
     """
     if isinstance(args, DPSMArguments):
         return args
+    check_no_foreign_fields(args, "DPSMConfig")
     return _PlainDefaults(label_smoothing_factor=args.label_smoothing_factor)
+
+
+def check_no_foreign_fields(args: Any, config: str) -> None:
+    """Look whether arguments that are not ours have fields of DPSM, which would be ignored.
+
+    Args:
+        args: of a trainer.
+        config: the class to name that does have these fields.
+
+    Raises:
+        ValueError: naming the fields and their values.
+    """
+    foreign = [f"{name}={getattr(args, name)!r}" for name in dpsm_field_names() if hasattr(args, name)]
+    if foreign:
+        raise ValueError(
+            f"{type(args).__name__} has {', '.join(foreign)}, which would have no effect, since it is no "
+            f"DPSMArguments: use {config}, or derive the class from it (or from DPSMArguments and your own)."
+        )
 
 
 @dataclass

@@ -41,6 +41,8 @@ class AlphaScheduleCallback(TrainerCallback):
     def __init__(self) -> None:
         #: Whether the trainer calls `announce`, since only the first micro-batch shows whose loss is trained.
         self.waits = False
+        #: The class of arguments that is named where plain ones were given.
+        self.config_name = "DPSMConfig"
         self._said = ""
         self._unlogged: str | None = None
 
@@ -72,7 +74,8 @@ class AlphaScheduleCallback(TrainerCallback):
                 f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
             )
         self._unlogged = None if earlier == description else description
-        where = "" if dpsm is args else ". To change it: args=DPSMConfig(scoring_rule=..., alpha_schedule=...)"
+        plain = f". To change it: args={self.config_name}(scoring_rule=..., alpha_schedule=...)"
+        where = "" if dpsm is args else plain
         self._print(state, description + rest + where)
 
     def _print(self, state: TrainerState, sentence: str) -> None:

@@ -110,10 +110,14 @@ class Scorer:
         model: the trainer's.
         args: of the trainer, for the number of devices and how processes share a step.
         dpsm: the DPSM fields in force, for ``fused_head`` and ``chunk_tokens``.
+        entropy_in_training: compute the entropy of each token in training too.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, dpsm: DPSMArguments) -> None:
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, dpsm: DPSMArguments, *, entropy_in_training: bool = False
+    ) -> None:
         self.args, self.dpsm = args, dpsm
+        self._entropy_in_training = entropy_in_training
         #: Which label a row of the logits predicts; None until a model that is not known was given a label.
         self.alignment: Alignment | None = label_alignment(model)
         #: The head that scores; None before the first batch and where logits are made.
@@ -240,7 +244,7 @@ class Scorer:
                 alignment=batch.alignment if batch.shift_labels is None else None,
                 objective=rule.objective,
                 denominator=batch.denominator,
-                entropy=not model.training,
+                entropy=self._entropy_in_training or not model.training,
                 chunk_tokens=self.dpsm.chunk_tokens,
                 extra=extra,
                 labelled=labelled,

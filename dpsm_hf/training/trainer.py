@@ -51,7 +51,7 @@ from .gradient_accumulation import LossAccumulation
 from .model_card import add_objective_section, objective_section, with_equal_columns
 from .resuming import CheckpointKeeper
 from .run_facts import RunFacts
-from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
+from .scorer import BatchRule, ScoredBatch, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
@@ -83,6 +83,11 @@ class DPSMMixin(_Base):
 
     model: nn.Module
 
+    #: The class of arguments that a trainer given plain ones names.
+    config_name = "DPSMConfig"
+    #: Whether the entropy of training tokens is computed too, for `batch_scored`; it takes one more read of each row.
+    entropy_in_training = False
+
     def __init__(
         self, *args: Any, calibration_dataset: Any = None, corruption: Corruption | None = None, **kwargs: Any
     ) -> None:
@@ -94,7 +99,7 @@ class DPSMMixin(_Base):
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
-        self._scorer = Scorer(self.model, self.args, self.dpsm)
+        self._scorer = Scorer(self.model, self.args, self.dpsm, entropy_in_training=self.entropy_in_training)
         self._accumulation = LossAccumulation(self.model_accepts_loss_kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # `train` sets it anew
         self._training_log = TrainingLog()
@@ -107,7 +112,7 @@ class DPSMMixin(_Base):
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
         self._loaded_set: Any = None
-        self._calibration_dataset = calibration_dataset
+        self._calibration_dataset = self.prepared_for_evaluation(calibration_dataset)
         self._check_arguments()
         if type(self.label_smoother) is LabelSmoother:
             self.label_smoother = SmoothedOnce(self.label_smoother.epsilon, self.label_smoother.ignore_index)
@@ -119,6 +124,7 @@ class DPSMMixin(_Base):
                 self.add_callback(kind())
         for announcer in self._callbacks(AlphaScheduleCallback):
             announcer.waits = _overrides(type(self), "compute_loss")
+            announcer.config_name = self.config_name
         for callback in self._callbacks(CalibrationCallback):
             callback.stop_listening()
 
@@ -246,7 +252,17 @@ class DPSMMixin(_Base):
             self._training_log.add(scored.scores, scored.targets)
         elif evaluation is not None:
             evaluation.receive(scored.scores, scored.targets)
+        if training or isinstance(evaluation, Evaluation):
+            self.batch_scored(scored, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def batch_scored(self, scored: ScoredBatch, inputs: dict[str, Any]) -> None:
+        """Do nothing: for trainers with metrics of their own, called with each batch of a training or an evaluation.
+
+        Args:
+            scored: the batch's tokens; holds the graph of the loss, so nothing of it is to be kept without detaching.
+            inputs: of the model, with labels, on the device.
+        """
 
     def _rule(self, training: bool) -> BatchRule:
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
@@ -654,10 +670,15 @@ class DPSMMixin(_Base):
 
     @calibration_dataset.setter
     def calibration_dataset(self, dataset: Any) -> None:
+        dataset = self.prepared_for_evaluation(dataset)
         if dataset is not None:
             check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
         self._calibration_dataset = dataset
         self._temperature.forget()
+
+    def prepared_for_evaluation(self, dataset: Any) -> Any:
+        """Return a set as it is evaluated: as it is, but for trainers that tokenize the sets they are given."""
+        return dataset
 
     @property
     def temperature_scaler(self) -> TemperatureScaler | None:
@@ -699,7 +720,7 @@ class DPSMMixin(_Base):
             raise ValueError(
                 "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
             )
-        dataloader = self.get_eval_dataloader(dataset)
+        dataloader = self.get_eval_dataloader(self.prepared_for_evaluation(dataset))
         scaler = TemperatureScaler.fit_moments(lambda value: self._moments(dataloader, value), split=split)
         if self.is_world_process_zero():
             scaler.save(str(self.args.output_dir))
