@@ -102,7 +102,7 @@ def run_campaign(
 
 def _full(directory: Path, what: str) -> str:
     return (
-        f"{what}. Every other run would fail in the same way, so the campaign stops here. Free space on the disk of "
+        f"{what}. Every other run would fail in the same way, so the campaign stops here. Make room on the disk of "
         f"{directory} and give the same command again: finished runs are kept."
     )
 
