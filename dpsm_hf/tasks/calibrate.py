@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..data.loading import load_text_datasets
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
+from ..models.pretrained import named_model
 from . import task_of_model
 from .scaled_model import PLACES, check_target, save_scaled
 
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="dpsm calibrate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("model", help="folder of a saved model, or its name on the hub")
+    command.add_argument("model", help="folder of a saved model, its name on the hub, or smollm2-135m")
     data = command.add_argument_group("data")
     data.add_argument("--dataset", help="python-docs, python-docstrings, a folder, or a name on the hub")
     data.add_argument("--dataset_config_name", help="configuration of the data set")
@@ -105,6 +106,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     """
     _check(options)
     _check_model(options.model)
+    options.model = named_model(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     task = task_of_model(config)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)

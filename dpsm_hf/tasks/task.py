@@ -13,6 +13,7 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
+from ..models.pretrained import SMOLLM2, SMOLLM2_ON_HUB
 from ..runtime.child_process import end_with_runner
 from ..runtime.content import content_hash
 from ..runtime.secrets import hide_in_logs
@@ -20,7 +21,7 @@ from ..training.run_facts import RunFacts
 from .arguments import OutcomeArguments, settle_best_checkpoint
 from .checkpoints import best_weights, check_output_dir, detect_checkpoint, train_and_save
 from .command_line import parse_script_arguments, setup_logging
-from .model_building import build_config_from_scratch, hub_options, load_config
+from .model_building import build_config_from_scratch, hub_options, load_config, source_of
 from .outcome import Outcome, discard_outcome
 from .stopping import early_stopping, stopping
 
@@ -225,7 +226,7 @@ class Task(ABC):
             resuming: The run continues a checkpoint, whose tokenizer must not change.
         """
         return resolve_tokenizer(
-            self.model_args.tokenizer_name or self.model_args.model_name_or_path or "",
+            source_of(self.model_args, self.model_args.tokenizer_name or self.model_args.model_name_or_path) or "",
             output_dir=self.training_args.output_dir or ".",
             training_texts=training_texts,
             vocab_size=self.model_args.tokenizer_vocab_size,
@@ -266,9 +267,9 @@ class Task(ABC):
         """
         config = self.make_config(tokenizer)
         model: PreTrainedModel
-        if self.model_args.model_name_or_path is not None:
+        if (source := source_of(self.model_args, self.model_args.model_name_or_path)) is not None:
             options = {**self.dtype_options(saved=True), **hub_options(self.model_args)}
-            model = self.auto_model.from_pretrained(self.model_args.model_name_or_path, config=config, **options)
+            model = self.auto_model.from_pretrained(source, config=config, **options)
         else:
             model = self.auto_model.from_config(
                 config, trust_remote_code=self.model_args.trust_remote_code, **self.dtype_options(saved=False)
@@ -346,7 +347,8 @@ class Task(ABC):
         """Return what the model card says beyond what the trainer knows."""
         card: dict[str, Any] = {"tasks": self.hub_task}
         if self.model_args.model_name_or_path is not None:
-            card["finetuned_from"] = self.model_args.model_name_or_path
+            base = self.model_args.model_name_or_path
+            card["finetuned_from"] = SMOLLM2_ON_HUB if base == SMOLLM2 else base  # a link needs the hub's name
         data = self.data_args
         if data.dataset_name is not None:
             card["dataset_tags"] = card["dataset"] = data.dataset_name
