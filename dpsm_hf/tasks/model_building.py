@@ -10,6 +10,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.pretrained import named_model
+from .adapters import base_of
 from .arguments import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def load_config(model_args: ModelSource) -> PreTrainedConfig | None:
     source = source_of(model_args, model_args.config_name or model_args.model_name_or_path)
     if source is None:
         return None
+    source = base_of(source, model_args.cache_dir) or source
     config: PreTrainedConfig = AutoConfig.from_pretrained(source, **hub_options(model_args))
     return config
 
