@@ -41,7 +41,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PY) -m pip install -qq -e ".[test]" -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real text and compare; PRESET=clm|summarization
+demo: $(STAMP) ## Train one model with ce, brier and dpsm on real text and compare; PRESET=clm|summarization|finetune
 	$(PY) -m dpsm_hf demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
 
 # Two workers halve the time; one thread each keeps them out of each other's way and sums in one order.

@@ -21,8 +21,9 @@ from ..runner.records import Record
 from ..spec.design import Campaign, Point, Setting, Variation
 from ..verdict.results import Results
 from .pictures import Pictures, curve_pictures, reliability_pictures, render, sections
+from .report import texts_of
 from .sentences import SingleRun, sentences_on
-from .tables import CALIBRATION, QUALITY, Column, Table, as_text, comparison
+from .tables import AFTER, CALIBRATION, QUALITY, Column, Table, as_text, comparison
 
 LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal": "focal loss"}
 
@@ -34,6 +35,7 @@ _TABLES = (
         *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
         Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
     )),
+    ("After the temperature that fits the calibration split best, which the runs have not trained on", AFTER),
     ("Cost of training (scored tokens a second: median of the log; peak memory of the whole process)", (
         Column("tokens_per_second", "tokens/s", 1, 0), Column("peak_memory_mb", "peak memory (MB)", decimals=0),
         Column("train_seconds", "training (s)", decimals=1),
@@ -99,6 +101,7 @@ def write_runs_page(results: Results, output_dir: str | Path, title: str, subtit
     html = render(
         "runs.html.j2", directory / "report.html", title=title, subtitle=subtitle, sentences=sentences, tables=tables,
         sections=_sections(results, setting, runs, pictures), runs=[_made_by(run) for run in runs],
+        samples=texts_of(results, setting),
     )  # fmt: skip
     path = directory / "results.json"
     write_json(strict({"schema": 1, "findings": sentences, "runs": [_numbers(run) for run in runs]}), path)
