@@ -35,7 +35,9 @@ _TABLES = (
         *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
         Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
     )),
-    ("After the temperature that fits the calibration split best, which the runs have not trained on", AFTER),
+    ("After the temperature that fits the calibration split best, which the runs have not trained on", tuple(
+        replace(column, label=column.label.removesuffix(", scaled")) for column in AFTER
+    )),
     ("Cost of training (scored tokens a second: median of the log; peak memory of the whole process)", (
         Column("tokens_per_second", "tokens/s", 1, 0), Column("peak_memory_mb", "peak memory (MB)", decimals=0),
         Column("train_seconds", "training (s)", decimals=1),
