@@ -43,7 +43,8 @@ class Task(ABC):
         training_args: of the class `training_class`.
     """
 
-    #: The dataclasses of the arguments; `OutcomeArguments` is in all tasks.
+    #: The dataclasses of the arguments; `OutcomeArguments` is in all tasks. The model's derives from `ModelSource` and
+    #: `AdapterArguments`.
     model_class: ClassVar[type]
     data_class: ClassVar[type]
     training_class: ClassVar[type]
