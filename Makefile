@@ -49,7 +49,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PY) -m pip install -qq -e ".[test]" -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## Train one small model three times (ce, brier, dpsm) on real text and compare; PRESET=clm|summarization
+demo: $(STAMP) ## Train one model with ce, brier and dpsm on real text and compare; PRESET=clm|summarization|finetune
 	$(PY) -m dpsm_hf demo --preset $(PRESET) --output_dir $(DEMO_OUTPUT) $(DEMO_ARGS)
 
 docs: $(STAMP) ## Build the documentation site into build/site; every warning is an error

@@ -92,6 +92,17 @@ def real_tokenizer(real_data: Callable[..., Path], tmp_path_factory: pytest.Temp
     return find
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M in the cache of this machine; skips, with the reason, where it cannot be made."""
+    from dpsm_hf.models.pretrained import PretrainedModelError, smollm2_135m
+
+    try:
+        return smollm2_135m()
+    except PretrainedModelError as error:
+        pytest.skip(str(error))
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage again, but not among what is imported by now: looking through that takes 0.3 s each time."""
     gc.enable()

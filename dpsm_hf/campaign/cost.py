@@ -30,6 +30,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..data.tokenizer import DEFAULT_VOCAB_SIZE, TRAIN_BPE
+from ..models.pretrained import named_model
 from ..tasks import get_task, task_of_model
 from ..tasks.model_building import build_config_from_scratch
 from .spec.design import Campaign, Run
@@ -126,7 +127,7 @@ def _size(
 ) -> ModelSize | None:
     if source:
         with contextlib.suppress(OSError, ValueError):  # not on this machine: the file may say what it is
-            return measure(AutoConfig.from_pretrained(source, local_files_only=True))
+            return measure(AutoConfig.from_pretrained(named_model(source), local_files_only=True))
     if model_type is None:
         return None
     if vocabulary is not None and "vocab_size" not in (overrides or ""):

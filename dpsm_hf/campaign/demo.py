@@ -1,7 +1,8 @@
-"""The command ``dpsm demo``: a campaign of three runs (cross-entropy, Brier, DPSM), and a page on what came out.
+"""The command ``dpsm demo``: a campaign of a few runs (cross-entropy, Brier, DPSM), and a page on what came out.
 
     dpsm demo                            # or: make demo
     dpsm demo --preset summarization     # or: make demo PRESET=summarization
+    dpsm demo --preset finetune          # a real pretrained model, with LoRA
     dpsm demo --steps 50 -- --learning_rate 3e-4     # what follows -- goes to every run
 
 The runs are those of ``shipped/demo-PRESET.yaml``, with the same seed, hence the same initial weights and the same
@@ -34,7 +35,7 @@ from .runner.running import run_campaign
 from .spec.design import Campaign
 from .verdict.results import Results
 
-PRESETS = ("clm", "summarization")
+PRESETS = ("clm", "summarization", "finetune")
 #: Which code and which library versions the runs of the folder were made with.
 CODE_NAME = "code.json"
 # Shown of an evaluation while it runs; the log has all.
@@ -72,6 +73,16 @@ def _arguments(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{word!r} stands behind -- without an argument's name; write --name value.")
     return {name: given[0] if len(given) == 1 else f"[{', '.join(given)}]" if given else "true"
             for name, given in values.items()}  # fmt: skip
+
+
+def get_models(campaign: Campaign) -> None:
+    """Make the models that the package knows by name before the first run, whose error nobody would read."""
+    from ..models.pretrained import named_model  # needs torch and transformers, which take seconds
+
+    runs = campaign.runs.values()
+    for name, cache in {(r.arguments.get("model_name_or_path"), r.arguments.get("cache_dir")) for r in runs}:
+        if name is not None:
+            named_model(str(name), cache)
 
 
 def forget_other_code(directory: Path) -> None:
@@ -193,10 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
         prog="dpsm demo",
-        description="Train one small model with cross-entropy, Brier and DPSM on real text, and compare.",
+        description="Train one model with cross-entropy, Brier and DPSM on real text, and compare.",
         epilog="Arguments after -- are handed to every run of the training script.",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="clm", help="clm: GPT-2; summarization: BART")
+    about = (
+        "clm: a small GPT-2 from scratch; summarization: a small BART from scratch; finetune: SmolLM2-135M with LoRA"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="clm", help=f"{about} (default: %(default)s)")
     parser.add_argument("--output_dir", default="demo-output", help="runs and report go to OUTPUT_DIR/PRESET")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (default: the preset's)")
     parser.add_argument("--seed", type=int, default=42, help="seed of weights and batches, the same for all runs")
@@ -209,9 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size((100, 24)).columns))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "5")
-    return exit_status(
-        lambda: run_demo(
-            load_demo(options.preset, options.steps, options.seed, words[cut + 1 :]),
-            check_folder(options.output_dir, "--output_dir") / options.preset,
-        )
-    )
+    return exit_status(lambda: _demo(options, words[cut + 1 :]))
+
+
+def _demo(options: argparse.Namespace, words: Sequence[str]) -> int:
+    campaign = load_demo(options.preset, options.steps, options.seed, words)
+    folder = check_folder(options.output_dir, "--output_dir")
+    get_models(campaign)
+    return run_demo(campaign, folder / options.preset)

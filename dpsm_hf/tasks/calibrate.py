@@ -21,8 +21,10 @@ from transformers import AutoConfig
 
 from ..data.loading import load_text_datasets
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
+from ..models.pretrained import named_model
 from ..runtime.mistakes import exit_status
 from . import task_of_model
+from .adapters import base_of, load_with_adapter, tokenizer_source
 from .model_building import load_saved_tokenizer
 from .scaled_model import PLACES, check_target, save_scaled
 
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="dpsm calibrate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("model", help="folder of a saved model, or its name on the hub")
+    command.add_argument("model", help="folder of a saved model or PEFT adapter, a name on the hub, or smollm2-135m")
     data = command.add_argument_group("data")
     data.add_argument("--dataset", help="python-docs, python-docstrings, a folder, or a name on the hub")
     data.add_argument("--dataset_config_name", help="configuration of the data set")
@@ -102,10 +104,18 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     """
     _check(options)
     _check_model(options.model)
-    config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    options.model = named_model(options.model)
+    trust, base = {"trust_remote_code": options.trust_remote_code}, base_of(options.model)
+    config = AutoConfig.from_pretrained(base or options.model, **trust)
     task = task_of_model(config)
-    tokenizer = load_saved_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-    model = task.auto_model.from_pretrained(options.model, config=config, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_saved_tokenizer(tokenizer_source(options.model, base), **trust)
+    if base is None:
+        model = task.auto_model.from_pretrained(options.model, config=config, **trust)
+    else:
+        adapted: Any = load_with_adapter(task.auto_model, options.model, base, config=config, **trust)
+        model = adapted
+        if options.apply != "none":  # the copy with the temperature is a whole model
+            model = adapted.merge_and_unload()
     for name, remedy in task.without_effect.items():
         if getattr(options, name) not in (None, ""):
             raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {type(model).__name__}: {remedy}.")

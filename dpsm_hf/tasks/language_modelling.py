@@ -37,9 +37,10 @@ from ..data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, check_vocab_size, co
 from ..runtime.options import option
 from ..training.arguments import DPSMConfig
 from ..training.trainer import DPSMTrainer
+from .adapters import AdapterArguments
 from .arguments import DataSource, ModelSource
 from .model_building import check_block_size
-from .samples import continuations
+from .samples import continuation_rouge, continuations
 from .stopping import StoppingArguments
 from .stress_arguments import StressArguments
 from .task import Task
@@ -51,7 +52,7 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 
 @dataclass
-class ModelArguments(ModelSource):
+class ModelArguments(AdapterArguments, ModelSource):
     """Which model, configuration and tokenizer to use."""
 
     dtype: str | None = option(
@@ -59,6 +60,7 @@ class ModelArguments(ModelSource):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.config_overrides is not None and (self.config_name is not None or self.model_name_or_path is not None):
             raise ValueError(
                 "--config_overrides changes the default configuration of --model_type, so it contradicts "
@@ -119,6 +121,10 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
         "dpsm_hf: put the end-of-sequence token behind every document. Left out: true for python-docs, "
         "whose rows are whole documents, false for everything else, like run_clm.py."
     )
+    continuation_rouge: int | None = option(
+        "dpsm_hf: at the end continue the first half of so many rows, greedily, and score what is written against "
+        "the other half: eval_rouge1, eval_rouge2, eval_rougeL and so on."
+    )
     document_boundary: str = option(
         "dpsm_hf: what ends a document: row, every row; blank_line, a row of blank text, for data whose "
         "rows are lines; auto, blank_line for txt files and row otherwise.",
@@ -132,7 +138,8 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 <= percentage < 100:
             raise ValueError(f"--validation_split_percentage {percentage} must lie between 0 and 99.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
+        counts = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+        for name in (*counts, "continuation_rouge"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1.")
@@ -349,6 +356,8 @@ class LanguageModelling(Task):
         # exp(loss) is off where a model's loss divides by another count than the scored tokens, as GPT-2's does.
         if prefix == "eval":
             metrics["perplexity"] = metrics["eval_perplexity"]  # run_clm.py's name
+        if (number := self.data_args.continuation_rouge) is not None:
+            metrics |= {f"{prefix}_{name}": value for name, value in continuation_rouge(trainer, rows, number).items()}
         return metrics
 
     def sample_outputs(self, trainer: Any, split: str, rows: Any) -> list[dict[str, str]]:

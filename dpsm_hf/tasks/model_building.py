@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..models.pretrained import named_model
+from .adapters import base_of
 from .arguments import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -24,11 +26,25 @@ def hub_options(model_args: ModelSource) -> dict[str, Any]:
     }
 
 
+def source_of(model_args: ModelSource, name: str | None) -> str | None:
+    """Return where a model, tokenizer or configuration is loaded from: a folder or a name on the hub.
+
+    Args:
+        model_args: Of the run; ``cache_dir`` is where a model that the package knows by name is kept.
+        name: As the arguments give it; None where it is left out.
+
+    Raises:
+        PretrainedModelError: As `named_model`.
+    """
+    return None if name is None else named_model(name, model_args.cache_dir)
+
+
 def load_config(model_args: ModelSource) -> PreTrainedConfig | None:
     """Load the configuration of --config_name or --model_name_or_path; None where neither is given."""
-    source = model_args.config_name or model_args.model_name_or_path
+    source = source_of(model_args, model_args.config_name or model_args.model_name_or_path)
     if source is None:
         return None
+    source = base_of(source, model_args.cache_dir) or source
     config: PreTrainedConfig = AutoConfig.from_pretrained(source, **hub_options(model_args))
     return config
 

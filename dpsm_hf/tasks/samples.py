@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from ..evaluation.text_metrics import rouge_scores
 from ..training.trainer import DPSMMixin, DPSMSeq2SeqTrainer
 from .generation_metrics import decode_ids
 
@@ -30,26 +32,62 @@ def continuations(trainer: DPSMMixin, rows: Any, number: int) -> list[dict[str, 
         if number:
             logger.warning("%s does not generate: there are no sample outputs.", type(model).__name__)
         return []
-    tokenizer: Any = trainer.processing_class
     model.eval()
-    found = []
+    found: list[dict[str, str]] = []
     for row in islice(rows, number):
-        ids = torch.as_tensor(row["input_ids"], device=trainer.args.device)
-        prompt, rest = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-        # a configuration of its own: that of a pretrained model may sample
-        greedy = GenerationConfig(
-            max_new_tokens=len(rest),
-            do_sample=False,
-            eos_token_id=model.generation_config.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            written = model.generate(
-                input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=greedy
-            )[0, len(prompt) :]
-        texts = tokenizer.batch_decode([prompt, rest, written], skip_special_tokens=True)
-        found.append(dict(zip(("prompt", "reference", "output"), texts, strict=True)))
+        found += _continued(trainer, model, [row["input_ids"]])
     return found
+
+
+def continuation_rouge(trainer: DPSMMixin, rows: Any, number: int) -> dict[str, float]:
+    """Continue the first half of the first rows, greedily, and score that against how they go on.
+
+    Rows of one length go through the model together, as many as in an evaluation's batch. Every process calls this,
+    and does the same.
+
+    Args:
+        trainer: of the model as it is now.
+        rows: of token ids.
+        number: of rows.
+
+    Returns:
+        ``rouge1``, ``rouge2``, ``rougeL`` and ``rougeLsum``, F1 out of 100; nothing from a model that does not
+        generate.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not getattr(model, "can_generate", lambda: False)():
+        logger.warning("%s does not generate: there is no ROUGE of continuations.", type(model).__name__)
+        return {}
+    model.eval()
+    by_length: dict[int, list[Any]] = {}
+    for row in islice(rows, number):
+        by_length.setdefault(len(row["input_ids"]), []).append(row["input_ids"])
+    size, found = trainer.args.per_device_eval_batch_size, []
+    for together in by_length.values():
+        for start in range(0, len(together), size):
+            found += _continued(trainer, model, together[start : start + size])
+    outputs, references = ([text[name] for text in found] for name in ("output", "reference"))
+    return {name: round(value, 4) for name, value in rouge_scores(outputs, references).items()}
+
+
+def _continued(trainer: DPSMMixin, model: Any, rows: Sequence[Any]) -> list[dict[str, str]]:
+    """Continue the first half of rows of one length, up to that length."""
+    tokenizer: Any = trainer.processing_class
+    ids = torch.as_tensor(rows, device=trainer.args.device)
+    prompts, rests = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
+    # a configuration of its own: that of a pretrained model may sample
+    greedy = GenerationConfig(
+        max_new_tokens=rests.shape[1],
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        written = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)[
+            :, prompts.shape[1] :
+        ]
+    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, rests, written))
+    return [dict(zip(("prompt", "reference", "output"), three, strict=True)) for three in zip(*texts, strict=True)]
 
 
 def summaries(

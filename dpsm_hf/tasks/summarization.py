@@ -33,6 +33,7 @@ from ..evaluation.text_metrics import load_bert_scorer, sentence_splitter_name
 from ..runtime.options import option
 from ..training.arguments import DPSMSeq2SeqConfig
 from ..training.trainer import DPSMSeq2SeqTrainer
+from .adapters import AdapterArguments
 from .arguments import DataSource, ModelSource
 from .generation_metrics import decode_ids, summary_metrics, write_predictions
 from .samples import summaries
@@ -56,7 +57,7 @@ _MOST_SOURCE, _MOST_TARGET = 1024, 128
 
 
 @dataclass
-class ModelArguments(ModelSource):
+class ModelArguments(AdapterArguments, ModelSource):
     """Which model, configuration and tokenizer to use."""
 
     resize_position_embeddings: bool | None = option(

@@ -13,14 +13,17 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
+from ..models.language_model import core_model
+from ..models.pretrained import SMOLLM2, SMOLLM2_ON_HUB
 from ..runtime.child_process import end_with_runner
 from ..runtime.content import content_hash
 from ..runtime.secrets import hide_in_logs
 from ..training.run_facts import RunFacts
+from .adapters import add_adapter, base_of, load_with_adapter, save_merged, tokenizer_source
 from .arguments import OutcomeArguments, settle_best_checkpoint
 from .checkpoints import best_weights, check_output_dir, detect_checkpoint, note_start, train_and_save
 from .command_line import parse_script_arguments, setup_logging
-from .model_building import build_config_from_scratch, hub_options, load_config
+from .model_building import build_config_from_scratch, hub_options, load_config, source_of
 from .outcome import Outcome, discard_outcome
 from .stopping import early_stopping, stopping
 
@@ -40,7 +43,8 @@ class Task(ABC):
         training_args: of the class `training_class`.
     """
 
-    #: The dataclasses of the arguments; `OutcomeArguments` is in all tasks.
+    #: The dataclasses of the arguments; `OutcomeArguments` is in all tasks. The model's derives from `ModelSource` and
+    #: `AdapterArguments`.
     model_class: ClassVar[type]
     data_class: ClassVar[type]
     training_class: ClassVar[type]
@@ -91,6 +95,14 @@ class Task(ABC):
             ValueError: With the options and the way out.
         """
         settle_best_checkpoint(self.outcome_args, self.training_args)
+        model = self.model_args
+        if model.lora_r is not None and model.model_name_or_path is None:
+            raise ValueError(
+                f"--lora_r {model.lora_r} adapts a pretrained model: give --model_name_or_path, or leave it out to "
+                "train a fresh model as a whole."
+            )
+        if model.merge_adapter and not self.training_args.do_train:
+            raise ValueError("--merge_adapter writes what was trained and needs --do_train.")
 
     @staticmethod
     @abstractmethod
@@ -224,8 +236,9 @@ class Task(ABC):
             training_texts: Gives the texts that --tokenizer_name train-bpe trains one on.
             resuming: The run continues a checkpoint, whose tokenizer must not change.
         """
+        name = source_of(self.model_args, self.model_args.tokenizer_name or self.model_args.model_name_or_path) or ""
         return resolve_tokenizer(
-            self.model_args.tokenizer_name or self.model_args.model_name_or_path or "",
+            tokenizer_source(name, base_of(name, self.model_args.cache_dir)),
             output_dir=self.training_args.output_dir or ".",
             training_texts=training_texts,
             vocab_size=self.model_args.tokenizer_vocab_size,
@@ -259,23 +272,55 @@ class Task(ABC):
         return load_config(self.model_args) or self.scratch_config(tokenizer)
 
     def load_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Load the model or make a fresh one, and fit it to the tokenizer.
+        """Load the model or make a fresh one, fit it to the tokenizer, and put the adapter on it that is asked for.
 
         Args:
             tokenizer: Of the run.
+
+        Raises:
+            ValueError: As `add_adapter`; or an adapter is to be trained on weights that are not those of its base.
         """
         config = self.make_config(tokenizer)
         model: PreTrainedModel
-        if self.model_args.model_name_or_path is not None:
-            options = {**self.dtype_options(saved=True), **hub_options(self.model_args)}
-            model = self.auto_model.from_pretrained(self.model_args.model_name_or_path, config=config, **options)
+        if (source := source_of(self.model_args, self.model_args.model_name_or_path)) is not None:
+            model = self._load_pretrained(source, config)
         else:
             model = self.auto_model.from_config(
                 config, trust_remote_code=self.model_args.trust_remote_code, **self.dtype_options(saved=False)
             )
             logger.info("Training from scratch: %.2f million parameters.", model.num_parameters() / 1e6)
-        self.fit_model(model, tokenizer)
-        return model
+        core: Any = core_model(model)
+        shapes = {name: parameter.shape for name, parameter in core.named_parameters()}
+        self.fit_model(core, tokenizer)
+        if self.model_args.lora_r is None and core is model:
+            return model
+        for name, parameter in core.named_parameters():
+            if shapes.get(name) != parameter.shape:
+                raise ValueError(
+                    f"{name} would get {parameter.shape[0]} rows for the tokenizer or the lengths of this run, but an "
+                    "adapter is saved without them: use the model's own tokenizer, and lengths within its positions, "
+                    "or leave --lora_r out to train the whole model."
+                )
+        if self.model_args.lora_r is None:
+            return model
+        adapted: Any = add_adapter(model, self.model_args, encoder_decoder=self.encoder_decoder)
+        return adapted  # type: ignore[no-any-return]
+
+    def _load_pretrained(self, source: str, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load a saved model, or a saved adapter on its base."""
+        arguments = self.model_args
+        options = {**self.dtype_options(saved=True), **hub_options(arguments), **arguments.quantization()}
+        base = base_of(source, arguments.cache_dir)
+        if base is None:
+            model: PreTrainedModel = self.auto_model.from_pretrained(source, config=config, **options)
+            return model
+        if arguments.lora_r is not None:
+            raise ValueError(
+                f"--lora_r {arguments.lora_r}: {source} is an adapter already. Leave the adapter's options out to "
+                "train it further, or merge it first (--merge_adapter)."
+            )
+        how = {"config": config, "trainable": self.training_args.do_train}
+        return load_with_adapter(self.auto_model, source, base, **how, **options)
 
     def dtype_options(self, *, saved: bool) -> dict[str, Any]:
         """Return the options that say which number type the weights have.
@@ -346,7 +391,8 @@ class Task(ABC):
         """Return what the model card says beyond what the trainer knows."""
         card: dict[str, Any] = {"tasks": self.hub_task}
         if self.model_args.model_name_or_path is not None:
-            card["finetuned_from"] = self.model_args.model_name_or_path
+            base = self.model_args.model_name_or_path
+            card["finetuned_from"] = SMOLLM2_ON_HUB if base == SMOLLM2 else base  # a link needs the hub's name
         data = self.data_args
         if data.dataset_name is not None:
             card["dataset_tags"] = card["dataset"] = data.dataset_name
@@ -408,6 +454,7 @@ class Task(ABC):
         if shown is not None and outcome_args.sample_outputs:
             outcome.samples = self.sample_outputs(trainer, shown, rows[shown])
         self._describe(trainer)
+        self._merge_adapter(trainer)
         if outcome_args.evaluate_best:
             with best_weights(trainer) as found:
                 if found:
@@ -435,15 +482,36 @@ class Task(ABC):
             results |= metrics
         return results
 
+    def _merge_adapter(self, trainer: Any) -> None:
+        """Write the merged model of --merge_adapter, from what was saved; the model in memory stays as it is."""
+        if not self.model_args.merge_adapter:
+            return
+        folder = Path(str(self.training_args.output_dir))
+        if trainer.is_world_process_zero():
+            base = base_of(str(folder), self.model_args.cache_dir)
+            if base is None:
+                raise ValueError(f"--merge_adapter: {folder} holds a whole model, not an adapter: leave it out.")
+            save_merged(
+                self.auto_model, folder, base, **self.dtype_options(saved=True), **hub_options(self.model_args)
+            )
+        trainer.accelerator.wait_for_everyone()
+
     def _describe(self, trainer: Any) -> None:
         """Write the model card, and push to the hub where --push_to_hub asks for it."""
         if self.model_args.model_name_or_path is None:
             # The card says "trained from scratch" where the config names a folder; without a name it names model "".
             trainer.model.config.name_or_path = self.training_args.output_dir
+        named = self.model_args.model_name_or_path == SMOLLM2
+        folder = trainer.model.config.name_or_path
+        if named:  # PEFT puts it into the card: a folder on this machine says nothing to a reader
+            trainer.model.config.name_or_path = SMOLLM2_ON_HUB
         if self.training_args.push_to_hub:
             trainer.push_to_hub(**self.model_card())
         else:
             trainer.create_model_card(**self.model_card())
+            card = Path(str(self.training_args.output_dir)) / "README.md"
+            if named and trainer.is_world_process_zero():  # and into a tag, from the adapter's own configuration
+                card.write_text(card.read_text("utf-8").replace(folder, SMOLLM2_ON_HUB), encoding="utf-8")
 
 
 def number_of_rows(rows: Any, limit: int | None) -> int | None:

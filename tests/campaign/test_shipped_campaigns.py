@@ -64,7 +64,7 @@ def test_a_shipped_campaign_is_found_by_its_name(tmp_path: Path, monkeypatch: py
     for name in (EXP_1.stem, EXP_1.name):
         assert load_campaign(name).runs == load_campaign(EXP_1).runs
     for name in (f"there/{EXP_1.name}", "exp-3"):
-        shipped = f"demo-clm, demo-summarization, {EXP_1.stem}, {EXP_2.stem}"
+        shipped = f"demo-clm, demo-finetune, demo-summarization, {EXP_1.stem}, {EXP_2.stem}"
         with pytest.raises(SpecError, match=f"come with dpsm are {shipped}"):
             load_campaign(name)
     # a file of that name in the working directory is meant where there is one

@@ -118,7 +118,7 @@ def _context(results: Results, findings: Sequence[Finding], directory: Path) -> 
         "sections": picture_sections(results, settings, Pictures(directory / "plots")),
         "missing": tables.missing_runs(results),
         "stopped": tables.stopped_early(results),
-        "samples": _samples(results, settings[0]),
+        "samples": texts_of(results, settings[0]),
         "glossary": GLOSSARY,
         "method": METHOD,
         "reproduce": _reproduce(results, directory),
@@ -179,7 +179,7 @@ def audit_table(content: Mapping[str, Any]) -> tables.Table:
     return tables.Table(caption, ["", *(label for _, label, _ in shown)], rows)
 
 
-def _samples(results: Results, setting: Setting) -> list[dict[str, Any]]:
+def texts_of(results: Results, setting: Setting) -> list[dict[str, Any]]:
     """Return the texts of the first seed side by side: a prompt, the reference, and what each variation wrote."""
     found: dict[str, dict[str, Any]] = {}
     for name in results.variations(setting):

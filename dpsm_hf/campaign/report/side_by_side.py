@@ -22,8 +22,9 @@ from ..runner.records import Record
 from ..spec.design import Campaign, Point, Setting, Variation
 from ..verdict.results import Results
 from .pictures import Pictures, colours, curve_pictures, reliability_pictures, render, sections
+from .report import texts_of
 from .sentences import MEASURES, SingleRun, compared, judged, size_of, story_of
-from .tables import CALIBRATION, QUALITY, Cell, Column, Table, as_text, comparison
+from .tables import AFTER, CALIBRATION, QUALITY, Cell, Column, Table, as_text, comparison
 
 LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal": "focal loss"}
 
@@ -34,6 +35,9 @@ _TABLES = (
         *QUALITY["language-modelling"][:2],
         *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
         Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
+    )),
+    ("After the temperature that fits the calibration split best, which the runs have not trained on", tuple(
+        replace(column, label=column.label.removesuffix(", scaled")) for column in AFTER
     )),
 )  # fmt: skip
 _COST = (
@@ -111,7 +115,7 @@ def write_runs_page(results: Results, output_dir: str | Path, title: str, subtit
     html = render(
         "runs.html.j2", directory / "report.html", title=title, subtitle=subtitle, story=story, tables=tables,
         against=against, mark=_MARK, colours=colours(results), runs=[_made_by(run) for run in runs],
-        sections=_sections(results, setting, runs, pictures),
+        sections=_sections(results, setting, runs, pictures), samples=texts_of(results, setting),
     )  # fmt: skip
     path = directory / "results.json"
     content = {"schema": 1, "findings": story.sentences, "runs": [_numbers(run) for run in runs]}
