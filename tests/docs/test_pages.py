@@ -71,6 +71,10 @@ def prepared(path: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     if path.stem == "statistics":
         names |= {"correct": bins * 0.5, "confidence": bins * 0.7}
+    if path.stem == "trl":
+        sft = pytest.importorskip("tests.trl.sft", exc_type=ImportError)
+        names |= {"model": sft.small_model(), "tokenizer": sft.small_tokenizer()}
+        names |= {"chats": sft.data("messages"), "held_out": sft.data("messages")}
     if path.stem == "audit":
         import dpsm_hf.measuring.profiling
 
