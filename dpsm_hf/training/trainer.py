@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
 from ..evaluation.forced_tokens import forced_token_ids
-from ..evaluation.panel import EvaluationPanel, reported_names
+from ..evaluation.panel import EvaluationPanel, names_in, reported_names
 from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
 from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
@@ -45,7 +46,7 @@ from .clock import TrainingClock
 from .component_gradients import check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
 from .gradient_accumulation import LossAccumulation
-from .model_card import add_objective_section, objective_section, with_equal_columns
+from .model_card import CardFacts, finish_card, last_evaluated
 from .resuming import ResumingMixin
 from .scorer import BatchRule, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
 from .training_log import TrainingLog
@@ -330,7 +331,12 @@ class DPSMMixin(ResumingMixin):
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            for callback in self._callbacks(CalibrationCallback):
+                callback.interrupted()
+            raise
         if self._corruptor.active:
             self._corruptor.gather(self.args.device)
             output.metrics.update({f"train_{name}": value for name, value in (self.corruption_record() or {}).items()})
@@ -421,16 +427,32 @@ class DPSMMixin(ResumingMixin):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
-        history, self.state.log_history = self.state.log_history, with_equal_columns(self.state.log_history)
+        """Write the model card: objective, calibration, use, and how to repeat it; metadata with the results.
+
+        Takes what `Trainer.create_model_card` takes. The text of another trainer class is kept and gets a section.
+        """
+        history, self.state.log_history = self.state.log_history, []  # its table would have a column a metric
         try:
             super().create_model_card(*args, **kwargs)
         finally:
             self.state.log_history = history
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and card.exists():
-            section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
-            add_objective_section(card, section)
+            given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            finish_card(card, self._card_facts(given))
+
+    def _card_facts(self, given: Mapping[str, Any]) -> CardFacts:
+        callback = next(iter(self._callbacks(CalibrationCallback)), None)
+        records = {} if callback is None else callback.records
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        evaluated = last_evaluated(records, self.state.log_history, best)
+        shown = next((r for p, r in records.items() if evaluated and p == evaluated.split), None)
+        return CardFacts(
+            self.args, self.dpsm, self.state.max_steps, self.accelerator.unwrap_model(self.model),
+            self.processing_class is not None, "DPSMSeq2SeqTrainer" if isinstance(self, Seq2SeqTrainer) else
+            "DPSMTrainer", evaluated,
+            None if callback is None or shown is None else callback.picture_of(self.args, shown), given,
+        )  # fmt: skip
 
     # ---- evaluation of a batch -------------------------------------------------------------------------------------
 
@@ -565,7 +587,7 @@ class DPSMMixin(ResumingMixin):
     def _report(self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str) -> None:
         """Add what an evaluation saw to the metrics of its loop, and hand it to the callbacks that write files."""
         assert output.metrics is not None  # the loop always returns a dict
-        if found := panel.metrics():
+        if found := self._shown_metrics(panel):
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if self.is_in_train:
                 metrics[f"{prefix}_train_seconds"] = self._clock.seconds(self.state)
@@ -581,20 +603,37 @@ class DPSMMixin(ResumingMixin):
             output.metrics[f"{prefix}_loss"] = math.nan
             logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
 
+    def _shown_metrics(self, panel: EvaluationPanel) -> dict[str, float]:
+        """Return what of an evaluation is logged and returned, without prefix; `panel` keeps all of it."""
+        if self.dpsm.calibration_metrics == "all":
+            return panel.metrics()
+        also = names_in(self.args.metric_for_best_model or "")
+        if self.dpsm.alpha_schedule == "feedback":
+            also |= names_in(self.dpsm.alpha_feedback_metric)
+        return panel.core_metrics(also)
+
     def _explain_loss(self, loss: float | None, nll: float, prefix: str) -> None:
         """Say once how ``eval_loss`` differs from ``eval_nll``, where it does by more than rounding."""
         expected = loss is None or self.args.label_smoothing_factor or abs(loss - nll) <= 1e-3 * abs(nll)
         if expected or self._loss_explained:
             return
         self._loss_explained = True
-        logger.warning(
-            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
-            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
-            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
+        logger.info(
+            f"{prefix}_loss ({loss:.4g}) is Trainer's mean over batches, {prefix}_nll ({nll:.4g}) over tokens."
         )
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+
+    def with_all_metrics(self, metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
+        """Return the metrics of the evaluation that has just ended with those that ``calibration_metrics`` left out.
+
+        Args:
+            metrics: as `evaluate` or `predict` returned them.
+            prefix: of their names.
+        """
+        found = {} if self.panel is None else self.panel.metrics()
+        return {**metrics, **{key: v for n, v in found.items() if (key := f"{prefix}_{n}") not in metrics}}
 
     @property
     def calibration(self) -> TokenCalibration | None:
