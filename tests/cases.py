@@ -50,6 +50,7 @@ def build(name: str, *, stock: bool = False, rows: int = 16, dropout: float = 0.
     else:
         trainer = DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer
         config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
+        arguments.setdefault("calibration_metrics", "all")
     defaults = dict(
         output_dir=tempfile.mkdtemp(dir=FOLDER.name), use_cpu=True, disable_tqdm=True, save_strategy="no",
         logging_steps=1, learning_rate=1e-2, dataloader_pin_memory=False,

@@ -21,7 +21,7 @@ def make_trainer(folder: Path, name: str = "gpt2", **options: Any) -> Any:
     defaults: dict[str, Any] = dict(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
         per_device_train_batch_size=8, per_device_eval_batch_size=4, learning_rate=1e-2, max_steps=4,
-        scoring_rule="ce",
+        scoring_rule="ce", calibration_metrics="all",
     )  # fmt: skip
     config = DPSMSeq2SeqConfig if seq2seq else DPSMConfig
     trainer = (DPSMSeq2SeqTrainer if seq2seq else DPSMTrainer)(

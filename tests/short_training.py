@@ -15,5 +15,5 @@ def train(trainer: Any) -> list[dict[str, Any]]:
 
 def config(tmp_path: Path, **arguments: Any) -> DPSMConfig:
     defaults = dict(output_dir=str(tmp_path), max_steps=3, use_cpu=True, disable_tqdm=True, save_strategy="no",
-                    logging_steps=1, learning_rate=1e-2)  # fmt: skip
+                    logging_steps=1, learning_rate=1e-2, calibration_metrics="all")  # fmt: skip
     return DPSMConfig(**{**defaults, **arguments})

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .grid import CELLS
 from .metrics import RANGES, Totals, all_metrics, perplexity
 
 _RANGES = {**RANGES, "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "bits_per_byte": (0.0, math.inf)}
@@ -47,20 +48,23 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
     """
     check_resampling(level, samples)
     kept = blocks.count.sum(-1) > 0
-    parts = Totals(*(values[kept] for values in vars(blocks).values()))
-    whole = Totals(*(values.sum(0) for values in vars(parts).values()))
+    parts = Totals(*(values[kept] for values in blocks.arrays()))
+    whole = Totals(*(values.sum(0) for values in parts.arrays()))
     point = {name: float(value) for name, value in all_metrics(whole).items()}
     number = len(parts.count)
     if number < 2:
         return {name: Interval(math.nan, math.nan) for name in point if name != "tokens"}
     weights = resampling_weights(number, samples, seed)
     found: dict[str, list[np.ndarray]] = {}
-    # a float64 matmul is exact for counts below 2**53
-    as_float = [values.astype(np.float64) for values in vars(parts).values()]
+    # a float64 matmul is exact for counts below 2**53, and of those many cells are empty
+    as_float = [values.astype(np.float64) for values in parts.arrays()]
+    occupied = [np.flatnonzero(values.any(0)) for values in as_float[:2]]
+    held = [np.ascontiguousarray(values[:, cells]) for values, cells in zip(as_float, occupied, strict=False)]
     for start in range(0, samples, _AT_A_TIME):
         some = weights[start : start + _AT_A_TIME].astype(np.float64)
         with np.errstate(invalid="ignore"):  # 0 * inf: an infinite score in a block that is not drawn
-            drawn = Totals(*(some @ values for values in as_float))
+            counts = (_in_cells(some @ values, cells) for values, cells in zip(held, occupied, strict=True))
+            drawn = Totals(*counts, *(some @ values for values in as_float[2:]))
         for name, values in all_metrics(drawn, smooth_near=point["smooth_ece"]).items():
             found.setdefault(name, []).append(values)
     intervals = {}
@@ -73,6 +77,13 @@ def bootstrap(blocks: Totals, *, level: float = 0.95, samples: int = 300, seed: 
     if "nll" in intervals:
         intervals["perplexity"] = Interval(*(float(perplexity(bound)) for bound in intervals["nll"]))
     return intervals
+
+
+def _in_cells(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return values ``[samples, len(cells)]`` in their cells of ``[samples, CELLS]``, 0 in the others."""
+    full = np.zeros((len(values), CELLS))
+    full[:, cells] = values
+    return full
 
 
 def resampling_weights(number: int, samples: int, seed: int) -> np.ndarray:

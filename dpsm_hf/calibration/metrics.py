@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from scipy import fft
 
 from .grid import CELLS, GRID_BINS, first_cells
 
@@ -43,6 +45,8 @@ _LOWER_IS_BETTER = (
 
 _LARGEST_EXPONENT = 700.0  # exp of 710 overflows a float64
 
+_LAST_DEVIATION = 9.0  # standard deviations at which a Gaussian is below 1e-17
+
 _COARSE_CELLS = 1000  # cells for the smooth ECE of resamples, in place of 3000, to save time
 
 
@@ -64,10 +68,30 @@ class Totals:
     sums: Array
     counts: Array
 
-    @property
+    @cached_property
     def tokens(self) -> Array:
         """Return the number of tokens, ``[...]``."""
         return self.count.sum(-1)
+
+    @cached_property
+    def below(self) -> Array:
+        """Return the number of tokens in the cells below and half of those in the cell itself, ``[..., CELLS]``."""
+        return np.cumsum(self.count, axis=-1) - self.count / 2
+
+    @cached_property
+    def gaps(self) -> Array:
+        """Return right tokens less the sum of confidences, ``[..., CELLS]``."""
+        return self.correct - self.confidence
+
+    @cached_property
+    def variances(self) -> Array:
+        """Return the sum of ``c * (1 - c)`` over tokens with the mean confidence of their cell, ``[..., CELLS]``."""
+        mean = self.confidence / np.maximum(self.count, 1)
+        return self.count * np.clip(mean * (1 - mean), 0, None)
+
+    def arrays(self) -> tuple[Array, ...]:
+        """Return the arrays in the order of the arguments."""
+        return self.count, self.correct, self.confidence, self.sums, self.counts
 
 
 def lower_is_better(name: str) -> bool:
@@ -140,21 +164,21 @@ def in_bins(values: Array, bins: int) -> Array:
 
 def equal_width_ece(totals: Totals, bins: int) -> Array:
     """Return ``sum_b n_b / n * |accuracy_b - confidence_b|`` over equal-width bins (Naeini et al. 2015)."""
-    gaps = in_bins(totals.correct - totals.confidence, bins)
+    gaps = in_bins(totals.gaps, bins)
     return np.abs(gaps).sum(-1) / totals.tokens
 
 
 def maximum_error(totals: Totals, bins: int = 15) -> Array:
     """Return ``max_b |accuracy_b - confidence_b|`` over the equal-width bins with tokens (Naeini et al. 2015)."""
     count = in_bins(totals.count, bins)
-    gaps = np.abs(in_bins(totals.correct - totals.confidence, bins))
+    gaps = np.abs(in_bins(totals.gaps, bins))
     return np.where(count > 0, gaps / np.maximum(count, 1), 0.0).max(-1)
 
 
 def reliability(totals: Totals, bins: int = 15) -> Array:
     """Return ``sum_b n_b / n * (accuracy_b - confidence_b)**2`` (Murphy 1973)."""
     count = in_bins(totals.count, bins)
-    gaps = in_bins(totals.correct - totals.confidence, bins)
+    gaps = in_bins(totals.gaps, bins)
     return (gaps**2 / np.maximum(count, 1)).sum(-1) / totals.tokens
 
 
@@ -164,9 +188,7 @@ def null_ece(totals: Totals, bins: int) -> Array:
     ``sum_b n_b / n * sqrt(2 / pi * v_b / n_b)`` with ``v_b`` the mean of ``c * (1 - c)`` in the bin: the expected
     absolute value of a normally distributed gap. It assumes independent tokens; correlated ones raise it a little.
     """
-    mean = totals.confidence / np.maximum(totals.count, 1)
-    variance = in_bins(totals.count * np.clip(mean * (1 - mean), 0, None), bins)
-    return np.sqrt(2 / np.pi * variance).sum(-1) / totals.tokens
+    return np.sqrt(2 / np.pi * in_bins(totals.variances, bins)).sum(-1) / totals.tokens
 
 
 def debiased_ece(totals: Totals, bins: int = 15) -> Array:
@@ -204,7 +226,7 @@ def adaptive_ece(totals: Totals, bins: int = 15) -> Array:
     index = adaptive_bins(totals.count, bins)
     lead, rows = index.shape[:-1], index.size // CELLS
     flat = (index.reshape(rows, CELLS) + bins * np.arange(rows)[:, None]).reshape(-1)
-    gaps = np.bincount(flat, weights=(totals.correct - totals.confidence).reshape(-1), minlength=rows * bins)
+    gaps = np.bincount(flat, weights=(totals.gaps).reshape(-1), minlength=rows * bins)
     return np.abs(gaps).reshape(*lead, bins).sum(-1) / totals.tokens
 
 
@@ -213,7 +235,7 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
 
     ``smECE_s = integral |sum_i K_s(t, c_i) (y_i - c_i) / n| dt`` with a Gaussian kernel reflected at 0 and 1, at the
     width ``s`` where ``smECE_s = s``. Tokens are placed at the middle of their cell of width 1/3000. Convolution with
-    the reflected Gaussian is a multiplication of the cosine series, that is of the FFT of the even extension.
+    the reflected Gaussian is a multiplication of the cosine series.
 
     Args:
         totals: with at least one token in each resample.
@@ -221,14 +243,15 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
     """
     lead = totals.count.shape[:-1]
     cells = GRID_BINS if near is None else _COARSE_CELLS
-    gaps = (totals.correct - totals.confidence).reshape(-1, CELLS)
-    residual = in_bins(gaps, cells) / totals.tokens.reshape(-1, 1)
-    series = np.fft.rfft(np.concatenate([residual, residual[:, ::-1]], axis=-1), axis=-1)
-    frequency = np.arange(series.shape[-1])
+    residual = in_bins(totals.gaps.reshape(-1, CELLS), cells) / totals.tokens.reshape(-1, 1)
+    series = fft.dct(residual, axis=-1)
 
     def error(width: Array) -> Array:
-        smoothed = np.fft.irfft(series * np.exp(-0.5 * (np.pi * frequency * width[:, None]) ** 2), axis=-1)
-        return np.abs(smoothed[:, :cells]).sum(-1)
+        # what the kernel multiplies by less than 1e-17 changes no figure
+        number = min(cells, 1 + math.ceil(_LAST_DEVIATION / (np.pi * width.min())))
+        kernel = np.exp(-0.5 * (np.pi * np.arange(number) * width[:, None]) ** 2)
+        smoothed = fft.idct(series[:, :number] * kernel, n=cells, axis=-1, overwrite_x=True)
+        return np.abs(smoothed, out=smoothed).sum(-1)
 
     # bisection: smECE_s falls as s grows, so smECE_s = s has one solution
     low, high, steps = np.zeros(len(residual)), np.ones(len(residual)), 30

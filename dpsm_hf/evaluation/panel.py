@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ ROW_SCORES = ("nll", "brier", "spherical", "entropy")
 
 #: Metrics whose confidence interval is reported among the metrics too, as ``<name>_low`` and ``<name>_high``.
 WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
+
+#: Metrics that a log shows unless all are asked for; after temperature scaling also as ``<name>_scaled``.
+CORE_METRICS = ("nll", "perplexity", "brier", "ece_15", "signed_gap", "token_accuracy")
+
+#: Figures of options that are off by default: who turns them on wants to see them.
+_ASKED_FOR = ("temperature", "classwise_ece", "expected_depth")
 
 #: Metrics of the tokens whose label ends a text (``eos_<name>``), and of those it is made to begin with (``forced_``).
 OF_EOS = ("tokens", "nll", "brier", "label_probability", "token_accuracy", "confidence", "signed_gap", "ece_15")
@@ -76,6 +82,8 @@ class EvaluationPanel:
         #: How many samples were seen, with and without a scored token, those that fill up a batch too.
         self.samples = 0
         self._intervals: Mapping[str, tuple[float, float]] | None = None
+        self._metrics: dict[str, float] | None = None
+        self._computed: dict[str, dict[str, float]] = {}
 
     def add(self, scores: TokenScores, targets: Tensor, batch_size: int, depths: Tensor | None = None) -> None:
         """Add the scored tokens of this process's batch, without the rows that only fill up the last batch.
@@ -92,7 +100,7 @@ class EvaluationPanel:
             FloatingPointError: if the logits of a scored token are NaN or infinite, with its place in the batch.
         """
         check_finite(scores, batch_size)
-        self._intervals = None
+        self._forget()
         device = scores.scored.device
         first = self.samples + process_index() * batch_size
         self.samples += process_number() * batch_size
@@ -132,7 +140,7 @@ class EvaluationPanel:
 
     def reduce(self, function: Callable[[Tensor], Tensor], device: torch.device) -> EvaluationPanel:
         """Join the panels of all processes: replace every tensor by ``function`` of it, on that device."""
-        self._intervals = None
+        self._forget()
         for name in ("tokens", "eos", "forced", "scaled", "classwise", "depth"):
             part = getattr(self, name)
             if part is not None:
@@ -140,29 +148,60 @@ class EvaluationPanel:
         return self
 
     def metrics(self) -> dict[str, float]:
-        """Return what an evaluation reports, without prefix; empty if no token was scored."""
+        """Return every metric of the evaluation, without prefix; empty if no token was scored.
+
+        The intervals among them take a tenth of a second at the first call.
+        """
+        if self._metrics is None:
+            self._metrics = self._figures(intervals=True) if self.tokens.tokens else {}
+        return dict(self._metrics)
+
+    def core_metrics(self, also: Collection[str] = ()) -> dict[str, float]:
+        """Return those of `metrics` that a log shows: `CORE_METRICS` and their scaled forms, and what was asked for.
+
+        Nothing is resampled unless a bound of an interval is wanted.
+
+        Args:
+            also: names of further metrics.
+        """
         if not self.tokens.tokens:
             return {}
-        found = self.tokens.compute()
-        intervals = self.intervals
-        for name in WITH_INTERVAL:
-            low, high = intervals.get(name, (math.nan, math.nan))
+        wanted = {*CORE_METRICS, *(f"{name}_scaled" for name in CORE_METRICS), *_ASKED_FOR, *also}
+        resampled = any(name.endswith(("_low", "_high")) or name in GENERATED_METRICS for name in also)
+        found = self.metrics() if resampled else self._figures(intervals=False)
+        return {name: value for name, value in found.items() if name in wanted}
+
+    def _forget(self) -> None:
+        self._intervals = self._metrics = None
+        self._computed = {}
+
+    def _of(self, view: str) -> dict[str, float]:
+        """Return the metrics of ``tokens``, ``eos``, ``forced`` or ``scaled``; the log and the file share them."""
+        if view not in self._computed:
+            self._computed[view] = getattr(self, view).compute()
+        return self._computed[view]
+
+    def _figures(self, *, intervals: bool) -> dict[str, float]:
+        found = dict(self._of("tokens"))
+        for name in WITH_INTERVAL if intervals else ():
+            low, high = self.intervals.get(name, (math.nan, math.nan))
             if math.isfinite(low) and math.isfinite(high):
                 found |= {f"{name}_low": low, f"{name}_high": high}
         for part, view in (("eos", self.eos), ("forced", self.forced)):
             if view is not None and view.tokens:
-                figures = view.compute()
+                figures = self._of(part)
                 found |= {f"{part}_{name}": figures[name] for name in OF_EOS if name in figures}
         if self.temperature is not None and self.scaled is not None:
             found["temperature"] = self.temperature
-            scaled = self.scaled.compute()
+            scaled = self._of("scaled")
             found |= {f"{name}_scaled": value for name, value in scaled.items() if name not in _UNSCALED}
         if self.classwise is not None:
             found["classwise_ece"] = self.classwise.ece
         if self.depth is not None:
-            low, high = self.depth.interval()
-            found |= {"expected_depth": self.depth.mean, "expected_depth_low": low, "expected_depth_high": high}
-        if self.generated is not None:
+            found["expected_depth"] = self.depth.mean
+            if intervals:
+                found["expected_depth_low"], found["expected_depth_high"] = self.depth.interval()
+        if self.generated is not None and intervals:  # those have intervals of their own
             found |= self.generated.metrics()
         # where nothing can be ranked there is no AUROC: better no entry than a NaN in every log
         return {name: value for name, value in found.items() if not math.isnan(value)}
@@ -175,14 +214,19 @@ class EvaluationPanel:
         return self._intervals
 
     def record(self, bins: int) -> dict[str, Any]:
-        """Return what a calibration file holds: metrics, intervals and curves of every view, as JSON can hold them."""
-        found: dict[str, Any] = {"tokens": self.tokens.tokens, **_view(self.tokens, bins, self.intervals)}
+        """Return what a calibration file holds: metrics, intervals and curves of every view, as JSON can hold them.
+
+        ``reported`` has all of `metrics` by name. Of the tokens that end or begin a text there are no intervals; those
+        are few, and `TokenCalibration.intervals` of ``eos`` or ``forced`` has them.
+        """
+        found: dict[str, Any] = {"tokens": self.tokens.tokens, **self._view("tokens", bins, self.intervals)}
+        found["reported"] = strict(self.metrics())
         for part, view in (("eos", self.eos), ("forced", self.forced)):
             if view is not None and view.tokens:
-                found[part] = _view(view, bins)
+                found[part] = self._view(part, bins)
         if self.scaled is not None and self.temperature is not None:
             found["temperature"] = self.temperature
-            found["scaled"] = _view(self.scaled, bins)
+            found["scaled"] = self._view("scaled", bins, self.scaled.intervals())
         if self.classwise is not None:
             found["classwise"] = self.classwise.as_dict()
         if self.depth is not None:
@@ -191,13 +235,18 @@ class EvaluationPanel:
             found["generated"] = self.generated.record(bins)
         return found
 
+    def _view(
+        self, view: str, bins: int, intervals: Mapping[str, tuple[float, float]] | None = None
+    ) -> dict[str, Any]:
+        figures: dict[str, Any] = {"metrics": self._of(view)}
+        if intervals is not None:
+            figures["intervals"] = intervals
+        return {**strict(figures), "curve": getattr(self, view).curve(bins).as_dict()}  # a perplexity may be infinite
 
-def _view(
-    calibration: TokenCalibration, bins: int, intervals: Mapping[str, tuple[float, float]] | None = None
-) -> dict[str, Any]:
-    intervals = calibration.intervals() if intervals is None else intervals
-    figures = {"metrics": calibration.compute(), "intervals": intervals}
-    return {**strict(figures), "curve": calibration.curve(bins).as_dict()}  # a perplexity may be infinite
+
+def names_in(metric: str) -> set[str]:
+    """Return the metrics that a name with a prefix may mean: of ``eval_wiki_debiased_ece`` ``{"debiased_ece"}``."""
+    return {name for name in reported_names() if f"_{metric}".endswith(f"_{name}")}
 
 
 def reported_names() -> tuple[str, ...]:

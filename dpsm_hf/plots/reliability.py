@@ -36,8 +36,8 @@ class ReliabilityDisplay:
     lines are the 95 % confidence intervals of the accuracy, where the curve has them. The curve after temperature
     scaling is a line over the bars, or with several models a thin line without intervals. The histogram is the share
     of the tokens per 0.01 of confidence on a logarithmic axis. The title gives the number of tokens and bins, the ECE
-    with its confidence interval (with several models in the legend), and the null level, the expected ECE of a
-    perfectly calibrated model with this number of tokens. ECE is ``sum_b n_b / N * |accuracy_b - confidence_b|``
+    with its confidence interval (with several models in the legend), and about what ECE a perfectly calibrated model
+    would show on this number of tokens. ECE is ``sum_b n_b / N * |accuracy_b - confidence_b|``
     (Naeini et al., 2015).
 
     Args:
@@ -388,7 +388,7 @@ def _title_lines(series: Sequence[CurveSeries], split: str) -> list[list[str]]:
     errors = [_ece_with_interval(series[0])] if len(series) == 1 else []
     nulls = [one.ece_null for one in series if one.ece_null is not None]
     if nulls:
-        errors.append(f"{'null' if errors else 'null ECE'} {_span(nulls, _number)}")
+        errors.append(f"{'' if errors else 'ECE if '}perfectly calibrated: about {_span(nulls, _number)}")
     scaled = series[0].scaled if len(series) == 1 else None
     last = [] if scaled is None else [f"{_after(scaled)}: {_ece_with_interval(scaled)}"]
     return [line for line in (first, errors, last) if line]

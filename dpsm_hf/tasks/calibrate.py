@@ -125,6 +125,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         TemperatureScaler().fold_into(model)
     args: Any = task.training_class(
         output_dir=options.output_dir, scoring_rule="ce", fit_temperature=True, calibration_bins=options.bins,
+        calibration_metrics="all",
         ignore_forced_tokens=options.ignore_forced_tokens,
         per_device_eval_batch_size=options.per_device_eval_batch_size, bf16=options.bf16, use_cpu=options.use_cpu,
         dataloader_pin_memory=torch.cuda.is_available(), report_to="none",

@@ -477,6 +477,7 @@ class Task(ABC):
             if samples is not None:
                 metrics[f"{prefix}_samples"] = samples
             trainer.log_metrics(prefix, metrics)
+            metrics = trainer.with_all_metrics(metrics, prefix)  # the files have what the log leaves out
             trainer.save_metrics(prefix, metrics)
             outcome.add(weights, split, metrics, prefix=prefix, rows=rows[split])
             results |= metrics

@@ -20,6 +20,12 @@ from ..rules.scoring_rules import Objective
 from ..runtime.options import option
 from ..runtime.typed_values import typed_value
 
+#: Choices of ``calibration_metrics``: what an evaluation logs and returns.
+CALIBRATION_METRICS = ("core", "all")
+
+#: Choices of ``reliability_diagrams``: which evaluations are drawn.
+RELIABILITY_DIAGRAMS = ("final", "all", "none")
+
 
 @dataclass
 @with_rule_parameters
@@ -55,7 +61,7 @@ class DPSMArguments:
     )
     alpha_feedback_limit: float = option("dpsm_hf: feedback: the most that alpha moves after one evaluation.", 0.1)
     alpha_feedback_metric: str = option(
-        "dpsm_hf: feedback: the logged held-out gap that moves alpha.", "eval_signed_gap"
+        "dpsm_hf: feedback: the logged gap of the evaluation set that moves alpha.", "eval_signed_gap"
     )
     score_smoothing: float = option(
         "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off.", 0.0
@@ -74,6 +80,19 @@ class DPSMArguments:
         "256 on a CPU, up to 2048 on a GPU, by the size of the vocabulary."
     )
     calibration_bins: int = option(f"dpsm_hf: bins of the reliability diagrams; a divisor of {GRID_BINS}.", 15)
+    calibration_metrics: str = option(
+        "dpsm_hf: what evaluations log and return: core (nll, perplexity, brier, ece_15, signed_gap, token_accuracy, "
+        "and what metric_for_best_model names) or all, some eighty figures. The file of each evaluation in "
+        "output_dir/calibration has all of them either way.",
+        "core",
+        choices=CALIBRATION_METRICS,
+    )
+    reliability_diagrams: str = option(
+        "dpsm_hf: which evaluations are drawn: final (the last and the best one of a training, and every one outside "
+        "of a training), all or none. The data of each are written either way, and ReliabilityDisplay draws them.",
+        "final",
+        choices=RELIABILITY_DIAGRAMS,
+    )
     classwise_tokens: int = option(
         "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off.", 0
     )
@@ -133,8 +152,13 @@ class DPSMArguments:
                         f"{parameter.name}={value} has no effect on scoring_rule={self.scoring_rule!r}; "
                         f"leave it out or choose scoring_rule={rule.name!r}."
                     )
-        if self.fused_head not in FUSED_MODES:
-            raise ValueError(f"fused_head={self.fused_head!r} is unknown; choose one of {', '.join(FUSED_MODES)}.")
+        for name, known in (
+            ("fused_head", FUSED_MODES),
+            ("calibration_metrics", CALIBRATION_METRICS),
+            ("reliability_diagrams", RELIABILITY_DIAGRAMS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1; leave it out for the default.")
         if self.calibration_bins < 1 or GRID_BINS % self.calibration_bins:

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..evaluation.panel import EvaluationPanel
+from ..evaluation.panel import EvaluationPanel, names_in
 from ..models.language_model import align_targets, label_alignment
 from ..rules.losses import TokenScores, score_tokens
 from ..rules.schedules import AlphaSchedule
 from ..runtime.distributed import sum_over_processes
-from ..runtime.files import write_json
-from .arguments import dpsm_arguments
+from ..runtime.files import read_json, write_json
+from .arguments import CALIBRATION_METRICS, RELIABILITY_DIAGRAMS, dpsm_arguments
 
 if TYPE_CHECKING:
     from ..plots.reliability import ReliabilityDisplay
@@ -114,24 +114,51 @@ def _file_name(prefix: str) -> str:
     return name if name == prefix else f"{name}-{zlib.crc32(prefix.encode()):08x}"
 
 
+def _best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """Return the step of the best evaluation; None without ``metric_for_best_model``."""
+    if state.best_global_step is not None or state.best_metric is None:
+        return state.best_global_step
+    key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"  # no checkpoint is saved of any
+    return next((int(e["step"]) for e in state.log_history if e.get(key) == state.best_metric), None)
+
+
 def calibration_record(panel: EvaluationPanel, prefix: str, step: int, bins: int) -> dict[str, Any]:
     """Return what a file of `CalibrationCallback` holds; ``step`` is how long the weights were trained."""
     return {"schema": 2, "step": step, "split": prefix, **panel.record(bins)}
 
 
 class CalibrationCallback(TrainerCallback):
-    """Write metrics, the reliability diagram and its data to ``output_dir/calibration/`` at each evaluation.
+    """Write all metrics and the data of the reliability diagram to ``output_dir/calibration/`` at each evaluation.
 
-    In a `DPSMTrainer` it is handed what the evaluation saw. In any other Trainer it listens to the model: a forward
-    hook scores the logits of each evaluation batch against its labels and the metrics are added to what ``evaluate``
-    returns. The picture goes to Weights & Biases and TensorBoard when the Trainer reports to them.
+    The diagram itself is drawn of the last and the best evaluation of a training, when it ends, and of every one
+    outside of a training. In a `DPSMTrainer` the callback is handed what the evaluation saw. In any other Trainer it
+    listens to the model: a forward hook scores the logits of each evaluation batch against its labels and the metrics
+    are added to what ``evaluate`` returns. The picture goes to Weights & Biases and TensorBoard when the Trainer
+    reports to them.
 
     Args:
         bins: equal-width bins of the diagram; the default is ``calibration_bins`` of the arguments, or 15.
+        metrics: what is added to ``evaluate`` of another Trainer, ``"core"`` or ``"all"``; the default is
+            ``calibration_metrics`` of the arguments, or core.
+        diagrams: which evaluations are drawn, ``"final"``, ``"all"`` or ``"none"``; the default is
+            ``reliability_diagrams`` of the arguments, or final.
+
+    Raises:
+        ValueError: for another word.
     """
 
-    def __init__(self, bins: int | None = None) -> None:
+    def __init__(self, bins: int | None = None, *, metrics: str | None = None, diagrams: str | None = None) -> None:
+        for name, value, known in (
+            ("metrics", metrics, CALIBRATION_METRICS),
+            ("diagrams", diagrams, RELIABILITY_DIAGRAMS),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(
+                    f"CalibrationCallback: {name}={value!r} is unknown; choose one of {', '.join(known)}."
+                )
         self.bins = bins
+        self.metrics = metrics
+        self.diagrams = diagrams
         self._panel: EvaluationPanel | None = None
         self._batch: tuple[TokenScores, Tensor, int] | None = None
         self._loader: Any = None
@@ -139,6 +166,9 @@ class CalibrationCallback(TrainerCallback):
         self._listens = True
         self._hook: Any = None
         self._tensorboard: Any = None
+        self._training = False
+        #: What the last file of each set holds, by its prefix; on the main process.
+        self.records: dict[str, dict[str, Any]] = {}
         #: What the last file holds; on the main process.
         self.record: dict[str, Any] | None = None
 
@@ -196,6 +226,7 @@ class CalibrationCallback(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """Listen to the model that is trained, which model_init may just have made."""
+        self._training = True
         self._remove_hook()
         self._listen(kwargs.get("model"))
 
@@ -222,35 +253,85 @@ class CalibrationCallback(TrainerCallback):
                 # the shortest: compute_metrics may have returned a loss of its own, eval_<name>_loss
                 losses = [key for key in metrics if key.endswith("_loss")]
                 self._prefix = min(losses, key=len, default="eval_loss").removesuffix("_loss")
-                found = {f"{self._prefix}_{name}": value for name, value in panel.metrics().items()}
+                shown = panel.metrics() if self._metrics_of(args) == "all" else self._core(panel, args)
+                found = {f"{self._prefix}_{name}": value for name, value in shown.items()}
                 metrics.update({key: value for key, value in found.items() if key not in metrics})
         if not state.is_world_process_zero or not panel.tokens.tokens:
             return
         bins = self.bins or int(getattr(args, "calibration_bins", 15))
         record = self.record = calibration_record(panel, self._prefix, state.global_step, bins)
-        folder = Path(str(args.output_dir)) / "calibration"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{_file_name(self._prefix)}-step-{state.global_step:06d}"
-        write_json(record, folder / f"{name}.json")
+        self.records[self._prefix] = record
+        path = self._file(args, self._prefix, state.global_step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".png").unlink(missing_ok=True)  # of an earlier run: it would not show this evaluation
+        write_json(record, path)
+        if self._diagrams_of(args) == "all" or not self._training:
+            self._draw(args, state, record)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Draw the last and the best evaluation of the training; the record becomes that of the weights that stay."""
+        self._training = False
+        if not state.is_world_process_zero:
+            return
+        best = _best_step(args, state)
+        for prefix, last in list(self.records.items()):
+            records = [last]
+            if best is not None and best != last["step"] and (path := self._file(args, prefix, best)).exists():
+                records.append(read_json(path))
+                if args.load_best_model_at_end:
+                    self.records[prefix] = records[-1]
+            for record in records:
+                if not self._file(args, prefix, record["step"]).with_suffix(".png").exists():
+                    self._draw(args, state, record)
+
+    def interrupted(self) -> None:
+        """Take note that a training ended with an error: what is evaluated from now on is not part of it."""
+        self._training = False
+
+    def picture_of(self, args: TrainingArguments, record: Mapping[str, Any]) -> Path | None:
+        """Return the file of the diagram of an evaluation; None where it was not drawn."""
+        picture = self._file(args, record["split"], record["step"]).with_suffix(".png")
+        return picture if picture.exists() else None
+
+    @staticmethod
+    def _file(args: TrainingArguments, prefix: str, step: int) -> Path:
+        return Path(str(args.output_dir)) / "calibration" / f"{_file_name(prefix)}-step-{step:06d}.json"
+
+    def _metrics_of(self, args: TrainingArguments) -> str:
+        return self.metrics or str(getattr(args, "calibration_metrics", "core"))
+
+    def _diagrams_of(self, args: TrainingArguments) -> str:
+        return self.diagrams or str(getattr(args, "reliability_diagrams", "final"))
+
+    @staticmethod
+    def _core(panel: EvaluationPanel, args: TrainingArguments) -> dict[str, float]:
+        return panel.core_metrics(names_in(args.metric_for_best_model or ""))
+
+    def _draw(self, args: TrainingArguments, state: TrainerState, record: Mapping[str, Any]) -> None:
+        """Draw an evaluation beside its file, and send the picture to where the Trainer reports to."""
+        if self._diagrams_of(args) == "none":
+            return
         from ..plots.reliability import ReliabilityDisplay  # Matplotlib, which takes a second and need not be there
 
-        trained = state.global_step > 0 or state.max_steps > 0
-        display = ReliabilityDisplay.from_json(record, name=f"step {state.global_step}" if trained else "")
-        picture = display.save(folder / f"{name}.png")
-        self._send(args, state, display, picture)
+        trained = record["step"] > 0 or state.max_steps > 0
+        display = ReliabilityDisplay.from_json(record, name=f"step {record['step']}" if trained else "")
+        picture = display.save(self._file(args, record["split"], record["step"]).with_suffix(".png"))
+        self._send(args, record, display, picture)
 
-    def _send(self, args: TrainingArguments, state: TrainerState, display: ReliabilityDisplay, picture: Path) -> None:
+    def _send(
+        self, args: TrainingArguments, record: Mapping[str, Any], display: ReliabilityDisplay, picture: Path
+    ) -> None:
         report_to = args.report_to if isinstance(args.report_to, list) else [args.report_to]
-        tag = f"{self._prefix}/reliability_diagram"
+        tag = f"{record['split']}/reliability_diagram"
         if "wandb" in report_to:
             import wandb
 
             if wandb.run is not None:
-                wandb.log({tag: wandb.Image(str(picture)), "train/global_step": state.global_step})
+                wandb.log({tag: wandb.Image(str(picture)), "train/global_step": record["step"]})
         if "tensorboard" in report_to:
             if self._tensorboard is None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(log_dir=str(Path(str(args.output_dir)) / "runs" / "calibration"))
-            self._tensorboard.add_figure(tag, display.figure_, state.global_step)
+            self._tensorboard.add_figure(tag, display.figure_, record["step"])
             self._tensorboard.flush()

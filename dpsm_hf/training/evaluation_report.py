@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
-
-from ..evaluation.panel import EvaluationPanel
 
 logger = logging.get_logger(__name__)
 
@@ -22,12 +21,20 @@ class EvaluationReport:
         self._loss_explained = False
 
     def add(
-        self, panel: EvaluationPanel, output: EvalLoopOutput, prefix: str, *, seconds: float | None, smoothed: bool
+        self,
+        found: Mapping[str, float],
+        samples: int,
+        output: EvalLoopOutput,
+        prefix: str,
+        *,
+        seconds: float | None,
+        smoothed: bool,
     ) -> bool:
         """Add what an evaluation saw to the metrics of its loop; one of the user's own keeps its name.
 
         Args:
-            panel: of the evaluation.
+            found: the metrics to add, without prefix; empty if no token was scored.
+            samples: rows that were evaluated.
             output: of the loop; its metrics are changed.
             prefix: of the names.
             seconds: trained so far; None outside of training.
@@ -37,7 +44,6 @@ class EvaluationReport:
             Whether a token was scored at all.
         """
         assert output.metrics is not None  # the loop always returns a dict
-        found = panel.metrics()
         if found:
             metrics: dict[str, Any] = {f"{prefix}_{name}": value for name, value in found.items()}
             if seconds is not None:
@@ -45,7 +51,7 @@ class EvaluationReport:
             if not smoothed:
                 self._explain_loss(output.metrics.get(f"{prefix}_loss"), found["nll"], prefix)
             output.metrics.update({k: v for k, v in metrics.items() if k not in output.metrics})
-        elif panel.samples and f"{prefix}_loss" in output.metrics:
+        elif samples and f"{prefix}_loss" in output.metrics:
             # no token, no loss: a 0 would be the best that there ever was
             output.metrics[f"{prefix}_loss"] = math.nan
             logger.warning(f"no token of the data set for {prefix!r} is scored: every label is ignored.")
@@ -56,10 +62,8 @@ class EvaluationReport:
         if loss is None or abs(loss - nll) <= 1e-3 * abs(nll) or self._loss_explained:
             return
         self._loss_explained = True
-        logger.warning(
-            f"{prefix}_loss is what Trainer reports, {loss:.4g}; the mean over the scored tokens is {prefix}_nll, "
-            f"{nll:.4g}. Compare models by {prefix}_nll and {prefix}_perplexity: a mean of batches weighs short rows "
-            "more, and for some models (GPT-2) Transformers divides by one token a row too many."
+        logger.info(
+            f"{prefix}_loss ({loss:.4g}) is Trainer's mean over batches, {prefix}_nll ({nll:.4g}) over tokens."
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
 from ..evaluation.forced_tokens import forced_token_ids
-from ..evaluation.panel import EvaluationPanel, reported_names
+from ..evaluation.panel import EvaluationPanel, names_in, reported_names
 from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
 from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
@@ -48,7 +49,7 @@ from .corruption import Corruption, Corruptor
 from .evaluation_report import EvaluationReport, gathered_rows
 from .finite import FiniteNumbers, engine_steps
 from .gradient_accumulation import LossAccumulation
-from .model_card import add_objective_section, objective_section, with_equal_columns
+from .model_card import CardFacts, finish_card, last_evaluated
 from .resuming import CheckpointKeeper
 from .run_facts import RunFacts
 from .scorer import BatchRule, ScoredBatch, ScoredLoss, Scorer, SmoothedOnce, with_added_terms, with_loss
@@ -346,7 +347,12 @@ class DPSMMixin(_Base):
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            for callback in self._callbacks(CalibrationCallback):
+                callback.interrupted()
+            raise
         if self._corruptor.active:
             self._corruptor.gather(self.args.device)
             output.metrics.update({f"train_{name}": value for name, value in (self.corruption_record() or {}).items()})
@@ -428,16 +434,32 @@ class DPSMMixin(_Base):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card as `Trainer` does, with a section on the training objective and calibration."""
-        history, self.state.log_history = self.state.log_history, with_equal_columns(self.state.log_history)
+        """Write the model card: objective, calibration, use, and how to repeat it; metadata with the results.
+
+        Takes what `Trainer.create_model_card` takes. The text of another trainer class is kept and gets a section.
+        """
+        history, self.state.log_history = self.state.log_history, []  # its table would have a column a metric
         try:
             super().create_model_card(*args, **kwargs)
         finally:
             self.state.log_history = history
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and card.exists():
-            section = objective_section(self.dpsm, self.state.max_steps, self.state.log_history)
-            add_objective_section(card, section)
+            given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            finish_card(card, self._card_facts(given))
+
+    def _card_facts(self, given: Mapping[str, Any]) -> CardFacts:
+        callback = next(iter(self._callbacks(CalibrationCallback)), None)
+        records = {} if callback is None else callback.records
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        evaluated = last_evaluated(records, self.state.log_history, best)
+        shown = next((r for p, r in records.items() if evaluated and p == evaluated.split), None)
+        return CardFacts(
+            self.args, self.dpsm, self.state.max_steps, self.accelerator.unwrap_model(self.model),
+            self.processing_class is not None, "DPSMSeq2SeqTrainer" if isinstance(self, Seq2SeqTrainer) else
+            "DPSMTrainer", evaluated,
+            None if callback is None or shown is None else callback.picture_of(self.args, shown), given,
+        )  # fmt: skip
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -618,7 +640,10 @@ class DPSMMixin(_Base):
             self.panel = evaluation.finish(self.args.device)
         smoothed = bool(self.args.label_smoothing_factor)
         seconds = self._clock.seconds(self.state) if self.is_in_train else None
-        if self._evaluation_report.add(self.panel, output, metric_key_prefix, seconds=seconds, smoothed=smoothed):
+        shown = self._shown_metrics(self.panel)
+        if self._evaluation_report.add(
+            shown, self.panel.samples, output, metric_key_prefix, seconds=seconds, smoothed=smoothed
+        ):
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
             tensorboard = next((writer for writer in writers if writer is not None), None)
             for writing in self._callbacks(CalibrationCallback):
@@ -637,8 +662,27 @@ class DPSMMixin(_Base):
             generated=self._predicts_with_generate() and dpsm.generated_calibration,
         )  # fmt: skip
 
+    def _shown_metrics(self, panel: EvaluationPanel) -> dict[str, float]:
+        """Return the metrics of an evaluation that are logged and returned, without prefix; `panel` keeps all."""
+        if self.dpsm.calibration_metrics == "all":
+            return panel.metrics()
+        also = names_in(self.args.metric_for_best_model or "")
+        if self.dpsm.alpha_schedule == "feedback":
+            also |= names_in(self.dpsm.alpha_feedback_metric)
+        return panel.core_metrics(also)
+
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+
+    def with_all_metrics(self, metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
+        """Return the metrics of the evaluation that has just ended with those that ``calibration_metrics`` left out.
+
+        Args:
+            metrics: as `evaluate` or `predict` returned them.
+            prefix: of their names.
+        """
+        found = {} if self.panel is None else self.panel.metrics()
+        return {**metrics, **{key: v for n, v in found.items() if (key := f"{prefix}_{n}") not in metrics}}
 
     @property
     def calibration(self) -> TokenCalibration | None:

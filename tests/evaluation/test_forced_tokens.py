@@ -44,7 +44,9 @@ def trainer(folder: Path, **options: Any) -> DPSMSeq2SeqTrainer:
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64, dropout=0.0,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=1, decoder_start_token_id=EOS, forced_bos_token_id=BOS,
     ))  # fmt: skip
-    args = DPSMSeq2SeqConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options)
+    args = DPSMSeq2SeqConfig(
+        output_dir=str(folder), calibration_metrics="all", use_cpu=True, disable_tqdm=True, **options
+    )
     return DPSMSeq2SeqTrainer(model=model, args=args)
 
 

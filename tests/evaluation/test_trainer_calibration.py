@@ -52,7 +52,8 @@ def text_trainer(folder: Path, **options: Any) -> tuple[DPSMTrainer, Any, Datase
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2,
                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None)  # fmt: skip
-    args = DPSMConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    args = DPSMConfig(output_dir=str(folder), calibration_metrics="all", use_cpu=True, disable_tqdm=True,
+                             dataloader_pin_memory=False,
                       per_device_eval_batch_size=2, **options)  # fmt: skip
     trainer = DPSMTrainer(model=GPT2LMHeadModel(config), args=args, processing_class=tokenizer, eval_dataset=rows)
     trainer.remove_callback(CalibrationCallback)
@@ -251,7 +252,8 @@ def test_rouge_of_words_where_texts_can_be_decoded(tmp_path: Path) -> None:
                    decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=end,
                    bos_token_id=end, eos_token_id=end, decoder_start_token_id=end, max_position_embeddings=32)
     )  # fmt: skip
-    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, predict_with_generate=True,
+    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), calibration_metrics="all", use_cpu=True, disable_tqdm=True,
+                             predict_with_generate=True,
                              generation_max_length=8, dataloader_pin_memory=False)  # fmt: skip
     collator = DataCollatorForSeq2Seq(tokenizer, model=model)
     trainer = DPSMSeq2SeqTrainer(

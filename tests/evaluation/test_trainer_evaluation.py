@@ -19,7 +19,8 @@ from tests.tiny import LENGTH, VOCAB, make_data, make_model
 
 
 def test_generation_and_calibration_in_one_evaluation(tmp_path: Path) -> None:
-    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, predict_with_generate=True,
+    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), calibration_metrics="all", use_cpu=True, disable_tqdm=True,
+                             predict_with_generate=True,
                              generation_max_length=6, per_device_eval_batch_size=3)  # fmt: skip
     shapes: list[Any] = []
 
@@ -153,7 +154,13 @@ def test_names_of_evaluation_sets_become_file_names(tmp_path: Path) -> None:
 
 
 def test_generation_arguments_in_a_plain_dpsm_trainer_do_no_harm(tmp_path: Path) -> None:
-    args = DPSMSeq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, predict_with_generate=True)
+    args = DPSMSeq2SeqConfig(
+        output_dir=str(tmp_path),
+        calibration_metrics="all",
+        use_cpu=True,
+        disable_tqdm=True,
+        predict_with_generate=True,
+    )
     trainer = DPSMTrainer(model=make_model("gpt2"), args=args, eval_dataset=make_data("gpt2", rows=3),
                           compute_metrics=lambda prediction: {"rows": len(prediction.predictions)})  # fmt: skip
     assert trainer.evaluate()["eval_rows"] == 3

@@ -175,7 +175,10 @@ def test_without_a_histogram_the_bins_stand_in_at_the_same_scale() -> None:
 
 def test_the_title_gives_interval_and_null_level_of_the_bins_drawn() -> None:
     display = ReliabilityDisplay.from_json(RECORD, "ce", scaled=False)
-    assert display.title() == "eval · 20 tokens · 4 bins · ECE 0.110, 95 %: 0.0400–0.123 · null 0.0512"
+    assert (
+        display.title()
+        == "eval · 20 tokens · 4 bins · ECE 0.110, 95 %: 0.0400–0.123 · perfectly calibrated: about 0.0512"
+    )
     other = {"metrics": {"ece_15_null": 0.9}, "intervals": {"ece_15": [0.8, 0.9]}, "curve": CURVE}
     assert ReliabilityDisplay.from_json(other).title() == "20 tokens · 4 bins · ECE 0.110"
     unknown = {"metrics": {"ece_4_null": None}, "intervals": {"ece_4": [None, None]}, "curve": CURVE}
@@ -198,7 +201,10 @@ def test_figures_of_a_record_are_those_of_its_metrics(bins: int) -> None:
         record["metrics"][f"ece_{bins}_null"],
     ]
     ece, low, high, null = (f"{value:.4f}" if value < 0.1 else f"{value:.3f}" for value in shown)
-    assert display.title() == f"eval · 3,000 tokens · {bins} bins · ECE {ece}, 95 %: {low}–{high} · null {null}"
+    assert (
+        display.title()
+        == f"eval · 3,000 tokens · {bins} bins · ECE {ece}, 95 %: {low}–{high} · perfectly calibrated: about {null}"
+    )
 
 
 # ---- before and after temperature -----------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ def test_several_models_with_their_scaled_curves() -> None:
     raw, scaled = line(display.ax_, "ce (ECE"), line(display.ax_, "ce at T")
     assert raw.get_color() == scaled.get_color() and raw.get_linewidth() > scaled.get_linewidth()
     assert intervals(display.ax_) == [[(0.1, 0.06, 0.51), (0.6, 0.19, 0.81), (0.9, 0.3, 0.95)]] * 2
-    assert display.title() == "eval · 20 tokens · 4 bins · null ECE 0.0512"
+    assert display.title() == "eval · 20 tokens · 4 bins · ECE if perfectly calibrated: about 0.0512"
     plain = ReliabilityDisplay.overlay(displays, scaled=False).plot()
     assert plain.ece_scaled == {} and not any("T =" in label for label in legend(plain))
     assert displays[0].ece_scaled, "the displays that were overlaid keep theirs"

@@ -33,6 +33,8 @@ TYPED = {
     "fused_head": "off",
     "chunk_tokens": "64",
     "calibration_bins": "20",
+    "calibration_metrics": "all",
+    "reliability_diagrams": "none",
     "classwise_tokens": "50",
     "fit_temperature": "true",
     "ignore_forced_tokens": "true",
@@ -94,6 +96,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.alpha_feedback_gain == 1.5 and args.alpha_feedback_limit == 0.05 and args.score_smoothing == 0.1
     assert type(args.calibration_bins) is int and type(args.alpha_warmup_steps) is float
     assert args.alpha_feedback_metric == "eval_dev_signed_gap"
+    assert (args.calibration_metrics, args.reliability_diagrams) == ("all", "none")
     assert args.classwise_tokens == 50 and args.fit_temperature is True and args.ignore_forced_tokens is True
     assert args.generated_calibration is False and args.expected_depth is True
     assert args.log_component_grad_norms is True

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from dpsm_hf import (
@@ -53,6 +53,7 @@ def arguments(cls: type, folder: Path, **options: Any) -> Any:
 
 def dpsm_trainer(folder: Path, callbacks: list[Any] | None = None, name: str = "gpt2", **options: Any) -> DPSMTrainer:
     data = make_data(name, 8)
+    options.setdefault("calibration_metrics", "all")
     return DPSMTrainer(make_model(name), arguments(DPSMConfig, folder, **options), train_dataset=data,
                        eval_dataset=data, callbacks=callbacks)  # fmt: skip
 
@@ -133,7 +134,9 @@ def test_it_warns_when_a_resumed_run_has_another_schedule(tmp_path: Path, warned
 
 
 def test_files_of_every_evaluation(tmp_path: Path) -> None:
-    trainer = dpsm_trainer(tmp_path, eval_strategy="steps", eval_steps=1, calibration_bins=20)
+    trainer = dpsm_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=1, calibration_bins=20, reliability_diagrams="all"
+    )
     trainer.train()
     names = sorted(p.name for p in (tmp_path / "calibration").iterdir())
     assert names == [f"eval-step-{i:06d}.{kind}" for i in (1, 2, 3) for kind in ("json", "png")]
@@ -218,7 +221,7 @@ def test_plain_arguments_have_the_callbacks_too(tmp_path: Path, capsys: pytest.C
         "DPSM | linear: alpha 0 -> 1 over 1 steps (of 3); from step 1 on the Brier score alone (67% of training). "
         "To change it: args=DPSMConfig(scoring_rule=..., alpha_schedule=...)\n"
     ) in capsys.readouterr().out
-    metrics = trainer.evaluate()
+    metrics = trainer.with_all_metrics(trainer.evaluate())
     saved = record(tmp_path, "eval-step-000003.json")
     assert metrics["eval_tokens"] == saved["tokens"] and saved["metrics"]["nll"] == metrics["eval_nll"]
     assert (tmp_path / "calibration" / "eval-step-000003.png").exists()
@@ -274,7 +277,7 @@ def test_every_set_has_a_file_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart"])
 def test_in_a_plain_trainer_as_in_ours(name: str, tmp_path: Path) -> None:
     ours = dpsm_trainer(tmp_path / "ours", name=name).evaluate()
-    plain = plain_trainer(tmp_path / "plain", CalibrationCallback(), name)
+    plain = plain_trainer(tmp_path / "plain", CalibrationCallback(metrics="all"), name)
     found = plain.evaluate()
     keys = [f"eval_{key}" for key in METRICS if key != "confidence_auroc"]
     assert {key: found[key] for key in keys} == pytest.approx({key: ours[key] for key in keys}, rel=1e-6, abs=1e-9)
@@ -295,14 +298,14 @@ def test_in_a_plain_trainer_while_training(tmp_path: Path) -> None:
 
 
 def test_prediction_does_not_leak_into_the_next_evaluation(tmp_path: Path) -> None:
-    trainer = plain_trainer(tmp_path, CalibrationCallback())
+    trainer = plain_trainer(tmp_path, CalibrationCallback(metrics="all"))
     expected = trainer.evaluate()["eval_tokens"]
     trainer.predict(make_data("gpt2", 5))
     assert trainer.evaluate()["eval_tokens"] == expected
 
 
 def test_an_interrupted_evaluation_and_own_calls_do_not_leak(tmp_path: Path) -> None:
-    trainer = plain_trainer(tmp_path, CalibrationCallback())
+    trainer = plain_trainer(tmp_path, CalibrationCallback(metrics="all"))
     expected = trainer.evaluate()["eval_tokens"]
     step = trainer.prediction_step
     calls = []
@@ -347,6 +350,105 @@ def test_it_says_when_it_sees_nothing(tmp_path: Path, warned: pytest.LogCaptureF
     assert "saw no scored token in this evaluation: the model was called without labels" in warned.text
 
 
+# ---- what is logged, and what is drawn -----------------------------------------------------------------------------
+
+CORE = ("nll", "perplexity", "brier", "ece_15", "signed_gap", "token_accuracy")
+#: What an evaluation returns besides: Trainer's own.
+OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "train_seconds")
+FIRST = "model_preparation_time"
+
+
+def test_the_log_has_six_figures_and_the_file_has_all(tmp_path: Path) -> None:
+    trainer = dpsm_trainer(tmp_path, eval_strategy="steps", eval_steps=3, calibration_metrics="core")
+    trainer.train()
+    logged = next(e for e in trainer.state.log_history if "eval_loss" in e)
+    assert {key for key in logged if key.startswith("eval_")} == {f"eval_{name}" for name in (*CORE, *OF_TRAINER)}
+    trainer.use_temperature(2.0)
+    returned = trainer.evaluate()
+    shown = [*CORE, *(f"{name}_scaled" for name in CORE if name != "token_accuracy"), "temperature", *OF_TRAINER[:-1]]
+    assert {key for key in returned if key.startswith("eval_")} == {f"eval_{name}" for name in shown}
+    reported = record(tmp_path, "eval-step-000003.json")["reported"]
+    everything = dpsm_trainer(tmp_path / "all")
+    everything.model.load_state_dict(trainer.model.state_dict())
+    everything.use_temperature(2.0)
+    all_of_them = everything.evaluate()
+    figures = {
+        k.removeprefix("eval_"): v
+        for k, v in all_of_them.items()
+        if k[5:] not in (*OF_TRAINER, FIRST) and k != "epoch"
+    }
+    assert reported == figures and len(figures) > 50
+    full = trainer.with_all_metrics(returned)
+    assert (
+        set(full) - {"epoch"} == set(all_of_them) - {"epoch", f"eval_{FIRST}"}
+        and {key: full[key] for key in returned} == returned
+    )
+
+
+@pytest.mark.parametrize("metric", ["debiased_ece", "eval_ece_15_low"])
+def test_the_metric_that_chooses_the_best_is_logged_too(metric: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "calibration_metrics": "core"}
+    trainer = dpsm_trainer(tmp_path, metric_for_best_model=metric, **options)
+    trainer.train()
+    logged = [e for e in trainer.state.log_history if "eval_loss" in e]
+    key = f"eval_{metric.removeprefix('eval_')}"
+    assert trainer.state.best_metric == min(e[key] for e in logged)
+    assert {k for e in logged for k in e if k.startswith("eval_")} == {f"eval_{n}" for n in (*CORE, *OF_TRAINER)} | {
+        key
+    }
+
+
+def test_the_metric_of_a_feedback_schedule_is_logged_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "calibration_metrics": "core"}
+    options |= {"alpha_schedule": "feedback", "alpha_feedback_metric": "eval_confidence", "alpha_end": 0.5}
+    trainer = dpsm_trainer(tmp_path, **options)
+    trainer.train()
+    alphas = [e["alpha"] for e in trainer.state.log_history if "alpha" in e]
+    assert len(set(alphas)) > 1, "alpha does not move"
+
+
+def test_a_plain_trainer_is_calm_too(tmp_path: Path) -> None:
+    found = plain_trainer(tmp_path, CalibrationCallback()).evaluate()
+    assert {key for key in found if key.startswith("eval_")} >= {f"eval_{name}" for name in CORE}
+    assert "eval_ece_100" not in found
+    with pytest.raises(ValueError, match="metrics='few' is unknown; choose one of core, all"):
+        CalibrationCallback(metrics="few")
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "calibration").glob("*.png"))
+
+
+def test_the_last_and_the_best_evaluation_are_drawn(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "learning_rate": 1e-2}
+    trainer = dpsm_trainer(tmp_path, metric_for_best_model="nll", greater_is_better=True, **options)
+    stale = tmp_path / "calibration" / "eval-step-000002.png"
+    stale.parent.mkdir()
+    stale.touch()  # of an earlier run in this folder
+    trainer.train()
+    assert trainer.state.best_metric == trainer.state.log_history[1]["eval_nll"], "the first is not the worst"
+    assert pictures(tmp_path) == ["eval-step-000001.png", "eval-step-000004.png"]
+    assert len(list((tmp_path / "calibration").glob("*.json"))) == 4
+    trainer.evaluate(metric_key_prefix="test")
+    assert "test-step-000004.png" in pictures(tmp_path), "outside of a training every evaluation is drawn"
+    none = dpsm_trainer(tmp_path / "none", reliability_diagrams="none", **options)
+    none.train()
+    none.evaluate()
+    assert pictures(tmp_path / "none") == []
+
+
+def test_after_an_interrupted_training_evaluations_are_drawn(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = dpsm_trainer(tmp_path, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.evaluate()
+    assert pictures(tmp_path) == ["eval-step-000001.png"]
+
+
 # ---- where the picture goes, and how files are written -------------------------------------------------------------
 
 
@@ -366,7 +468,9 @@ def test_the_picture_goes_to_tensorboard(ours: bool, tmp_path: Path, monkeypatch
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     options: dict[str, Any] = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 2}
     trainer: Trainer = (
-        dpsm_trainer(tmp_path, **options) if ours else plain_trainer(tmp_path, CalibrationCallback(), **options)
+        dpsm_trainer(tmp_path, reliability_diagrams="all", **options)
+        if ours
+        else plain_trainer(tmp_path, CalibrationCallback(diagrams="all"), **options)
     )
     trainer.train()
     assert events(tmp_path) == [(2, "eval/reliability_diagram"), (3, "eval/reliability_diagram")]

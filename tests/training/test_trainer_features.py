@@ -212,32 +212,6 @@ def test_saved_model_is_the_plain_model(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_model_card_is_written_where_the_first_evaluation_has_fewer_figures_than_the_others() -> None:
-    trainer = cases.build("gpt2", max_steps=2, eval_strategy="steps", eval_steps=1)
-    train(trainer)
-    history = trainer.state.log_history
-    later = [entry for entry in history if "eval_loss" in entry][-1]
-    later["eval_generated_tokens"] = 12.0  # as after empty texts before training
-    before = [dict(entry) for entry in history]
-    trainer.create_model_card(model_name="tiny")
-    card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert "Generated Tokens" in card and "12.0" in card
-    assert trainer.state.log_history is history and history == before
-
-
-def test_model_card_says_what_was_trained_and_how_calibrated_it_is() -> None:
-    trainer = cases.build("gpt2", max_steps=4, label_smoothing_factor=0.1)
-    train(trainer)
-    trainer.evaluate()
-    for _ in range(2):  # a second call replaces the section
-        trainer.create_model_card(model_name="tiny")
-    card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert card.count("## Training objective") == 1
-    assert "linear: alpha 0 -> 1 over 1 steps (of 4)" in card and "label_smoothing_factor=0.1" in card
-    assert "| ECE, 15 equal-width bins |" in card
-    assert card.startswith("---")  # the metadata block of the hub is still the head of the file
-
-
 def test_default_objective_of_a_search_is_that_of_trainer(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     data = make_data("gpt2")

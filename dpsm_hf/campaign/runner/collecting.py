@@ -146,6 +146,10 @@ def _outcome_of_files(
         content = read_if_whole(path)
         if content.get("split") in _SPLITS:
             calibration[_SPLITS[content["split"]]] = content
+    for split, content in calibration.items():
+        shown, reported = metrics.get(split, {}), content.get("reported", {})
+        if shown and shown.get("nll") == reported.get("nll"):  # the same evaluation, of which the log shows a part
+            metrics[split] = {**reported, **shown}
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second") is not None]
     speed = statistics.median(speeds) if speeds else None
     efficiency = {"tokens_per_second": speed, "steps": newest_state(folder).get("global_step")}
