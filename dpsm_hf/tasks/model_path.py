@@ -12,10 +12,12 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from ..models.pretrained import named_model
 from ..rules.scoring_rules import Objective
 from ..training.arguments import DPSMConfig
 from ..training.scorer import BatchRule, Scorer
 from . import task_of_model
+from .adapters import base_of
 
 #: Entries of the vocabulary and layers of the copy; nothing that is asked for depends on more of them.
 _VOCABULARY, _LAYERS = 64, 1
@@ -30,12 +32,14 @@ def path_of(name: str) -> list[Finding]:
     """Return what is found about a model: name, words, and ok, warning or error.
 
     Args:
-        name: of the model on the hub, or its folder; only its configuration is read.
+        name: of the model on the hub, its folder, or a name that this package knows; only its configuration is read.
+            Of a PEFT adapter the base is asked about.
 
     Raises:
         OSError, ValueError: there is no such configuration, or no language model has one of its kind.
     """
-    config = AutoConfig.from_pretrained(name)
+    source = named_model(name)
+    config = AutoConfig.from_pretrained(base_of(source) or source)
     task = task_of_model(config)
     model = _shallow(config, task.auto_model)
     found: list[Finding] = [("class", type(model).__name__, "ok")]

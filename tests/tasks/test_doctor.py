@@ -67,6 +67,20 @@ def test_which_path_a_model_takes(config: Any, labels: str, fused: str, tmp_path
     assert ("adds a term of its own" in said["own loss"][0]) == isinstance(config, MixtralConfig)
 
 
+def test_of_an_adapter_the_base_is_asked_about(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    GPT2Config().save_pretrained(base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"})
+    )
+    assert path_of(str(adapter)) == path_of(str(base))
+
+
+def test_a_model_that_the_package_knows_by_name(smollm2: Path) -> None:
+    assert path_of("smollm2-135m")[0] == ("class", "LlamaForCausalLM", "ok")
+
+
 def test_what_is_no_language_model_is_said(tmp_path: Path) -> None:
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="ViTConfig"):  # a line of the report, like every error
