@@ -9,6 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -157,10 +158,13 @@ def _as_list(value: Any) -> Any:
 
 
 def _check_json(name: str, text: str) -> None:
-    """Refuse a text for keys with values that is neither JSON nor, where files are read, possibly a path."""
+    """Refuse a text for keys with values that is neither JSON nor, where files are read, possibly the path of one."""
     if not text.startswith("{"):
         if name.endswith("_kwargs"):
             raise ValueError("should be keys with values as JSON, for instance '{\"num_cycles\": 2}'")
+        path = Path(text)  # of another machine, perhaps: it need not be here
+        if text and not (path.suffix in (".json", ".yaml", ".yml") or len(path.parts) > 1 or path.is_file()):
+            raise ValueError("should be keys with values as JSON, or the path of a JSON file")
         return
     try:
         json.loads(text)
