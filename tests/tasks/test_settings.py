@@ -165,7 +165,7 @@ def test_help_shows_defaults_and_the_settings_file(task, capsys):
         ("run_name: [a]", r"run_name = \['a'\] in .*:6 should be text"),
         ("lr_scheduler_kwargs: '{\"a\"'", r"lr_scheduler_kwargs = .* in .*:6 should be keys with values as JSON"),
         ("fsdp_config: 5", r"fsdp_config = .* in .*:6 should be"),
-        ("fsdp_config: five", r"fsdp_config = .* in .*:6 should be keys with values as JSON, or the path of a JSON file"),
+        ("fsdp_config: five", r"fsdp_config = .* in .*:6 should be keys with values as JSON, or the path of a JSON"),
         ("lr_scheduler_kwargs: twice", r"lr_scheduler_kwargs = .* in .*:6 should be keys with values as JSON"),
         ("liger_kernel_config: {rope: maybe}", r"liger_kernel_config = .* in .*:6 should be keys with values"),
         ("per_device_train_batch_size: 0", r"per_device_train_batch_size = 0 in .*:6 should be at least 1"),
