@@ -56,7 +56,11 @@ def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) 
         trainer = Trainer(model=model, args=TrainingArguments(prediction_loss_only=True, **common))
     else:
         classes = 50 if variant == VARIANTS[2] else 0
-        args = TrainingArguments(**common) if not classes else DPSMConfig(classwise_tokens=classes, **common)
+        args = (
+            TrainingArguments(**common)
+            if not classes
+            else DPSMConfig(classwise_tokens=classes, calibration_metrics="all", **common)
+        )
         ours = trainer = DPSMTrainer(model=model, args=args)
         if classes:
             ours.callback_handler.callbacks = []  # no pictures: they are not part of the comparison

@@ -101,6 +101,7 @@ def make_trainer(tmp_path: Path, model: nn.Module, data: Dataset, **arguments: A
     defaults: dict[str, Any] = dict(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=SAMPLES, per_device_eval_batch_size=SAMPLES,
         chunk_tokens=CHUNK, use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, alpha_warmup_steps=2,
+        calibration_metrics="all",
     )  # fmt: skip
     args = DPSMConfig(**{**defaults, **arguments})
     return DPSMTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)

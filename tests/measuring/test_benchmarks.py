@@ -193,7 +193,8 @@ def test_evaluations(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> No
 def test_evaluations_do_the_same_work() -> None:
     # what is compared are evaluations of the same tokens by the same weights
     plain, ours, all_of_it = (evaluation.make_evaluation(v, "fp32", 600, True)() for v in evaluation.VARIANTS)
-    assert ours["eval_tokens"] == all_of_it["eval_tokens"] == 2 * (evaluation.LENGTH - 1)
+    assert all_of_it["eval_tokens"] == 2 * (evaluation.LENGTH - 1)
+    assert ours["eval_nll"] == pytest.approx(all_of_it["eval_nll"], rel=1e-9)
     assert ours["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
     assert "eval_nll" not in plain and "eval_ece_15" in ours and "eval_classwise_ece" not in ours
     assert all_of_it["eval_temperature"] == 1.1 and all_of_it["eval_classwise_ece"] > 0

@@ -178,7 +178,9 @@ def test_evaluation_scores_what_the_model_scores() -> None:
     rows = [{key: value[i] for key, value in batch().items()} for i in range(4)]
     evaluated = DPSMTrainer(
         model=model,
-        args=DPSMConfig(output_dir=cases.FOLDER.name, use_cpu=True, disable_tqdm=True, report_to="none"),
+        args=DPSMConfig(
+            output_dir=cases.FOLDER.name, use_cpu=True, disable_tqdm=True, report_to="none", calibration_metrics="all"
+        ),
         eval_dataset=rows,
     ).evaluate()
     assert evaluated["eval_nll"] == pytest.approx(float(model(**batch()).loss), rel=1e-5)

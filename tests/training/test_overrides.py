@@ -46,7 +46,7 @@ def build(kind: Any, name: str, generates: bool, folder: Path, **options: Any) -
     args = config(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=2,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=2,
-        eval_strategy="steps", eval_steps=1, **options,
+        eval_strategy="steps", eval_steps=1, calibration_metrics="all", **options,
     )  # fmt: skip
     data = {"train_dataset": make_data(name, 16), "eval_dataset": make_data(name, 7, seed=1)}
     trainer = kind(model=make_model(name, 0.1), args=args, **data)

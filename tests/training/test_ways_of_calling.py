@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -306,13 +307,16 @@ def test_a_loss_that_is_not_the_mean_over_tokens_is_explained_where_it_is_report
 ) -> None:
     """Transformers counts the first token of a row of GPT-2, which nothing predicts."""
     monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO, "dpsm_hf.training.trainer")
     for name, explained in (("llama", False), ("gpt2", True)):
         caplog.clear()
         trainer = build(DPSMTrainer, name, tmp_path)
         metrics = trainer.evaluate()
         trainer.evaluate()
-        words = f"the mean over the scored tokens is eval_nll, {metrics['eval_nll']:.4g}"
-        assert caplog.text.count(words) == explained, "once where they differ"
+        words = f"is Trainer's mean over batches, eval_nll ({metrics['eval_nll']:.4g}) over tokens."
+        said = [record for record in caplog.records if words in record.getMessage()]
+        assert len(said) == explained, "once where they differ"
+        assert all(record.levelno == logging.INFO for record in said)
 
 
 # ---- found by attack -----------------------------------------------------------------------------------------------
