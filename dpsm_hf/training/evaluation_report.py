@@ -62,7 +62,7 @@ class EvaluationReport:
         if loss is None or abs(loss - nll) <= 1e-3 * abs(nll) or self._loss_explained:
             return
         self._loss_explained = True
-        logger.info(
+        logger.warning(
             f"{prefix}_loss ({loss:.4g}) is Trainer's mean over batches, {prefix}_nll ({nll:.4g}) over tokens."
         )
 
