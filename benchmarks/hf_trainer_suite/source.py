@@ -44,7 +44,7 @@ def checked(folder: Path) -> Path:
     """
     if not (folder / TESTS).is_dir():
         raise FileNotFoundError(
-            f"--source {folder} has no {TESTS.as_posix()}: give the folder that `git clone {URL}` made."
+            f"--source {folder} has no {TESTS.as_posix()}: name the folder that `git clone {URL}` made."
         )
     return folder.resolve()
 

@@ -279,9 +279,9 @@ def _paragraphs(data: Any, facts: CardFacts) -> dict[str, str]:
     """Return what the card of a plain trainer says around the section."""
     base = data.base_model
     where = _results(data, facts)
-    origin = f"[{base}](https://huggingface.co/{base})," if base else "A model"
-    kind = "An adapter (PEFT) for " if facts.adapter and base else "A fine-tuned version of " if base else ""
-    on = f" on {where[0].dataset_name}," if where and where[0].dataset_name != "unknown" else ""
+    kind = "An adapter (PEFT) for" if facts.adapter else "A fine-tuned version of"
+    origin = f"{kind} [{base}](https://huggingface.co/{base})" if base else "A model that was trained from scratch"
+    on = f" on {where[0].dataset_name}" if where and where[0].dataset_name != "unknown" else ""
     peft = ""
     if facts.adapter:
         import peft as peft_package
@@ -290,7 +290,7 @@ def _paragraphs(data: Any, facts: CardFacts) -> dict[str, str]:
     processes = facts.args.world_size
     return {
         "name": str(data.model_name),
-        "origin": f"{kind}{origin}{on}".rstrip(",") + ",",
+        "origin": f"{origin}{on}, {'trained with' if base else 'with'} dpsm_hf {__version__}.",
         "use": _use(data, facts),
         "reproduce": _reproduce(facts),
         "versions": f"On {processes} process{'es' if processes > 1 else ''}; dpsm_hf {__version__}, Transformers "

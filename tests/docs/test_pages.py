@@ -132,6 +132,8 @@ def test_commands_are_what_the_parsers_take(path: Path, outside: Path) -> None:
                 parse(by_command[task], rest, base[by_command[task]])
             case ["dpsm", "campaign", *rest]:
                 build_parser().parse_args(rest)
+            case ["dpsm", "doctor", *rest]:
+                assert {word for word in rest if word.startswith("--")} <= {"--model", "--json"}, command
             case ["dpsm", "calibrate", *rest]:
                 calibrate.parser().parse_args(rest)
             case ["pip" | "nsys", *_] | ["python", "-m", *_]:
