@@ -166,6 +166,15 @@ def test_a_checkpoint_without_digests_is_taken_as_ever(run: Path) -> None:
     assert examine(run / "checkpoint-4").sound
 
 
+def test_a_part_that_has_no_digest_is_not_compared(run: Path) -> None:
+    """An engine or a callback may write a part that the facts do not know."""
+    facts = run / "checkpoint-4" / "run_facts.json"
+    known = json.loads(facts.read_text(encoding="utf-8"))
+    del known["digests"]["scheduler.pt"]
+    facts.write_text(json.dumps(known), encoding="utf-8")
+    assert examine(run / "checkpoint-4").sound
+
+
 def test_what_was_exchanged_on_purpose_is_taken_without_the_facts(run: Path) -> None:
     exchanged("model.safetensors")(run / "checkpoint-4")
     with pytest.raises(ValueError, match=r"checkpoint-4.*model\.safetensors is another.*delete run_facts\.json"):
