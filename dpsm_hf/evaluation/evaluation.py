@@ -1,4 +1,4 @@
-"""One evaluation of one data set: what it asks of the scores of its batches, and where it adds them up."""
+"""`Evaluation`: request and add up the token scores of one evaluation of one data set."""
 
 from __future__ import annotations
 

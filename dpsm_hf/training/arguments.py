@@ -265,7 +265,7 @@ def dpsm_arguments(args: TrainingArguments) -> DPSMArguments:
 
 
 def check_no_foreign_fields(args: Any, config: str) -> None:
-    """Look whether arguments that are not ours have fields of DPSM, which would be ignored.
+    """Check whether arguments that are not ours have fields of DPSM, which would be ignored.
 
     Args:
         args: of a trainer.

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be gone on from: each of its files looked at, before anything is loaded from it."""
+"""Check whether training can resume from a checkpoint, by examining each of its files before loading any."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
 
 
 def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: bool) -> None:
-    """Look whether a training batch has labels, where something has to be computed from them.
+    """Check whether a training batch has labels, where something has to be computed from them.
 
     Args:
         inputs: the batch.
@@ -74,7 +74,7 @@ def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: b
 
 
 def check_train_dataset(dataset: Any, vocab_size: int | None) -> None:
-    """Look whether there is anything to train on, and for labels that the model has no logit for.
+    """Check whether there is anything to train on, and for labels that the model has no logit for.
 
     Args:
         dataset: the training set.
@@ -124,7 +124,7 @@ def check_dataset_labels(dataset: Any, vocab_size: int | None, name: str) -> Non
 
 
 def check_calibration_dataset(dataset: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """Look whether a temperature would be fitted on the very data that the model learns from or is judged by.
+    """Check whether a temperature would be fitted on the very data that the model learns from or is judged by.
 
     Raises:
         ValueError: if it is one of the other sets, the same object or row by row, or empty.
@@ -152,7 +152,7 @@ def _same_rows(one: Any, other: Any) -> bool:
 
 
 def check_other_losses(trainer: Trainer, scoring_rule: str) -> None:
-    """Look whether something else would compute the loss of a trainer in place of a scoring rule.
+    """Check whether something else would compute the loss of a trainer in place of a scoring rule.
 
     Raises:
         ValueError: if so.
@@ -173,7 +173,7 @@ def check_other_losses(trainer: Trainer, scoring_rule: str) -> None:
 
 
 def check_best_metric(args: TrainingArguments, eval_dataset: Any, *, own_metrics: bool = False) -> None:
-    """Look whether the checkpoint that ``metric_for_best_model`` chooses is the best one.
+    """Check whether the checkpoint that ``metric_for_best_model`` chooses is the best one.
 
     With plain TrainingArguments, which take more to be better of all but a loss, the direction is put right.
 
@@ -205,7 +205,7 @@ def check_best_metric(args: TrainingArguments, eval_dataset: Any, *, own_metrics
 
 
 def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
-    """Look whether any evaluation reports the metric that a feedback schedule reads.
+    """Check whether any evaluation reports the metric that a feedback schedule reads.
 
     Args:
         arguments: the DPSM fields in force.

@@ -20,7 +20,7 @@ _PARTS = {"grad_norm_ce": Objective("ce"), "grad_norm_brier": Objective("brier")
 
 
 def check_component_norms(trainer: Trainer, *, owns_loss: bool) -> None:
-    """Look whether the norms can be measured in a training.
+    """Check whether the norms can be measured in a training.
 
     Raises:
         ValueError: if weights are sharded, activation checkpointing is re-entrant, or the loss is not computed by a

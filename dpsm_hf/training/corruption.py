@@ -69,7 +69,7 @@ class Corruptor:
         return self.flips is not None or self.swaps is not None
 
     def check(self, trainer: Trainer) -> None:
-        """Look whether a trainer's batches can be corrupted so.
+        """Check whether a trainer's batches can be corrupted so.
 
         Raises:
             ValueError: if the loss, the parallelism or the model leaves no place for it, or a step has a single pair.

@@ -1,4 +1,4 @@
-"""Digests of the files of a checkpoint: one that was exchanged, or has another bit, is told from the one saved."""
+"""Digests of a checkpoint's files, by which a file that was exchanged or has a flipped bit is recognised."""
 
 from __future__ import annotations
 

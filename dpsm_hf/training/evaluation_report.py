@@ -1,4 +1,4 @@
-"""What an evaluation saw, put beside the metrics of `Trainer`'s loop."""
+"""Add the token metrics of an evaluation to the metrics that `Trainer` returns and logs."""
 
 from __future__ import annotations
 

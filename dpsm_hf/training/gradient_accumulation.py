@@ -1,4 +1,4 @@
-"""Whether the loss of a micro-batch is the part that it has in its optimizer step, or its own mean."""
+"""Tell `Trainer` whether a micro-batch's loss is already divided by the tokens of its whole optimizer step."""
 
 from __future__ import annotations
 

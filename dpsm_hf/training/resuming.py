@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: from a sound one, exactly, or with a word before training about what is different."""
+"""Resume from a checkpoint: exactly from a sound one, otherwise with a warning that names the differences."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class CheckpointKeeper:
     # ---- loading ---------------------------------------------------------------------------------------------------
 
     def check_model(self, trainer: Trainer, checkpoint: str) -> None:
-        """Look whether the weights that are about to be loaded are those of another model.
+        """Check whether the weights that are about to be loaded are those of another model.
 
         Args:
             trainer: whose model it is.
@@ -209,7 +209,7 @@ class CheckpointKeeper:
 
     @contextmanager
     def loading_optimizer(self, trainer: Trainer, checkpoint: str | None) -> Iterator[None]:
-        """Look whether the states of optimizer and scheduler that are loaded meanwhile are those of another kind.
+        """Check whether the states of optimizer and scheduler that are loaded meanwhile are those of another kind.
 
         Args:
             trainer: whose optimizer and scheduler they are.

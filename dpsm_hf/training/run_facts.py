@@ -1,4 +1,4 @@
-"""What a run says of itself in its checkpoints, so that going on with other data or settings does not pass unseen."""
+"""Facts of a run that are saved with each checkpoint, to notice changed data or settings when it is resumed."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Batch:
     alignment: Alignment  #: which label a row of the logits predicts
     denominator: Tensor | int  #: the loss is the sum over tokens divided by this
     share: Tensor  #: of this batch in its optimizer step
-    own_loss: OwnLoss | None = None  #: what the model's own loss is made of; None if it has not been asked
+    own_loss: OwnLoss | None = None  #: what the model's own loss consists of; None if not measured yet
 
     @property
     def labelled_inputs(self) -> dict[str, Any]:

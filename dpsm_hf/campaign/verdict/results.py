@@ -1,4 +1,4 @@
-"""Figures at the points of a campaign's design, and their pairs: the same seed and setting, another variation."""
+"""The results at the points of a campaign, and their pairs: same seed and setting, another variation."""
 
 from __future__ import annotations
 

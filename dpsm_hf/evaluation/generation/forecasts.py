@@ -1,4 +1,4 @@
-"""A probability as a forecast of a quality in [0, 1], one of each for every text: ranks, bins, intervals.
+"""Evaluate confidences as forecasts of a quality in [0, 1], one pair for every text: ranks, bins, intervals.
 
 `dpsm_hf.calibration` has events that happen or do not, and millions of them; here are qualities, and few of them.
 """
