@@ -130,14 +130,25 @@ def remember_alignment(core: nn.Module, alignment: Alignment) -> None:
 
 def virtual_tokens(model: nn.Module) -> int:
     """Return how many positions without labels PEFT's prompt tuning puts before the text."""
+    config = _adapter(model)
+    prompted = config is not None and config.is_prompt_learning and config.peft_type in _PROMPTS_WITH_LOGITS
+    return int(config.num_virtual_tokens) if prompted else 0
+
+
+def own_weights(model: nn.Module) -> bool:
+    """Return whether PEFT weighs the tokens by a loss of its own: context-aware prompt tuning does."""
+    config = _adapter(model)
+    return config is not None and config.peft_type == PeftType.CPT
+
+
+def _adapter(model: nn.Module) -> Any:
+    """Return the configuration of the active PEFT adapter; None without one."""
     inner: nn.Module | None = model
     while inner is not None:
         if isinstance(inner, PeftModel):
-            config = inner.active_peft_config
-            prompted = config.is_prompt_learning and config.peft_type in _PROMPTS_WITH_LOGITS
-            return int(config.num_virtual_tokens) if prompted else 0
+            return inner.active_peft_config
         inner = _wrapped(inner)
-    return 0
+    return None
 
 
 def loss_in(outputs: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ cross-entropy of its tokens, such as the load balancing of experts. Models of Tr
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 import weakref
@@ -33,6 +34,7 @@ from .language_model import (
     label_alignment,
     logits_in,
     loss_in,
+    own_weights,
     remember_alignment,
     virtual_tokens,
     vocabulary_size,
@@ -55,6 +57,10 @@ def turn(core: nn.Module) -> threading.RLock:
 
 
 # ---- the loss function of a model, replaced ------------------------------------------------------------------------
+
+
+# where an instance keeps a loss function that was set: behind the property of PreTrainedModel, or in front of a method
+_LOSS_ATTRIBUTES = ("_loss_function", "loss_function")
 
 
 class LossReplacement:
@@ -92,18 +98,22 @@ class LossReplacement:
             any_thread: also replace it for calls from other threads, such as those of data parallelism.
         """
         with turn(core):
-            before = vars(core).get("_loss_function")
+            own = vars(core)
+            before = {name: own[name] for name in _LOSS_ATTRIBUTES if name in own}
             self.calls, self._thread = 0, None if any_thread else threading.get_ident()
             self._original = cast("Callable[..., Any]", core.loss_function)
-            core.loss_function = self._function  # type: ignore[assignment]
+            if isinstance(inspect.getattr_static(type(core), "loss_function", None), property):
+                with contextlib.suppress(AttributeError):  # without a setter it stays, and no call is counted
+                    core.loss_function = self._function  # type: ignore[assignment]
+            else:  # a class with a method of this name
+                own["loss_function"] = self._function
             try:
                 yield self
             finally:
                 self._original = None
-                if before is None:
-                    del core._loss_function
-                else:
-                    core.loss_function = before
+                for name in _LOSS_ATTRIBUTES:
+                    own.pop(name, None)
+                own.update(before)
 
 
 _REPLACEMENTS: weakref.WeakKeyDictionary[nn.Module, LossReplacement] = weakref.WeakKeyDictionary()
@@ -199,7 +209,8 @@ def _class_key(model: nn.Module, core: nn.Module, flags: tuple[Any, ...]) -> tup
         return None
     forward = vars(core).get("forward")
     own = getattr(forward, "__qualname__", type(forward).__name__)
-    return type(core), type(core).forward, own, core.loss_function, config, virtual_tokens(model), flags
+    function = getattr(core.loss_function, "__func__", core.loss_function)  # a bound method would keep the model alive
+    return type(core), type(core).forward, own, function, config, virtual_tokens(model), own_weights(model), flags
 
 
 def _measure_on_all_processes(model: nn.Module, inputs: Mapping[str, Any]) -> OwnLoss | None:
@@ -370,6 +381,12 @@ class _LossMeasurement:
         if not values:
             shape = None if logits is None else tuple(logits.shape)
             values = f"logits {shape}, labels {tuple(self.labels.shape)}"
+        if own_weights(self.model):
+            return _UnlikeOwnLossError(
+                f"PEFT's context-aware prompt tuning (CPT) weighs tokens, also of its prompt, by a loss of its own "
+                f"({value} for {name} on the first batch), which has no place for a scoring rule. Take "
+                "PromptTuningConfig or LoraConfig instead of CPTConfig, or train with transformers.Trainer."
+            )
         known = label_alignment(self.model) is not None
         first = "computes another loss than DPSM" if known else "is not a language model that DPSM knows"
         remedy = (

@@ -110,13 +110,21 @@ class Scorer:
         model: the trainer's.
         args: of the trainer, for the number of devices and how processes share a step.
         dpsm: the DPSM fields in force, for ``fused_head`` and ``chunk_tokens``.
+        takes_count: whether the model's forward takes ``num_items_in_batch``, and divides its own loss by it.
         entropy_in_training: compute the entropy of each token in training too.
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, dpsm: DPSMArguments, *, entropy_in_training: bool = False
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        dpsm: DPSMArguments,
+        *,
+        takes_count: bool = False,
+        entropy_in_training: bool = False,
     ) -> None:
         self.args, self.dpsm = args, dpsm
+        self._takes_count = takes_count
         self._entropy_in_training = entropy_in_training
         #: Which label a row of the logits predicts; None until a model that is not known was given a label.
         self.alignment: Alignment | None = label_alignment(model)
@@ -153,10 +161,7 @@ class Scorer:
         found = own_loss(own, inputs)
         self.alignment = label_alignment(own) if found is None else found.alignment
         alignment = self.alignment or "aligned"  # unknown only as long as nothing was scored
-        # the step's tokens are counted by the trainer, and not for every model as its loss counts them
-        shifted = alignment == "shifted" if num_items_in_batch is None else _is_counted_shifted(core_model(own))
-        if num_items_in_batch is None and virtual_tokens(own):
-            shifted = False  # the last of them predicts the first label
+        shifted = self._leaves_out_first(own) if num_items_in_batch is None else self.counts_shifted(own, inputs)
         counted = shift_labels if shift_labels is not None else labels[..., 1:] if shifted else labels
         count = (counted != IGNORE_INDEX).sum()
         denominator = self._denominator(labels.device, count, num_items_in_batch)
@@ -170,6 +175,29 @@ class Scorer:
             share=count / denominator,
             own_loss=found,
         )
+
+    def counts_shifted(self, own: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the tokens of a step are counted without the first label of every row.
+
+        For a model that takes the count, `Trainer` decides by the name of its loss, which is not for every model what
+        that loss scores; what such a model is trained with is divided as there. For the others nobody but this package
+        uses the number, and it is that of the scored tokens.
+
+        Args:
+            own: the trainer's model.
+            inputs: as in `batch`; a model that is not known is called with them once.
+        """
+        if self._takes_count:
+            core = core_model(own)
+            encodes = bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
+            return LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss and not encodes
+        found = own_loss(own, inputs)
+        self.alignment = label_alignment(own) if found is None else found.alignment
+        return self._leaves_out_first(own)
+
+    def _leaves_out_first(self, own: nn.Module) -> bool:
+        # the last virtual token of prompt tuning predicts the first label
+        return self.alignment == "shifted" and not virtual_tokens(own)
 
     def _denominator(
         self, device: torch.device, count: Tensor, num_items_in_batch: Tensor | int | None
@@ -325,12 +353,6 @@ class Scorer:
 
 def _one(loss: Tensor | None) -> Tensor | None:
     return None if loss is None else loss.mean()  # data parallelism gathers one a replica
-
-
-def _is_counted_shifted(core: nn.Module) -> bool:
-    """Return whether `Trainer` counts a model's tokens without the first label of every row."""
-    encodes = bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
-    return LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss and not encodes
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -100,8 +100,11 @@ class DPSMMixin(_Base):
         super().__init__(*args, **kwargs)
         self._corruptor.check(self)
         self._plain_arguments = None if isinstance(self.args, DPSMArguments) else dpsm_arguments(self.args)
-        self._scorer = Scorer(self.model, self.args, self.dpsm, entropy_in_training=self.entropy_in_training)
-        self._accumulation = LossAccumulation(self.model_accepts_loss_kwargs)
+        takes_count = self._model_takes_count = self.model_accepts_loss_kwargs
+        self._accumulation = LossAccumulation(takes_count)
+        self._scorer = Scorer(
+            self.model, self.args, self.dpsm, takes_count=takes_count, entropy_in_training=self.entropy_in_training
+        )
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # `train` sets it anew
         self._training_log = TrainingLog()
         #: What the last evaluation saw, over all processes.
@@ -231,7 +234,7 @@ class DPSMMixin(_Base):
             check_batch_labels(inputs, self.dpsm.scoring_rule, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
+        inputs = self._with_integer_labels(inputs)
         training, evaluation, divided = model.training, self._evaluation, False
         if training:
             num_items_in_batch, divided = self._accumulation.scores_with(num_items_in_batch)
@@ -256,6 +259,9 @@ class DPSMMixin(_Base):
         if training or isinstance(evaluation, Evaluation):
             self.batch_scored(scored, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _with_integer_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: integer_labels(v, self.model) if k in _LABELS and v is not None else v for k, v in inputs.items()}
 
     def batch_scored(self, scored: ScoredBatch, inputs: dict[str, Any]) -> None:
         """Do nothing: for trainers with metrics of their own, called with each batch of a training or an evaluation.
@@ -395,6 +401,15 @@ class DPSMMixin(_Base):
         batches = self._corruptor.swapped(batches, self.state.global_step, self)
         # of all processes together the number stays, of one it may not
         return batches, self._get_num_items_in_batch(batches, self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Count the tokens of a step as `Trainer` does; for a model that takes no count, those that are scored."""
+        first = batch_samples[0] if batch_samples else None
+        if isinstance(first, Mapping) and not self._model_takes_count and self._owns_loss():
+            if first.get("labels") is not None and first.get("shift_labels") is None:
+                inputs = self._with_integer_labels(self._prepare_inputs(dict(first)))
+                self._loss_shifts_labels = self._scorer.counts_shifted(self.model, inputs)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def corruption_record(self) -> dict[str, int] | None:
         """Return what was corrupted up to the last log, checkpoint or end of the training; None for clean training.

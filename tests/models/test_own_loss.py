@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from peft import PromptTuningConfig, get_peft_model
+from peft import CPTConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dpsm_hf import DPSMConfig, DPSMTrainer
 from dpsm_hf.models.language_model import inputs_without_labels, label_alignment
@@ -369,6 +372,50 @@ def test_a_loss_function_of_the_user_is_put_back() -> None:
     with replacement_of(model).active(model):
         assert model.loss_function is not own
     assert model.loss_function is own
+
+
+class LossAsMethod(hf.LlamaForCausalLM):
+    """Has a method where Transformers' models have a property, and adds to its loss."""
+
+    router = 0.25
+
+    def loss_function(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        return ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + self.router
+        return output
+
+
+class LossAsReadOnlyProperty(LossAsMethod):
+    router = 0.0  # without a replacement a constant cannot be told from the tokens' loss in evaluation mode
+
+    @property
+    def loss_function(self) -> Any:  # type: ignore[override]
+        return ForCausalLMLoss
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("kind", [LossAsMethod, LossAsReadOnlyProperty])
+def test_a_class_with_a_loss_function_of_its_own(kind: Any, fused: str) -> None:
+    model = make(lambda: kind(hf.LlamaConfig(**SMALL))).train()
+    before = dict(vars(model))
+    loss = trainer(model, scoring_rule="ce", fused_head=fused).compute_loss(model, batch())
+    assert float(loss) == pytest.approx(float(model(**batch()).loss), rel=1e-5)
+    assert vars(model).keys() == before.keys(), "nothing of the replacement is left on the model"
+    alive = weakref.ref(model)
+    del model, loss
+    gc.collect()
+    assert alive() is None, "what is remembered of a class holds no model of it"
+
+
+def test_a_loss_with_weights_of_peft_is_refused_with_what_fits() -> None:
+    config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4])
+    model = get_peft_model(make_model("llama"), config)
+    with pytest.raises(ValueError, match=r"CPT\) weighs tokens.*Take PromptTuningConfig or LoraConfig"):
+        own_loss(model, {"input_ids": ids() % 30, "labels": ids() % 30})
 
 
 @pytest.mark.parametrize("kind", [florence, blenderbot])

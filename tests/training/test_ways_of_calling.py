@@ -14,6 +14,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -341,6 +342,25 @@ def test_a_term_that_a_subclass_adds_without_the_count_weighs_as_in_trainer(
     adds.train()
     one, other = (trainer.state.log_history[0]["loss"] for trainer in (plain, adds))
     assert other == pytest.approx(one + 1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_model_that_takes_no_count_is_divided_by_its_scored_tokens(
+    accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Trainer` does not know by the name of GPT-2's loss that it leaves out the first label of every row."""
+    monkeypatch.setattr(GPT2LMHeadModel, "accepts_loss_kwargs", False, raising=False)
+    found = []
+    for kind, options in (
+        (Trainer, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}),
+        (DPSMTrainer, {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation,
+                       "scoring_rule": "ce"}),
+    ):  # fmt: skip
+        trainer = build(kind, "gpt2", tmp_path, **options)
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        found.append((entry["loss"], entry["grad_norm"], trainer.evaluate()["eval_loss"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
