@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
 
 import torch
@@ -20,6 +20,11 @@ def reference_loss(
     focal_gamma: float = 2.0,
     gce_q: float = 0.7,
     z_loss: float = 0.0,
+    entropy_weight: float = 0.0,
+    norm_weight: float = 1.0,
+    power_beta: float = 0.5,
+    eaft_alpha: float = 1.0,
+    eaft_divisor: float = 3.0,
 ) -> Tensor:
     """Score each row with one-hot targets and stored softmaxes, in the dtype of the logits; differentiable."""
     vocab_size = logits.shape[-1]
@@ -38,7 +43,7 @@ def reference_loss(
         return -share * torch.where(p < share, log_p, torch.zeros_like(log_p)).sum(-1)
 
     def brier() -> Tensor:
-        return (p - target).square().sum(-1)
+        return (p - target).square().sum(-1) + (norm_weight - 1) * p.square().sum(-1)
 
     def spherical() -> Tensor:
         return 1 - (target * p).sum(-1) / p.square().sum(-1).sqrt()
@@ -51,7 +56,28 @@ def reference_loss(
         p_y = (one_hot * p).sum(-1)
         return (1 - label_smoothing) * (1 - p_y**gce_q) / gce_q - label_smoothing * log_p.mean(-1)
 
+    def of_label(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A rule of log p_y and p, whose uniform share of a smoothed label is scored by the logarithm."""
+        return (1 - label_smoothing) * loss((one_hot * log_p).sum(-1), p) - label_smoothing * log_p.mean(-1)
+
+    def power(log_p_y: Tensor, p: Tensor) -> Tensor:
+        beta = power_beta
+        return (1 - (beta * log_p_y).exp()) / beta + ((p ** (1 + beta)).sum(-1) - 1) / (1 + beta)
+
+    def deft(log_p_y: Tensor, p: Tensor) -> Tensor:
+        exponent = p.square().sum(-1).detach()
+        return (1 - (exponent * log_p_y).exp()) / exponent
+
+    def eaft(log_p_y: Tensor, p: Tensor) -> Tensor:
+        top = p.detach().sort(descending=True).values[..., :20]
+        top = top / top.sum(-1, keepdim=True)
+        return (torch.special.entr(top).sum(-1) / eaft_divisor) ** eaft_alpha * -log_p_y
+
     values = {
+        "power": lambda: of_label(power),
+        "dft": lambda: of_label(lambda log_p_y, p: -log_p_y.exp().detach() * log_p_y),
+        "deft": lambda: of_label(deft),
+        "eaft": lambda: of_label(eaft),
         "ce": log_score,
         "brier": lambda: brier() + tail() if score_smoothing else brier(),
         "spherical": lambda: spherical() + tail() if score_smoothing else spherical(),
@@ -61,7 +87,8 @@ def reference_loss(
     value = (
         (1 - alpha) * values["ce"]() + alpha * values["brier"]() if scoring_rule == "dpsm" else values[scoring_rule]()
     )
-    return value + z_loss * logits.logsumexp(-1).square() if z_loss else value
+    value = value + z_loss * logits.logsumexp(-1).square() if z_loss else value
+    return value - entropy_weight * torch.special.entr(p).sum(-1) if entropy_weight else value
 
 
 def reference_gradient(logits: Tensor, labels: Tensor, scoring_rule: str, **options: float) -> tuple[Tensor, Tensor]:
@@ -93,12 +120,24 @@ def exact_row(
         g = Decimal(gamma)
         focal = -((1 - p_y) ** g) * p_y.ln()
         d_focal = (g * (1 - p_y) ** (g - 1) * p_y.ln() - (1 - p_y) ** g / p_y) * slope[label]
-        a, q = Decimal(alpha), Decimal("0.7")
+        a, q, beta = Decimal(alpha), Decimal("0.7"), Decimal("0.5")
+        power_sum = sum((x ** (1 + beta) for x in p), Decimal(0))
+        concentration = sum((x * x for x in p), Decimal(0))
+        top = sorted(p, reverse=True)[:20]
+        entropy = -sum(((x / sum(top)) * (x / sum(top)).ln() for x in top), Decimal(0))
         found = {
             "ce": (ce, d_ce),
             "brier": (brier, d_brier),
             "spherical": (spherical, d_spherical),
             "focal": (focal, d_focal),
+            "power": (
+                (1 - p_y**beta) / beta + (power_sum - 1) / (1 + beta),
+                -(p_y ** (beta - 1)) * slope[label]
+                + sum((p[j] ** beta * slope[j] for j in range(len(p))), Decimal(0)),
+            ),
+            "dft": (-p_y * p_y.ln(), p_y * d_ce),
+            "deft": ((1 - p_y**concentration) / concentration, p_y**concentration * d_ce),
+            "eaft": (entropy / 3 * ce, entropy / 3 * d_ce),
             "gce": ((1 - p_y**q) / q, -(p_y ** (q - 1)) * slope[label]),
             "dpsm": ((1 - a) * ce + a * brier, (1 - a) * d_ce + a * d_brier),
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rules.post_ops import PostOps
 from ..rules.registry import RULES
-from ..rules.rows import STATISTICS
+from ..rules.rows import STATISTICS, top_entropy
 from ..rules.scoring_rules import Objective
 from .row_pass import device_scalar, row_pass
 
@@ -58,7 +58,10 @@ def constants(
         "HAS_ENTROPY": entropy,
     }
     if objective is None:
-        return {**found, "RULE": None, "SMOOTHING": 0, "HAS_Z_LOSS": False, "HAS_GRADIENT": False}
+        off = dict.fromkeys(("HAS_Z_LOSS", "HAS_BONUS", "HAS_POWER", "HAS_TOP", "HAS_GRADIENT"), False)
+        return {**found, "RULE": None, "SMOOTHING": 0, **off}
+    needs = objective.needs
+    found |= {"HAS_BONUS": needs.entropy, "HAS_POWER": needs.exponent != 2.0, "HAS_TOP": needs.top_entropy}
     found["SMOOTHING"] = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
     rule = _triton_functions()[objective.scoring_rule]
     return {**found, "RULE": rule, "HAS_Z_LOSS": objective.z_loss > 0, "HAS_GRADIENT": gradient}
@@ -93,11 +96,14 @@ def triton_row_pass(
     options = objective or Objective("ce")
     row_weight = isinstance(weight, Tensor) and weight.dim() > 0
     factor = device_scalar(weight, device).contiguous()
+    needs = options.needs
     if rows:
+        top = top_entropy(post(logits.float())).contiguous() if needs.top_entropy else factor
         row_kernel[(rows,)](
             logits, labels, values, statistics, device_scalar(options.alpha, device),
-            factor, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
-            options.label_smoothing or options.score_smoothing, options.z_loss, options.parameters,
+            factor, top, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
+            options.label_smoothing or options.score_smoothing, options.z_loss, options.entropy_weight, needs.exponent,
+            options.parameters,
             **constants(objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient),
             **launch_options(vocab_size),
         )  # fmt: skip

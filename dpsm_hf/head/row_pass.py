@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.rows import RowStatistics, gradient_in_place, row_blocks, statistics_columns, tail_statistics
+from ..rules.rows import (
+    RowNeeds,
+    RowStatistics,
+    gradient_in_place,
+    row_blocks,
+    statistics_columns,
+    tail_statistics,
+    top_entropy,
+)
 from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
 # Two blocks of this many float32 entries fit into a CPU's cache; other devices run fewer, larger operations faster.
@@ -66,7 +74,7 @@ def row_pass(
         if gradient:
             block_weight = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
             scaled = score.scaled(block_weight * post.scale)
-            slope = gradient_in_place(p, target, scaled, threshold, spare)
+            slope = gradient_in_place(p, target, scaled, threshold, spare, objective.needs.exponent)
             if post.softcap is not None:
                 slope.mul_(work[2, : len(block)].square_().neg_().add_(1.0))
             block.copy_(slope)
@@ -87,18 +95,21 @@ def _reduce(
         z = torch.mul(spare.copy_(block), post.scale, out=spare)
     z_max = z.amax(-1, keepdim=True)
     z_target = z.gather(-1, target)
+    needs = RowNeeds() if objective is None else objective.needs
     smoothed = objective is not None and objective.label_smoothing > 0
+    top = top_entropy(z) if needs.top_entropy else None
     mean = z.mean(-1, dtype=p.dtype) if smoothed else z_max.squeeze(-1).to(p.dtype)
     torch.softmax(z, -1, dtype=p.dtype, out=p)
     confidence = p.amax(-1)
     p_target = p.gather(-1, target).squeeze(-1)
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
     entropy_sum = torch.zeros_like(confidence)
-    if entropy:
+    if entropy or needs.entropy:
         # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
         below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
         entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
+    off_norm = torch.mul(p, p, out=spare).sum(-1)  # vector_norm has a hundred times its rounding error
     miss = p.sum(-1)
     correct = shifted >= 0
     # log S = log1p(sum of the others' exp) where y is the largest: exact for p_y -> 1, where log(S) loses digits
@@ -108,10 +119,12 @@ def _reduce(
         normalizer=1.0 / confidence,
         p_target=p_target,
         miss=miss,
-        off_norm=torch.mul(p, p, out=spare).sum(-1),  # vector_norm has a hundred times its rounding error
+        off_norm=off_norm,
         nll=log_normalizer - shifted,
         correct=correct,
         mean_logit=mean,
         entropy=log_normalizer - entropy_sum,
+        other_power=off_norm if needs.exponent == 2.0 else torch.pow(p, needs.exponent, out=spare).sum(-1),
+        top_entropy=top,
     )
     return row, p, spare

@@ -35,6 +35,7 @@ def linear_scoring_loss(
     score_smoothing: float = 0.0,
     focal_gamma: float = 2.0,
     z_loss: float = 0.0,
+    entropy_weight: float = 0.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
@@ -62,8 +63,8 @@ def linear_scoring_loss(
         labels: the leading shape, int64 in ``[0, V)`` or ``ignore_index``, aligned with the hidden states: for a
             causal model pass ``hidden[:, :-1]`` and ``input_ids[:, 1:]``.
         bias: ``[V]``, added to the head's output.
-        scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`; ``alpha`` may be
-            a 0-d tensor, which is read without a device synchronisation.
+        scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, entropy_weight: as in
+            `Objective`; ``alpha`` may be a 0-d tensor, which is read without a device synchronisation.
         logit_scale, logit_softcap: the model's post-ops, as in `PostOps`.
         reduction: "mean" divides the sum over the scored tokens by ``num_items_in_batch``; "sum" does not divide;
             "none" gives one value per token, in the shape of the labels, and computes the logits a second time in the
@@ -96,7 +97,9 @@ def linear_scoring_loss(
             f"num_items_in_batch is the denominator of a mean, but reduction={reduction!r} takes none; leave one out."
         )
     own = further_parameters(scoring_rule, rule_parameters)
-    objective = Objective(scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, **own)
+    objective = Objective(
+        scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, entropy_weight, **own
+    )
     options = HeadOptions(objective, PostOps(logit_scale, logit_softcap), entropy, chunk_tokens, impl)
     tokens = TokenLabels.of(labels, lm_head_weight.shape[0], ignore_index)
     if reduction == "none":

@@ -42,12 +42,16 @@ def _post(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    logits, labels, values, statistics, alpha, weight,
-    stride, vocab_size, scale, softcap, epsilon, z_loss, parameters,
+    logits, labels, values, statistics, alpha, weight, top_entropy,
+    stride, vocab_size, scale, softcap, epsilon, z_loss, entropy_weight, exponent, parameters,
     RULE: tl.constexpr,  # the Triton function of the rule, or None
     SMOOTHING: tl.constexpr,  # 0 none, 1 of the label, 2 of the score
     HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,  # the statistic is wanted
+    HAS_BONUS: tl.constexpr,  # the entropy is part of the loss
+    HAS_POWER: tl.constexpr,  # the exponent is not 2
+    HAS_TOP: tl.constexpr,  # the rule reads top_entropy
+    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Score row ``program_id(0)``: statistics always, its value if there is a rule, its gradient if asked for."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,6 +66,7 @@ def row_kernel(
     q_lanes = tl.zeros([BLOCK], tl.float32)
     z_lanes = tl.zeros([BLOCK], tl.float32)
     entropy_lanes = tl.zeros([BLOCK], tl.float32)
+    power_lanes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
         inside = columns < vocab_size
@@ -72,11 +77,13 @@ def row_kernel(
         moved = tl.exp(m - new_m)
         shifted = z - new_m
         e = tl.exp(shifted)
-        if HAS_ENTROPY:
+        if HAS_ENTROPY or HAS_BONUS:
             # a masked logit is -inf with e = 0, and 0 * -inf would be NaN
             entropy_lanes = moved * (entropy_lanes + (m - new_m) * u_lanes) + tl.where(e > 0, e * shifted, e)
         u_lanes = moved * u_lanes + e
         q_lanes = moved * moved * q_lanes + e * e
+        if HAS_POWER:
+            power_lanes = tl.exp(exponent * (m - new_m)) * power_lanes + tl.exp(exponent * shifted)
         if SMOOTHING == 1:
             z_lanes += tl.where(others, z, 0.0)
         m = new_m
@@ -99,17 +106,26 @@ def row_kernel(
     tl.store(statistics + 2, r / (norm * (norm + p)))
     tl.store(statistics + 3, 1.0 / total)
     tl.store(statistics + 4, correct.to(tl.float32))
-    if HAS_ENTROPY:
+    entropy = 0.0
+    if HAS_ENTROPY or HAS_BONUS:
         own = tl.where(e_label > 0, e_label * (z_label - m), 0.0)
-        tl.store(statistics + 5, log_total - (tl.sum(entropy_lanes, 0) + own) / total)
+        entropy = log_total - (tl.sum(entropy_lanes, 0) + own) / total
+    if HAS_ENTROPY:
+        tl.store(statistics + 5, entropy)
 
     if RULE is not None:
         size = vocab_size.to(tl.float32)
         log_sum = m + log_total
         share = epsilon / size
+        power = r
+        if HAS_POWER:
+            power = tl.sum(power_lanes, 0) * tl.exp(-exponent * log_total)
+        top = 0.0
+        if HAS_TOP:
+            top = tl.load(top_entropy + row)
         value, a, b, d, tail_weight, target = RULE(
-            1.0, p, q, r, nll, log_sum, norm, (tl.sum(z_lanes, 0) + z_label) / size, size, epsilon, share, parameters,
-            tl.load(alpha), SMOOTHING,
+            1.0, p, q, r, nll, log_sum, norm, (tl.sum(z_lanes, 0) + z_label) / size, power, top, size, epsilon,
+            share, parameters, tl.load(alpha), SMOOTHING,
         )  # fmt: skip
         if SMOOTHING == 2:
             count_lanes = tl.zeros([BLOCK], tl.float32)
@@ -132,6 +148,10 @@ def row_kernel(
             value += z_loss * log_sum * log_sum
             a += slope
             target += slope * p
+        if HAS_BONUS:
+            value -= entropy_weight * entropy
+            a += entropy_weight * entropy
+            target += entropy_weight * p * (entropy - nll)
         tl.store(values + row, value)
 
         if HAS_GRADIENT:
@@ -142,7 +162,12 @@ def row_kernel(
                 inside = columns < vocab_size
                 z = _post(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
                 p_row = tl.exp(z - m) / total
-                gradient = p_row * (a + b * p_row) + d
+                if HAS_POWER:
+                    gradient = p_row * (a + b * tl.exp((exponent - 1.0) * (z - log_sum))) + d
+                else:
+                    gradient = p_row * (a + b * p_row) + d
+                if HAS_BONUS:
+                    gradient += tl.where(p_row > 0, entropy_weight * p_row * (z - log_sum), 0.0)
                 if SMOOTHING == 2:
                     gradient += tl.where(tl.exp(z - log_sum) < share, -unit, 0.0)
                 # computed in float32 and stored once: adding to a stored low-precision number would lose digits

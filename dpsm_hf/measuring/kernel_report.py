@@ -25,6 +25,7 @@ VARIANTS: dict[str, tuple[Objective | None, PostOps]] = {
     "dpsm, label smoothing": (Objective("dpsm", label_smoothing=0.1), PostOps()),
     "dpsm, score smoothing": (Objective("dpsm", score_smoothing=0.1), PostOps()),
     "dpsm, z-loss": (Objective("dpsm", z_loss=1e-4), PostOps()),
+    "dpsm, entropy bonus": (Objective("dpsm", entropy_weight=0.1), PostOps()),
     "dpsm, softcap": (Objective("dpsm"), PostOps(softcap=30.0)),
 }
 
@@ -67,13 +68,13 @@ def compile_ahead(
     fixed["BLOCK"] = options["BLOCK"]
     signature = {
         "logits": f"*{dtype}", "labels": "*i64", "values": "*fp32", "statistics": "*fp32", "alpha": "*fp32",
-        "weight": "*fp32", "stride": "i32", "vocab_size": "i32", "scale": "fp32", "softcap": "fp32",
-        "epsilon": "fp32", "z_loss": "fp32",
+        "weight": "*fp32", "top_entropy": "*fp32", "stride": "i32", "vocab_size": "i32", "scale": "fp32",
+        "softcap": "fp32", "epsilon": "fp32", "z_loss": "fp32", "entropy_weight": "fp32", "exponent": "fp32",
         "parameters": ("fp32",) * len(objective.parameters if objective is not None else ()),
         **dict.fromkeys(fixed, "constexpr"),
     }  # fmt: skip
     # as at run time: pointers and the stride of a row (a multiple of 64 entries) are multiples of 16
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(7)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(8)}
     source = ASTSource(row_kernel, signature, constexprs=fixed, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
     kernel = triton.compile(source, target=target, options={"num_warps": options["num_warps"]})

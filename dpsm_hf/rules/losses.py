@@ -148,7 +148,7 @@ class _TokenObjective(torch.autograd.Function):
         threshold = tail_threshold(objective, vocab_size)
         values, columns, rows_kept, scores_kept = [], [], [], []
         for rows in row_blocks(logits, _CHUNK_ENTRIES):
-            row = row_statistics(logits[rows], labels[rows])
+            row = row_statistics(logits[rows], labels[rows], objective.needs)
             tail = None if threshold is None else tail_statistics(logits[rows], row, threshold)
             score = score_rows(row, objective, vocab_size, tail)
             values.append(score.value)
@@ -159,7 +159,8 @@ class _TokenObjective(torch.autograd.Function):
                 scores_kept.append(torch.stack([part.expand_as(row.nll) for part in parts]))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, labels, scored, torch.cat(rows_kept, -1), torch.cat(scores_kept, -1))
-            ctx.threshold = threshold
+            ctx.threshold, ctx.exponent = threshold, objective.needs.exponent
+            ctx.has_f = bool(objective.entropy_weight)
         stats = torch.cat(columns)
         ctx.mark_non_differentiable(stats)
         return torch.cat(values), stats
@@ -173,9 +174,10 @@ class _TokenObjective(torch.autograd.Function):
         for rows in row_blocks(logits, _CHUNK_ENTRIES):
             row_max, normalizer = row_scalars[:, rows]
             # scaling the coefficients scales the whole row: [N] multiplications instead of [N, V]
-            a, b, d, e, target = coefficients[:, rows] * grad_loss[rows]
-            score = RowScore(grad_loss[rows], a, b, d, e, target)
-            part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold)
+            score = RowScore(grad_loss[rows], *(coefficients[:, rows] * grad_loss[rows]))
+            if not ctx.has_f:
+                score = score._replace(f=0.0)
+            part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold, ctx.exponent)
             # set to 0, not multiplied by 0: the logits of a padding position may be NaN
             gradient[rows] = part.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
         return gradient, None, None, None
@@ -196,7 +198,7 @@ class DPSMLoss(nn.Module):
         total_steps: length of training, needed by schedules that are defined by shares of it.
         alpha_start, alpha_end, hold: as in `get_alpha_schedule`.
         fixed_alpha: the same alpha at every call, in place of a schedule.
-        scoring_rule, label_smoothing, score_smoothing, focal_gamma, z_loss: as in `Objective`.
+        scoring_rule, label_smoothing, score_smoothing, focal_gamma, z_loss, entropy_weight: as in `Objective`.
         rule_parameters: values of the rule's other parameters by name, such as ``{"gce_q": 0.5}``.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
@@ -230,6 +232,7 @@ class DPSMLoss(nn.Module):
         score_smoothing: float = 0.0,
         focal_gamma: float = 2.0,
         z_loss: float = 0.0,
+        entropy_weight: float = 0.0,
         rule_parameters: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -255,7 +258,8 @@ class DPSMLoss(nn.Module):
         self.schedule.check(total_steps)
         self.options: dict[str, Any] = {
             "scoring_rule": scoring_rule, "label_smoothing": label_smoothing, "score_smoothing": score_smoothing,
-            "focal_gamma": focal_gamma, "z_loss": z_loss, **further_parameters(scoring_rule, rule_parameters),
+            "focal_gamma": focal_gamma, "z_loss": z_loss, "entropy_weight": entropy_weight,
+            **further_parameters(scoring_rule, rule_parameters),
         }  # fmt: skip
         Objective(**self.options)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))

@@ -3,7 +3,9 @@
 For logits ``z`` of shape ``[V]``, target ``y`` and ``p = softmax(z)``, the value of every rule here depends on the row
 only through a few scalars, the *row statistics*, and its gradient has one form::
 
-    dL/dz_j = a * p_j + b * p_j**2 + d + e * [p_j < tail_threshold]    for j != y,        dL/dz_y = target
+    dL/dz_j = a p_j + b p_j**k + d + e [p_j < tail_threshold] + f p_j log p_j    for j != y,        dL/dz_y = target
+
+with ``k = 2`` for all rules but the power score.
 
 So nothing of size ``[N, V]`` is needed except the logits and their gradient: no one-hot, no stored softmax. The sums
 ``u`` and ``Q`` below leave out the target, so that ``1 - p_y = u / S`` and ``||p||**2 - p_y**2 = Q / S**2`` are
@@ -26,6 +28,18 @@ from torch import Tensor
 STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
 
 
+#: So many of the most likely tokens are what `RowStatistics.top_entropy` looks at.
+TOP_TOKENS = 20
+
+
+class RowNeeds(NamedTuple):
+    """What a training objective needs of a row beside the statistics that every rule gets."""
+
+    exponent: float = 2.0  # k of the gradient's second term
+    top_entropy: bool = False
+    entropy: bool = False
+
+
 class RowStatistics(NamedTuple):
     """The scalars of each row that every rule is computed from, each ``[N]``, float32 or float64."""
 
@@ -38,6 +52,8 @@ class RowStatistics(NamedTuple):
     correct: Tensor  # bool: y attains the maximum
     mean_logit: Tensor  # mean_j z_j
     entropy: Tensor  # -sum_j p_j log p_j, in nats
+    other_power: Tensor  # sum_{j != y} p_j**k
+    top_entropy: Tensor | None = None  # of the softmax over the largest logits, in nats, where it is needed
 
     @property
     def confidence(self) -> Tensor:
@@ -61,7 +77,23 @@ class RowStatistics(NamedTuple):
         return self.off_norm / (norm * (norm + self.p_target))
 
 
-def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
+def top_entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of the softmax over the `TOP_TOKENS` largest logits of each row, ``[N]``, in nats.
+
+    Equivalent: ``torch.distributions.Categorical(logits=logits.topk(20).values).entropy()``.
+    """
+    largest = logits.topk(min(TOP_TOKENS, logits.shape[-1])).values
+    wide = largest if largest.dtype == torch.float64 else largest.float()
+    shifted = (wide[:, 1:] - wide[:, :1]).clamp_min(torch.finfo(wide.dtype).min)  # a masked logit is -inf
+    weight = shifted.exp()
+    others = weight.sum(-1)
+    return others.log1p() - (weight * shifted).sum(-1) / (1.0 + others)  # accurate as the first becomes certain
+
+
+_NOTHING_MORE = RowNeeds()
+
+
+def row_statistics(logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MORE) -> RowStatistics:
     """Reduce each row of logits to the scalars of `RowStatistics`, in float32 (float64 for float64 logits).
 
     Equivalent plain torch, but accurate near ``p_y = 1``: ``p = logits.float().softmax(-1)``,
@@ -70,6 +102,7 @@ def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
     Args:
         logits: ``[N, V]`` of any floating dtype.
         labels: ``[N]`` int64, each in ``[0, V)``.
+        needs: what else to compute.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     index = labels.unsqueeze(-1)
@@ -85,16 +118,21 @@ def row_statistics(logits: Tensor, labels: Tensor) -> RowStatistics:
     normalizer = others + target_weight
     correct = target_shifted >= 0
     log_normalizer = torch.where(correct, others.log1p(), normalizer.log())
+    k = needs.exponent
+    off_power = None if k == 2.0 else weight.pow(k).sum(-1) / normalizer.pow(k)
+    off_norm = weight.square_().sum(-1) / normalizer.square()
     return RowStatistics(
         row_max=row_max.squeeze(-1),
         normalizer=normalizer,
         p_target=target_weight / normalizer,
         miss=others / normalizer,
-        off_norm=weight.square_().sum(-1) / normalizer.square(),
+        off_norm=off_norm,
         nll=log_normalizer - target_shifted,
         correct=correct,
         mean_logit=z.mean(-1),
         entropy=log_normalizer - entropy_sum / normalizer,
+        other_power=off_norm if off_power is None else off_power,
+        top_entropy=top_entropy(z) if needs.top_entropy else None,
     )
 
 
@@ -109,10 +147,11 @@ class RowScore(NamedTuple):
 
     value: Tensor
     a: Tensor | float  # times p_j
-    b: Tensor | float  # times p_j**2
+    b: Tensor | float  # times p_j**k
     d: Tensor | float  # constant over the row
     e: Tensor | float  # added where p_j < tail_threshold
     target: Tensor  # the gradient of the target's logit
+    f: Tensor | float = 0.0  # times p_j log p_j
 
     def scaled(self, weight: float | Tensor) -> RowScore:
         """Return the score of ``weight * rule``."""
@@ -132,33 +171,55 @@ def tail_statistics(logits: Tensor, row: RowStatistics, threshold: float) -> tup
 
 
 def logits_gradient(
-    logits: Tensor, labels: Tensor, row_max: Tensor, normalizer: Tensor, score: RowScore, threshold: float | None
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    normalizer: Tensor,
+    score: RowScore,
+    threshold: float | None,
+    exponent: float = 2.0,
 ) -> Tensor:
     """Return the gradient of each row's score with respect to its logits, ``[N, V]``, in float32 or float64."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     p = (z - row_max.unsqueeze(-1)).exp_().div_(normalizer.unsqueeze(-1))
-    return gradient_in_place(p, labels.unsqueeze(-1), score, threshold)
+    return gradient_in_place(p, labels.unsqueeze(-1), score, threshold, exponent=exponent)
 
 
 def gradient_in_place(
-    p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
+    p: Tensor,
+    labels: Tensor,
+    score: RowScore,
+    threshold: float | None,
+    spare: Tensor | None = None,
+    exponent: float = 2.0,
 ) -> Tensor:
     """Overwrite the probabilities ``[n, V]`` of some rows with the gradient of their score, and return it.
 
-    Equivalent: ``a * p + b * p**2 + d + e * (p < threshold)`` with the entry of the labels, ``[n, 1]``, replaced by
-    ``score.target``. ``spare`` is a buffer of the shape of p, which is overwritten.
+    Equivalent: ``a * p + b * p**exponent + d + e * (p < threshold) + f * p * log(p)`` with the entry of the labels,
+    ``[n, 1]``, replaced by ``score.target``. ``spare`` is a buffer of the shape of p, which is overwritten.
     """
     tail = None if threshold is None else (p < threshold) * _column(score.e)
     factor = _column(score.a)
-    if isinstance(score.b, Tensor) or score.b:
-        factor = torch.mul(p, _column(score.b), out=spare).add_(factor)
+    if _used(score.f):
+        # 0 * log 0 is 0: a probability that underflowed counts as the smallest number
+        smallest = torch.finfo(p.dtype).tiny
+        factor = torch.clamp_min(p, smallest, out=spare).log_().mul_(_column(score.f)).add_(factor)
+        if _used(score.b):
+            factor.addcmul_(p if exponent == 2.0 else p.pow(exponent - 1.0), torch.as_tensor(_column(score.b)))
+    elif _used(score.b):
+        power = p if exponent == 2.0 else torch.pow(p, exponent - 1.0, out=spare)
+        factor = torch.mul(power, _column(score.b), out=spare).add_(factor)
     p.mul_(factor)
-    if isinstance(score.d, Tensor) or score.d:
+    if _used(score.d):
         p.add_(_column(score.d))
     if tail is not None:
         p.add_(tail)
     # the target's entry is replaced, not corrected: adding to what stands there would cancel as p_y -> 1
     return p.scatter_(-1, labels, score.target.unsqueeze(-1))
+
+
+def _used(coefficient: Tensor | float) -> bool:
+    return isinstance(coefficient, Tensor) or bool(coefficient)
 
 
 def _column(value: Tensor | float) -> Tensor | float:
@@ -216,14 +277,17 @@ class Rule:
         score: computes the values and gradient coefficients of rows from their statistics, in torch.
         kernel: the same for one row, in Triton's language. `dpsm_hf.head.kernels` compiles every function whose name
             ends in ``kernel`` in the files of the rules. Arguments: ``weight`` (all results are multiplied by it),
-            ``p, q, r, nll, log_sum, norm, mean`` (of the row: p_y, 1 - p_y, sum of the other p_j**2, -log p_y,
-            log sum exp z, ||p||, mean of z), ``size`` (V), ``epsilon`` (of the smoothing), ``share`` (epsilon / V),
+            ``p, q, r, nll, log_sum, norm, mean, power, top`` (of the row: p_y, 1 - p_y, sum of the other p_j**2,
+            -log p_y, log sum exp z, ||p||, mean of z, sum of the other p_j**exponent, entropy of the most likely
+            tokens), ``size`` (V), ``epsilon`` (of the smoothing), ``share`` (epsilon / V),
             ``parameters`` (a tuple), ``alpha``, and the constant ``SMOOTHING`` (0 none, 1 label smoothing, 2 score
             smoothing). It returns value, a, b, d, the weight of score smoothing's tail, and the target's gradient.
         formula, proper, bounds, source: cells of the table in docs/losses.md.
         order: position in lists; rules of equal order are sorted by name.
         parameters: the rule's own parameters.
         score_smoothing: whether score smoothing is defined for it.
+        exponent: returns the power of p_j in the gradient's second term, from the parameters; None is 2.
+        top_entropy: whether it reads `RowStatistics.top_entropy`.
     """
 
     name: str
@@ -236,6 +300,8 @@ class Rule:
     order: int = 100
     parameters: tuple[Parameter, ...] = ()
     score_smoothing: bool = False
+    exponent: Callable[[tuple[float, ...]], float] | None = None
+    top_entropy: bool = False
 
 
 def with_tail(score: RowScore, row: RowStatistics, options: RuleOptions) -> RowScore:

@@ -7,13 +7,23 @@ Scoring Rules" (ICML 2024) for the spherical score on tokens and for score smoot
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .registry import PARAMETERS, RULES, SCORING_RULES, rule_parameter, with_rule_parameters
-from .rows import RowScore, RowStatistics, Rule, RuleOptions, logits_gradient, row_statistics, tail_statistics
+from .rows import (
+    RowNeeds,
+    RowScore,
+    RowStatistics,
+    Rule,
+    RuleOptions,
+    logits_gradient,
+    row_statistics,
+    tail_statistics,
+)
 
 __all__ = [
     "SCORING_RULES", "Objective", "RowScore", "RowStatistics", "logits_gradient", "row_statistics", "score_rows",
@@ -35,6 +45,8 @@ class Objective:
             ``-(epsilon / V) * sum_{j: p_j < epsilon / V} log p_j``.
         focal_gamma: exponent of the focal loss, at least 0.
         z_loss: weight of ``log(sum_j exp z_j)**2``, at least 0.
+        entropy_weight: lambda of the entropy bonus ``-lambda * H(p)``, added to any rule (Pereyra et al. 2017); below
+            0 it makes predictions surer.
 
     The parameters of the other rules, such as ``gce_q``, are further fields.
 
@@ -48,6 +60,7 @@ class Objective:
     score_smoothing: float = 0.0
     focal_gamma: float = rule_parameter("focal_gamma")
     z_loss: float = 0.0
+    entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scoring_rule not in RULES:
@@ -72,6 +85,8 @@ class Objective:
                 raise ValueError(f"{parameter.name}={value} must {parameter.must}.")
         if not 0.0 <= self.z_loss < float("inf"):
             raise ValueError(f"z_loss={self.z_loss} must be a finite number of at least 0.")
+        if not math.isfinite(self.entropy_weight):
+            raise ValueError(f"entropy_weight={self.entropy_weight} must be a finite number; 0 turns it off.")
         if self.score_smoothing and self.label_smoothing:
             raise ValueError(
                 f"score_smoothing={self.score_smoothing} and label_smoothing={self.label_smoothing} both smooth the "
@@ -94,6 +109,12 @@ class Objective:
         """Return the values of the rule's own parameters."""
         return tuple(getattr(self, parameter.name) for parameter in self.rule.parameters)
 
+    @property
+    def needs(self) -> RowNeeds:
+        """Return what has to be known of each row."""
+        exponent = 2.0 if self.rule.exponent is None else self.rule.exponent(self.parameters)
+        return RowNeeds(exponent, self.rule.top_entropy, entropy=self.entropy_weight != 0.0)
+
 
 def tail_threshold(objective: Objective, vocab_size: int) -> float | None:
     """Return epsilon / V, below which score smoothing adds its log tail; None without score smoothing."""
@@ -106,7 +127,7 @@ def score_rows(
     """Return the value and the gradient coefficients of the objective for each row.
 
     Args:
-        row: the statistics of the rows, each ``[N]``.
+        row: the statistics of the rows, each ``[N]``, with what the objective ``needs``.
         objective: the rule and its options.
         vocab_size: V.
         tail: with score smoothing, for each row the number of entries with ``p_j < tail_threshold`` and the sum of
@@ -120,4 +141,8 @@ def score_rows(
         lse = row.log_normalizer
         slope = 2 * objective.z_loss * lse
         score = score.plus(RowScore(objective.z_loss * lse.square(), slope, 0.0, 0.0, 0.0, slope * row.p_target))
+    if bonus := objective.entropy_weight:
+        # the gradient of -H is p_j (log p_j + H)
+        own = bonus * row.p_target * (row.entropy - row.nll)
+        score = score.plus(RowScore(-bonus * row.entropy, bonus * row.entropy, 0.0, 0.0, 0.0, own, bonus))
     return score

@@ -68,6 +68,11 @@ class DPSMArguments:
     )
     focal_gamma: float = rule_parameter("focal_gamma")
     z_loss: float = option("dpsm_hf: weight of log(Z)**2 in the training loss; 0 is off.", 0.0)
+    entropy_weight: float = option(
+        "dpsm_hf: lambda of an entropy bonus on any rule, loss - lambda * H: above 0 the model becomes less sure, "
+        "below 0 surer; 0 is off.",
+        0.0,
+    )
     fused_head: str = option(
         "dpsm_hf: score tokens inside the output layer, so that no tensor of logits exists: auto (where "
         "the model allows it, found out at the first batch), on (an error where not), off (from full logits; with "
@@ -144,14 +149,14 @@ class DPSMArguments:
             parent.__post_init__()
         self.schedule()
         self.objective()
-        for rule in RULES.values():
-            for parameter in rule.parameters:
-                value = getattr(self, parameter.name)
-                if value != parameter.default and self.scoring_rule != rule.name:
-                    raise ValueError(
-                        f"{parameter.name}={value} has no effect on scoring_rule={self.scoring_rule!r}; "
-                        f"leave it out or choose scoring_rule={rule.name!r}."
-                    )
+        for parameter in PARAMETERS.values():
+            value = getattr(self, parameter.name)
+            owners = [rule.name for rule in RULES.values() if parameter in rule.parameters]
+            if value != parameter.default and self.scoring_rule not in owners:
+                raise ValueError(
+                    f"{parameter.name}={value} has no effect on scoring_rule={self.scoring_rule!r}; leave it out or "
+                    f"choose {' or '.join(f'scoring_rule={owner!r}' for owner in owners)}."
+                )
         for name, known in (
             ("fused_head", FUSED_MODES),
             ("calibration_metrics", CALIBRATION_METRICS),
@@ -187,6 +192,7 @@ class DPSMArguments:
             label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
             score_smoothing=self.score_smoothing,
             z_loss=self.z_loss,
+            entropy_weight=self.entropy_weight,
             **{name: getattr(self, name) for name in PARAMETERS},
         )
 

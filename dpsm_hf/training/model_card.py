@@ -250,7 +250,7 @@ def _objective(arguments: DPSMArguments, max_steps: int) -> str:
         sentence += f"; schedule {arguments.schedule().describe(max_steps)}." if max_steps > 0 else "."
     else:
         sentence = f"The scoring rule `{rule}` for each token."
-    names = ("label_smoothing_factor", "score_smoothing", "z_loss")
+    names = ("label_smoothing_factor", "score_smoothing", "z_loss", "entropy_weight")
     if options := [f"`{name}={value:g}`" for name in names if (value := getattr(arguments, name, 0.0))]:
         sentence += " Options: " + ", ".join(options) + "."
     return sentence

@@ -275,7 +275,7 @@ class DPSMMixin(_Base):
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
         smoother: Any = self.label_smoother
         if training:
-            plain = self.dpsm.scoring_rule == "ce" and not self.dpsm.z_loss
+            plain = self.dpsm.scoring_rule == "ce" and not self.dpsm.z_loss and not self.dpsm.entropy_weight
             return BatchRule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
         return BatchRule(
             Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother

@@ -52,10 +52,12 @@ def test_a_parameter_is_a_field_of_objective_and_arguments(rule: Rule, tmp_path:
         hidden, weight, labels = torch.eye(3), torch.randn(3, 3), torch.arange(3)
         given: dict[str, Any] = {"scoring_rule": rule.name}
         given |= changed if parameter.name == "focal_gamma" else {"rule_parameters": changed}
-        expected = score_tokens(hidden @ weight.T, labels, Objective(rule.name, **changed)).loss
+        expected = score_tokens(hidden @ weight.T, labels, Objective(rule.name, alpha=0.5, **changed)).loss
         assert expected is not None
-        torch.testing.assert_close(linear_scoring_loss(hidden, weight, labels, **given).loss, expected.mean())
-        torch.testing.assert_close(DPSMLoss(3, **given)(hidden @ weight.T, labels), expected.mean())
+        torch.testing.assert_close(
+            linear_scoring_loss(hidden, weight, labels, alpha=0.5, **given).loss, expected.mean()
+        )
+        torch.testing.assert_close(DPSMLoss(3, fixed_alpha=0.5, **given)(hidden @ weight.T, labels), expected.mean())
     assert set(PARAMETERS) >= {parameter.name for parameter in rule.parameters}
     with pytest.raises(TypeError, match="no_parameter"):
         Objective(rule.name, no_parameter=1.0)  # type: ignore[call-arg]

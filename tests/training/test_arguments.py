@@ -30,6 +30,7 @@ TYPED = {
     "alpha_feedback_metric": "eval_dev_signed_gap",
     "score_smoothing": "0.1",
     "z_loss": "1e-4",
+    "entropy_weight": "-0.05",
     "fused_head": "off",
     "chunk_tokens": "64",
     "calibration_bins": "20",

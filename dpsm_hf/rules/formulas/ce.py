@@ -18,7 +18,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return RowScore(value, 1.0, 0.0, -eps / vocab_size, 0.0, off_target_mass - row.miss)
 
 
-def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, power, top, size, epsilon, share, parameters, alpha, SMOOTHING):
     """Compute the same for one row, in Triton."""
     value = nll
     d = 0.0

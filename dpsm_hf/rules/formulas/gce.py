@@ -24,7 +24,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return ce.with_uniform_share(plain, row, options)
 
 
-def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, power, top, size, epsilon, share, parameters, alpha, SMOOTHING):
     """Compute the same for one row, in Triton."""
     exponent = parameters[0]
     part = weight * (1.0 - epsilon) if SMOOTHING == 1 else weight  # the rest is the uniform share

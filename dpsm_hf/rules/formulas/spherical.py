@@ -21,7 +21,7 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     return with_tail(RowScore(value, -share / norm, expected / norm**3, 0.0, 0.0, target), row, options)
 
 
-def kernel(weight, p, q, r, nll, log_sum, norm, mean, size, epsilon, share, parameters, alpha, SMOOTHING):
+def kernel(weight, p, q, r, nll, log_sum, norm, mean, power, top, size, epsilon, share, parameters, alpha, SMOOTHING):
     """Compute the same for one row, in Triton."""
     cube = norm * norm * norm
     value = r / (norm * (norm + p))
