@@ -41,9 +41,8 @@ def rules() -> list[tuple[str, str, str, str]]:
     for rule, option, post, dtype in itertools.product(SCORING_RULES, OPTIONS, POSTS, DTYPES):
         usual = (post, dtype) == ("capped", "bf16" if option == "plain" else "fp32")
         short = rule in SHORT or (option == "entropy_weight" and rule != "dpsm")
-        takes = {"score_smoothing": RULES[rule].score_smoothing, "norm_weight": rule in ("brier", "dpsm")}.get(
-            option, True
-        )
+        some = {"score_smoothing": RULES[rule].score_smoothing, "norm_weight": rule in ("brier", "dpsm")}
+        takes = some.get(option, True)
         if takes and (usual or not short):
             found.append((rule, option, post, dtype))
     return found

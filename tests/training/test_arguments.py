@@ -93,6 +93,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     (args,) = HfArgumentParser(config).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
     assert args.scoring_rule == "brier" and args.alpha_schedule == "cosine"
     assert args.alpha_start == 0.1 and args.alpha_end == 0.9 and args.alpha_warmup_steps == 250.0
+    assert args.entropy_weight == -0.05
     assert args.alpha_hold == 0.25 and args.z_loss == 1e-4 and args.calibration_bins == 20
     assert args.alpha_feedback_gain == 1.5 and args.alpha_feedback_limit == 0.05 and args.score_smoothing == 0.1
     assert type(args.calibration_bins) is int and type(args.alpha_warmup_steps) is float

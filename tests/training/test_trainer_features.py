@@ -191,7 +191,9 @@ def test_compute_loss_func_is_honoured_with_ce_and_refused_otherwise(tmp_path: P
             DPSMTrainer(model=make_model("gpt2"), args=other, train_dataset=data, compute_loss_func=loss_func)
 
 
-@pytest.mark.parametrize("extra", [{"z_loss": 1e-3}, {"score_smoothing": 0.1}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.parametrize(
+    "extra", [{"z_loss": 1e-3}, {"entropy_weight": 0.1}, {"score_smoothing": 0.1}, {"label_smoothing_factor": 0.1}]
+)
 def test_every_option_reaches_the_gradient(extra: dict[str, float]) -> None:
     def gradient(**options: Any) -> torch.Tensor:
         keep = cases._KeepGradient()
