@@ -32,6 +32,7 @@ from ..data.clm import (
     choose_text_column,
     prepare_clm_datasets,
 )
+from ..data.completions import PLACE, CompletionCollator, CompletionFormat, prepare_completions
 from ..data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, file_builder
 from ..data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, check_vocab_size, column_texts
 from ..runtime.options import option
@@ -121,9 +122,22 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
         "dpsm_hf: put the end-of-sequence token behind every document. Left out: true for python-docs, "
         "whose rows are whole documents, false for everything else, like run_clm.py."
     )
+    prompt_column: str | None = option(
+        "dpsm_hf: column of prompts; each row is then a prompt and its completion, and only the completion is trained "
+        "and scored. Goes with --completion_column."
+    )
+    completion_column: str | None = option("dpsm_hf: column of the completions of --prompt_column.")
+    prompt_template: str | None = option(
+        "dpsm_hf: text of the prompt, in which {prompt} stands for the column's text; {prompt} alone by default."
+    )
+    use_chat_template: bool = option(
+        "dpsm_hf: put prompt and completion into the tokenizer's chat template, as the messages of a user and an "
+        "assistant.",
+        False,
+    )
     continuation_rouge: int | None = option(
-        "dpsm_hf: at the end continue the first half of so many rows, greedily, and score what is written against "
-        "the other half: eval_rouge1, eval_rouge2, eval_rougeL and so on."
+        "dpsm_hf: at the end continue the first half of so many rows (or their prompts), greedily, and score what is "
+        "written against the rest: eval_rouge1, eval_rouge2, eval_rougeL and so on."
     )
     document_boundary: str = option(
         "dpsm_hf: what ends a document: row, every row; blank_line, a row of blank text, for data whose "
@@ -149,7 +163,35 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
             )
         if self.document_boundary != "auto" and self.add_eos_between_documents is False:
             raise ValueError("--document_boundary has no effect with --add_eos_between_documents false.")
+        self._check_completions()
         self.preprocessing(self.block_size if self.block_size is not None else _DEFAULT_BLOCK_SIZE)
+
+    def _check_completions(self) -> None:
+        pair = {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
+        given = [name for name, value in pair.items() if value is not None]
+        if len(given) == 1:
+            raise ValueError(f"--{given[0]} {pair[given[0]]} needs --{next(n for n in pair if n not in given)} too.")
+        alone = {"prompt_template": self.prompt_template is not None, "use_chat_template": self.use_chat_template}
+        beside = {
+            "text_column_name": self.text_column_name is not None,
+            "add_eos_between_documents": self.add_eos_between_documents is not None,
+            "document_boundary": self.document_boundary != "auto",
+            "packing": self.packing != "split",
+            **{n: getattr(self, n) for n in ("streaming", "drop_empty_lines", "lowercase", "unicode_nfkc")},
+        }
+        for name, used in alone.items() if not given else beside.items():
+            if used and given:
+                raise ValueError(f"--{name} has no effect on rows of --prompt_column and --completion_column.")
+            if used:
+                raise ValueError(f"--{name} needs --prompt_column and --completion_column.")
+        self.completions()
+
+    def completions(self) -> CompletionFormat | None:
+        """Return how pairs become rows; None where the rows are cut from texts."""
+        if self.prompt_column is None or self.completion_column is None:
+            return None
+        template = PLACE if self.prompt_template is None else self.prompt_template
+        return CompletionFormat(self.prompt_column, self.completion_column, template, self.use_chat_template)
 
     def preprocessing(self, block_size: int) -> ClmPreprocessing:
         """Return the options of `prepare_clm_datasets`; ValueError if one is out of range."""
@@ -243,7 +285,14 @@ class LanguageModelling(Task):
         with self.training_args.main_process_first(desc="loading the data"):
             raw = self._load_own()
         data = self.data_args
-        if data.low_resource is not None or data.cross_validation_fold is not None:
+        pairs = data.completions()
+        for split in raw if pairs is not None else ():
+            pairs.check_columns(raw[split], split)
+        if pairs is not None and (data.low_resource is not None or data.cross_validation_fold is not None):
+            columns = [pairs.prompt_column, pairs.completion_column]
+            raw = data.take_fold(raw, columns)
+            raw["train"] = data.take_low_resource(raw["train"], columns)
+        elif data.low_resource is not None or data.cross_validation_fold is not None:
             column = choose_text_column(raw["train"], data.text_column_name, "train")
             by_document = data.preprocessing(DEFAULT_MAX_LENGTH).document_boundary == "blank_line"
             raw = data.take_fold(raw, [column], by_document=by_document)
@@ -260,6 +309,9 @@ class LanguageModelling(Task):
             with self.training_args.main_process_first(desc=f"loading {extra.name}"):
                 how = {"streaming": data.streaming, "keep_linebreaks": data.keep_linebreaks}
                 texts = extra.load(**how, cache_dir=self.model_args.cache_dir, token=self.model_args.token)
+            if pairs is not None:
+                self.texts[extra.name], self.extra_kinds[extra.name] = texts, (None, "row")
+                continue
             own = data.text_column_name
             chosen = extra.text_column or (own if own in column_names(texts) else None)
             choose_text_column(texts, chosen, extra.name)
@@ -277,6 +329,9 @@ class LanguageModelling(Task):
         )
 
     def training_texts(self) -> Iterable[str]:
+        pairs = self.data_args.completions()
+        if pairs is not None:
+            return column_texts(self.texts["train"], [pairs.prompt_column, pairs.completion_column])
         column = choose_text_column(self.texts["train"], self.data_args.text_column_name, "train")
         return column_texts(self.texts["train"], [column])
 
@@ -288,8 +343,17 @@ class LanguageModelling(Task):
         block_size = self.longest_row(tokenizer, model.config)
         check_block_size(model.config, block_size)
         options = data.preprocessing(block_size)
-        how = {"num_proc": data.preprocessing_num_workers, "overwrite_cache": data.overwrite_cache}
+        how: Any = {"num_proc": data.preprocessing_num_workers, "overwrite_cache": data.overwrite_cache}
         limits = self.wanted_splits() | dict.fromkeys(self.extra_kinds, self.most_extra_rows)
+        pad = tokenizer.pad_token_id or 0
+        if (pairs := data.completions()) is not None:
+            found: dict[str, Any] = {}
+            with self.training_args.main_process_first(desc="preparing the pairs"):
+                for name, most in limits.items():
+                    if name in self.texts:
+                        rows = prepare_completions(self.texts[name], tokenizer, pairs, block_size, split=name, **how)
+                        found[name] = rows if most is None else rows.take(min(most, len(rows)))
+            return found, CompletionCollator(pad)
         own = {split: self.texts[split] for split in self.wanted_splits() if split in self.texts}
         with self.training_args.main_process_first(desc="preparing the texts"):
             rows = dict(prepare_clm_datasets(own, tokenizer, options, text_column=data.text_column_name, **how))
@@ -297,7 +361,7 @@ class LanguageModelling(Task):
                 of_kind = replace(options, document_boundary=boundary)
                 rows |= prepare_clm_datasets({name: self.texts[name]}, tokenizer, of_kind, text_column=column, **how)
         cut = {split: rows[split] if most is None else rows[split].take(most) for split, most in limits.items()}
-        return cut, ClmCollator(block_size, tokenizer.pad_token_id or 0)
+        return cut, ClmCollator(block_size, pad)
 
     @classmethod
     def calibration_rows(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..data.completions import IGNORED, split_row
 from ..evaluation.text_metrics import rouge_scores
 from ..training.trainer import DPSMMixin, DPSMSeq2SeqTrainer
 from .generation_metrics import decode_ids
@@ -21,7 +22,7 @@ _SOURCE_START = 400
 
 
 def continuations(trainer: DPSMMixin, rows: Any, number: int) -> list[dict[str, str]]:
-    """Let the model continue the first half of the first rows, greedily, up to their length; every process calls this.
+    """Let the model continue the first half of the first rows, or their prompts, greedily; every process calls this.
 
     Returns:
         ``prompt``, ``reference`` (how the row goes on) and ``output`` of each; nothing from a model that does not
@@ -33,16 +34,13 @@ def continuations(trainer: DPSMMixin, rows: Any, number: int) -> list[dict[str, 
             logger.warning("%s does not generate: there are no sample outputs.", type(model).__name__)
         return []
     model.eval()
-    found: list[dict[str, str]] = []
-    for row in islice(rows, number):
-        found += _continued(trainer, model, [row["input_ids"]])
-    return found
+    return _continuations(trainer, model, list(islice(rows, number)), 1)
 
 
 def continuation_rouge(trainer: DPSMMixin, rows: Any, number: int) -> dict[str, float]:
-    """Continue the first half of the first rows, greedily, and score that against how they go on.
+    """Continue the first half of the first rows, or their prompts, greedily, and score that against how they go on.
 
-    Rows of one length go through the model together, as many as in an evaluation's batch. Every process calls this,
+    Prompts of one length go through the model together, as many as in an evaluation's batch. Every process calls this,
     and does the same.
 
     Args:
@@ -59,25 +57,40 @@ def continuation_rouge(trainer: DPSMMixin, rows: Any, number: int) -> dict[str, 
         logger.warning("%s does not generate: there is no ROUGE of continuations.", type(model).__name__)
         return {}
     model.eval()
-    by_length: dict[int, list[Any]] = {}
-    for row in islice(rows, number):
-        by_length.setdefault(len(row["input_ids"]), []).append(row["input_ids"])
-    size, found = trainer.args.per_device_eval_batch_size, []
-    for together in by_length.values():
-        for start in range(0, len(together), size):
-            found += _continued(trainer, model, together[start : start + size])
+    found = _continuations(trainer, model, list(islice(rows, number)), trainer.args.per_device_eval_batch_size)
     outputs, references = ([text[name] for text in found] for name in ("output", "reference"))
     return {name: round(value, 4) for name, value in rouge_scores(outputs, references).items()}
 
 
-def _continued(trainer: DPSMMixin, model: Any, rows: Sequence[Any]) -> list[dict[str, str]]:
-    """Continue the first half of rows of one length, up to that length."""
+def _continuations(trainer: DPSMMixin, model: Any, rows: Sequence[Any], size: int) -> list[dict[str, str]]:
+    """Continue rows in batches of prompts of one length, so that nothing has to be padded.
+
+    Half a row is continued up to the row's length. How long a completion is to be a prompt does not tell: all get as
+    many tokens as the longest one has.
+    """
+    pairs = [split_row(row) for row in rows]
+    prompted = any(row["labels"][0] == IGNORED for row in rows)
+    longest = max((len(rest) for _, rest in pairs), default=0)
+    groups: dict[Any, list[tuple[list[int], list[int]]]] = {}
+    for prompt, rest in pairs:
+        groups.setdefault((len(prompt), longest if prompted else len(rest)), []).append((prompt, rest))
+    found: list[dict[str, str]] = []
+    for (_, most), together in groups.items():
+        for start in range(0, len(together), size):
+            found += _continued(trainer, model, together[start : start + size], most)
+    return found
+
+
+def _continued(
+    trainer: DPSMMixin, model: Any, pairs: Sequence[tuple[list[int], list[int]]], most: int
+) -> list[dict[str, str]]:
+    """Continue prompts of one length by so many tokens at most."""
     tokenizer: Any = trainer.processing_class
-    ids = torch.as_tensor(rows, device=trainer.args.device)
-    prompts, rests = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
+    prompts = torch.as_tensor([prompt for prompt, _ in pairs], device=trainer.args.device)
+    rests = [rest for _, rest in pairs]
     # a configuration of its own: that of a pretrained model may sample
     greedy = GenerationConfig(
-        max_new_tokens=rests.shape[1],
+        max_new_tokens=most,
         do_sample=False,
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
