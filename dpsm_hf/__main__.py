@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from .runtime.mistakes import exit_status
 from .tasks import TASKS, get_task
 from .version import __version__
+
+_T = TypeVar("_T")
 
 _COMMANDS = {
     "calibrate": (
@@ -37,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     tasks = {entry.command: name for name, entry in TASKS.items()}
     if words and words[0] in tasks:
-        task, prog = get_task(tasks[words[0]]), f"dpsm {words[0]}"
+        task, prog = _imported(get_task, tasks[words[0]]), f"dpsm {words[0]}"
         return exit_status(lambda: task.main(words[1:], prog=prog), task.__module__.partition(".")[0])
     if words and words[0] in _COMMANDS:
         module, _ = _COMMANDS[words[0]]
-        return exit_status(lambda: importlib.import_module(module).main(words[1:]))
+        return exit_status(lambda: _imported(importlib.import_module, module).main(words[1:]))
     if words == ["--version"]:
         print(f"dpsm_hf {__version__}")
         return 0
@@ -55,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(text)
     return 0
+
+
+def _imported(importing: Callable[[str], _T], name: str) -> _T:
+    """Import something without looking for garbage meanwhile: there is hardly any, and the search takes seconds."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return importing(name)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from dpsm_hf.rules import schedules
+from tests import warm
 
 gc.disable()  # until all is imported: that stays, and looking through it again and again takes a second
 torch.set_num_threads(1)
@@ -49,6 +50,13 @@ def loggers_as_they_were() -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagates
         logger.handlers[:] = handlers
+
+
+@pytest.fixture(scope="module")
+def warm_processes() -> Iterator[None]:
+    """Start the Python programs of this file quickly, by a fork of a process that has imported torch; see `warm`."""
+    with warm.replace_popen():
+        yield
 
 
 @pytest.fixture

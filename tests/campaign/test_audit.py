@@ -50,6 +50,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "dpsm-full": {"scoring_rule": "dpsm", "fused_head": "off"},
 }
 SMALL = {"tokens": 120, "repeats": 3}
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 
 def make_campaign(

@@ -42,7 +42,7 @@ outcome = {"metrics": {"last": {"test": {"nll": value}}}, "efficiency": {"train_
 """
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(autouse=True)

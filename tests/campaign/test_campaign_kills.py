@@ -28,7 +28,7 @@ JOBS = 2
 # What a clock says is another time each time.
 _CLOCKS = ("runtime", "per_second", "seconds")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from dpsm_hf.campaign.spec.design import Campaign
 from tests.campaign.campaigns import make_campaign, run_of, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:

@@ -15,6 +15,7 @@ from dpsm_hf.campaign.runner.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 
 @pytest.mark.slow

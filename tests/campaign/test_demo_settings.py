@@ -39,6 +39,8 @@ outcome = {"metrics": {"last": {"validation": {"nll": nll, "perplexity": 2.0**nl
 (out / "outcome.json").write_text(json.dumps(outcome))
 """
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:

@@ -11,7 +11,7 @@ from tests import cases
 from tests.distributed.calibration_worker import CASES
 from tests.distributed.processes import results_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -19,7 +19,7 @@ from dpsm_hf.campaign.runner.records import read_records
 from tests.campaign.campaigns import make_campaign, tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 def test_ctrl_c_with_two_processes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.distributed.corruption_worker import SPLITS
 from tests.distributed.processes import ROOT, launch, results_of
 
 WORKER = str(ROOT / "tests" / "distributed" / "corruption_worker.py")
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests import cases
 from tests.distributed.fused_worker import DDP_CASES, FSDP_CASES, PART_CASES, gradients
 from tests.distributed.processes import results_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")

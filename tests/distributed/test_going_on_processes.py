@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.processes import results_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")

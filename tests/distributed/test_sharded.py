@@ -17,7 +17,7 @@ from tests.distributed.sharded_worker import MODELS, STEPS, train
 
 CASES = [(how, name) for how, names in MODELS.items() for name in (*names, "llama, accumulated")]
 CASES += [("zero3", "llama, checkpointed"), ("zero3", "llama_head_lora, falling back")]
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("warm_processes")]
 
 whole = cache(train)
 

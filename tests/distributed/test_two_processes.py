@@ -10,7 +10,7 @@ import torch
 from tests import cases
 from tests.distributed.processes import results_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")

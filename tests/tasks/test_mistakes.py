@@ -18,6 +18,7 @@ from dpsm_hf.tasks import get_task
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ["--model_type", "gpt2", "--tokenizer_name", "train-bpe", "--use_cpu", "--do_train", "--max_steps", "1"]
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 
 def process(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,19 @@ def test_what_is_imported_late(code: str, absent: tuple[str, ...]) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_garbage_is_looked_for_after_the_imports_and_not_during_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "class Late:\n    @staticmethod\n    def main(words, prog):\n        print(prog, gc.isenabled())\n"
+    (tmp_path / "imported_late.py").write_text(f"import gc\n{code}print('import', gc.isenabled())\n")
+    (tmp_path / "imported_never.py").write_text("raise ImportError('broken')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("late", "never"):
+        monkeypatch.setitem(tasks.TASKS, name, TaskEntry(f"imported_{name}", "Late", name, "for a test"))
+    assert dpsm(["late"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["import False", "dpsm late True"]
+    with pytest.raises(ImportError, match="broken"):
+        dpsm(["never"])
+    assert gc.isenabled()
