@@ -23,12 +23,13 @@ REFERENCE = "Trainer, loss alone"
 VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
 LENGTH = 256
 VOCABULARY = 50257
+ENTRIES = 4096  # of the tokenizer, where the vocabulary has so many
 
 #: Numbers of tokens for which memory is measured, with a very small model.
 SIZES = (100_000, 1_000_000)
 
 
-def make_rows(tokens: int) -> Dataset:
+def make_rows(tokens: int, vocabulary: int = VOCABULARY) -> Dataset:
     """Return sequences of real text with so many tokens in all; a shorter text is repeated.
 
     Raises:
@@ -36,21 +37,24 @@ def make_rows(tokens: int) -> Dataset:
     """
     if tokens < LENGTH:
         raise ValueError(f"{tokens} tokens are less than one sequence of {LENGTH}: give larger --tokens and --sizes.")
-    ids = token_ids()
+    ids = token_ids(min(ENTRIES, vocabulary))
     ids = ids.repeat(-(-tokens // len(ids)))[: tokens // LENGTH * LENGTH].view(-1, LENGTH).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def make_evaluation(variant: str, dtype: str, tokens: int, small: bool = False) -> Callable[[], Any]:
+def make_evaluation(
+    variant: str, dtype: str, tokens: int, small: bool = False, vocabulary: int = VOCABULARY
+) -> Callable[[], Any]:
     """Return a function that evaluates a GPT-2 small, or a very small one, on so many tokens."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=1) if small else GPT2Config())
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 1} if small else {}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **shape))
     cuda = torch.cuda.is_available()
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "bf16": dtype == "bf16", "per_device_eval_batch_size": 8,
         "use_cpu": not cuda, "dataloader_pin_memory": cuda, "disable_tqdm": True, "report_to": "none",
     }  # fmt: skip
-    rows = make_rows(tokens)
+    rows = make_rows(tokens, vocabulary)
     trainer: Trainer
     if variant == REFERENCE:
         trainer = Trainer(model=model, args=TrainingArguments(prediction_loss_only=True, **common))
@@ -79,11 +83,12 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
     """Measure the time for each dtype, and the memory for each size of the evaluation set."""
     label, width = ("evaluation, small", 64) if arguments.small else ("evaluation", 768)
     for dtype in arguments.dtypes:
-        calls = {variant: make_evaluation(variant, dtype, arguments.tokens, arguments.small) for variant in VARIANTS}
+        how = (dtype, arguments.tokens, arguments.small, arguments.vocabulary)
+        calls = {variant: make_evaluation(variant, *how) for variant in VARIANTS}
         found = measure(calls, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
                         clean=lambda: None, peak=lambda variant: None)  # fmt: skip
         for variant in VARIANTS:
-            table.add(Row(label, variant, dtype, arguments.tokens, width, VOCABULARY, **found[variant]))
+            table.add(Row(label, variant, dtype, arguments.tokens, width, arguments.vocabulary, **found[variant]))
     base: float | None = None
     for tokens in arguments.sizes if arguments.memory else ():
         peak = measure_memory(["ours", "fp32", tokens, True])
@@ -108,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--small", action="store_true", help="time a very small model instead of a GPT-2 small: a trial run"
     )
+    p.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"of the timed model (default: {VOCABULARY})")
     p.add_argument(
         "--sizes", nargs="+", type=int, default=list(SIZES), help="tokens of the sets whose memory is measured, with "
         "the very small model (default: 100000 1000000)",

@@ -16,10 +16,10 @@ LENGTH = 128
 
 
 @functools.cache
-def token_ids() -> Tensor:
-    """Return token ids of Python's own text, by a byte-level BPE of 4,096 entries trained on it."""
+def token_ids(entries: int = 4096) -> Tensor:
+    """Return token ids of Python's own text, by a byte-level BPE of so many entries trained on it."""
     texts = load_python_docs()["train"]["text"]
-    tokenizer = train_bpe_tokenizer(texts, 4096)
+    tokenizer = train_bpe_tokenizer(texts, entries)
     ids = [tokenizer(text)["input_ids"] for text in texts[:400]]
     return torch.tensor([token for document in ids for token in document])
 
