@@ -36,8 +36,8 @@ _SCHEDULE = (
     ("grad_norm_ce", "norm of cross-entropy's gradient", "The gradient that cross-entropy would have alone", True),
     ("grad_norm_brier", "norm of Brier's gradient", "The gradient that the Brier score would have alone", True),
 )
-#: A word in the titles of reliability diagrams.
-NULL_ECE = "Null: the ECE that a perfectly calibrated model would show on so many tokens, by chance alone."
+#: What a line in the titles of reliability diagrams means.
+NULL_ECE = '"Perfectly calibrated": the ECE that such a model would show on so many tokens, by chance alone.'
 #: Points of the common axis on which the curves of several seeds are averaged.
 _GRID = 60
 _LONGEST_NAME = 100  # of a file, in characters
@@ -192,7 +192,7 @@ def reliability_pictures(
     styles = {results.title(name): style for name, style in _styles(results).items()}
     if len(displays) > 1:
         together = ReliabilityDisplay.overlay([display for *_, display in displays]).styled(styles).figure()
-        caption = "All main variations; below, the distribution of confidence"
+        caption = "All together; below, the distribution of confidence"
         found += pictures.add(f"{prefix}reliability-all", together, caption)
     for name, title, seed, display in displays:
         found += pictures.add(f"{prefix}reliability-{name}", display.styled(styles).figure(), f"{title}, seed {seed}")
