@@ -76,7 +76,8 @@ def test_main_runs_are_reserved_for_and_never_left_out(tmp_path: Path) -> None:
 
 
 def test_without_ablations_the_budget_decides_nothing_and_nobody_is_told(tmp_path: Path) -> None:
-    campaign = make_campaign(ARGUMENTS, ("ce", "brier"), seeds=(1, 2))  # as the demo: its runs are few and wanted
+    # as in the demo, whose file has no budget
+    campaign = make_campaign(ARGUMENTS, ("ce", "brier"), seeds=(1, 2), budget=Budget())
     records = by_id(record(campaign, "ce", 100.0), record(campaign, "brier", 900.0))
     said: list[str] = []
     assert pruning(campaign, records, tmp_path, said).left_out(run_of(campaign, "brier", 2), ()) is None
