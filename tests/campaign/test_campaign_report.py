@@ -19,7 +19,17 @@ from matplotlib.figure import Figure
 from dpsm_hf.campaign.audit.audit import audited_runs
 from dpsm_hf.campaign.report.pictures import Pictures, colours, learning_curves, pareto, reliability_pictures
 from dpsm_hf.campaign.report.report import write_campaign_report
-from dpsm_hf.campaign.report.tables import AFTER, QUALITY, Table, comparison, cost, differences, document_table, spread
+from dpsm_hf.campaign.report.tables import (
+    AFTER,
+    QUALITY,
+    Column,
+    Table,
+    comparison,
+    cost,
+    differences,
+    document_table,
+    spread,
+)
 from dpsm_hf.campaign.report.words import claim_line, headline, shown
 from dpsm_hf.campaign.runner.records import Record, write_record
 from dpsm_hf.campaign.spec.design import Campaign, Point, Variation
@@ -274,6 +284,43 @@ def test_numbers_of_the_tables(written: tuple[Campaign, Path, dict[str, Record]]
 
 
 @pytest.mark.parametrize(
+    ("gaps", "best"),
+    [
+        ((-1.0, -1.1, -0.9), {"DPSM, linear"}),
+        ((-1.0, -3.0, 0.5), set()),  # the best mean, but the interval of the difference has 0 in it
+        ((-1.0, -1.0, -1.0), set()),  # no spread, so that nothing is known of it
+        ((-1.0,), set()),
+    ],
+)
+@pytest.mark.parametrize("better", [-1, 1])
+def test_the_best_mean_is_marked_only_where_intervals_say_so(
+    gaps: tuple[float, ...], best: set[str], better: int
+) -> None:
+    seeds = tuple(range(1, len(gaps) + 1))
+    made = campaign(studies=("main",), variations=VARIATIONS[:3], seeds=seeds)
+
+    def values(point: Point) -> dict[str, Any]:
+        gap = gaps[point.seed - 1] if point.variation == "dpsm-linear" else 0.0
+        worst = 10.0 if point.variation == "brier-baseline" else 0.0
+        return {"metrics": {"perplexity": 100 + 3.0 * point.seed - better * (gap + worst + 0.01 * point.seed * worst)}}
+
+    results = Results(made, records(made, values))
+    column = Column("perplexity", "perplexity", better)
+    table = comparison(results, results.settings("main")[0], [column], "x")
+    assert {row[0].text for row in table.rows if row[1].state == "best"} == best
+
+
+def test_gaps_in_a_text_are_counted(written: tuple[Campaign, Path, dict[str, Record]]) -> None:
+    made, directory, found = written
+    some = next(record for record in found.values() if record.arguments["seed"] == 1)
+    texts = [{"prompt": "p", "reference": "r", "output": "one\n\ntwo" + "\n" * 200 + "three\n \n\n\n"}]
+    write_record(replace(some, samples=texts), directory / "runs" / some.run_id)
+    write_campaign_report(made, directory)
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert "one\n\ntwo\n[199 empty lines]\nthree\n[3 empty lines]\n" in page
+
+
+@pytest.mark.parametrize(
     ("decision", "p_value", "p_fails", "words"),
     [
         ("holds", 0.01, 0.99, "p = 0.01, Holm 0.02"),
@@ -440,6 +487,7 @@ def finding(decision: str, estimate: float | None, low: float | None, high: floa
         (finding("holds", 20.0, None, None, at_most=500.0), "within the limit"),
         (finding("holds", -20.0, None, None, at_most=500.0), "holds"),
         (finding("holds", 0.9, 0.7, 1.0, at_least=0.75, scale="share"), "holds"),
+        (finding("holds", 1.0, 0.398, 1.0, at_least=0.75, scale="share"), "within the limit"),  # 4 of 4 may be chance
         (finding("fails", -1.0, -1.2, -0.8, at_least=0.3), "fails"),
         (finding("cannot tell", -1.0, -1.2, -0.8, at_most=0.3), "cannot tell"),
     ],

@@ -106,7 +106,10 @@ def test_runs_differ_in_the_loss_alone(preset: str) -> None:
     campaign = demo.load_demo(preset, steps=5, seed=7, extra=["--lr_scheduler_type", "linear"])
     losses = ["ce", "brier", "dpsm"] + (["dpsm"] if preset == "finetune" else [])  # the last with alpha .5 throughout
     assert [campaign.runs[run_id].arguments["scoring_rule"] for run_id in campaign.order] == losses
-    own = ("scoring_rule", "alpha_schedule", "alpha_end")
+    # One run of the slow preset is evaluated before training too; the others begin with the same weights.
+    own = ("scoring_rule", "alpha_schedule", "alpha_end", *(("eval_on_start",) if preset == "finetune" else ()))
+    before = [bool(campaign.runs[run_id].arguments.get("eval_on_start")) for run_id in campaign.order]
+    assert before == ([True, False, False, False] if preset == "finetune" else [True] * 3)
     rest = [{k: v for k, v in run.arguments.items() if k not in own} for run in campaign.runs.values()]
     assert all(arguments == rest[0] for arguments in rest)
     assert (rest[0]["lr_scheduler_type"], rest[0]["max_steps"], rest[0]["seed"]) == ("linear", 5, 7)

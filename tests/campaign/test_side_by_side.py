@@ -186,7 +186,7 @@ def test_without_a_reference_nothing_is_compared() -> None:
 
 def test_scope_names_kind_split_bins_tokens_and_seed() -> None:
     said = text(record("ce"), record("dpsm"))
-    for words in ("token-level on the eval split (5,000 tokens)", "top-label", "10, 15 and 100 bins", "seed 42"):
+    for words in ("token-level on the validation split (5,000 tokens)", "top-label", "10, 15 and 100 bins", "seed 42"):
         assert words in said
 
 
@@ -202,13 +202,42 @@ def test_the_same_start_is_stated_and_another_one_is_a_caution() -> None:
     assert "did NOT start from the same weights" in said and "8.1000" in said
 
 
+def unlike_before(entries: list[dict[str, Any]], evaluated: bool, first_nll: float) -> list[dict[str, Any]]:
+    """Return a history with the NLL of the first batch, without the evaluation before training unless evaluated."""
+    kept = [entry for entry in entries if evaluated or entry["step"] or "eval_nll" not in entry]
+    return [*kept, {"step": 1, "nll": first_nll, "loss": first_nll}]
+
+
+def test_the_row_before_training_is_of_one_run_where_the_others_began_alike(tmp_path: Path) -> None:
+    begun = history()
+    begun[0] |= {"eval_perplexity": 2980.958, "eval_ece_15": 0.05}
+
+    def rows(first_nll: float, other_nll: float, **more: Any) -> list[str]:
+        ce = record("ce", history=unlike_before(begun, True, first_nll))
+        dpsm = record("dpsm", history=unlike_before(history(), False, other_nll), **more)
+        made = page(tmp_path, ce, dpsm)
+        findings = json.loads(made.results.read_text(encoding="utf-8"))["findings"]
+        return [
+            line
+            for line in (*made.table.split("\n"), *findings)
+            if "before training" in line or "first training" in line
+        ]
+
+    row, said = rows(7.9, 7.9000001)  # sums in another order
+    assert row.split() == ["before", "training", "2,980.96", "8.0000", "–", "–", "0.0500", "–", "–"]
+    assert said == "All runs started from the same weights: the NLL of the first training batch is 7.9000 for each."
+    assert not rows(7.9, 7.91)  # other weights, or another batch: nobody knows
+    assert len(rows(7.9, 7.91, status="diverged")) == 1  # what is not compared need not have begun alike
+
+
 def test_schedule_cost_and_overfitting_are_derived_from_the_log() -> None:
     slow = record("dpsm", efficiency={**EFFICIENCY, "tokens_per_second": 3600.0})
     said = text(record("ce"), slow)
     assert "α reached 1 after 10 of 20 steps, so the last 50 % of training was pure Brier score." in said
     assert "DPSM trained 3,600 scored tokens a second and cross-entropy 4,000 (median of the log, 0.90 times" in said
     rising = record("ce", metrics={**METRICS, "nll": 5.5})
-    assert "held-out NLL of cross-entropy was lowest at step 20 (4.6052) and has risen to 5.5000" in text(rising, slow)
+    risen = "The NLL of cross-entropy on the validation split was lowest at step 20 (4.6052) and has risen to 5.5000"
+    assert risen in text(rising, slow)
 
 
 def test_a_run_on_a_busy_machine_is_a_caution() -> None:

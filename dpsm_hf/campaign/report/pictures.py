@@ -25,10 +25,10 @@ Curve: TypeAlias = tuple[str, str, str, bool]
 Names: TypeAlias = Callable[[Setting], list[str]]
 
 _CURVES = (
-    ("eval_perplexity", "held-out perplexity", "Perplexity on the validation split", True),
-    ("eval_rougeL", "held-out ROUGE-L", "ROUGE-L on the validation split", False),
-    ("eval_ece_15", "held-out ECE-15", "Calibration error on the validation split, 15 bins, top-label", True),
-    ("eval_brier", "held-out Brier score", "Brier score on the validation split", False),
+    ("eval_perplexity", "perplexity, validation", "Perplexity on the validation split", True),
+    ("eval_rougeL", "ROUGE-L, validation", "ROUGE-L on the validation split", False),
+    ("eval_ece_15", "ECE-15, validation", "Calibration error on the validation split, 15 bins, top-label", True),
+    ("eval_brier", "Brier score, validation", "Brier score on the validation split", False),
 )
 _SCHEDULE = (
     ("alpha", "α (weight of the Brier score)", "α: 0 is pure cross-entropy, 1 is pure Brier score", False),
@@ -36,6 +36,8 @@ _SCHEDULE = (
     ("grad_norm_ce", "norm of cross-entropy's gradient", "The gradient that cross-entropy would have alone", True),
     ("grad_norm_brier", "norm of Brier's gradient", "The gradient that the Brier score would have alone", True),
 )
+#: What a line in the titles of reliability diagrams means.
+NULL_ECE = '"Perfectly calibrated": the ECE that such a model would show on so many tokens, by chance alone.'
 #: Points of the common axis on which the curves of several seeds are averaged.
 _GRID = 60
 _LONGEST_NAME = 100  # of a file, in characters
@@ -152,7 +154,8 @@ def picture_sections(results: Results, settings: Sequence[Setting], pictures: Pi
         ),
         (
             "Reliability",
-            "Below the diagonal a model is overconfident. Token-level, top-label, test split, first seed.",
+            f"Below the diagonal a model is overconfident. Token-level, top-label, {results.split} split, first seed. "
+            f"{NULL_ECE}",
             reliability,
         ),
         ("Grids", "Means over seeds.", _heat_maps(results, pictures)),
@@ -189,7 +192,7 @@ def reliability_pictures(
     styles = {results.title(name): style for name, style in _styles(results).items()}
     if len(displays) > 1:
         together = ReliabilityDisplay.overlay([display for *_, display in displays]).styled(styles).figure()
-        caption = "All main variations; below, the distribution of confidence"
+        caption = "All together; below, the distribution of confidence"
         found += pictures.add(f"{prefix}reliability-all", together, caption)
     for name, title, seed, display in displays:
         found += pictures.add(f"{prefix}reliability-{name}", display.styled(styles).figure(), f"{title}, seed {seed}")
@@ -208,7 +211,8 @@ def _heat_maps(results: Results, pictures: Pictures) -> list[dict[str, str]]:
     for setting in results.settings():
         studies.setdefault(setting.plain, []).append(setting)
     found = []
-    metrics = {results.campaign.quality[0]: results.campaign.quality[0], "ece_15": "ECE-15"}
+    quality = results.campaign.quality[0]
+    metrics = {quality: quality.replace("rouge", "ROUGE-"), "ece_15": "ECE-15"}
     for plain, settings in studies.items():
         values: dict[str, set[str]] = {}
         for name, value in (pair for setting in settings for pair in setting.settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from .matrix import claim_matrix
 from .pictures import Pictures, colours, drawn, picture_sections, render
 from .words import (
     GLOSSARY,
+    MARK,
     METHOD,
     SHOWN,
     claim_line,
@@ -33,6 +35,7 @@ from .words import (
     settings_line,
     shown,
     test_of,
+    weights_line,
 )
 
 VERDICT_NAME, HTML_NAME, MARKDOWN_NAME, TABLES_NAME = "verdict.json", "report.html", "report.md", "figures.json"
@@ -90,7 +93,7 @@ def _tables(results: Results, directory: Path, audit: Mapping[str, Any] | None) 
         final += [
             tables.comparison(results, setting, columns, "Last checkpoint"),
             tables.comparison(results, setting, tables.AFTER, "Last checkpoint, after temperature scaling"),
-            tables.comparison(best, setting, columns, "Best checkpoint on validation"),
+            tables.comparison(best, setting, columns, "Best checkpoint on the validation split"),
             tables.document_table(results, setting, directory),
         ]
         efficiency.append(tables.cost(results, setting))
@@ -119,6 +122,8 @@ def _context(results: Results, findings: Sequence[Finding], directory: Path) -> 
         "missing": tables.missing_runs(results),
         "stopped": tables.stopped_early(results),
         "samples": texts_of(results, settings[0]),
+        "mark": MARK,
+        "weights": weights_line(campaign),
         "glossary": GLOSSARY,
         "method": METHOD,
         "reproduce": _reproduce(results, directory),
@@ -168,7 +173,7 @@ def audit_table(content: Mapping[str, Any]) -> tables.Table:
         cells = [tables.Cell(entry["title"] or entry["variation"])]
         for key, _, decimals in shown:
             value, low, high = (entry.get(f"{key}{end}") for end in ("", "_p10", "_p90"))
-            text = "not measured" if value is None else f"{value:,.{decimals}f}"
+            text = "not measured" if value is None else f"{round(value, decimals) + 0.0:,.{decimals}f}"  # no "-0"
             known = value is not None and low is not None
             cells.append(tables.Cell(f"{text} ({low:,.{decimals}f} to {high:,.{decimals}f})" if known else text))
         rows.append(cells)
@@ -190,8 +195,13 @@ def texts_of(results: Results, setting: Setting) -> list[dict[str, Any]]:
         for sample in record.samples if record is not None else ():
             new = {"prompt": sample["prompt"], "reference": sample.get("reference", ""), "outputs": []}
             entry = found.setdefault(sample["prompt"], new)
-            entry["outputs"].append((results.title(name), sample["output"]))
+            entry["outputs"].append((results.title(name), _without_gaps(sample["output"])))
     return list(found.values())
+
+
+def _without_gaps(text: str) -> str:
+    """Return a text whose gaps are counted, not shown: a small model may write nothing but hundreds of empty lines."""
+    return re.sub(r"\n(?:[^\S\n]*\n){3,}", lambda gap: f"\n[{gap[0].count(chr(10)) - 1} empty lines]\n", text)
 
 
 def _reproduce(results: Results, directory: Path) -> dict[str, Any]:
@@ -209,7 +219,13 @@ def _reproduce(results: Results, directory: Path) -> dict[str, Any]:
 
 
 def _flat(machine: Mapping[str, Any]) -> str:
-    inner = {
-        k: ", ".join(f"{n} {w}" for n, w in v.items()) if isinstance(v, Mapping) else v for k, v in machine.items()
-    }
-    return "; ".join(f"{key}: {value}" for key, value in inner.items())
+    """Return what a record says of its machine as one line."""
+    words = []
+    for key, value in machine.items():
+        if key == "dirty":  # the checkout that `commit` names had changes of its own
+            words.append(f"{'with' if value else 'without'} uncommitted changes")
+        elif isinstance(value, Mapping):
+            words.append(f"{key}: {', '.join(f'{name} {of}' for name, of in value.items())}")
+        else:
+            words.append(f"{key}: {value}")
+    return "; ".join(words)

@@ -20,6 +20,8 @@ from ..runner.records import Record
 POINTS = 5
 # Differences below this share are called equal: one run cannot tell them from the choice of seed.
 TIE = 0.005
+# Relative difference of two sums of the same float32 numbers in another order, over a batch's tokens.
+_FLOAT_ERROR = 1e-5
 # ROUGE-Lsum (out of 100) of texts that share little more than frequent words with the reference.
 WEAK_ROUGE = 10.0
 # How a run ended that is not compared.
@@ -276,7 +278,10 @@ def _overfit(run: SingleRun) -> str | None:
     final = run.value("nll")
     if final is None or final <= lowest * 1.01:
         return None
-    return f"The held-out NLL of {run.title} was lowest at step {step:,} ({lowest:.4f}) and has risen to {final:.4f}."
+    return (
+        f"The NLL of {run.title} on the {run.split} split was lowest at step {step:,} ({lowest:.4f}) and has risen to "
+        f"{final:.4f}."
+    )
 
 
 def _busy(runs: Sequence[SingleRun]) -> dict[str, str]:
@@ -319,16 +324,54 @@ def _failures(runs: Sequence[SingleRun]) -> Iterator[str]:
             yield f"The run {run.name!r} {what} and is not compared{f': {said}' if said else ''}."
 
 
-def _same_start(runs: Sequence[SingleRun]) -> str | None:
+def _starts(runs: Sequence[SingleRun]) -> dict[str, float]:
+    """Return by name the NLL on the validation split before training, of the runs that were evaluated then."""
     found = {run.name: [nll for step, nll in run.logged("eval_nll") if step == 0] for run in runs}
-    if len(runs) < 2 or not all(found.values()):
+    return {name: values[0] for name, values in found.items() if values}
+
+
+def _first_batch(runs: Sequence[SingleRun]) -> float | None:
+    """Return the NLL of the first batch before the first update, where all runs have logged the same.
+
+    The figures of one batch differ by rounding where the losses sum in another order.
+    """
+    found = [[nll for step, nll in run.logged("nll") if step == 1] for run in runs]
+    if not found or not all(found):
         return None
-    starts = {name: values[0] for name, values in found.items()}
-    if len(set(starts.values())) == 1:
+    first = [values[0] for values in found]
+    return first[0] if all(math.isclose(nll, first[0], rel_tol=_FLOAT_ERROR) for nll in first) else None
+
+
+def began_alike(runs: Sequence[SingleRun]) -> bool:
+    """Return whether runs are known to have started from the same weights: by evaluations before it, or one batch."""
+    usable = [run for run in runs if run.comparable and not run.scaled]
+    starts = _starts(usable)
+    if len(set(starts.values())) > 1:
+        return False
+    return len(starts) == len(usable) or _first_batch(usable) is not None
+
+
+def _same_start(runs: Sequence[SingleRun]) -> str | None:
+    """Say whether the runs began with the same weights; nothing where their logs do not show it."""
+    if len(runs) < 2:
+        return None
+    starts = _starts(runs)
+    if len(set(starts.values())) > 1:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in starts.items())
+        return (
+            "Caution: the runs did NOT start from the same weights (NLL on the validation split before training: "
+            f"{figures})."
+        )
+    if len(starts) == len(runs):
         value = next(iter(starts.values()))
-        return f"All runs started from the same weights: the held-out NLL before training is {value:.4f} for each."
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in starts.items())
-    return f"Caution: the runs did NOT start from the same weights (held-out NLL before training: {figures})."
+        return (
+            "All runs started from the same weights: the NLL on the validation split before training is "
+            f"{value:.4f} for each."
+        )
+    batch = _first_batch(runs)
+    if batch is None:
+        return None
+    return f"All runs started from the same weights: the NLL of the first training batch is {batch:.4f} for each."
 
 
 def _weak_texts(runs: Sequence[SingleRun]) -> str | None:
@@ -355,11 +398,11 @@ def _noise(base: SingleRun) -> str:
 
 def _scope(runs: Sequence[SingleRun]) -> str:
     """Say what the figures are: kind, split, size, bins and seeds."""
-    splits = sorted({str(run.calibration["split"]) for run in runs if run.calibration.get("split")})
+    splits = sorted({run.split for run in runs})
     counts = sorted({int(count) for run in runs if (count := run.value("tokens")) is not None})
     given = [run.record.arguments.get("seed") for run in runs]
     seeds = sorted({str(seed) for seed in given if seed is not None})
-    split = f" on the {'/'.join(splits)} split" if splits else " on the evaluation split"
+    split = f" on the {' and '.join(splits)} split"
     size = f" ({'–'.join(f'{count:,}' for count in (counts[:1] + counts[1:][-1:]))} tokens)" if counts else ""
     seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(seeds)}" if seeds else "seed not recorded"
     return (

@@ -21,9 +21,9 @@ from ..runner.collecting import read_run
 from ..runner.records import Record
 from ..spec.design import Campaign, Point, Setting, Variation
 from ..verdict.results import Results
-from .pictures import Pictures, colours, curve_pictures, reliability_pictures, render, sections
+from .pictures import NULL_ECE, Pictures, colours, curve_pictures, reliability_pictures, render, sections
 from .report import texts_of
-from .sentences import MEASURES, SingleRun, compared, judged, size_of, story_of
+from .sentences import MEASURES, SingleRun, began_alike, compared, judged, size_of, story_of
 from .tables import AFTER, CALIBRATION, QUALITY, Cell, Column, Table, as_text, comparison
 
 LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal": "focal loss"}
@@ -31,7 +31,7 @@ LOSS_TITLES = {"ce": "cross-entropy", "brier": "Brier", "dpsm": "DPSM", "focal":
 # Caption and columns of each table; what training cost stands by itself.
 _TABLES = (
     ("Generated texts against the references (ROUGE F1, out of 100)", QUALITY["summarization"][:4]),
-    ("Token-level figures on held-out text, at the end of training", (
+    ("Token-level figures on the {split} split, at the end of training", (
         *QUALITY["language-modelling"][:2],
         *(column for column in CALIBRATION if column.metric in ("brier", "ece_10", "ece_15", "ece_100")),
         Column("token_accuracy", "accuracy (%)", 1, 2, 100.0),
@@ -48,14 +48,16 @@ _COST = (
         Column("train_seconds", "training (s)", decimals=1),
     ),
 )
+#: The row with the figures before the first step, which all runs share.
+_BEFORE = "before training"
 #: How a run is marked that leads a column.
 _MARK = "better than every other run there: the 95 % intervals do not overlap"
 # see `pictures.Curve`
 _CURVES = (
-    ("eval_nll", "held-out NLL (nats a token)", "Held-out negative log-likelihood", False),
-    ("eval_brier", "held-out Brier score", "Held-out Brier score", False),
-    ("eval_ece_15", "held-out ECE-15", "Held-out calibration error, 15 bins, top-label", False),
-    ("eval_token_accuracy", "held-out accuracy", "Held-out share of tokens predicted exactly", False),
+    ("eval_nll", "NLL (nats a token), validation", "Negative log-likelihood on the validation split", False),
+    ("eval_brier", "Brier score, validation", "Brier score on the validation split", False),
+    ("eval_ece_15", "ECE-15, validation", "Calibration error on the validation split, 15 bins, top-label", False),
+    ("eval_token_accuracy", "accuracy, validation", "Share of validation tokens predicted exactly", False),
     ("nll", "training NLL (nats a token)", "Training negative log-likelihood", False),
     ("grad_norm", "gradient norm", "Norm of the gradient before clipping", True),
     ("alpha", "α (weight of the Brier score)", "α: 0 is pure cross-entropy, 1 is pure Brier score", False),
@@ -141,7 +143,10 @@ def _tables(results: Results, setting: Setting, runs: Sequence[SingleRun]) -> li
             )
         }
 
-    made = [(caption, comparison(results, setting, columns, "", False, leading)) for caption, columns in _TABLES]
+    made = []
+    for caption, columns in _TABLES:
+        table = comparison(results, setting, columns, "", False, leading)
+        made.append((caption.format(split=results.split), _with_start(table, columns, runs)))
     # seconds and memory of one run on a machine that does other things too: nobody leads
     made.append((_COST[0], comparison(results, setting, _COST[1], "", tested=False)))
     shown = [(caption, table) for caption, table in made if table.rows]
@@ -149,6 +154,22 @@ def _tables(results: Results, setting: Setting, runs: Sequence[SingleRun]) -> li
         replace(table, caption=caption, headings=["loss", *table.headings[1:]], notes=() if number else table.notes)
         for number, (caption, table) in enumerate(shown)
     ]
+
+
+def _with_start(table: Table, columns: Sequence[Column], runs: Sequence[SingleRun]) -> Table:
+    """Put the figures before training above the runs, where the log of any run has them and the runs began alike."""
+    begun = [run for run in runs if run.comparable and any(step == 0 for step, _ in run.logged("eval_nll"))]
+    if not begun or not began_alike(runs):
+        return table
+    by_heading = {column.heading: column for column in columns if not column.scaled}
+    cells = []
+    for heading in table.headings[1:]:
+        column = by_heading.get(heading)
+        logged = [] if column is None else begun[0].logged(f"eval_{column.metric}")
+        found = [value for step, value in logged if step == 0]
+        cells.append(Cell(column.show(found[0]) if column is not None and found else "–"))
+    known = any(cell.text != "–" for cell in cells)
+    return replace(table, rows=[[Cell(_BEFORE), *cells], *table.rows]) if known else table
 
 
 def _against(runs: Sequence[SingleRun]) -> Table | None:
@@ -195,7 +216,7 @@ def _sections(
         (
             "Reliability diagrams",
             "Below the diagonal a model is overconfident, above it underconfident. Token-level, top-label. Faint bars "
-            f"and hollow points hold fewer than {FEW_TOKENS} tokens: their height is mostly chance.",
+            f"and hollow points hold fewer than {FEW_TOKENS} tokens: their height is mostly chance. {NULL_ECE}",
             reliability_pictures(results, setting, names, pictures),
         ),
     )

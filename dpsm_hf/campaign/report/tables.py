@@ -106,9 +106,12 @@ CALIBRATION = (
     Column("brier", "Brier"), Column("spherical", "spherical"), *_BINS, Column("signed_gap", "signed gap", 0),
     Column("expected_depth", "depth", 0, 2),
 )  # fmt: skip
-AFTER = tuple(
-    replace(column, label=f"{column.label}, scaled", scaled=True)
-    for column in (Column("temperature", "T", 0, 3), _PERPLEXITY, CALIBRATION[0], *_BINS)
+AFTER = (
+    Column("temperature", "T", 0, 3, scaled=True),
+    *(
+        replace(column, label=f"{column.label}, scaled", scaled=True)
+        for column in (_PERPLEXITY, CALIBRATION[0], *_BINS)
+    ),
 )
 EFFICIENCY = (
     Column("tokens_per_second", "tokens/s", 1, 0),
@@ -140,7 +143,8 @@ def comparison(
     The stars are those of each test alone; a dagger marks what is still below .05 after Holm's correction over the
     variations of the column. Columns and variations without any figure are left out, and where every column is one
     after temperature scaling those that only read another's runs so. Without ``tested`` nothing is starred. What is
-    marked as best is what ``leading`` names of a column, by default the best mean, without ``tested`` nothing.
+    marked as best is what ``leading`` names of a column: by default the variation whose difference from each other
+    one has an interval on the better side of 0, without ``tested`` nothing.
     """
     names = results.variations(setting)
     if all(column.scaled for column in columns):
@@ -350,17 +354,32 @@ def _mean(column: Column, by_seed: Mapping[int, float]) -> str:
 
 
 def _best(results: Results, setting: Setting, names: Sequence[str], column: Column) -> set[str]:
-    """Name the variations whose shown mean is the best; none where all are alike or no side is better."""
+    """Name the variation that is better than each other one; none where an interval of a difference does not say so.
+
+    Compared are the variations with all seeds (the missing ones may be the bad ones), by the 95 % intervals of
+    `paired_difference`: the best mean alone may be the best by chance.
+    """
     means = {}
     for name in names:
         values = list(_values(results, setting, name, column).values())
-        # compare only variations with all seeds: the missing ones may be the bad ones
         if values and len(values) == len(results.points(setting, name)) and np.isfinite(values).all():
-            means[name] = round(float(np.mean(values)) * column.scale, column.decimals)
-    if not column.better or len(set(means.values())) < 2:
+            means[name] = float(np.mean(values))
+    if not column.better or len(means) < 2:
         return set()
-    top = max(means.values(), key=lambda value: column.better * value)
-    return {name for name, value in means.items() if value == top}
+    top = max(means, key=lambda name: column.better * means[name])
+    others = [name for name in means if name != top]
+    shown = {name: round(means[name] * column.scale, column.decimals) for name in means}
+    alike = any(shown[name] == shown[top] for name in others)
+    return set() if alike or not all(_surpasses(results, setting, top, name, column) for name in others) else {top}
+
+
+def _surpasses(results: Results, setting: Setting, name: str, other: str, column: Column) -> bool:
+    """Return whether the 95 % interval of the difference from another variation is on the better side of 0."""
+    pairs = results.pairs(setting, name, other, column.metric, scaled=column.scaled, split=column.split)
+    if pairs.missing or len(pairs.seeds) < 2:
+        return False
+    interval = paired_difference(pairs.ours, pairs.theirs).interval  # NaN where the differences have no spread
+    return interval.low > 0 if column.better > 0 else interval.high < 0
 
 
 def _tests(results: Results, setting: Setting, names: Sequence[str], column: Column) -> dict[str, str]:

@@ -52,15 +52,13 @@ def shown(finding: Finding) -> Shown:
 
     A claim with a tolerance ("at most 0.3 above") may hold while the variation is worse, or no different. Then it is
     only "within the limit": "holds" is said where the whole interval (or a figure that has none) lies on the better
-    side of no difference.
+    side of no difference. For a share of settings and seeds with the same sign that is one half.
     """
     if finding.decision == Decision.FAILS.value:
         return FAILS
     if finding.decision != Decision.HOLDS.value:
         return CANNOT_TELL
-    if finding.scale == "share":  # of settings and seeds on the better side
-        return HOLDS
-    equal = 1.0 if finding.scale == "ratio" else 0.0
+    equal = {"ratio": 1.0, "share": 0.5}.get(finding.scale, 0.0)
     if finding.at_most is not None:
         end = finding.estimate if finding.high is None else finding.high
         return HOLDS if end is not None and end <= equal else WITHIN
@@ -115,6 +113,22 @@ def lead(campaign: Campaign, findings: Sequence[Finding]) -> str:
 
 def _in_order(campaign: Campaign) -> list[Variation]:
     return sorted(campaign.variations, key=lambda v: not v.name.startswith("dpsm"))
+
+
+#: Which figure of a column is marked, see `tables.comparison`.
+MARK = (
+    "better than every other variation with all its seeds (the 95 % intervals of the paired differences leave out 0)"
+)
+
+
+def weights_line(campaign: Campaign) -> str:
+    """Say what the tables call the last and the best checkpoint."""
+    chosen_by = {run.arguments.get("metric_for_best_model") for run in campaign.runs.values()} - {None}
+    metric = " or ".join(sorted(str(name).removeprefix("eval_") for name in chosen_by)) or "loss"
+    return (
+        "Last checkpoint: the weights at the end of training; best checkpoint: those of the evaluation during "
+        f"training with the best {metric} on the validation split."
+    )
 
 
 #: What the columns of the tables mean; docs/calibration.md defines them.

@@ -267,12 +267,13 @@ class Pruning:
             return None
         if run_id in self._prunable:
             return self._pruned(run_id, *_limit_decision(self._campaign, account))
-        if not self._warned:
+        if self._prunable and not self._warned:  # a budget without ablations decides nothing, so that nobody asks
             self._warned = True
             more = duration(account.reserved + account.needed)
             self._say(
-                f"The budget of {duration(account.allowed)} of training will be exceeded: {duration(account.spent)} "
-                f"are spent, and main variations, which are never left out, need {more} more."
+                f"Note: training will take longer than the budget of {duration(account.allowed)}: "
+                f"{duration(account.spent)} are spent, and main variations, which are never left out, need {more} "
+                "more. They go on; ablations that do not fit are left out."
             )
         return None
 

@@ -63,7 +63,7 @@ class DepthReader:
         self._core = core_model(model)
         self._name = type(self._core).__name__
         self._output_layer()
-        self._accepts = _keywords(self._core.forward)
+        self._accepts = _keyword_check(self._core.forward)
         if not self._accepts("output_hidden_states"):
             raise DepthReaderError(
                 f"the forward of {self._name} has no output_hidden_states, so its layers cannot be read. The expected "
@@ -71,8 +71,8 @@ class DepthReader:
             )
         #: L, the layers of the decoder.
         self.layers: int = self._layer_number()
-        self._tail: _Tail | None = None
-        self._tail_of: nn.Module | None = None
+        self._transform: _FinalTransform | None = None
+        self._transform_of: nn.Module | None = None
 
     def depths(self, batch: Mapping[str, Any], targets: Tensor) -> Tensor:
         """Return the depth of each scored token, from one forward of the model, in evaluation mode and without graph.
@@ -98,39 +98,42 @@ class DepthReader:
         if not len(scored):
             return scored
         layer = self._output_layer()
-        known = self._tail is not None and self._tail_of is layer
+        known = self._transform is not None and self._transform_of is layer
         inputs = inputs_without_labels(self._model, batch)
         inputs["output_hidden_states"] = True
         if self._accepts("return_dict"):
             inputs["return_dict"] = True
-        listener = _Listener(self._core, layer, targets.numel(), scored)
+        watcher = _ForwardWatcher(self._core, layer, targets.numel(), scored)
         with torch.no_grad(), _evaluating(self._model):
-            with listener.attached(find_tail=not known):
+            with watcher.attached(find_transform=not known):
                 outputs = self._model(**inputs)
-            states = self._states(outputs, targets.numel())
-            if listener.hidden is None:
+            states = self._layer_states(outputs, targets.numel())
+            if watcher.hidden is None:
                 raise DepthReaderError(f"{self._name} makes its logits without calling its output layer.")
-            with listener.autocast():
+            with watcher.autocast():
                 if not known:
-                    tail = listener.tail(self._name)
-                    self._compare(outputs, layer, listener.rows)
-                    self._tail, self._tail_of = tail, layer
-                return self._settled(layer, listener.hidden, states, scored)
+                    transform = watcher.transform(self._name)
+                    self._check_against_model(outputs, layer, watcher.rows)
+                    self._transform, self._transform_of = transform, layer
+                return self._depths_of(layer, watcher.hidden, states, scored)
 
-    def _settled(self, layer: nn.Module, hidden: Tensor, states: Sequence[Tensor], scored: Tensor) -> Tensor:
-        final = self._top(layer, hidden, scored, None)
+    def _depths_of(self, layer: nn.Module, hidden: Tensor, states: Sequence[Tensor], scored: Tensor) -> Tensor:
+        """Return the depth of each scored token from what the output layer was given and the states below."""
+        final = self._most_likely(layer, hidden, scored, None)
         depth = torch.full_like(scored, self.layers)
         # from the last layer down, each token until its reading differs for the first time
         open_tokens = torch.arange(len(scored), device=scored.device)
         for number in reversed(range(self.layers)):
-            top = self._top(layer, states[number], scored[open_tokens], self._tail)
+            top = self._most_likely(layer, states[number], scored[open_tokens], self._transform)
             open_tokens = open_tokens[top == final[open_tokens]]
             if not len(open_tokens):
                 break
             depth[open_tokens] = number
         return depth
 
-    def _top(self, layer: nn.Module, states: Tensor, places: Tensor, tail: _Tail | None) -> Tensor:
+    def _most_likely(
+        self, layer: nn.Module, states: Tensor, places: Tensor, transform: _FinalTransform | None
+    ) -> Tensor:
         """Return the most likely token at some places, a chunk of rows at a time."""
         flat = states.reshape(-1, states.shape[-1])
         size = self._chunk_rows or _CPU_ROWS
@@ -142,7 +145,7 @@ class DepthReader:
             rows = flat.index_select(0, part)
             if states.dim() > 2:
                 rows = rows[None]
-            logits = self._logits(layer, rows if tail is None else tail(rows))
+            logits = self._logits(layer, rows if transform is None else transform(rows))
             found.append(logits.argmax(-1).reshape(-1).to(places.device))
             del logits  # before the next chunk is allocated
         return torch.cat(found)
@@ -180,7 +183,7 @@ class DepthReader:
             raise DepthReaderError(f"the config of {self._name} does not tell its number of layers ({names[0]}).")
         return number
 
-    def _states(self, outputs: Any, positions: int) -> Sequence[Tensor]:
+    def _layer_states(self, outputs: Any, positions: int) -> Sequence[Tensor]:
         """Return the states before the first layer and after each."""
         named = outputs if isinstance(outputs, Mapping) else {}
         decoder = named.get("decoder_hidden_states")
@@ -196,7 +199,7 @@ class DepthReader:
             )
         return states[:-1]
 
-    def _compare(self, outputs: Any, layer: nn.Module, rows: Tensor) -> None:
+    def _check_against_model(self, outputs: Any, layer: nn.Module, rows: Tensor) -> None:
         """Raise unless the reading of what the output layer was given is what the model made of it."""
         mine, own = self._logits(layer, rows), outputs.get("logits")
         if not isinstance(own, Tensor) or own.shape != mine.shape:
@@ -218,8 +221,8 @@ class DepthReader:
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """What lies between the last layer and the output layer."""
+class _FinalTransform:
+    """What a model does to the last layer's states before its output layer: modules (the final norm), and a factor."""
 
     modules: tuple[nn.Module, ...]
     scale: float
@@ -230,7 +233,7 @@ class _Tail:
         return rows if self.scale == 1.0 else rows * self.scale
 
 
-class _Listener:
+class _ForwardWatcher:
     """Watch one forward: what the output layer is given, and the way there from the last layer.
 
     The output layer is handed on a few rows alone, so that the model never makes the logits of the others.
@@ -241,22 +244,22 @@ class _Listener:
         some = torch.linspace(0, len(scored) - 1, _CHECKED_ROWS).long().to(scored.device)
         spread = torch.linspace(0, positions - 1, _CHECKED_ROWS).long().to(scored.device)
         # with a single row a norm without weights could not be told from a factor
-        self._places = torch.cat([scored[some], spread]).unique()
+        self._checked_positions = torch.cat([scored[some], spread]).unique()
         self.hidden: Tensor | None = None
         self.rows = torch.empty(0)
         self._autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
-        self._last: Tensor | None = None
-        self._current: Tensor | None = None
-        self._chain: list[nn.Module] = []
-        self._open: nn.Module | None = None
+        self._layer_output: Tensor | None = None
+        self._followed: Tensor | None = None
+        self._modules: list[nn.Module] = []
+        self._running: nn.Module | None = None
 
     @contextlib.contextmanager
-    def attached(self, *, find_tail: bool) -> Iterator[None]:
+    def attached(self, *, find_transform: bool) -> Iterator[None]:
         """Listen for the length of a block."""
-        handles = [self._layer.register_forward_pre_hook(self._at_head, with_kwargs=True)]
+        handles = [self._layer.register_forward_pre_hook(self._before_output_layer, with_kwargs=True)]
         inside = set(self._layer.modules())
         try:
-            for name, module in self._core.named_modules() if find_tail else ():
+            for name, module in self._core.named_modules() if find_transform else ():
                 if module in inside or self._layer in module.modules():
                     continue
                 numbers = [part.isdigit() for part in name.split(".")]
@@ -273,23 +276,33 @@ class _Listener:
     def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         first = next(iter(output), None) if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
-            self._last = self._current = first
-            self._chain, self._open = [], None
+            self._layer_output = self._followed = first
+            self._modules, self._running = [], None
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        current = self._current
-        if self._open is None and current is not None and len(args) == 1 and not kwargs and _same(args[0], current):
-            self._open = module
+        current = self._followed
+        if (
+            self._running is None
+            and current is not None
+            and len(args) == 1
+            and not kwargs
+            and _is_same_tensor(args[0], current)
+        ):
+            self._running = module
 
     def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self._open:
+        if module is not self._running:
             return
-        self._open = None
-        if isinstance(output, Tensor) and not _same(output, self._current):  # a dropout returns what it is given
-            self._chain.append(module)
-            self._current = output
+        self._running = None
+        if isinstance(output, Tensor) and not _is_same_tensor(
+            output, self._followed
+        ):  # a dropout returns what it is given
+            self._modules.append(module)
+            self._followed = output
 
-    def _at_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _before_output_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
         name = type(self._core).__name__
         if self.hidden is not None:
             raise DepthReaderError(f"{name} uses its output layer more than once in a forward.")
@@ -303,12 +316,13 @@ class _Listener:
             )
         kind = hidden.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.hidden, self.rows = hidden.detach(), self._some(hidden)
-        self._open = None
+        self.hidden, self.rows = hidden.detach(), self._checked_rows(hidden)
+        self._running = None
         return (self.rows,), {}
 
-    def _some(self, states: Tensor) -> Tensor:
-        rows = states.detach().reshape(-1, states.shape[-1]).index_select(0, self._places.to(states.device))
+    def _checked_rows(self, states: Tensor) -> Tensor:
+        """Return the rows of some states that the reading is compared on."""
+        rows = states.detach().reshape(-1, states.shape[-1]).index_select(0, self._checked_positions.to(states.device))
         return rows[None] if states.dim() > 2 else rows
 
     @contextlib.contextmanager
@@ -318,17 +332,20 @@ class _Listener:
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
             yield
 
-    def tail(self, name: str) -> _Tail:
+    def transform(self, name: str) -> _FinalTransform:
         """Return what was seen between the last layer and the output layer, after running it a second time."""
         reason = f"cannot tell what {name} does between its last layer and its output layer"
-        if self._last is None:
+        if self._layer_output is None:
             raise DepthReaderError(f"{reason}: none of its modules is a numbered layer.")
-        if math.prod(self._last.shape[:-1]) != self._positions:
+        if math.prod(self._layer_output.shape[:-1]) != self._positions:
             raise DepthReaderError(
-                f"{reason}: its last numbered layer returns {tuple(self._last.shape)} for {self._positions} positions."
+                f"{reason}: its last numbered layer returns {tuple(self._layer_output.shape)} for {self._positions} "
+                "positions."
             )
-        with_modules = _Tail(tuple(self._chain), 1.0)(self._some(self._last)).to(self.rows.device)
-        modules = ", ".join(type(module).__name__ for module in self._chain) or "no module"
+        with_modules = _FinalTransform(tuple(self._modules), 1.0)(self._checked_rows(self._layer_output)).to(
+            self.rows.device
+        )
+        modules = ", ".join(type(module).__name__ for module in self._modules) or "no module"
         if with_modules.shape != self.rows.shape:
             raise DepthReaderError(
                 f"{reason}: after {modules} states have {with_modules.shape[-1]} entries, and it is given "
@@ -347,17 +364,17 @@ class _Listener:
             message = f"{reason}: {modules} and a factor of {scale:.4g} leave a difference of {error:.3g}."
             raise DepthReaderError(message)
         # the least squares are not told from 1 by more than the rounding of the states
-        return _Tail(tuple(self._chain), 1.0 if abs(scale - 1.0) <= eps else scale)
+        return _FinalTransform(tuple(self._modules), 1.0 if abs(scale - 1.0) <= eps else scale)
 
 
-def _same(a: Any, b: Tensor | None) -> bool:
+def _is_same_tensor(a: Any, b: Tensor | None) -> bool:
     """Return whether two tensors are the same numbers in memory, be it in another shape."""
     if not isinstance(a, Tensor) or b is None or a.numel() != b.numel():
         return False
     return a is b or (a.data_ptr() == b.data_ptr() != 0)
 
 
-def _keywords(forward: Callable[..., Any]) -> Callable[[str], bool]:
+def _keyword_check(forward: Callable[..., Any]) -> Callable[[str], bool]:
     parameters = inspect.signature(forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return lambda name: anything or name in parameters
