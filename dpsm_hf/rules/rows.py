@@ -141,7 +141,7 @@ def logits_gradient(
 
 
 def gradient_in_place(
-    p: Tensor, labels: Tensor, score: RowScore, threshold: float | None, spare: Tensor | None = None
+    p: Tensor, labels: Tensor, score: RowScore, threshold: float | Tensor | None, spare: Tensor | None = None
 ) -> Tensor:
     """Overwrite the probabilities ``[n, V]`` of some rows with the gradient of their score, and return it.
 
