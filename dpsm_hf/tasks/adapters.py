@@ -212,6 +212,24 @@ def tokenizer_source(source: str, base: str | None) -> str:
     return source if base is None or saved else base
 
 
+def merged(adapted: Any, folder: str, remedy: str) -> PreTrainedModel:
+    """Return the plain model that an adapter and its base make together; the adapted one is changed.
+
+    Args:
+        adapted: as `load_with_adapter` returns it.
+        folder: of the adapter, for the error.
+        remedy: what to do where it cannot be merged, for the error.
+
+    Raises:
+        ValueError: the adapter is no change of weights; that of prompt tuning is tokens before the text.
+    """
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ValueError(f"{folder} is an adapter of kind {kind}, which cannot be merged into weights: {remedy}.")
+    whole: PreTrainedModel = adapted.merge_and_unload()
+    return whole
+
+
 def save_merged(auto_model: Any, folder: Path, base: str, **options: Any) -> Path:
     """Write the model that a saved adapter and its base make together, with tokenizer and temperature, beside it.
 
@@ -227,8 +245,8 @@ def save_merged(auto_model: Any, folder: Path, base: str, **options: Any) -> Pat
     target = folder / MERGED_FOLDER
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    adapted: Any = load_with_adapter(auto_model, str(folder), base, **options)
-    adapted.merge_and_unload().save_pretrained(draft)
+    adapted = load_with_adapter(auto_model, str(folder), base, **options)
+    merged(adapted, str(folder), "leave --merge_adapter out").save_pretrained(draft)
     AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
     if (folder / FILE_NAME).is_file():
         TemperatureScaler.load(folder).save(draft)

@@ -1,8 +1,8 @@
 """Evaluation of flattened batches on several processes: as many rows for each, none of them twice.
 
 Accelerate fills the last batches up with rows from the beginning of the set, so that every process has as many, and
-drops their results afterwards by the number of rows. A padding-free batch (which packing makes too) is one long row, of
-which nothing can be dropped: the tokens that fill up would count as evaluated.
+drops their results afterwards by the number of rows. A padding-free batch (which packing makes too) is one long row,
+of which nothing can be dropped: the tokens that fill up would count as evaluated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def filled_up(dataset: Dataset, batch_size: int, processes: int) -> Dataset:
 
     Returns:
         The rows in their order, in batches that differ by at most one row and each hold at least one. The set as it is
-        where that cannot be: for batches of a single row, whose repetitions Accelerate drops itself, and for fewer rows
-        than there are batches.
+        where that cannot be, with fewer rows than batches, and where it need not: repetitions in batches of a single
+        row are dropped by Accelerate.
     """
     rows = len(dataset)
     batches = -(-rows // (batch_size * processes)) * processes
