@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -194,7 +194,16 @@ def load_with_adapter(
         base: where the model is, as `base_of` finds it.
         trainable: the adapter is to be trained further.
         options: of the base's ``from_pretrained``.
+
+    Raises:
+        ValueError: it is to be trained, and of a kind that PEFT trains only before it is saved.
     """
+    config = PeftConfig.from_pretrained(folder)
+    if trainable and config.is_prompt_learning:
+        raise ValueError(
+            f"{folder} is an adapter of kind {config.peft_type.value}, which PEFT does not train further once it is "
+            "saved: leave --do_train out to evaluate it, or train a LoRA adapter on its base (--lora_r)."
+        )
     adapted: Any = PeftModel.from_pretrained(
         auto_model.from_pretrained(base, **options), folder, is_trainable=trainable
     )
