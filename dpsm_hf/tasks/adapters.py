@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -256,7 +256,16 @@ def load_with_adapter(
         base: where the model is, as `base_of` finds it.
         trainable: the adapter is to be trained further.
         options: of the base's ``from_pretrained``.
+
+    Raises:
+        ValueError: it is to be trained, and of a kind that PEFT trains only before it is saved.
     """
+    config = PeftConfig.from_pretrained(folder)
+    if trainable and config.is_prompt_learning:
+        raise ValueError(
+            f"{folder} is an adapter of kind {config.peft_type.value}, which PEFT does not train further once it is "
+            "saved: leave --do_train out to evaluate it, or train a LoRA adapter on its base (--lora_r)."
+        )
     adapted: Any = PeftModel.from_pretrained(
         auto_model.from_pretrained(base, **options), folder, is_trainable=trainable
     )
@@ -276,6 +285,24 @@ def tokenizer_source(source: str, base: str | None) -> str:
     return source if base is None or saved else base
 
 
+def merged(adapted: Any, folder: str, remedy: str) -> PreTrainedModel:
+    """Return the plain model that an adapter and its base make together; the adapted one is changed.
+
+    Args:
+        adapted: as `load_with_adapter` returns it.
+        folder: of the adapter, for the error.
+        remedy: what to do where it cannot be merged, for the error.
+
+    Raises:
+        ValueError: the adapter is no change of weights; that of prompt tuning is tokens before the text.
+    """
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ValueError(f"{folder} is an adapter of kind {kind}, which cannot be merged into weights: {remedy}.")
+    whole: PreTrainedModel = adapted.merge_and_unload()
+    return whole
+
+
 def save_merged(auto_model: Any, folder: Path, base: str, **options: Any) -> Path:
     """Write the model that a saved adapter and its base make together, with tokenizer and temperature, beside it.
 
@@ -291,8 +318,8 @@ def save_merged(auto_model: Any, folder: Path, base: str, **options: Any) -> Pat
     target = folder / MERGED_FOLDER
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    adapted: Any = load_with_adapter(auto_model, str(folder), base, **options)
-    adapted.merge_and_unload().save_pretrained(draft)
+    adapted = load_with_adapter(auto_model, str(folder), base, **options)
+    merged(adapted, str(folder), "leave --merge_adapter out").save_pretrained(draft)
     AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
     if (folder / FILE_NAME).is_file():
         TemperatureScaler.load(folder).save(draft)

@@ -24,7 +24,7 @@ from ..evaluation.temperature import FILE_NAME, TemperatureScaler
 from ..models.pretrained import named_model
 from ..runtime.mistakes import exit_status
 from . import task_of_model
-from .adapters import base_of, load_with_adapter, tokenizer_source
+from .adapters import base_of, load_with_adapter, merged, tokenizer_source
 from .model_building import load_saved_tokenizer
 from .scaled_model import PLACES, check_target, save_scaled
 
@@ -115,7 +115,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         adapted: Any = load_with_adapter(task.auto_model, options.model, base, config=config, **trust)
         model = adapted
         if options.apply != "none":  # the copy with the temperature is a whole model
-            model = adapted.merge_and_unload()
+            model = merged(adapted, options.model, f"leave out --apply {options.apply}")
     for name, remedy in task.without_effect.items():
         if getattr(options, name) not in (None, ""):
             raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {type(model).__name__}: {remedy}.")

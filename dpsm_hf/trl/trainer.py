@@ -14,6 +14,7 @@ from ..training.scorer import ScoredBatch
 from ..training.trainer import DPSMMixin
 from .arguments import TRLS_DEFAULT, DPSMSFTConfig, check_arguments
 from .batch_means import BatchMeans
+from .even_batches import filled_up
 
 
 class DPSMSFTTrainer(DPSMMixin, SFTTrainer):  # type: ignore[misc]  # TRL has an attribute where Trainer has a property
@@ -76,6 +77,15 @@ class DPSMSFTTrainer(DPSMMixin, SFTTrainer):  # type: ignore[misc]  # TRL has an
         tokenizer: Any = self.processing_class
         packing = args.packing if args.eval_packing is None else args.eval_packing
         return self._prepare_dataset(dataset, tokenizer, args, packing, self._formatting_func, "calibration")
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Return the loader of a set as `SFTTrainer` does; on several processes no row of a flat batch comes twice."""
+        processes = self.accelerator.num_processes
+        trains = args[1] if len(args) > 1 else kwargs.get("is_training", False)
+        flat = self.padding_free and processes > 1 and not trains and not self.accelerator.split_batches
+        if flat and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+            dataset = filled_up(dataset, batch_size, processes)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     # ---- what TRL logs ---------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from tests.tiny import SEQ2SEQ, make_data, make_model
 torch.set_num_threads(1)
 
 DDP_CASES = [(name, find) for name in ("gpt2", "llama", "llama_lora", "bart") for find in (True, False)]
+DDP_CASES += [(name, True) for name in ("llama_head_lora", "llama_dora", "llama_saved_head", "llama_prompt")]
 # which units a model is cut into beside the root: none, its blocks and its head, its blocks alone
 FSDP_CASES = [
     ("gpt2", "root"),
@@ -35,6 +36,10 @@ FSDP_CASES = [
     ("llama", "blocks"),
     ("llama_head_lora", "root"),
     ("llama_head_lora", "head"),
+    ("llama_dora", "root"),
+    ("llama_dora", "blocks"),
+    ("llama_saved_head", "root"),
+    ("llama_prompt", "root"),
     ("bart", "root"),
 ]
 PART_CASES = ("gpt2", "llama_lora", "bart")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
@@ -185,27 +186,57 @@ def test_bf16(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["one device", "layer by layer", "layer by layer, LoRA"])
+def test_device_map(kind: str, tmp_path: Path) -> None:
+    """Accelerate's hooks replace the forward of every module that is placed, also that of the output layer."""
+    if kind == "one device":
+        make_model("llama").save_pretrained(tmp_path / "saved")
+
+    def make() -> nn.Module:
+        if kind == "one device":
+            return AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map={"": "cpu"})
+        model = make_model("llama")
+        places = [
+            "model.embed_tokens",
+            "model.rotary_emb",
+            "model.layers.0",
+            "model.layers.1",
+            "model.norm",
+            "lm_head",
+        ]
+        model = dispatch_model(model, dict.fromkeys(places, "cpu"), main_device="cpu", force_hooks=True)
+        assert hasattr(model.lm_head, "_hf_hook") and len(set(model.hf_device_map)) == len(places)
+        return get_peft_model(model, PEFT["q_proj"]) if "LoRA" in kind else model
+
+    before = {name for name, module in make().named_modules() if "forward" in vars(module)}
+    trainer = assert_same_training(make, tmp_path)
+    assert {name for name, module in trainer.model.named_modules() if "forward" in vars(module)} == before
+
+
 LORA: dict[str, Any] = dict(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
 PEFT: dict[str, Any] = {
     "q_proj": LoraConfig(target_modules=["q_proj"], **LORA),
     "all-linear": LoraConfig(target_modules="all-linear", **LORA),
     "lm_head": LoraConfig(target_modules=["q_proj", "lm_head"], **LORA),
     "modules_to_save": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA),
+    "DoRA": LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True, **LORA),
     "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 
 
+def adapted(kind: str) -> PeftModel:
+    """A Llama with an adapter that changes what it says."""
+    model = get_peft_model(make_model("llama"), PEFT[kind])
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 @pytest.mark.parametrize("kind", PEFT)
 def test_peft(kind: str, tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        model = get_peft_model(make_model("llama"), PEFT[kind])
-        torch.manual_seed(5)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.2)
-        return model
-
-    trainer = assert_same_training(make, tmp_path)
+    trainer = assert_same_training(lambda: adapted(kind), tmp_path)
     model = trainer.model
     assert isinstance(model, PeftModel) and untouched(model)
     assert any("lm_head" in n for n, p in model.named_parameters() if p.requires_grad) == (
@@ -216,6 +247,28 @@ def test_peft(kind: str, tmp_path: Path) -> None:
             plain = trainer.evaluate()["eval_nll"]
         base = make_trainer(make_model("llama"), tmp_path / "base", fused_head="off").evaluate()["eval_nll"]
         assert plain == pytest.approx(base, rel=1e-6) and plain != trainer.evaluate()["eval_nll"]
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_peft_in_bf16(kind: str, tmp_path: Path) -> None:
+    # logits are rounded to bfloat16 (eps 8e-3) in both, but their gradients are summed in other orders
+    trainer = assert_same_training(lambda: adapted(kind), tmp_path, tolerance=2e-3, bf16=True)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_resumed_adapter_is_bit_equal(kind: str, tmp_path: Path) -> None:
+    options = dict(fused_head="on", optim="adamw_torch", max_steps=4, save_strategy="steps", save_steps=2)
+    whole, again = (make_trainer(adapted(kind), tmp_path, **options) for _ in range(2))
+    whole.train()
+    start = {name: p.detach().clone() for name, p in again.model.named_parameters() if p.requires_grad}
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, mine), theirs in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+        assert name not in start or not torch.equal(mine, start[name])
+    assert [e["loss"] for e in again.state.log_history if "loss" in e] == [
+        e["loss"] for e in whole.state.log_history if "loss" in e
+    ]
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpsm_hf.tasks import adapters
+from dpsm_hf.tasks.adapters import save_merged
 from dpsm_hf.tasks.calibrate import main as calibrate
 from dpsm_hf.tasks.language_modelling import LanguageModelling
 from dpsm_hf.tasks.summarization import Summarization
@@ -117,6 +118,75 @@ def test_calibrate_finds_the_base_of_an_adapter(
         ids = torch.arange(3, 20)[None]
         with torch.no_grad():
             assert torch.allclose(scaled(ids).logits, merged(ids).logits / temperature, atol=1e-5)
+
+
+def figures_of(base: Path, model: Path, out: Path, **options: Any) -> dict[str, float]:
+    """Evaluate a saved model as the runs of `command` do."""
+    given = {"validation_file": base / "train.txt", "do_eval": True, "block_size": 32, "max_eval_samples": 8}
+    return LanguageModelling.main(words(model_name_or_path=model, output_dir=out, **given, **CALM, **options))
+
+
+def calibrated(base: Path, model: Path, out: Path, apply: str) -> int:
+    """Fit a temperature by the command; return its status."""
+    other = write(out.parent, "txt", real_texts()[40:], "test")
+    given = [str(model), "--calibration_file", str(base / "train.txt"), "--test_file", str(other), "--use_cpu"]
+    return calibrate([*given, "--block_size", "32", "--max_samples", "8", "--output_dir", str(out), "--apply", apply])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"lora_target_modules": ["q_proj", "lm_head"]},
+        {"lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
+    ],
+    ids=["DoRA", "output layer", "saved beside"],
+)
+def test_other_kinds_are_merged_and_calibrated(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = LanguageModelling.main(command(base, out, max_steps=2, merge_adapter=True, **options))
+    again = figures_of(base, out, tmp_path / "again")
+    assert (again["eval_nll"], again["eval_brier"]) == (metrics["eval_nll"], metrics["eval_brier"])
+    assert calibrated(base, out, tmp_path / "scaled", "weights") == 0
+    temperature = json.loads((tmp_path / "scaled" / "temperature.json").read_text(encoding="utf-8"))["temperature"]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(out)
+    merged, scaled, plain = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (out / "merged", tmp_path / "scaled" / "model", base / "model")
+    )
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = adapted(ids).logits
+        assert torch.allclose(merged(ids).logits, logits, atol=1e-5)
+        assert torch.allclose(scaled(ids).logits, logits / temperature, atol=1e-5)
+        assert not torch.allclose(plain(ids).logits, logits, atol=1e-2)
+
+
+def test_prompt_tuning_is_evaluated_and_calibrated_but_neither_merged_nor_trained_further(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options make none, but one that PEFT has saved is a model like others."""
+    prompt = tmp_path / "prompt"
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base / "model")
+    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(prompt)
+    fused, full = (figures_of(base, prompt, tmp_path / mode, fused_head=mode) for mode in ("on", "off"))
+    assert fused["eval_nll"] == pytest.approx(full["eval_nll"], rel=1e-6)
+    further = command(base, tmp_path / "further", lora_r=None, lora_target_modules=None, lora_dropout=None,
+                      fused_head="on")  # fmt: skip
+    further[further.index(str(base / "model"))] = str(prompt)
+    with pytest.raises(ValueError, match="kind PROMPT_TUNING, which PEFT does not train further once it is saved"):
+        LanguageModelling.main(further)
+    assert calibrated(base, prompt, tmp_path / "calibrated", "none") == 0
+    figures = json.loads((tmp_path / "calibrated" / "test_results.json").read_text(encoding="utf-8"))
+    assert figures["test_nll_scaled"] > 0
+    capsys.readouterr()
+    assert calibrated(base, prompt, tmp_path / "scaled", "weights") == 2
+    assert (
+        "kind PROMPT_TUNING, which cannot be merged into weights: leave out --apply weights" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="cannot be merged into weights: leave --merge_adapter out"):
+        save_merged(AutoModelForCausalLM, prompt, str(base / "model"))
 
 
 @pytest.mark.parametrize("dora", [False, True])
