@@ -136,6 +136,8 @@ def test_commands_are_what_the_parsers_take(path: Path, outside: Path) -> None:
                 assert {word for word in rest if word.startswith("--")} <= {"--model", "--json"}, command
             case ["dpsm", "calibrate", *rest]:
                 calibrate.parser().parse_args(rest)
+            case ["python", script] if script.startswith("examples/"):
+                assert (ROOT / script).is_file(), command
             case ["pip" | "nsys", *_] | ["python", "-m", *_]:
                 pass
             case _:
