@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ..rules.post_ops import PostOps
-from ..rules.rows import RowStatistics, gradient_in_place, row_blocks, statistics_columns, tail_statistics
+from ..rules.rows import (
+    LEAST_SHIFTED,
+    RowStatistics,
+    gradient_in_place,
+    row_blocks,
+    statistics_columns,
+    tail_statistics,
+)
 from ..rules.scoring_rules import Objective, score_rows, tail_threshold
 
 # Two blocks of this many float32 entries fit into a CPU's cache; other devices run fewer, larger operations faster.
@@ -28,7 +35,7 @@ def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtyp
 
 def row_pass(
     logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
-    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+    weight: Tensor | float = 1.0, entropy: bool = False, varentropy: bool = False, gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * value)``.
 
@@ -41,21 +48,24 @@ def row_pass(
         post: the model's post-ops.
         weight: what each row's gradient is multiplied by: one for each row, ``[n]``, or one for all.
         entropy: also compute the entropy of each row, which reads the logits once more.
+        varentropy: with entropy, also compute the variance of ``log p_j`` under p, in a buffer of its own.
         gradient: write the gradient.
 
     Returns:
-        The value of each row ``[n]`` in float32 (None without objective), and the statistics ``[n, 5]`` or, with
-        entropy, ``[n, 6]``, whose columns `STATISTICS` names.
+        The value of each row ``[n]`` in float32 (None without objective), and the statistics ``[n, 5]``, with
+        entropy ``[n, 6]`` and with varentropy ``[n, 7]``, whose columns `STATISTICS` names.
     """
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
     size = max(1, min(rows, entries // vocab_size))  # the rows of a block, as `row_blocks` cuts them
-    work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
+    varentropy = varentropy and entropy
+    buffers = (2 if post.softcap is None else 3) + varentropy
+    work = torch.empty(buffers, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
     for part in row_blocks(logits, entries):
         block, target = logits[part], labels[part].unsqueeze(-1)
-        row, p, spare = _reduce(block, target, post, objective, entropy, work)
+        row, p, spare = _reduce(block, target, post, objective, entropy, varentropy, work)
         columns.append(statistics_columns(row, entropy))
         if objective is None:
             continue
@@ -74,8 +84,9 @@ def row_pass(
 
 
 def _reduce(
-    block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, work: Tensor
-) -> tuple[RowStatistics, Tensor, Tensor]:
+    block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, varentropy: bool,
+    work: Tensor,
+) -> tuple[RowStatistics, Tensor, Tensor]:  # fmt: skip
     """Return the statistics of a block, its probabilities with the target's entry set to 0, and a free buffer."""
     n = len(block)
     p, spare = work[0, :n], work[1, :n]
@@ -94,10 +105,16 @@ def _reduce(
     p_target = p.gather(-1, target).squeeze(-1)
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
     entropy_sum = torch.zeros_like(confidence)
+    spread: Tensor | None = None
+    if varentropy:
+        distance = torch.sub(z, z_max, out=work[-1, :n]) if z.dtype == p.dtype else work[-1, :n].copy_(z).sub_(z_max)
     if entropy:
         # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
         below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
         entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
+    if varentropy:  # log p_j is the shifted logit less a constant of the row, so the variances are equal
+        distance.clamp_min_(LEAST_SHIFTED).sub_(entropy_sum.unsqueeze(-1)).square_()
+        spread = distance.mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
     miss = p.sum(-1)
     correct = shifted >= 0
@@ -113,5 +130,6 @@ def _reduce(
         correct=correct,
         mean_logit=mean,
         entropy=log_normalizer - entropy_sum,
+        varentropy=spread,
     )
     return row, p, spare

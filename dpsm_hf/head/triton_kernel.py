@@ -47,7 +47,7 @@ def row_kernel(
     RULE: tl.constexpr,  # the Triton function of the rule, or None
     SMOOTHING: tl.constexpr,  # 0 none, 1 of the label, 2 of the score
     HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_VARENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Score row ``program_id(0)``: statistics always, its value if there is a rule, its gradient if asked for."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,6 +62,7 @@ def row_kernel(
     q_lanes = tl.zeros([BLOCK], tl.float32)
     z_lanes = tl.zeros([BLOCK], tl.float32)
     entropy_lanes = tl.zeros([BLOCK], tl.float32)
+    square_lanes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
         inside = columns < vocab_size
@@ -72,6 +73,11 @@ def row_kernel(
         moved = tl.exp(m - new_m)
         shifted = z - new_m
         e = tl.exp(shifted)
+        if HAS_VARENTROPY:
+            # of the squares about the new maximum; the first step down from -3.4e38 has no square in float32
+            step = tl.where(moved > 0, m - new_m, 0.0)
+            square_lanes = moved * (square_lanes + step * (2.0 * entropy_lanes + step * u_lanes))
+            square_lanes += tl.where(e > 0, e * shifted * shifted, e)
         if HAS_ENTROPY:
             # a masked logit is -inf with e = 0, and 0 * -inf would be NaN
             entropy_lanes = moved * (entropy_lanes + (m - new_m) * u_lanes) + tl.where(e > 0, e * shifted, e)
@@ -92,7 +98,7 @@ def row_kernel(
     nll = log_total - (z_label - m)
     norm = tl.sqrt(p * p + r)
 
-    COLUMNS: tl.constexpr = 6 if HAS_ENTROPY else 5
+    COLUMNS: tl.constexpr = 7 if HAS_VARENTROPY else 6 if HAS_ENTROPY else 5
     statistics += row * COLUMNS
     tl.store(statistics, nll)
     tl.store(statistics + 1, q * q + r)
@@ -101,7 +107,11 @@ def row_kernel(
     tl.store(statistics + 4, correct.to(tl.float32))
     if HAS_ENTROPY:
         own = tl.where(e_label > 0, e_label * (z_label - m), 0.0)
-        tl.store(statistics + 5, log_total - (tl.sum(entropy_lanes, 0) + own) / total)
+        mean = (tl.sum(entropy_lanes, 0) + own) / total
+        tl.store(statistics + 5, log_total - mean)
+        if HAS_VARENTROPY:
+            own = tl.where(e_label > 0, e_label * (z_label - m) * (z_label - m), 0.0)
+            tl.store(statistics + 6, tl.maximum((tl.sum(square_lanes, 0) + own) / total - mean * mean, 0.0))
 
     if RULE is not None:
         size = vocab_size.to(tl.float32)

@@ -91,6 +91,14 @@ def main(path: str) -> None:
         results[f"untouched/{name}"] = case(
             buffer, 123, labels, objective=objective, post=PostOps(), entropy=True, gradient=False
         )
+    for post, kind, vocab in itertools.product(POSTS, ("random", "uniform", "certain", "masked"), (200, 9001)):
+        buffer, labels = chunk(9, vocab, torch.float32, kind)
+        if kind == "masked":
+            labels[0] = 0  # impossible: the running maximum begins below every logit
+            buffer[0, 0] = float("-inf")
+        results[f"varentropy/{post}/{kind}/{vocab}"] = case(
+            buffer, vocab, labels, objective=None, post=POSTS[post], entropy=True, varentropy=True, gradient=False
+        )
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(123, 16, generator=generator)
     labels = torch.randint(0, 123, (30,), generator=generator)
