@@ -29,6 +29,11 @@ POSTS = {"none": PostOps(), "scaled": PostOps(0.25), "capped": PostOps(0.5, 3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+#: post-op, kind of the logits, vocabulary (of one block and of three)
+SPREADS = [(post, kind, 123) for post in POSTS for kind in ("random", "uniform", "certain", "masked")]
+SPREADS += [("none", kind, 9001) for kind in ("random", "masked")]
+
+
 def rules() -> list[tuple[str, str, str]]:
     """Every rule with every option that it takes, and every post-op."""
     found = itertools.product(SCORING_RULES, OPTIONS, POSTS)
@@ -50,6 +55,15 @@ def chunk(rows: int, vocab: int, dtype: torch.dtype, kind: str = "random") -> tu
     elif kind == "masked":
         masked = torch.arange(0, vocab, 3)
         logits[:, masked[~torch.isin(masked, labels)]] = float("-inf")
+    return buffer, labels
+
+
+def spread_chunk(kind: str, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels; of a masked label the running maximum begins below every logit."""
+    buffer, labels = chunk(3, vocab, torch.float32, kind)
+    if kind == "masked":
+        labels[0] = 0
+        buffer[0, 0] = float("-inf")
     return buffer, labels
 
 
@@ -91,11 +105,8 @@ def main(path: str) -> None:
         results[f"untouched/{name}"] = case(
             buffer, 123, labels, objective=objective, post=PostOps(), entropy=True, gradient=False
         )
-    for post, kind, vocab in itertools.product(POSTS, ("random", "uniform", "certain", "masked"), (200, 9001)):
-        buffer, labels = chunk(9, vocab, torch.float32, kind)
-        if kind == "masked":
-            labels[0] = 0  # impossible: the running maximum begins below every logit
-            buffer[0, 0] = float("-inf")
+    for post, kind, vocab in SPREADS:
+        buffer, labels = spread_chunk(kind, vocab)
         results[f"varentropy/{post}/{kind}/{vocab}"] = case(
             buffer, vocab, labels, objective=None, post=POSTS[post], entropy=True, varentropy=True, gradient=False
         )

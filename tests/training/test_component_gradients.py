@@ -40,8 +40,10 @@ def test_the_parts_are_what_they_are_alone(name: str, fused_head: str, tmp_path:
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 def test_a_z_loss_is_a_part_of_its_own(fused_head: str, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "gpt2", scoring_rule="dpsm", max_steps=1, logging_steps=1, z_loss=1e-3,
-                           per_device_train_batch_size=16, log_component_grad_norms=True, fused_head=fused_head)  # fmt: skip
+    options = {"scoring_rule": "dpsm", "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 16}
+    trainer = make_trainer(
+        tmp_path, "gpt2", z_loss=1e-3, log_component_grad_norms=True, fused_head=fused_head, **options
+    )
     model = copy.deepcopy(trainer.model)
     trainer.train()
     (entry,) = logged(trainer)
