@@ -100,7 +100,7 @@ def evaluate_uneven(name: str, rows: int, batch: int) -> dict[str, Any]:
 
 def evaluate_panel(name: str, rows: int, batch: int, *, streaming: bool = False) -> dict[str, Any]:
     """Evaluate in float64 with everything that can be asked for; return every view and the metrics."""
-    options: dict[str, Any] = {"classwise_tokens": 4, "expected_depth": True}
+    options: dict[str, Any] = {"classwise_tokens": 4, "expected_depth": True, "frequency_buckets": True}
     if name in SEQ2SEQ:
         options |= {"predict_with_generate": True, "generation_max_length": 6}
     trainer = build(name, rows=rows, per_device_eval_batch_size=batch, **options)
@@ -115,6 +115,8 @@ def evaluate_panel(name: str, rows: int, batch: int, *, streaming: bool = False)
     panel = trainer.panel
     views = {view: getattr(panel, view).state_dict() for view in ("tokens", "eos", "scaled")}
     views["depth"] = {"count": panel.depth.count}
+    views["frequency"] = panel.frequency.state_dict()
+    views |= {f"scaled by {fit}": view.state_dict() for fit, view in panel.rescaled.items()}
     if panel.generated is not None:
         views["generated"] = panel.generated.state()
     classwise = {name: getattr(panel.classwise, name) for name in ("positive", "probability", "tokens_of_block")}

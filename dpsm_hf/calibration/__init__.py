@@ -2,17 +2,19 @@
 
 `accumulator` counts tokens in the cells that `grid` defines (here ECE is counted), `metrics` computes ECE and the
 others from the counts, `intervals` bootstraps their confidence intervals, `classwise` measures single tokens of the
-vocabulary, `curve` holds the data of a reliability diagram, and `blocks` is the base of both accumulators.
+vocabulary, `frequency` buckets of them, `curve` holds the data of a reliability diagram, and `blocks` is the base of
+the accumulators.
 """
 
 from .accumulator import TokenCalibration, calibration_curve
 from .classwise import ClassCalibration
 from .curve import CalibrationCurve
+from .frequency import FrequencyCalibration
 from .grid import GRID_BINS
 from .intervals import Interval
-from .metrics import METRICS, SCORES, lower_is_better
+from .metrics import METRICS, SCORES, bare_name, lower_is_better
 
 __all__ = [
-    "GRID_BINS", "METRICS", "SCORES", "CalibrationCurve", "ClassCalibration", "Interval", "TokenCalibration",
-    "calibration_curve", "lower_is_better",
+    "GRID_BINS", "METRICS", "SCORES", "CalibrationCurve", "ClassCalibration", "FrequencyCalibration",
+    "Interval", "TokenCalibration", "bare_name", "calibration_curve", "lower_is_better",
 ]  # fmt: skip

@@ -63,9 +63,9 @@ class TokenCalibration(BlockSums):
             mask: same shape, False for tokens to leave out (padding).
             document: same shape, the number (int, from 0 on) of each token's document; tokens of a document are
                 resampled together. None makes every token a document of its own.
-            scores: any of ``nll`` (nats), ``brier``, ``spherical``, ``entropy`` (nats), ``label_probability``,
-                ``label_bytes`` (length of the label's text, needs ``nll``), same shape. A missing
-                ``label_probability`` is computed from ``nll``.
+            scores: any of ``nll`` (nats), ``brier``, ``spherical``, ``entropy`` (nats), ``varentropy`` (the variance
+                of ``log p_j`` under p), ``label_probability``, ``label_bytes`` (length of the label's text, needs
+                ``nll``), same shape. A missing ``label_probability`` is computed from ``nll``.
 
         Raises:
             ValueError: if shapes disagree, a confidence lies outside [0, 1] or is NaN, ``correct`` is neither 0 nor

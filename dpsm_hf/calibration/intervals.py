@@ -11,7 +11,10 @@ import numpy as np
 from .grid import CELLS
 from .metrics import RANGES, Totals, all_metrics, perplexity
 
-_RANGES = {**RANGES, "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "bits_per_byte": (0.0, math.inf)}
+_RANGES = {
+    **RANGES, "signed_gap": (-1.0, 1.0), "resolution": (-1.0, 1.0), "bits_per_byte": (0.0, math.inf),
+    "nll_entropy_gap": (-math.inf, math.inf), "first_order_log_temperature": (-math.inf, math.inf),
+}  # fmt: skip
 
 #: Metrics that noise in the bins biases upwards; their interval is `error_interval`.
 NOISE_RAISES = frozenset(

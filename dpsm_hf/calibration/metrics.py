@@ -20,12 +20,12 @@ from .grid import CELLS, GRID_BINS, first_cells
 Array = np.ndarray
 
 #: Scores that a caller may give for each token; ``label_bytes`` is the length in bytes of the label's text.
-SCORES = ("nll", "brier", "spherical", "entropy", "label_probability", "label_bytes")
+SCORES = ("nll", "brier", "spherical", "entropy", "varentropy", "label_probability", "label_bytes")
 
 #: Smallest and largest value of each score.
 RANGES = {
     "nll": (0.0, math.inf), "brier": (0.0, 2.0), "spherical": (0.0, 1.0), "entropy": (0.0, math.inf),
-    "label_probability": (0.0, 1.0), "label_bytes": (0.0, math.inf),
+    "varentropy": (0.0, math.inf), "label_probability": (0.0, 1.0), "label_bytes": (0.0, math.inf),
 }  # fmt: skip
 
 #: Everything that is summed over tokens; the last is ``(confidence - correct)**2``.
@@ -33,9 +33,10 @@ SUMMED = (*SCORES, "top_label_brier")
 
 #: Every metric that `TokenCalibration.compute` returns.
 METRICS = (
-    *SUMMED, "perplexity", "bits_per_byte", "token_accuracy", "confidence", "signed_gap", "ece_10", "ece_15",
-    "ece_100", "ece_10_null", "ece_15_null", "ece_100_null", "debiased_ece", "adaptive_ece", "smooth_ece", "mce",
-    "reliability", "resolution", "uncertainty", "confidence_auroc", "tokens",
+    *SUMMED, "perplexity", "bits_per_byte", "nll_entropy_gap", "first_order_log_temperature", "token_accuracy",
+    "confidence", "signed_gap", "ece_10", "ece_15", "ece_100", "ece_10_null", "ece_15_null", "ece_100_null",
+    "debiased_ece", "adaptive_ece", "smooth_ece", "mce", "reliability", "resolution", "uncertainty",
+    "confidence_auroc", "tokens",
 )  # fmt: skip
 
 _LOWER_IS_BETTER = (
@@ -94,9 +95,16 @@ class Totals:
         return self.count, self.correct, self.confidence, self.sums, self.counts
 
 
+def bare_name(name: str) -> str:
+    """Return the name of a metric without what says of which interval or temperature it is."""
+    return re.sub("_(scaled(_by_[a-z]+)?|low|high)$", "", name)
+
+
 def lower_is_better(name: str) -> bool:
     """Return whether lower values of a metric are better; a prefix (``eval_``) and a suffix (``_low``) are ignored."""
-    bare = re.sub("_(scaled|low|high)$", "", name)
+    bare = bare_name(name)
+    if re.search("(^|_)temperature_[a-z]+$", bare):  # temperature_brier is no Brier score
+        return False
     return any(bare == known or bare.endswith(f"_{known}") for known in _LOWER_IS_BETTER)
 
 
@@ -115,6 +123,7 @@ def all_metrics(totals: Totals, *, smooth_near: float | None = None) -> dict[str
     if "nll" in found:
         found["perplexity"] = perplexity(found["nll"])
         found |= _bits_per_byte(totals)
+        found |= _temperature_signals(totals)
     tokens = totals.tokens
     accuracy = totals.correct.sum(-1) / tokens
     found["token_accuracy"] = accuracy
@@ -149,6 +158,26 @@ def _bits_per_byte(totals: Totals) -> dict[str, Array]:
     if not known.any():
         return {}
     return {"bits_per_byte": np.where(known, totals.sums[..., nll] / (np.log(2) * np.where(known, size, 1)), np.nan)}
+
+
+def _temperature_signals(totals: Totals) -> dict[str, Array]:
+    """Return what NLL says of a temperature to first order, where nll, entropy and varentropy have the same tokens.
+
+    ``nll_entropy_gap = mean(nll - entropy)`` is the derivative of the mean NLL by 1/T at T = 1, and
+    ``first_order_log_temperature = sum(nll - entropy) / sum(varentropy)`` the Newton step from there: about log T of
+    the temperature that NLL fits.
+    """
+    nll, entropy, spread = (SUMMED.index(name) for name in ("nll", "entropy", "varentropy"))
+    counts = totals.counts
+    if not (counts[..., entropy].any() and np.array_equal(counts[..., nll], counts[..., entropy])):
+        return {}
+    excess = totals.sums[..., nll] - totals.sums[..., entropy]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"nll_entropy_gap": excess / counts[..., nll]}
+        if np.array_equal(counts[..., nll], counts[..., spread]):
+            total = totals.sums[..., spread]
+            found["first_order_log_temperature"] = np.where(total > 0, excess / total, np.nan)
+    return found
 
 
 def perplexity(nll: Array | float) -> Array:

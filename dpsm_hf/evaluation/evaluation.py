@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import has_length
 
 from ..models.language_model import core_model, end_tokens, label_alignment
 from ..models.token_bytes import token_bytes
 from ..rules.extra_statistics import ExtraStatistics
-from ..rules.losses import IGNORE_INDEX, TokenScores
-from ..runtime.devices import float64_device
+from ..rules.losses import TokenScores
 from ..runtime.distributed import sum_over_processes
 from .depth import DepthReader
 from .forced_tokens import forced_labels, forced_token_ids
 from .generation.scoring import FreeRunning
 from .panel import EvaluationPanel, check_finite, real_tokens
-from .temperature import Moments
-
-# Samples that are counted: the most frequent tokens of a text are so after a few pages.
-_SAMPLES = 256
+from .temperature import TemperatureScaler
+from .temperature_search import MomentSums, Sums
+from .token_frequency import TokenFrequency, frequent_labels
 
 
 class Collector:
@@ -78,11 +72,12 @@ class Evaluation(Collector):
         tokenizer: for the end tokens, and for the words of generated texts.
         dataset: that is evaluated.
         byte_lengths: of each token, see `EvaluationPanel`.
-        temperature: also report what scaling by it would give.
+        scaler: also report what scaling by its temperatures would give.
         classwise_tokens: report the calibration of so many of the most frequent tokens; 0 leaves it out.
         depth: report the expected depth.
         ignore_forced_tokens: keep the labels that a text is made to begin with out of all figures but their own.
         generated: report the calibration of what is generated, if the model is an encoder-decoder.
+        frequency: of the tokens, to report predicted mass and labels by.
     """
 
     def __init__(
@@ -92,11 +87,12 @@ class Evaluation(Collector):
         dataset: Any,
         *,
         byte_lengths: Tensor | None = None,
-        temperature: float | None = None,
+        scaler: TemperatureScaler | None = None,
         classwise_tokens: int = 0,
         depth: bool = False,
         ignore_forced_tokens: bool = False,
         generated: bool = False,
+        frequency: TokenFrequency | None = None,
     ) -> None:
         super().__init__()
         core = core_model(model)
@@ -108,10 +104,13 @@ class Evaluation(Collector):
         self._panel = EvaluationPanel(
             eos_tokens=end_tokens(core, tokenizer),
             byte_lengths=byte_lengths,
-            temperature=temperature,
+            temperature=None if scaler is None else scaler.temperature,
+            other_temperatures={} if scaler is None else scaler.others,
+            left_out="" if scaler is None else scaler.left_out,
             classes=frequent_labels(dataset, classwise_tokens, unscored=unscored) if classwise_tokens else None,
             layers=None if self._reader is None else self._reader.layers,
             forced_tokens=forced_token_ids(core, tokenizer) if ignore_forced_tokens else None,
+            frequency=frequency,
         )
         self.extra = self._panel.extra
 
@@ -129,18 +128,18 @@ class Evaluation(Collector):
 
 
 class MomentPass(Collector):
-    """Sum the moments that a temperature is fitted with, in one pass over the data.
+    """Sum the moments that temperatures are fitted with, in one pass over the data.
 
     Args:
-        temperature: that they are taken at.
+        wanted: the temperature of each search, see `MomentSums`.
         forced_tokens: ids of tokens that a text is made to begin with, which nothing is fitted on.
     """
 
-    def __init__(self, temperature: float, forced_tokens: Sequence[int] = ()) -> None:
+    def __init__(self, wanted: Mapping[str, float], forced_tokens: Sequence[int] = ()) -> None:
         super().__init__()
         self._forced_tokens = torch.tensor(list(forced_tokens), dtype=torch.int64)
-        self.extra = ExtraStatistics(moments_at=temperature)
-        self._sums: Tensor | None = None
+        self._sums = MomentSums(wanted)
+        self.extra = self._sums.extra
 
     def add(self, scores: TokenScores, targets: Tensor, inputs: Mapping[str, Any]) -> None:
         batch_size = inputs["labels"].shape[0]
@@ -150,16 +149,11 @@ class MomentPass(Collector):
             rows = targets.reshape(batch_size, -1).to(mask.device)
             mask = mask & ~forced_labels(rows, self._forced_tokens).flatten()
         assert scores.extra is not None  # asked for above
-        home = float64_device(mask.device)
-        columns = scores.extra[mask].to(home).double()
-        sums = torch.cat([columns.sum(0), mask.sum().to(home).double()[None]])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums.add(scores.extra[mask])
 
-    def finish(self, device: torch.device) -> Moments:
+    def finish(self, device: torch.device) -> Sums:
         """Return the sums over all processes; all must call this."""
-        sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums
-        nll, gradient, curvature, tokens = sum_over_processes(sums.to(float64_device(device))).tolist()
-        return Moments(nll, gradient, curvature, int(tokens))
+        return self._sums.finish(device, sum_over_processes)
 
 
 class TokenBytes:
@@ -174,40 +168,3 @@ class TokenBytes:
         if self._known is None or self._known[0] is not tokenizer or self._known[1] != size:
             self._known = (tokenizer, size, token_bytes(tokenizer))
         return self._known[2]
-
-
-def frequent_labels(dataset: Any, number: int, *, unscored: int = 0) -> Tensor:
-    """Return the most frequent labels of the first 256 samples, int64 ``[<= number]``, the most frequent first.
-
-    Ties go to the smaller id, so that every process finds the same.
-
-    Args:
-        dataset: is read from its start, before the evaluation reads it again.
-        number: of labels wanted.
-        unscored: labels at the beginning of a sample that no row of the logits predicts: 1 where labels are shifted.
-
-    Raises:
-        ValueError: if the samples of the data set have no ``labels``, or can be read only once.
-    """
-    counts: Counter[int] = Counter()
-    number_of_samples = len(dataset) if has_length(dataset) else None
-    samples = iter(dataset) if number_of_samples is None else (dataset[i] for i in range(number_of_samples))
-    if samples is dataset:
-        raise ValueError(
-            "classwise_tokens reads the first samples to find the most frequent labels, but this data set can be read "
-            "only once: give one that begins anew whenever it is iterated, or leave classwise_tokens at 0."
-        )
-    for sample in itertools.islice(samples, _SAMPLES):
-        labels = sample.get("labels") if hasattr(sample, "get") else None
-        if labels is None:
-            raise ValueError(
-                "classwise_tokens needs to know the most frequent labels before the evaluation, but the samples of "
-                "this data set have no 'labels' (they are made by the collator); leave classwise_tokens at 0."
-            )
-        values, times = np.unique(np.asarray(labels).reshape(-1)[unscored:], return_counts=True)
-        counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
-    counts.pop(IGNORE_INDEX, None)
-    if not counts:
-        raise ValueError("classwise_tokens: the first samples of this data set have no scored label.")
-    chosen = sorted(counts, key=lambda label: (-counts[label], label))[:number]
-    return torch.tensor(chosen, dtype=torch.int64)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration import METRICS, ClassCalibration, TokenCalibration, lower_is_better
+from ..calibration import (
+    METRICS,
+    ClassCalibration,
+    FrequencyCalibration,
+    TokenCalibration,
+    bare_name,
+    lower_is_better,
+)
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import TokenScores
 from ..runtime.distributed import process_index, process_number, real_rows
@@ -18,9 +24,10 @@ from ..runtime.files import strict
 from .depth import DepthTally
 from .forced_tokens import forced_labels
 from .generation import GENERATED_METRICS, GeneratedCalibration
+from .token_frequency import BUCKETS, TokenFrequency
 
 #: What a row of the head's statistics tells of a token, beside confidence and correct.
-ROW_SCORES = ("nll", "brier", "spherical", "entropy")
+ROW_SCORES = ("nll", "brier", "spherical", "entropy", "varentropy")
 
 #: Metrics whose confidence interval is reported among the metrics too, as ``<name>_low`` and ``<name>_high``.
 WITH_INTERVAL = ("nll", "perplexity", "brier", "ece_15")
@@ -40,6 +47,17 @@ _MORE_IS_BETTER = ("accuracy", "label_probability", "resolution", "auroc", "supp
 #: Not reported a second time after temperature scaling, which leaves them as they are.
 _UNSCALED = ("tokens", "token_accuracy", "uncertainty", "label_bytes")
 
+#: What temperatures are fitted by beside NLL, and what is reported after scaling by them, ``<name>_scaled_by_<it>``.
+OTHER_FITS = ("brier", "gap")
+OF_OTHER_FITS = ("nll", "brier", "ece_15")
+
+_CONFLICT = (
+    "No temperature can help both: confidence is {confidence} the accuracy (signed_gap {gap:+.4f}, 95 % interval "
+    "{gap_low:+.4f} to {gap_high:+.4f}), which asks for a temperature {asks} 1, while the labels are {labels} likely "
+    "than the model expects (nll_entropy_gap {excess:+.4f}, {excess_low:+.4f} to {excess_high:+.4f}), which asks for "
+    "one {wants} 1. The head of the distribution and its tail are wrong in opposite ways."
+)
+
 
 class EvaluationPanel:
     """Collect what one evaluation sees, in fixed memory: all scored tokens, and apart from them some views of them.
@@ -48,10 +66,13 @@ class EvaluationPanel:
         eos_tokens: ids of the tokens that end a text; those labels are counted among all and once more alone.
         byte_lengths: int64 ``[V]``, bytes of text of each token (`token_bytes`), for bits per byte.
         temperature: also score every token from its logits divided by this.
+        other_temperatures: those that were fitted by something else than NLL, by its name of `OTHER_FITS`.
+        left_out: why one of these is missing, in a sentence.
         classes: ids of the tokens whose class-wise calibration is wanted.
         layers: of the decoder, where the depth of its tokens is to be counted.
         forced_tokens: ids of the tokens that a text is made to begin with; those labels are counted alone and not
             among all. None counts them like any other.
+        frequency: buckets of tokens, to compare the probability that they get with how often they are labels.
     """
 
     def __init__(
@@ -63,11 +84,20 @@ class EvaluationPanel:
         classes: Tensor | None = None,
         layers: int | None = None,
         forced_tokens: Sequence[int] | None = None,
+        other_temperatures: Mapping[str, float] | None = None,
+        left_out: str = "",
+        frequency: TokenFrequency | None = None,
     ) -> None:
         self.tokens = TokenCalibration()
         self.forced = None if forced_tokens is None else TokenCalibration()
         self.eos = TokenCalibration() if eos_tokens else None
         self.scaled = None if temperature is None else TokenCalibration()
+        self.other_temperatures = dict(other_temperatures or {})
+        self.left_out = left_out
+        #: After scaling by each of the other temperatures.
+        self.rescaled = {name: TokenCalibration() for name in self.other_temperatures}
+        self.frequency = None if frequency is None else FrequencyCalibration(BUCKETS)
+        self._buckets = frequency
         self.classwise = None if classes is None else ClassCalibration(classes)
         self.depth = None if layers is None else DepthTally(layers)
         #: What was generated, over all processes; set when the evaluation ends.
@@ -76,9 +106,19 @@ class EvaluationPanel:
         self._eos_tokens = torch.tensor(list(eos_tokens), dtype=torch.int64)
         self._forced_tokens = torch.tensor(list(forced_tokens or ()), dtype=torch.int64)
         self._byte_lengths = byte_lengths
-        wanted = temperature is not None or classes is not None
+        temperatures = (() if temperature is None else (temperature,)) + tuple(self.other_temperatures.values())
+        wanted = bool(temperatures) or classes is not None or frequency is not None
         #: What the head is to compute of each token beside the usual statistics.
-        self.extra = ExtraStatistics(temperature=temperature, classes=classes) if wanted else None
+        self.extra = (
+            ExtraStatistics(
+                temperatures=temperatures,
+                classes=classes,
+                groups=None if frequency is None else frequency.buckets,
+                number_of_groups=0 if frequency is None else BUCKETS,
+            )
+            if wanted
+            else None
+        )
         #: How many samples were seen, with and without a scored token, those that fill up a batch too.
         self.samples = 0
         self._intervals: Mapping[str, tuple[float, float]] | None = None
@@ -121,13 +161,21 @@ class EvaluationPanel:
             ends = mask & torch.isin(targets, self._eos_tokens.to(device))
             self.eos.update(**rows, mask=ends, document=document)
         if self.extra is not None and scores.extra is not None:
-            scaled, _, classes = self.extra.split(scores.extra)
+            columns = self.extra.split(scores.extra)
+            scaled = list(columns.scaled)
             if self.scaled is not None:
+                of_nll = scaled.pop(0)
                 if "label_bytes" in rows:
-                    scaled["label_bytes"] = rows["label_bytes"]
-                self.scaled.update(**scaled, mask=mask, document=document)
-            if self.classwise is not None and classes is not None:
-                self.classwise.update(classes[mask], targets[mask], document[mask])
+                    of_nll["label_bytes"] = rows["label_bytes"]
+                self.scaled.update(**of_nll, mask=mask, document=document)
+            for view, figures in zip(self.rescaled.values(), scaled, strict=True):
+                view.update(**figures, mask=mask, document=document)
+            if self.classwise is not None and columns.classes is not None:
+                self.classwise.update(columns.classes[mask], targets[mask], document[mask])
+            if self.frequency is not None and self._buckets is not None and columns.groups is not None:
+                self.frequency.update(
+                    columns.groups[mask], self._buckets.of(targets[mask]), (-scores.nll[mask]).exp(), document[mask]
+                )
         if self.depth is not None and depths is not None:
             real = mask[scores.scored]
             self.depth.update(depths.to(device)[real], document[scores.scored][real])
@@ -141,10 +189,11 @@ class EvaluationPanel:
     def reduce(self, function: Callable[[Tensor], Tensor], device: torch.device) -> EvaluationPanel:
         """Join the panels of all processes: replace every tensor by ``function`` of it, on that device."""
         self._forget()
-        for name in ("tokens", "eos", "forced", "scaled", "classwise", "depth"):
+        for name in ("tokens", "eos", "forced", "scaled", "classwise", "depth", "frequency"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part.to(device).reduce(function))
+        self.rescaled = {name: part.to(device).reduce(function) for name, part in self.rescaled.items()}
         return self
 
     def metrics(self) -> dict[str, float]:
@@ -187,6 +236,8 @@ class EvaluationPanel:
             low, high = self.intervals.get(name, (math.nan, math.nan))
             if math.isfinite(low) and math.isfinite(high):
                 found |= {f"{name}_low": low, f"{name}_high": high}
+        if intervals and (conflict := self._conflict()) is not None:
+            found["temperature_conflict"] = float(bool(conflict))
         for part, view in (("eos", self.eos), ("forced", self.forced)):
             if view is not None and view.tokens:
                 figures = self._of(part)
@@ -195,6 +246,9 @@ class EvaluationPanel:
             found["temperature"] = self.temperature
             scaled = self._of("scaled")
             found |= {f"{name}_scaled": value for name, value in scaled.items() if name not in _UNSCALED}
+        for name, at in self.other_temperatures.items():
+            found[f"temperature_{name}"] = at
+            found |= {f"{metric}_scaled_by_{name}": value for metric, value in self._after(name).items()}
         if self.classwise is not None:
             found["classwise_ece"] = self.classwise.ece
         if self.depth is not None:
@@ -205,6 +259,37 @@ class EvaluationPanel:
             found |= self.generated.metrics()
         # where nothing can be ranked there is no AUROC: better no entry than a NaN in every log
         return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def _after(self, fit: str) -> dict[str, float]:
+        """Return the metrics after scaling by the temperature that was fitted so."""
+        if fit not in self._computed:
+            self._computed[fit] = self.rescaled[fit].compute()
+        return {name: self._computed[fit][name] for name in OF_OTHER_FITS if name in self._computed[fit]}
+
+    def _conflict(self) -> str | None:
+        """Return in a sentence why no temperature helps both confidence and NLL; empty where one may.
+
+        The signed gap and the NLL less the entropy then have opposite signs, each beyond its interval. None where an
+        interval is missing.
+        """
+        bounds = [self.intervals.get(name, (math.nan, math.nan)) for name in ("signed_gap", "nll_entropy_gap")]
+        if not all(math.isfinite(bound) for interval in bounds for bound in interval):
+            return None
+        (gap_low, gap_high), (low, high) = bounds
+        over = gap_low > 0 and high < 0
+        if not (over or (gap_high < 0 and low > 0)):
+            return ""
+        figures = self._of("tokens")
+        return _CONFLICT.format(
+            confidence="above" if over else "below", asks="above" if over else "below",
+            labels="more" if over else "less", wants="below" if over else "above", gap=figures["signed_gap"],
+            gap_low=gap_low, gap_high=gap_high, excess=figures["nll_entropy_gap"], excess_low=low, excess_high=high,
+        )  # fmt: skip
+
+    @property
+    def temperature_conflict(self) -> str:
+        """Return in a sentence why no temperature helps both confidence and NLL; empty where that cannot be said."""
+        return self._conflict() or ""
 
     @property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
@@ -221,16 +306,25 @@ class EvaluationPanel:
         """
         found: dict[str, Any] = {"tokens": self.tokens.tokens, **self._view("tokens", bins, self.intervals)}
         found["reported"] = strict(self.metrics())
+        if conflict := self.temperature_conflict:
+            found["temperature_conflict"] = conflict
         for part, view in (("eos", self.eos), ("forced", self.forced)):
             if view is not None and view.tokens:
                 found[part] = self._view(part, bins)
         if self.scaled is not None and self.temperature is not None:
             found["temperature"] = self.temperature
             found["scaled"] = self._view("scaled", bins, self.scaled.intervals())
+        if self.other_temperatures or self.left_out:
+            others: dict[str, Any] = {
+                name: {"temperature": at, **strict(self._after(name))} for name, at in self.other_temperatures.items()
+            }
+            found["other_temperatures"] = {**others, **({"left_out": self.left_out} if self.left_out else {})}
         if self.classwise is not None:
             found["classwise"] = self.classwise.as_dict()
         if self.depth is not None:
             found["expected_depth"] = self.depth.as_dict()
+        if self.frequency is not None and self._buckets is not None:
+            found["frequency"] = self._buckets.record(self.frequency.as_list())
         if self.generated is not None:
             found["generated"] = self.generated.record(bins)
         return found
@@ -257,6 +351,9 @@ def reported_names() -> tuple[str, ...]:
         *(f"{part}_{name}" for part in ("eos", "forced") for name in OF_EOS),
         *(f"{name}_scaled" for name in METRICS),
         "temperature",
+        "temperature_conflict",
+        *(f"temperature_{fit}" for fit in OTHER_FITS),
+        *(f"{name}_scaled_by_{fit}" for fit in OTHER_FITS for name in OF_OTHER_FITS),
         "classwise_ece",
         *(f"expected_depth{end}" for end in ("", "_low", "_high")),
         *GENERATED_METRICS,
@@ -267,7 +364,7 @@ def better_direction(name: str) -> str | None:
     """Return which is better of a metric, ``"lower"`` or ``"higher"``; None where neither is (`signed_gap`, say)."""
     if lower_is_better(name):
         return "lower"
-    return "higher" if re.sub("_(scaled|low|high)$", "", name).endswith(_MORE_IS_BETTER) else None
+    return "higher" if bare_name(name).endswith(_MORE_IS_BETTER) else None
 
 
 def real_tokens(scores: TokenScores, batch_size: int) -> Tensor:

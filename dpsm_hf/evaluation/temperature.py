@@ -1,4 +1,4 @@
-"""Temperature scaling, the post-hoc baseline: one scalar, fitted by NLL on data neither trained nor tested on.
+"""Temperature scaling, the post-hoc baseline: one scalar, fitted on data neither trained nor tested on.
 
 Source: Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks" (2017), section 4.2.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,22 @@ from transformers.utils import logging
 from ..models.fingerprint import fingerprint
 from ..models.language_model import core_model
 from ..models.output_layer import added_bias, output_layer, post_ops
-from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import IGNORE_INDEX
 from ..runtime.files import write_json
+from .temperature_search import (
+    BrierSearch,
+    GapSearch,
+    Moments,
+    MomentSums,
+    NllSearch,
+    Sums,
+    UnfittableError,
+    search,
+)
 
 logger = logging.get_logger(__name__)
 
-#: Where temperatures are looked for. At either end the fit stops with an error: no scalar repairs such a model.
-LEAST, MOST = 0.01, 100.0
-
 FILE_NAME = "temperature.json"
-
-_TOLERANCE = 1e-6  # of log T
-_MOST_PASSES = 60
-
-
-class UnfittableError(ValueError):
-    """No temperature is best: nothing to fit on, logits that are NaN, or an NLL without a minimum."""
-
-
-class Moments(NamedTuple):
-    """Sums over tokens at one temperature: NLL in nats, its first and second derivative by log T, and the tokens."""
-
-    nll: float
-    gradient: float
-    curvature: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,12 @@ class TemperatureScaler:
         tokens: tokens it was fitted on.
         passes: passes over the data that the fit took.
         split: name of the data it was fitted on, for the reader of the file.
+        temperature_brier: the one of least Brier score on the same tokens; None if it was not fitted.
+        temperature_gap: the one at which their mean confidence is their accuracy; None if it was not fitted.
+        left_out: why one of the last two is missing, in a sentence.
 
     Raises:
-        ValueError: if the temperature is not positive and finite.
+        ValueError: if a temperature is not positive and finite.
 
     Example::
 
@@ -77,10 +70,23 @@ class TemperatureScaler:
     tokens: int = 0
     passes: int = 0
     split: str = ""
+    temperature_brier: float | None = None
+    temperature_gap: float | None = None
+    left_out: str = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature={self.temperature!r} must be a positive number; 1 changes nothing.")
+        for name in ("temperature", "temperature_brier", "temperature_gap"):
+            value = getattr(self, name)
+            if value is None and name != "temperature":
+                continue
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} must be a positive number; 1 changes nothing.")
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Return the temperatures that were fitted by something else than NLL, by its name: ``brier``, ``gap``."""
+        found = {"brier": self.temperature_brier, "gap": self.temperature_gap}
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def fit(cls, logits: Tensor, labels: Tensor, *, split: str = "") -> TemperatureScaler:
@@ -106,64 +112,49 @@ class TemperatureScaler:
         Errors are those of `fit`.
         """
 
-        def moments(temperature: float) -> Moments:
-            extra = ExtraStatistics(moments_at=temperature)
-            sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+        def one_pass(wanted: Mapping[str, float]) -> Sums:
+            sums = MomentSums(wanted)
             for logits, labels in batches():
                 scored = _scored(logits, labels)
-                columns = extra(logits.reshape(-1, logits.shape[-1])[scored], labels.reshape(-1)[scored])
-                sums += columns.double().sum(0).cpu()
-                tokens += int(scored.sum())
-            nll, gradient, curvature = sums.tolist()
-            return Moments(nll, gradient, curvature, tokens)
+                sums.add(sums.extra(logits.reshape(-1, logits.shape[-1])[scored], labels.reshape(-1)[scored]))
+            return sums.finish(torch.device("cpu"))
 
-        return cls.fit_moments(moments, split=split)
+        return cls.fit_passes(one_pass, split=split)
+
+    @classmethod
+    def fit_passes(cls, passes: Callable[[Mapping[str, float]], Sums], *, split: str = "") -> TemperatureScaler:
+        """Fit by NLL, and beside it by Brier score and by the gap between confidence and accuracy.
+
+        The three searches share the passes over the data, about five. Errors are those of `fit`; where the Brier score
+        has no minimum, or the gap no zero, that temperature is left out with a sentence in ``left_out``.
+
+        Args:
+            passes: makes one pass, see `temperature_search.search`.
+            split: name of the data.
+        """
+        nll, brier, gap = NllSearch(), BrierSearch(), GapSearch()
+        number = search(passes, nll, brier, gap)
+        left_out = " ".join(one.failure for one in (brier, gap) if one.failure)
+        return _fitted(nll, number, split, brier.temperature, gap.temperature, left_out)
 
     @classmethod
     def fit_moments(cls, moments: Callable[[float], Moments], *, split: str = "") -> TemperatureScaler:
-        """Fit by Newton's method on log T, from sums over the tokens at one temperature after the other.
+        """Fit by NLL alone, from sums over the tokens at one temperature after the other.
 
-        The NLL is convex in 1/T, so it has one minimum; a bracket around it, and a half step where the curvature by
-        log T is not positive, make the method safe. Errors are those of `fit`.
+        By Newton's method on log T. The NLL is convex in 1/T, so it has one minimum; a bracket around it, and a half
+        step where the curvature by log T is not positive, make the method safe. Errors are those of `fit`.
 
         Args:
             moments: called with T, gives the sums there; one pass over the data each, about five in all.
             split: name of the data.
         """
-        x, low, high, before = 0.0, math.log(LEAST), math.log(MOST), math.nan
-        for passes in range(1, _MOST_PASSES + 1):
-            at = moments(math.exp(x))
-            if not at.tokens:
-                raise UnfittableError(
-                    "no scored token to fit a temperature on: every label is ignored, or the data is empty."
-                )
-            if not all(math.isfinite(value) for value in at[:3]):
-                raise UnfittableError(
-                    f"the NLL at temperature {math.exp(x):.4g} is {at.nll}: a logit is NaN, or a label is impossible "
-                    "(its logit is masked). Fit on tokens that the model can predict."
-                )
-            if at.nll == 0:  # to the last bit, so that nothing points anywhere
-                x = math.log(LEAST)
-                break
-            nll, gradient, curvature = (value / at.tokens for value in at[:3])
-            before = nll if passes == 1 else before
-            low, high = (low, min(high, x)) if gradient > 0 else (max(low, x), high)
-            step = -gradient / curvature if curvature > 0 else -math.copysign(0.5, gradient)
-            following = x + max(-1.0, min(1.0, step))
-            if not low <= following <= high:
-                following = (low + high) / 2
-            if abs(following - x) < _TOLERANCE:
-                if min(x - math.log(LEAST), math.log(MOST) - x) < 1e-3:
-                    break
-                # the value at the last step, to second order
-                after = nll + gradient * (following - x) / 2
-                return cls(math.exp(following), before, after, at.tokens, passes, split)
-            x = following
-        end = "every token is predicted rightly" if x < 0 else "its predictions tell nothing of the labels"
-        raise UnfittableError(
-            f"the NLL has no minimum between temperatures {LEAST} and {MOST}: it still falls at {math.exp(x):.4g}. "
-            f"No temperature is best for this model and these {at.tokens} tokens ({end}); use more data."
-        )
+
+        def one_pass(wanted: Mapping[str, float]) -> Sums:
+            *sums, tokens = moments(wanted["nll"])
+            return {"nll": sums}, int(tokens)
+
+        nll = NllSearch()
+        return _fitted(nll, search(one_pass, nll), split)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return ``logits / temperature``."""
@@ -244,6 +235,13 @@ class TemperatureScaler:
             for values in (layer.weight, layer.bias, added_bias(core)):
                 if values is not None:
                     values.div_(self.temperature)
+
+
+def _fitted(
+    nll: NllSearch, passes: int, split: str, brier: float | None = None, gap: float | None = None, left_out: str = ""
+) -> TemperatureScaler:
+    assert nll.temperature is not None  # it raises where nothing is found
+    return TemperatureScaler(nll.temperature, nll.before, nll.after, nll.tokens, passes, split, brier, gap, left_out)
 
 
 class FittedTemperature:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..rules.losses import refuse_second_derivative
-from ..rules.rows import STATISTICS
+from ..rules.rows import statistics_names
 from ..runtime.ranges import HEAD, ROW_PASS, named, ranged
 from .matmul import WeightGradient, by_onednn, product, scaled
 from .options import Head, HeadOptions, Implementation, LinearHead, ModuleHead
@@ -51,7 +51,7 @@ class ChunkedObjective(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: HeadOptions,
         denominator: Tensor | int | None, *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 or 6]``.
+        """Return the loss (0-d), the value of each scored token ``[M]`` and the statistics ``[M, 5 to 7]``.
 
         ``rows`` are the indices of the M scored tokens among the hidden states; None if all are scored. With a
         ``denominator`` the loss is differentiable, and its gradients are computed here. Without one the values are
@@ -169,7 +169,7 @@ class _ChunkedPass:
             wants: whether the hidden states and each parameter of the head need a gradient.
 
         Returns:
-            Values ``[M]`` (None without an objective), statistics ``[M, 5 or 6]``, and for the hidden states and each
+            Values ``[M]`` (None without an objective), statistics ``[M, 5 to 7]``, and for the hidden states and each
             parameter its gradient (or None) with the dtype to return it in.
         """
         hidden, head, options = self.hidden, self.head, self.options
@@ -193,7 +193,8 @@ class _ChunkedPass:
                 with named(ROW_PASS):
                     value, statistics = score(
                         logits, self.labels[part], options.objective, options.post,
-                        weight=1.0 if factor is None else factor, entropy=options.entropy, gradient=weight is not None,
+                        weight=1.0 if factor is None else factor, entropy=options.entropy,
+                        varentropy=options.varentropy, gradient=weight is not None,
                     )  # fmt: skip
                 if options.extra is not None:  # the logits are still intact: without weight no gradient was written
                     assert weight is None, "extra statistics are for evaluation"
@@ -209,7 +210,8 @@ class _ChunkedPass:
                     del part_gradient
                 del logits  # before the next chunk is allocated
         if not columns:  # nothing is scored
-            width = len(STATISTICS) - (not options.entropy) + (0 if options.extra is None else options.extra.width)
+            names = statistics_names(options.entropy, options.varentropy)
+            width = len(names) + (0 if options.extra is None else options.extra.width)
             columns = [hidden.new_zeros(0, width).float()]
         sources = [grad_hidden, *chunk.totals()]
         dtypes = [hidden.dtype if tensor is None else tensor.dtype for tensor in (hidden, *head.parameters)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rules.post_ops import PostOps
 from ..rules.registry import RULES
-from ..rules.rows import STATISTICS, top_entropy
+from ..rules.rows import statistics_names, top_entropy
 from ..rules.scoring_rules import Objective
 from .row_pass import device_scalar, row_pass
 
@@ -46,8 +46,9 @@ def launch_options(vocab_size: int) -> dict[str, int]:
 
 
 def constants(
-    objective: Objective | None, post: PostOps, *, row_weight: bool, entropy: bool, gradient: bool
-) -> dict[str, Any]:
+    objective: Objective | None, post: PostOps, *, row_weight: bool, entropy: bool, gradient: bool,
+    varentropy: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Return the compile-time constants of the kernel.
 
     alpha, the weight and all other numbers are passed at run time, so that changing them compiles nothing.
@@ -56,6 +57,7 @@ def constants(
         "HAS_SOFTCAP": post.softcap is not None,
         "HAS_ROW_WEIGHT": row_weight,
         "HAS_ENTROPY": entropy,
+        "HAS_VARENTROPY": entropy and varentropy,
     }
     if objective is None:
         off = dict.fromkeys(("HAS_Z_LOSS", "HAS_BONUS", "HAS_POWER", "HAS_TOP", "HAS_GRADIENT"), False)
@@ -82,16 +84,19 @@ def _triton_functions() -> dict[str, Any]:
 
 def triton_row_pass(
     logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
-    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+    weight: Tensor | float = 1.0, entropy: bool = False, varentropy: bool = False, gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Do what `row_pass` does in one kernel launch, without a device synchronisation; float64 goes to `row_pass`."""
     if logits.dtype == torch.float64:
-        return row_pass(logits, labels, objective, post, weight=weight, entropy=entropy, gradient=gradient)
+        return row_pass(
+            logits, labels, objective, post, weight=weight, entropy=entropy, varentropy=varentropy, gradient=gradient
+        )
     from .triton_kernel import row_kernel
 
     rows, vocab_size = logits.shape
     device = logits.device
-    statistics = torch.empty(rows, len(STATISTICS) - (not entropy), dtype=torch.float32, device=device)
+    columns = len(statistics_names(entropy, varentropy))
+    statistics = torch.empty(rows, columns, dtype=torch.float32, device=device)
     values = torch.empty(rows, dtype=torch.float32, device=device)
     options = objective or Objective("ce")
     row_weight = isinstance(weight, Tensor) and weight.dim() > 0
@@ -104,7 +109,9 @@ def triton_row_pass(
             factor, top, logits.stride(0), vocab_size, post.scale, post.softcap or 1.0,
             options.label_smoothing or options.score_smoothing, options.z_loss, options.entropy_weight, needs.exponent,
             options.parameters,
-            **constants(objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient),
+            **constants(
+                objective, post, row_weight=row_weight, entropy=entropy, gradient=gradient, varentropy=varentropy
+            ),
             **launch_options(vocab_size),
         )  # fmt: skip
     return None if objective is None else values, statistics

@@ -34,6 +34,7 @@ from ..models.output_layer import added_bias, output_layer, post_ops
 from ..models.own_loss import replacement_of, turn
 from ..rules.extra_statistics import ExtraStatistics
 from ..rules.losses import IGNORE_INDEX, TokenScores
+from ..rules.rows import STATISTICS
 from ..rules.scoring_rules import Objective
 from .gradient_path import depends_on, leaves, loss_after, output_of
 from .options import Head, HeadOptions, LinearHead, ModuleHead
@@ -67,6 +68,7 @@ class ScoredOutput(ModelOutput):
     confidence: Tensor | None = None
     correct: Tensor | None = None
     entropy: Tensor | None = None
+    varentropy: Tensor | None = None
     extra: Tensor | None = None
     targets: Tensor | None = None
     added: Tensor | None = None  # what the model adds to the loss of its tokens, such as load balancing of experts
@@ -75,8 +77,7 @@ class ScoredOutput(ModelOutput):
 
     def scores(self) -> TokenScores:
         """Return the scores as `TokenScores`, whose ``loss`` is that of the whole batch."""
-        names = ("loss", "scored", "nll", "brier", "spherical", "confidence", "correct", "entropy", "extra")
-        return TokenScores(**{name: getattr(self, name) for name in names})
+        return TokenScores(**{name: getattr(self, name) for name in ("loss", "scored", *STATISTICS, "extra")})
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class ScoringRequest:
         labelled: the model is called with labels, so that it computes what it adds to its loss; its own loss function
             is replaced meanwhile.
         leads: the model puts hidden states before those of the first label (prompt tokens, image patches).
+        varentropy: with entropy, also compute the variance of ``log p_j`` under p.
     """
 
     labels: Tensor
@@ -106,6 +108,7 @@ class ScoringRequest:
     extra: ExtraStatistics | None = None
     labelled: bool = False
     leads: bool = False
+    varentropy: bool = False
 
     def targets(self, length: int) -> Tensor:
         """Return the label that each of ``length`` positions predicts, ``[B, length]``."""
@@ -229,8 +232,9 @@ class FusedHead:
         assert request is not None and self._rows is not None  # set by the call that we are in
         head = self._head(hidden_states)
         options = HeadOptions(
-            request.objective, post_ops(self.core), request.entropy, request.chunk_tokens, extra=request.extra
-        )
+            request.objective, post_ops(self.core), request.entropy, request.chunk_tokens, extra=request.extra,
+            varentropy=request.varentropy,
+        )  # fmt: skip
         length = hidden_states.shape[-2]
         if request.alignment is not None and hidden_states.dim() == request.labels.dim() + 1:
             check_positions(self._model, request.labels, length, leads=request.leads)

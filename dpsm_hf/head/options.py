@@ -29,6 +29,7 @@ class HeadOptions:
         chunk_tokens: rows of a chunk; None chooses for the device.
         impl: which implementation of the row pass; see `linear_scoring_loss`.
         extra: further statistics to compute from the logits of each chunk; only where no gradient is computed.
+        varentropy: with entropy, also compute the variance of ``log p_j`` under p.
     """
 
     objective: Objective | None
@@ -37,6 +38,7 @@ class HeadOptions:
     chunk_tokens: int | None = None
     impl: Implementation = "auto"
     extra: ExtraStatistics | None = None
+    varentropy: bool = False
 
     def __post_init__(self) -> None:
         if self.impl not in get_args(Implementation):

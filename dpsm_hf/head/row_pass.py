@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..rules.post_ops import PostOps
 from ..rules.rows import (
+    LEAST_SHIFTED,
     RowNeeds,
     RowScore,
     RowStatistics,
@@ -37,7 +38,7 @@ def device_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtyp
 
 def row_pass(
     logits: Tensor, labels: Tensor, objective: Objective | None, post: PostOps, *,
-    weight: Tensor | float = 1.0, entropy: bool = False, gradient: bool = True,
+    weight: Tensor | float = 1.0, entropy: bool = False, varentropy: bool = False, gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Score each row of a chunk and overwrite the chunk with the gradient of ``sum(weight * value)``.
 
@@ -50,21 +51,24 @@ def row_pass(
         post: the model's post-ops.
         weight: what each row's gradient is multiplied by: one for each row, ``[n]``, or one for all.
         entropy: also compute the entropy of each row, which reads the logits once more.
+        varentropy: with entropy, also compute the variance of ``log p_j`` under p, in a buffer of its own.
         gradient: write the gradient.
 
     Returns:
-        The value of each row ``[n]`` in float32 (None without objective), and the statistics ``[n, 5]`` or, with
-        entropy, ``[n, 6]``, whose columns `STATISTICS` names.
+        The value of each row ``[n]`` in float32 (None without objective), and the statistics ``[n, 5]``, with
+        entropy ``[n, 6]`` and with varentropy ``[n, 7]``, whose columns `STATISTICS` names.
     """
     rows, vocab_size = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
     size = max(1, min(rows, entries // vocab_size))  # the rows of a block, as `row_blocks` cuts them
-    work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
+    varentropy = varentropy and entropy
+    buffers = (2 if post.softcap is None else 3) + varentropy
+    work = torch.empty(buffers, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
     for part in row_blocks(logits, entries):
         block, target = logits[part], labels[part].unsqueeze(-1)
-        row, p, total, spare = _reduce(block, target, post, objective, entropy, work)
+        row, p, total, spare = _reduce(block, target, post, objective, entropy, varentropy, work)
         columns.append(statistics_columns(row, entropy))
         if objective is None:
             continue
@@ -96,8 +100,9 @@ def _for_sums_of(total: Tensor, score: RowScore, exponent: float) -> RowScore:
 
 
 def _reduce(
-    block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, work: Tensor
-) -> tuple[RowStatistics, Tensor, Tensor, Tensor]:
+    block: Tensor, target: Tensor, post: PostOps, objective: Objective | None, entropy: bool, varentropy: bool,
+    work: Tensor,
+) -> tuple[RowStatistics, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the statistics of a block, its probabilities, what those add up to, and a free buffer.
 
     PyTorch's float32 softmax adds up its normalizer one after the other: for a large vocabulary on a CPU that is wrong
@@ -123,10 +128,16 @@ def _reduce(
     p_target = p.gather(-1, target).squeeze(-1)
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
     entropy_sum = torch.zeros_like(largest)
+    spread: Tensor | None = None
+    if varentropy:
+        distance = torch.sub(z, z_max, out=work[-1, :n]) if z.dtype == p.dtype else work[-1, :n].copy_(z).sub_(z_max)
     if entropy or needs.entropy:
         # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
         below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
         entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
+    if varentropy:  # log p_j is the shifted logit less a constant of the row, so the variances are equal
+        distance.clamp_min_(LEAST_SHIFTED).sub_(entropy_sum.unsqueeze(-1)).square_()
+        spread = distance.mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
     others = p.sum(-1)
     total = others + p_target
@@ -149,5 +160,7 @@ def _reduce(
         entropy=log_normalizer - entropy_sum / total,
         other_power=other_power,
         top_entropy=top,
+        # taken about a mean that is off by what p adds up to
+        varentropy=None if spread is None else spread / total - (entropy_sum / total - entropy_sum).square(),
     )
     return row, p, total, spare

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels, score_tokens
 from ..rules.post_ops import PostOps
 from ..rules.registry import further_parameters
-from ..rules.rows import STATISTICS
+from ..rules.rows import statistics_names
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import HEAD, ranged
 from .chunked import ChunkedObjective
@@ -241,7 +241,7 @@ def score_hidden(
     if result is not None and tokens.invalid is not None:
         poison = tokens.invalid if denominator is None else tokens.invalid.any()
         result = torch.where(poison, torch.nan, result)
-    known = STATISTICS if options.entropy else STATISTICS[:-1]
+    known = statistics_names(options.entropy, options.varentropy)
     columns = dict(zip(known, statistics[:, : len(known)].unbind(-1), strict=True))
     extra = None if options.extra is None else statistics[:, len(known) :]
     return TokenScores(loss=result, scored=tokens.scored, extra=extra, **{"entropy": None, **columns})
@@ -253,10 +253,10 @@ def _score_all_logits(
     z = F.linear(hidden, head.weight, head.bias) if isinstance(head, LinearHead) else head.forward(hidden)
     z = options.post(z if z.dtype == torch.float64 else z.float())
     labels = torch.where(tokens.scored, tokens.labels, IGNORE_INDEX)
-    scores = score_tokens(z, labels, options.objective, extra=options.extra)
+    scores = score_tokens(z, labels, options.objective, extra=options.extra, varentropy=options.varentropy)
     loss = scores.loss
     if loss is not None and tokens.invalid is not None:
         loss = torch.where(tokens.invalid, torch.nan, loss)
     if loss is not None and denominator is not None:
         loss = loss.sum() / denominator
-    return replace(scores, loss=loss, entropy=scores.entropy if options.entropy else None)
+    return replace(scores, loss=loss) if options.entropy else replace(scores, loss=loss, entropy=None, varentropy=None)

@@ -48,6 +48,7 @@ def row_kernel(
     SMOOTHING: tl.constexpr,  # 0 none, 1 of the label, 2 of the score
     HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,  # the statistic is wanted
+    HAS_VARENTROPY: tl.constexpr,
     HAS_BONUS: tl.constexpr,  # the entropy is part of the loss
     HAS_POWER: tl.constexpr,  # the exponent is not 2
     HAS_TOP: tl.constexpr,  # the rule reads top_entropy
@@ -67,6 +68,7 @@ def row_kernel(
     z_lanes = tl.zeros([BLOCK], tl.float32)
     entropy_lanes = tl.zeros([BLOCK], tl.float32)
     power_lanes = tl.zeros([BLOCK], tl.float32)
+    square_lanes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
         inside = columns < vocab_size
@@ -77,6 +79,11 @@ def row_kernel(
         moved = tl.exp(m - new_m)
         shifted = z - new_m
         e = tl.exp(shifted)
+        if HAS_VARENTROPY:
+            # of the squares about the new maximum; the first step down from -3.4e38 has no square in float32
+            step = tl.where(moved > 0, m - new_m, 0.0)
+            square_lanes = moved * (square_lanes + step * (2.0 * entropy_lanes + step * u_lanes))
+            square_lanes += tl.where(e > 0, e * shifted * shifted, e)
         if HAS_ENTROPY or HAS_BONUS:
             # a masked logit is -inf with e = 0, and 0 * -inf would be NaN
             entropy_lanes = moved * (entropy_lanes + (m - new_m) * u_lanes) + tl.where(e > 0, e * shifted, e)
@@ -99,7 +106,7 @@ def row_kernel(
     nll = log_total - (z_label - m)
     norm = tl.sqrt(p * p + r)
 
-    COLUMNS: tl.constexpr = 6 if HAS_ENTROPY else 5
+    COLUMNS: tl.constexpr = 7 if HAS_VARENTROPY else 6 if HAS_ENTROPY else 5
     statistics += row * COLUMNS
     tl.store(statistics, nll)
     tl.store(statistics + 1, q * q + r)
@@ -109,7 +116,11 @@ def row_kernel(
     entropy = 0.0
     if HAS_ENTROPY or HAS_BONUS:
         own = tl.where(e_label > 0, e_label * (z_label - m), 0.0)
-        entropy = log_total - (tl.sum(entropy_lanes, 0) + own) / total
+        mean = (tl.sum(entropy_lanes, 0) + own) / total
+        entropy = log_total - mean
+        if HAS_VARENTROPY:
+            own = tl.where(e_label > 0, e_label * (z_label - m) * (z_label - m), 0.0)
+            tl.store(statistics + 6, tl.maximum((tl.sum(square_lanes, 0) + own) / total - mean * mean, 0.0))
     if HAS_ENTROPY:
         tl.store(statistics + 5, entropy)
 

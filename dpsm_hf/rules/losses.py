@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
 from .registry import further_parameters
-from .rows import RowScore, logits_gradient, row_blocks, row_statistics, statistics_columns, tail_statistics
+from .rows import (
+    RowScore,
+    logits_gradient,
+    row_blocks,
+    row_statistics,
+    statistics_columns,
+    statistics_names,
+    tail_statistics,
+)
 from .schedules import AlphaSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
 
@@ -38,7 +46,9 @@ class TokenScores:
         spherical: ``1 - p_y / ||p||``, in [0, 1].
         confidence: ``max_j p_j``.
         correct: 1.0 where the label has the largest logit.
-        entropy: ``-sum_j p_j log p_j`` in nats; None if it was not requested.
+        entropy: ``H = -sum_j p_j log p_j`` in nats; None if it was not requested.
+        varentropy: ``sum_j p_j (log p_j)**2 - H**2``, the variance of ``log p_j`` under p; None if it was not
+            requested.
         extra: ``[N, width]``, the columns of `ExtraStatistics`; None if none were requested.
     """
 
@@ -51,6 +61,7 @@ class TokenScores:
     correct: Tensor
     entropy: Tensor | None
     extra: Tensor | None = None
+    varentropy: Tensor | None = None
 
 
 @ranged(ROW_PASS)
@@ -61,6 +72,7 @@ def score_tokens(
     *,
     ignore_index: int = IGNORE_INDEX,
     extra: ExtraStatistics | None = None,
+    varentropy: bool = False,
 ) -> TokenScores:
     """Score every token of a batch from its logits, in float32 whatever their dtype.
 
@@ -76,6 +88,7 @@ def score_tokens(
         objective: the scoring rule to differentiate; None computes the statistics only.
         ignore_index: label of tokens that are not scored.
         extra: further statistics to compute for each token.
+        varentropy: also compute the variance of ``log p_j`` under p, as evaluations do.
 
     Returns:
         `TokenScores`, with one loss per token.
@@ -98,14 +111,16 @@ def score_tokens(
     loss, more, kept = None, None, scored.unsqueeze(-1)
     if objective is None:
         rows = row_blocks(flat_logits, _CHUNK_ENTRIES)
-        stats = torch.cat([statistics_columns(row_statistics(flat_logits[r].detach(), safe_labels[r])) for r in rows])
+        detached = flat_logits.detach()
+        found = (row_statistics(detached[r], safe_labels[r], varentropy=varentropy) for r in rows)
+        stats = torch.cat([statistics_columns(row) for row in found])
     else:
-        loss, stats = _TokenObjective.apply(flat_logits, safe_labels, scored, objective)
+        loss, stats = _TokenObjective.apply(flat_logits, safe_labels, scored, objective, varentropy)
         loss = torch.where(invalid, torch.nan, torch.where(scored, loss, 0.0))
     if extra is not None:
         more = torch.where(kept, extra(flat_logits.detach(), safe_labels), 0.0)
-    nll, brier, spherical, confidence, correct, entropy = torch.where(kept, stats, 0.0).unbind(-1)
-    return TokenScores(loss, scored, nll, brier, spherical, confidence, correct, entropy, more)
+    columns = torch.where(kept, stats, 0.0).unbind(-1)
+    return TokenScores(loss, scored, extra=more, **dict(zip(statistics_names(True, varentropy), columns, strict=True)))
 
 
 def describe_invalid_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> str:
@@ -142,13 +157,13 @@ class _TokenObjective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, scored: Tensor, objective: Objective
+        ctx: Any, logits: Tensor, labels: Tensor, scored: Tensor, objective: Objective, varentropy: bool
     ) -> tuple[Tensor, Tensor]:
         vocab_size = logits.shape[-1]
         threshold = tail_threshold(objective, vocab_size)
         values, columns, rows_kept, scores_kept = [], [], [], []
         for rows in row_blocks(logits, _CHUNK_ENTRIES):
-            row = row_statistics(logits[rows], labels[rows], objective.needs)
+            row = row_statistics(logits[rows], labels[rows], objective.needs, varentropy=varentropy)
             tail = None if threshold is None else tail_statistics(logits[rows], row, threshold)
             score = score_rows(row, objective, vocab_size, tail)
             values.append(score.value)
@@ -167,7 +182,7 @@ class _TokenObjective(torch.autograd.Function):
 
     @staticmethod
     @ranged(ROW_PASS)
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         refuse_second_derivative("score_tokens")
         logits, labels, scored, row_scalars, coefficients = ctx.saved_tensors
         gradient = torch.empty_like(logits)
@@ -180,7 +195,7 @@ class _TokenObjective(torch.autograd.Function):
             part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold, ctx.exponent)
             # set to 0, not multiplied by 0: the logits of a padding position may be NaN
             gradient[rows] = part.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class DPSMLoss(nn.Module):

@@ -24,8 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: The statistics of every scored token; entropy, the last, is computed only if it is requested.
-STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy")
+#: The statistics of every scored token; the last two, entropy and varentropy, are computed only if they are requested.
+STATISTICS = ("nll", "brier", "spherical", "confidence", "correct", "entropy", "varentropy")
+
+#: A logit so far below the largest has the probability 0 in float32 and float64; its square must not overflow.
+LEAST_SHIFTED = -1e4
 
 
 #: So many of the most likely tokens are what `RowStatistics.top_entropy` looks at.
@@ -54,6 +57,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor  # -sum_j p_j log p_j, in nats
     other_power: Tensor  # sum_{j != y} p_j**k
     top_entropy: Tensor | None = None  # of the softmax over the largest logits, in nats, where it is needed
+    varentropy: Tensor | None = None  # sum_j p_j (log p_j)**2 - entropy**2; None if it was not requested
 
     @property
     def confidence(self) -> Tensor:
@@ -93,7 +97,9 @@ def top_entropy(logits: Tensor) -> Tensor:
 _NOTHING_MORE = RowNeeds()
 
 
-def row_statistics(logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MORE) -> RowStatistics:
+def row_statistics(
+    logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MORE, *, varentropy: bool = False
+) -> RowStatistics:
     """Reduce each row of logits to the scalars of `RowStatistics`, in float32 (float64 for float64 logits).
 
     Equivalent plain torch, but accurate near ``p_y = 1``: ``p = logits.float().softmax(-1)``,
@@ -103,6 +109,7 @@ def row_statistics(logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MO
         logits: ``[N, V]`` of any floating dtype.
         labels: ``[N]`` int64, each in ``[0, V)``.
         needs: what else to compute.
+        varentropy: also compute the variance of ``log p_j`` under p.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     index = labels.unsqueeze(-1)
@@ -113,6 +120,11 @@ def row_statistics(logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MO
     target_weight = weight.gather(-1, index).squeeze(-1)
     # a masked logit is -inf with weight 0, and 0 * -inf would be NaN
     entropy_sum = (weight * shifted.clamp_min(torch.finfo(z.dtype).min)).sum(-1)
+    spread = None
+    if varentropy:  # log p_j is the shifted logit less a constant of the row, so the variances are equal
+        total = weight.sum(-1, keepdim=True)
+        distance = shifted.clamp_min(LEAST_SHIFTED) - entropy_sum.unsqueeze(-1) / total
+        spread = (weight * distance.square_()).sum(-1) / total.squeeze(-1)
     weight = weight.scatter_(-1, index, 0.0)
     others = weight.sum(-1)
     normalizer = others + target_weight
@@ -133,13 +145,21 @@ def row_statistics(logits: Tensor, labels: Tensor, needs: RowNeeds = _NOTHING_MO
         entropy=log_normalizer - entropy_sum / normalizer,
         other_power=off_norm if off_power is None else off_power,
         top_entropy=top_entropy(z) if needs.top_entropy else None,
+        varentropy=spread,
     )
 
 
+def statistics_names(entropy: bool, varentropy: bool) -> tuple[str, ...]:
+    """Return which of `STATISTICS` are computed; varentropy, the variance about the entropy, only along with it."""
+    return STATISTICS[: len(STATISTICS) - 2 + (1 + varentropy if entropy else 0)]
+
+
 def statistics_columns(row: RowStatistics, entropy: bool = True) -> Tensor:
-    """Return the columns named in `STATISTICS`, ``[n, 6]``, or ``[n, 5]`` without entropy."""
+    """Return the columns named in `STATISTICS`, ``[n, 7]``; ``[n, 6]`` without varentropy, ``[n, 5]`` without both."""
     columns = [row.nll, row.brier, row.spherical, row.confidence, row.correct.to(row.nll.dtype)]
-    return torch.stack([*columns, row.entropy] if entropy else columns, dim=-1)
+    if entropy:
+        columns += [row.entropy] if row.varentropy is None else [row.entropy, row.varentropy]
+    return torch.stack(columns, dim=-1)
 
 
 class RowScore(NamedTuple):

@@ -3,8 +3,9 @@
     dpsm calibrate MODEL --dataset python-docs
     dpsm calibrate MODEL --calibration_file held-out.txt --test_file test.txt --apply weights
 
-The temperature is fitted on the calibration split by NLL and judged on the test split, which it has not seen. Causal
-language models and encoder-decoders alike; ``accelerate launch -m dpsm_hf calibrate ...`` shares the work.
+The temperature is fitted on the calibration split by NLL and judged on the test split, which it has not seen; those
+of least Brier score and of equal confidence and accuracy are reported beside it. Causal language models and
+encoder-decoders alike; ``accelerate launch -m dpsm_hf calibrate ...`` shares the work.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ _ROWS = (
     ("debiased_ece", "debiased ECE-15"), ("adaptive_ece", "adaptive ECE"),
     ("smooth_ece", "smooth ECE"), ("mce", "MCE-15"), ("signed_gap", "confidence - accuracy"),
 )  # fmt: skip
+
+_OF_OTHER_FITS = (("nll", "NLL"), ("brier", "Brier score"), ("ece_15", "ECE-15"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,6 +141,9 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
     trainer.save_metrics("test", metrics, combined=False)
     if trainer.is_world_process_zero():
         print(_table(scaler, trainer.panel.tokens.intervals(), trainer.panel.scaled.intervals(), metrics))
+        print("\n".join(_other_fits(scaler, metrics)))
+        if conflict := trainer.panel.temperature_conflict:
+            print(conflict)
         folder = Path(options.output_dir)
         print(f"\ntemperature: {folder / FILE_NAME}\ndiagram: {folder / 'calibration' / 'test-step-000000.png'}")
         if options.apply != "none":
@@ -222,6 +228,16 @@ def _table(scaler: TemperatureScaler, before: _Intervals, after: _Intervals, met
     lines.append(f"{'ECE-15 if calibrated':<22}{metrics['test_ece_15_null']:>12.4f}  {'':<22}"
                  f"{metrics['test_ece_15_null_scaled']:>12.4f}")  # fmt: skip
     return "\n".join(lines)
+
+
+def _other_fits(scaler: TemperatureScaler, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the test split shows after scaling by the temperatures that were fitted by something else."""
+    words = {"brier": "Brier score", "gap": "confidence = accuracy"}
+    lines = [""]
+    for name, temperature in scaler.others.items():
+        figures = [f"{label} {metrics[f'test_{key}_scaled_by_{name}']:.4f}" for key, label in _OF_OTHER_FITS]
+        lines.append(f"fitted by {words[name]}: temperature {temperature:.4f}; after it {', '.join(figures)}")
+    return [*lines, *([scaler.left_out] if scaler.left_out else [])]
 
 
 if __name__ == "__main__":

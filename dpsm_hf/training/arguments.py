@@ -101,6 +101,11 @@ class DPSMArguments:
     classwise_tokens: int = option(
         "dpsm_hf: report class-wise ECE over this many of the most frequent tokens; 0 is off.", 0
     )
+    frequency_buckets: bool = option(
+        "dpsm_hf: compare, in the files of evaluations, the probability that frequent and rare tokens get with how "
+        "often they are labels, in four buckets by frequency in the training set.",
+        False,
+    )
     ignore_forced_tokens: bool = option(
         "dpsm_hf: keep the labels that a text is made to begin with (BART's first <s>, a language code) "
         "out of the calibration metrics and the temperature, and report them apart, as eval_forced_...; the loss "
@@ -120,8 +125,8 @@ class DPSMArguments:
     )
     log_component_grad_norms: bool = option(
         "dpsm_hf: log the gradient norms that cross-entropy and the Brier score would have alone, as "
-        "grad_norm_ce and grad_norm_brier; two more passes of one micro-batch at every logged step, whose time "
-        "does not count as training.",
+        "grad_norm_ce and grad_norm_brier, and that of a z-loss, as grad_norm_z_loss; a pass of one micro-batch each "
+        "at every logged step, whose time does not count as training.",
         False,
     )
     expected_depth: bool = option(

@@ -202,7 +202,7 @@ class CalibrationCallback(TrainerCallback):
         if alignment is None or logits is None:
             return
         targets = align_targets(labels, logits.shape[-2], alignment)
-        self._batch = score_tokens(logits.detach(), targets), targets, labels.shape[0]
+        self._batch = score_tokens(logits.detach(), targets, varentropy=True), targets, labels.shape[0]
 
     def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
         """Add the batch that was just scored; calls of the model outside of an evaluation are not counted."""

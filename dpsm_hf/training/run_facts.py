@@ -34,7 +34,13 @@ _KEPT = frozenset({"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", 
 #: What of the DPSM fields changes no weight.
 _WITHOUT_EFFECT = frozenset(
     {"fused_head", "chunk_tokens", "calibration_bins", "classwise_tokens", "fit_temperature", "generated_calibration"}
-    | {"log_component_grad_norms", "expected_depth", "calibration_metrics", "reliability_diagrams"}
+    | {
+        "log_component_grad_norms",
+        "expected_depth",
+        "calibration_metrics",
+        "reliability_diagrams",
+        "frequency_buckets",
+    }
 )
 # Rows that stand for all of them: reading every token of a large set would take longer than the first steps.
 _ROWS = 64

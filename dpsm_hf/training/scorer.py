@@ -273,6 +273,7 @@ class Scorer:
                 objective=rule.objective,
                 denominator=batch.denominator,
                 entropy=self._entropy_in_training or not model.training,
+                varentropy=not model.training,
                 chunk_tokens=self.dpsm.chunk_tokens,
                 extra=extra,
                 labelled=labelled,
@@ -327,7 +328,7 @@ class Scorer:
         labelled = added is not None
         logits = _logits(core_model(model), outputs)
         with named(HEAD):
-            loss, scores, targets = _score_logits(logits, batch, rule, extra)
+            loss, scores, targets = _score_logits(logits, batch, rule, extra, varentropy=not model.training)
             if labelled and batch.own_loss is not None and batch.own_loss.adds:
                 added = _more_than_cross_entropy(added, logits, targets)
         head.until_hidden(loss)
@@ -423,7 +424,7 @@ def with_loss(scored: ScoredBatch, loss: Tensor) -> Any:
 
 
 def _score_logits(
-    logits: Tensor, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None
+    logits: Tensor, batch: Batch, rule: BatchRule, extra: ExtraStatistics | None, *, varentropy: bool
 ) -> tuple[Tensor, TokenScores, Tensor]:
     labels, shift_labels, alignment = batch.labels, batch.shift_labels, batch.alignment
     if shift_labels is None:
@@ -438,6 +439,7 @@ def _score_logits(
         targets,
         None if rule.as_trainer else rule.objective,
         extra=extra,
+        varentropy=varentropy,
     )
     if scores.loss is not None:
         return scores.loss.sum() / batch.denominator, scores, targets

@@ -28,7 +28,9 @@ from ..calibration import TokenCalibration
 from ..evaluation.evaluation import Collector, Evaluation, MomentPass, TokenBytes
 from ..evaluation.forced_tokens import forced_token_ids
 from ..evaluation.panel import EvaluationPanel, names_in, reported_names
-from ..evaluation.temperature import FittedTemperature, Moments, TemperatureScaler
+from ..evaluation.temperature import FittedTemperature, TemperatureScaler
+from ..evaluation.temperature_search import Sums
+from ..evaluation.token_frequency import TrainingFrequency
 from ..models.language_model import core_model, vocabulary_size
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
@@ -44,7 +46,7 @@ from .checks import (
     integer_labels,
 )
 from .clock import TrainingClock
-from .component_gradients import check_component_norms, component_norms, next_step_is_logged
+from .component_gradients import active_terms, check_component_norms, component_norms, next_step_is_logged
 from .corruption import Corruption, Corruptor
 from .evaluation_report import EvaluationReport, gathered_rows
 from .finite import FiniteNumbers, engine_steps
@@ -115,6 +117,7 @@ class DPSMMixin(_Base):
         self._announcement_due = False  # what is trained, where that is not known before the first micro-batch
         self._temperature = FittedTemperature()
         self._token_bytes = TokenBytes()
+        self._frequency = TrainingFrequency()
         self._loaded_set: Any = None
         self._calibration_dataset = self.prepared_for_evaluation(calibration_dataset)
         self._check_arguments()
@@ -317,7 +320,7 @@ class DPSMMixin(_Base):
         return loss
 
     def _measure_components(self, inputs: dict[str, Any]) -> None:
-        """Measure the gradient norms of cross-entropy and the Brier score on a micro-batch, for the log."""
+        """Measure the gradient norms of the objective's parts on a micro-batch, for the log."""
         prepared = self._prepare_inputs(dict(inputs))
         count = self._get_num_items_in_batch([prepared], self.args.device)  # as the training step counts
         batch = self._current_scorer().batch(self.model, prepared, count)
@@ -336,6 +339,7 @@ class DPSMMixin(_Base):
             # like the step's gradient: summed over processes where the count is everybody's, else averaged
             shares=1 if self.args.average_tokens_across_devices else self.accelerator.num_processes,
             scale=1.0 if scaler is None else float(scaler.get_scale()),
+            terms=active_terms(self._rule(training=True).objective),
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -669,12 +673,13 @@ class DPSMMixin(_Base):
         return gathered_rows(self.accelerator, tensors, self._batch_rows)
 
     def _new_evaluation(self, dataset: Any) -> Evaluation:
-        dpsm, tokenizer, scaler = self.dpsm, self.processing_class, self.temperature_scaler
+        dpsm, tokenizer = self.dpsm, self.processing_class
+        frequency = self._frequency.of(self.train_dataset, dataset) if dpsm.frequency_buckets else None
         return Evaluation(
             self.model, tokenizer, dataset, byte_lengths=self._token_bytes.of(tokenizer),
-            temperature=None if scaler is None else scaler.temperature, classwise_tokens=dpsm.classwise_tokens,
+            scaler=self.temperature_scaler, classwise_tokens=dpsm.classwise_tokens,
             depth=dpsm.expected_depth, ignore_forced_tokens=dpsm.ignore_forced_tokens,
-            generated=self._predicts_with_generate() and dpsm.generated_calibration,
+            generated=self._predicts_with_generate() and dpsm.generated_calibration, frequency=frequency,
         )  # fmt: skip
 
     def _shown_metrics(self, panel: EvaluationPanel) -> dict[str, float]:
@@ -759,9 +764,10 @@ class DPSMMixin(_Base):
     def fit_temperature(self, dataset: Any = None, *, split: str = "calibration") -> TemperatureScaler:
         """Fit a temperature for the model as it is now and let the following evaluations report scaled metrics too.
 
-        About five passes over the data, without gradients or stored logits; the result is also written to
-        ``temperature.json`` in ``output_dir``. Nothing is fitted again while the weights stay as they are and no data
-        set is given.
+        By NLL; beside it by Brier score and by the gap between confidence and accuracy, of which some metrics are
+        reported too. About five passes over the data, without gradients or stored logits; the result is also written
+        to ``temperature.json`` in ``output_dir``. Nothing is fitted again while the weights stay as they are and no
+        data set is given.
 
         Args:
             dataset: to fit on; ``calibration_dataset`` if left out. Never the test set: the temperature would have
@@ -780,17 +786,19 @@ class DPSMMixin(_Base):
                 "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
             )
         dataloader = self.get_eval_dataloader(self.prepared_for_evaluation(dataset))
-        scaler = TemperatureScaler.fit_moments(lambda value: self._moments(dataloader, value), split=split)
+        scaler = TemperatureScaler.fit_passes(lambda wanted: self._moments(dataloader, wanted), split=split)
+        if scaler.left_out:
+            logger.warning(f"of the temperatures beside that of NLL one is left out: {scaler.left_out}")
         if self.is_world_process_zero():
             scaler.save(str(self.args.output_dir))
         self._temperature.keep(self.model, scaler)
         return scaler
 
-    def _moments(self, dataloader: Any, temperature: float) -> Moments:
-        """Return the sums that a temperature is fitted with, at one temperature, from a pass over the data."""
+    def _moments(self, dataloader: Any, wanted: Mapping[str, float]) -> Sums:
+        """Return the sums that temperatures are fitted with, at one of each search, from a pass over the data."""
         ignored = self.dpsm.ignore_forced_tokens
         moments = MomentPass(
-            temperature, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
+            wanted, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
         )
         with self._collecting(moments):
             super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)

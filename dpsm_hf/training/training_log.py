@@ -42,7 +42,11 @@ class TrainingLog:
     def add(self, scores: TokenScores, targets: Tensor) -> None:
         """Add the tokens of a micro-batch; neither argument may hold a graph."""
         self._last = scores, targets
-        columns = torch.stack([scores.scored.to(scores.nll.dtype), *(getattr(scores, name) for name in _COLUMNS)])
+        scored = scores.scored.to(scores.nll.dtype)
+        # the entropy is there only where something else asked for it: for this alone it is not computed
+        known = torch.zeros_like(scored) if scores.entropy is None else scored
+        gap = known if scores.entropy is None else scores.nll - scores.entropy
+        columns = torch.stack([scored, *(getattr(scores, name) for name in _COLUMNS), gap, known])
         sums = columns.sum(-1, dtype=widest_float(columns.device))  # the sum of many steps keeps its digits
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -64,12 +68,14 @@ class TrainingLog:
         """
         sums = self._sums
         if sums is None:
-            sums = torch.zeros(1 + len(_COLUMNS), dtype=widest_float(device), device=device)
+            sums = torch.zeros(3 + len(_COLUMNS), dtype=widest_float(device), device=device)
         self.reset()
-        tokens, *totals = sum_over_processes(sums).tolist()
+        tokens, *totals, gap, known = sum_over_processes(sums).tolist()
         found = {} if self.alpha is None else {"alpha": self.alpha}
         for name, total in zip(_COLUMNS, totals, strict=True) if tokens else ():
             found[_NAMES.get(name, name)] = total / tokens
+        if tokens and known == tokens:
+            found["nll_entropy_gap"] = gap / tokens
         if any(value != value for value in found.values()):
             raise self.non_finite(float("nan"), step, vocab_size, updated=True)
         found |= self.component_norms

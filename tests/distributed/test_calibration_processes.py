@@ -41,7 +41,8 @@ def test_every_view_equals_one_process(case: Any, several: Any, single: Any) -> 
                 assert torch.equal(found, tensor), (view, name)
             else:
                 torch.testing.assert_close(found, tensor, rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert one["views"]["eos"]["count"].sum() > 0
+    assert one["views"]["eos"]["count"].sum() > 0 and one["views"]["frequency"]["labels"].sum() > 0
+    assert {"scaled by brier", "scaled by gap"} <= set(one["views"])
     assert ("generated" in one["views"]) == (case[0] == "bart")
     assert set(many["metrics"]) == set(one["metrics"])
     # Trainer's own loss is a mean of the means of batches
@@ -54,4 +55,6 @@ def test_the_temperature_is_that_of_one_process(case: Any, several: Any, single:
     one, many = single[case]["scaler"], several[case]["scaler"]
     assert many.tokens == one.tokens and many.passes == one.passes
     assert many.temperature == pytest.approx(one.temperature, rel=1e-9)
+    assert set(many.others) == set(one.others) == {"brier", "gap"}
+    assert many.others == pytest.approx(one.others, rel=1e-9)
     assert many.nll_before == pytest.approx(one.nll_before, rel=1e-12)

@@ -173,10 +173,11 @@ def test_a_temperature_needs_data(tmp_path: Path) -> None:
 
 
 def test_persistent_workers_never_give_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(moments: Any, **options: Any) -> TemperatureScaler:
-        return TemperatureScaler(1 + moments(1.0).nll)  # random labels have no best temperature
+    def fit(passes: Any, **options: Any) -> TemperatureScaler:
+        sums, _ = passes({"nll": 1.0})
+        return TemperatureScaler(1 + sums["nll"][0])  # random labels have no best temperature
 
-    monkeypatch.setattr(TemperatureScaler, "fit_moments", fit)
+    monkeypatch.setattr(TemperatureScaler, "fit_passes", fit)
     sets = {"eval_dataset": make_data("gpt2", 11), "calibration_dataset": make_data("gpt2", 6).select([5, 1, 2])}
     found = []
     for persistent in (False, True):

@@ -31,6 +31,10 @@ POSTS = {"none": PostOps(), "scaled": PostOps(0.25), "capped": PostOps(0.5, 3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+#: post-op, kind of the logits, vocabulary (of one block and of three)
+SPREADS = [(post, kind, 123) for post in POSTS for kind in ("random", "uniform", "certain", "masked")]
+SPREADS += [("none", kind, 9001) for kind in ("random", "masked")]
+
 # The interpreter takes a second a case or so: formulas of the label's probability alone have each option once.
 SHORT = ("dft", "deft", "eaft", "power")
 
@@ -63,6 +67,15 @@ def chunk(rows: int, vocab: int, dtype: torch.dtype, kind: str = "random") -> tu
     elif kind == "masked":
         masked = torch.arange(0, vocab, 3)
         logits[:, masked[~torch.isin(masked, labels)]] = float("-inf")
+    return buffer, labels
+
+
+def spread_chunk(kind: str, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels; of a masked label the running maximum begins below every logit."""
+    buffer, labels = chunk(3, vocab, torch.float32, kind)
+    if kind == "masked":
+        labels[0] = 0
+        buffer[0, 0] = float("-inf")
     return buffer, labels
 
 
@@ -103,6 +116,11 @@ def main(path: str) -> None:
         buffer, labels = chunk(7, 123, torch.float32)
         results[f"untouched/{name}"] = case(
             buffer, 123, labels, objective=objective, post=PostOps(), entropy=True, gradient=False
+        )
+    for post, kind, vocab in SPREADS:
+        buffer, labels = spread_chunk(kind, vocab)
+        results[f"varentropy/{post}/{kind}/{vocab}"] = case(
+            buffer, vocab, labels, objective=None, post=POSTS[post], entropy=True, varentropy=True, gradient=False
         )
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(123, 16, generator=generator)

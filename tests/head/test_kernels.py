@@ -13,6 +13,7 @@ import torch
 
 from dpsm_hf import linear_scoring_loss
 from dpsm_hf.head import kernels
+from dpsm_hf.head.row_pass import row_pass
 from dpsm_hf.rules.post_ops import PostOps
 from dpsm_hf.rules.rows import row_statistics
 from dpsm_hf.rules.scoring_rules import SCORING_RULES, Objective
@@ -119,6 +120,25 @@ def test_without_gradient_the_logits_stay(name: str, results: dict[str, Any]) ->
         assert found["value"] is None
     else:
         torch.testing.assert_close(found["value"].double(), value, rtol=4e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("post", "kind", "vocab"), worker.SPREADS)
+def test_varentropy(post: str, kind: str, vocab: int, results: dict[str, Any]) -> None:
+    """The variance of log p, by the kernel and by the row pass in torch, against its definition in float64."""
+    buffer, labels = worker.spread_chunk(kind, vocab)
+    p = worker.POSTS[post](buffer[:, :vocab].double()).softmax(-1)
+    log_p = p.log().clamp_min(-1e4)
+    mean = (p * log_p).sum(-1, keepdim=True)
+    expected = (p * (log_p - mean).square()).sum(-1)
+    found = results[f"varentropy/{post}/{kind}/{vocab}"]["statistics"]
+    _, plain = row_pass(buffer[:, :vocab], labels, None, worker.POSTS[post], entropy=True, varentropy=True)
+    without = row_pass(buffer[:, :vocab], labels, None, worker.POSTS[post], entropy=True)[1]
+    assert torch.equal(plain[:, :6], without), "the others stay the same to the bit"
+    for statistics in (found, plain):
+        assert statistics.shape == (3, 7)
+        # the kernel takes a difference of squares: of logs of up to 30
+        torch.testing.assert_close(statistics[:, 6].double(), expected, rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(plain[:, 6].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_with_the_kernel_is_the_head_without(results: dict[str, Any]) -> None:

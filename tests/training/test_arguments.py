@@ -37,6 +37,7 @@ TYPED = {
     "calibration_metrics": "all",
     "reliability_diagrams": "none",
     "classwise_tokens": "50",
+    "frequency_buckets": "true",
     "fit_temperature": "true",
     "ignore_forced_tokens": "true",
     "generated_calibration": "false",
@@ -101,7 +102,7 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert (args.calibration_metrics, args.reliability_diagrams) == ("all", "none")
     assert args.classwise_tokens == 50 and args.fit_temperature is True and args.ignore_forced_tokens is True
     assert args.generated_calibration is False and args.expected_depth is True
-    assert args.log_component_grad_norms is True
+    assert args.log_component_grad_norms is True and args.frequency_buckets is True
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
     assert set(TYPED) | set(PARAMETERS) == set(dpsm_field_names()), "a new field has no test"
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,37 @@ def test_the_parts_are_what_they_are_alone(name: str, fused_head: str, tmp_path:
         for entry in found:
             assert entry[key] == pytest.approx(entry["grad_norm"], rel=1e-5)
             assert entry["grad_norm_ce"] > 2 * entry["grad_norm_brier"] > 0
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+def test_a_z_loss_is_a_part_of_its_own(fused_head: str, tmp_path: Path) -> None:
+    options = {"scoring_rule": "dpsm", "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 16}
+    trainer = make_trainer(
+        tmp_path, "gpt2", z_loss=1e-3, log_component_grad_norms=True, fused_head=fused_head, **options
+    )
+    model = copy.deepcopy(trainer.model)
+    trainer.train()
+    (entry,) = logged(trainer)
+    data = trainer.train_dataset
+    logits = model(torch.tensor(data["input_ids"])).logits[:, :-1]
+    scored = torch.tensor(data["labels"])[:, 1:] != -100
+    count = sum(y != -100 for row in data["labels"] for y in row)  # Trainer's, of all labels for this model
+    (1e-3 * logits.logsumexp(-1).square()[scored].sum() / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert entry["grad_norm_z_loss"] == pytest.approx(expected, rel=1e-4)
+    without = trained(tmp_path, "gpt2", log_component_grad_norms=True, max_steps=2)
+    assert not any("grad_norm_z_loss" in entry for entry in logged(without))
+
+
+@pytest.mark.parametrize(("fused_head", "there"), [("off", True), ("on", False)])
+def test_nll_less_entropy_is_logged_where_the_entropy_is_known(fused_head: str, there: bool, tmp_path: Path) -> None:
+    trainer = trained(tmp_path, "gpt2", fused_head=fused_head, max_steps=1, logging_steps=1, learning_rate=0.0,
+                      per_device_train_batch_size=8, gradient_accumulation_steps=2)  # fmt: skip
+    (entry,) = logged(trainer)  # of all sixteen rows, with weights that stay
+    assert ("nll_entropy_gap" in entry) == there
+    if there:
+        of_all = trainer.evaluate(trainer.train_dataset)
+        assert entry["nll_entropy_gap"] == pytest.approx(of_all["eval_nll_entropy_gap"], rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])

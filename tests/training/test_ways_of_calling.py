@@ -278,6 +278,8 @@ DIRECTIONS = {
     "generated_ece_15": "lower", "token_accuracy": "higher", "confidence_auroc": "higher", "resolution": "higher",
     "summary_rank_correlation_low": "higher", "generated_supported": "higher", "label_probability_scaled": "higher",
     "signed_gap": None, "confidence": None, "ece_15_null": None, "tokens": None, "temperature": None, "entropy": None,
+    "nll_entropy_gap": None, "first_order_log_temperature": None, "temperature_conflict": None,
+    "temperature_brier": None, "nll_scaled_by_gap": "lower", "brier_scaled_by_brier": "lower",
 }  # fmt: skip
 
 

@@ -243,6 +243,21 @@ def _gaps(runs: Sequence[SingleRun]) -> str | None:
     return f"Mean confidence minus accuracy: {_join(words)}." if words else None
 
 
+def _conflict(run: SingleRun) -> str | None:
+    """Say where confidence and NLL ask for opposite temperatures; of the figures before scaling alone."""
+    if run.scaled or not run.value("temperature_conflict"):
+        return None
+    gap, excess = run.value("signed_gap"), run.value("nll_entropy_gap")
+    if gap is None or excess is None:
+        return None
+    over = gap > 0
+    return (
+        f"No temperature can help both the confidence and the NLL of {run.title}: it is "
+        f"{'over' if over else 'under'}confident by {100 * abs(gap):.2f} points, while its labels are "
+        f"{'more' if over else 'less'} likely than it expects (NLL - entropy {excess:+.4f}), each beyond its interval."
+    )
+
+
 def _schedule(run: SingleRun) -> str | None:
     highest = max((alpha for _, alpha in run.logged("alpha")), default=None)
     if highest is None:
@@ -441,7 +456,7 @@ def story_of(runs: Sequence[SingleRun]) -> Story:
         for run in tested:
             details += [_figures(run, base), *_bins_disagree(run, base), *_on_the_way(run, base)]
         details += [_cost(run, base) for run in dpsm if not {run.name, base.name} & set(busy)]
-    details += [_gaps([base, *tested] if base is not None else []), *map(_overfit, alone)]
+    details += [_gaps([base, *tested] if base is not None else []), *map(_conflict, alone), *map(_overfit, alone)]
     details += [None if unequal else start, _scope(alone) if alone else None]
     points = [sentence for sentence in wanted if sentence is not None]
     rest = [sentence for sentence in details if sentence is not None]
