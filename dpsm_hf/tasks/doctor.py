@@ -26,7 +26,7 @@ from ..version import __version__
 
 #: What training needs, with the oldest and the newest version that the tests were run with.
 TESTED: Mapping[str, tuple[str, str]] = {
-    "torch": ("2.13.0", "2.13.0"),
+    "torch": ("2.8.0", "2.13.0"),
     "transformers": ("5.18.0", "5.23.0"),
     "accelerate": ("1.12.0", "1.15.0"),
     "datasets": ("4.5.0", "5.2.0"),
