@@ -59,9 +59,15 @@ def constants(
     }
     if objective is None:
         return {**found, "RULE": None, "SMOOTHING": 0, "HAS_Z_LOSS": False, "HAS_GRADIENT": False}
-    found["SMOOTHING"] = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
+    found["SMOOTHING"] = _smoothing(objective)
     rule = _triton_functions()[objective.scoring_rule]
-    return {**found, "RULE": rule, "HAS_Z_LOSS": objective.z_loss > 0, "HAS_GRADIENT": gradient}
+    return {**found, "RULE": rule, "HAS_Z_LOSS": objective.uses("z_loss"), "HAS_GRADIENT": gradient}
+
+
+def _smoothing(objective: Objective) -> int:
+    if objective.label_smoothing or objective.score_smoothing:  # at most one of them
+        return 1 if objective.label_smoothing else 2
+    return 1 if objective.uses("label_smoothing") else 2 if objective.uses("score_smoothing") else 0
 
 
 @functools.cache

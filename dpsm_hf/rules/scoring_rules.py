@@ -35,6 +35,7 @@ class Objective:
             ``-(epsilon / V) * sum_{j: p_j < epsilon / V} log p_j``.
         focal_gamma: exponent of the focal loss, at least 0.
         z_loss: weight of ``log(sum_j exp z_j)**2``, at least 0.
+        scheduled: fields whose value changes during training; see `uses`.
 
     The parameters of the other rules, such as ``gce_q``, are further fields.
 
@@ -48,6 +49,7 @@ class Objective:
     score_smoothing: float = 0.0
     focal_gamma: float = rule_parameter("focal_gamma")
     z_loss: float = 0.0
+    scheduled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.scoring_rule not in RULES:
@@ -88,6 +90,14 @@ class Objective:
     def rule(self) -> Rule:
         """Return the scoring rule."""
         return RULES[self.scoring_rule]
+
+    def uses(self, name: str) -> bool:
+        """Return whether the objective has the part whose weight is a field: the weight is not 0, or not always.
+
+        Kernels are compiled for the parts that there are. With this, a scheduled weight that begins at 0 compiles
+        nothing anew when it has grown.
+        """
+        return bool(getattr(self, name)) or name in self.scheduled
 
     @property
     def parameters(self) -> tuple[float, ...]:
