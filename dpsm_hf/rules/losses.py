@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
-from .registry import further_parameters
-from .rows import RowScore, logits_gradient, row_blocks, row_statistics, statistics_columns, tail_statistics
 from .knob_schedules import parse_knob_schedules
 from .knobs import KNOBS, objective_with
+from .registry import further_parameters
+from .rows import RowScore, logits_gradient, row_blocks, row_statistics, statistics_columns, tail_statistics
 from .schedules import KnobSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
 
@@ -270,7 +270,9 @@ class DPSMLoss(nn.Module):
                 remedy = "alpha's is schedule" if name == "alpha" else "use DPSMTrainer, which has held-out metrics"
                 raise ValueError(f"knob_schedules: {name}: {knob.name} is not for here: {remedy}.")
             if getattr(plain, KNOBS[name].field) != KNOBS[name].default:
-                raise ValueError(f"knob_schedules has a schedule of {name}, which is given a value too; leave one out.")
+                raise ValueError(
+                    f"knob_schedules has a schedule of {name}, which is given a value too; leave one out."
+                )
             knob.check(total_steps)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dpsm_hf.rules.feedback import Feedback
 
-GAINS = [10.0**k for k in range(-1, 7)]
+GAINS = [1.0, 20.0, 1e3, 1e6]
 
 
 def run(feedback: Feedback, looks: int, slope: float, gap: float, lag: float = 0.0, noise: float = 0.0) -> list[Any]:
@@ -41,20 +41,18 @@ def made(**options: Any) -> Feedback:
 @pytest.mark.parametrize("slope", [0.15, 1.0, 5.0])
 @pytest.mark.parametrize("gain", GAINS)
 def test_it_settles_whatever_the_gain(gain: float, slope: float, lag: float) -> None:
-    """With gains over seven orders of magnitude; smaller ones only take longer."""
-    looks = 2000 if gain * slope < 1 else 300
-    found = run(made(gain=gain), looks, slope, gap=0.1, lag=lag)
+    """With gains over six orders of magnitude; smaller ones only take longer."""
+    found = run(made(gain=gain), 160, slope, gap=0.13, lag=lag)
     knobs, signals = zip(*found, strict=True)
     assert all(0 <= knob <= 1 for knob in knobs)
-    assert abs(signals[-1]) < 1e-4 and abs(knobs[-1] - 0.1 / slope) < 1e-3
-    changes = sign_changes(list(signals))
-    assert not changes or changes[-1] < 0.8 * looks, "it still swings"
-    assert len(changes) <= math.log2(max(1.0, gain * slope)) + 3 + 10 * lag
+    assert max(map(abs, signals[-20:])) < 1e-4 and abs(knobs[-1] - 0.13 / slope) < 1e-3
+    # each one halves the gain, so that there are few of them; a lag wants a gain that is smaller yet
+    assert len(sign_changes(list(signals))) <= math.log2(max(1.0, gain * slope)) + 2 + 10 * lag
 
 
 def test_without_halving_a_large_gain_swings_for_ever() -> None:
-    _, signals = zip(*run(made(gain=50.0, halving=False), 300, slope=1.0, gap=0.1), strict=True)
-    assert len(sign_changes(list(signals))) > 250 and abs(signals[-1]) > 0.02
+    _, signals = zip(*run(made(gain=50.0, halving=False), 60, slope=1.0, gap=0.13), strict=True)
+    assert len(sign_changes(list(signals))) > 50 and abs(signals[-1]) > 0.02
 
 
 def test_the_overshoots_are_bounded_by_halves_of_the_limit() -> None:
@@ -64,18 +62,18 @@ def test_the_overshoots_are_bounded_by_halves_of_the_limit() -> None:
 
 
 def test_a_target_out_of_reach_leaves_it_at_its_bound() -> None:
-    found = run(made(high=0.3), 100, slope=0.1, gap=0.5)
+    found = run(made(high=0.3), 40, slope=0.1, gap=0.5)
     assert found[-1][0] == 0.3
-    found = run(made(start=0.2, low=0.1), 100, slope=0.1, gap=-0.5)
+    found = run(made(start=0.2, low=0.1), 40, slope=0.1, gap=-0.5)
     assert found[-1][0] == 0.1
 
 
 def test_noise_around_zero_moves_nothing_within_the_tolerance() -> None:
-    noisy = [knob for knob, _ in run(made(tolerance=0.02), 400, slope=1.0, gap=0.1, noise=0.004)]
-    assert abs(noisy[-1] - 0.1) < 0.03 and len(set(noisy[200:])) == 1
-    restless = [knob for knob, _ in run(made(), 400, slope=1.0, gap=0.1, noise=0.004)]
-    assert len(set(restless[10:40])) > 20, "without a tolerance the noise moves it"
-    assert abs(restless[-1] - restless[-50]) < 1e-3, "and uses up its moves"
+    noisy = [knob for knob, _ in run(made(tolerance=0.02), 80, slope=1.0, gap=0.13, noise=0.004)]
+    assert abs(noisy[-1] - 0.13) < 0.03 and len(set(noisy[20:])) == 1
+    restless = [knob for knob, _ in run(made(), 80, slope=1.0, gap=0.13, noise=0.004)]
+    assert len(set(restless[5:20])) > 10, "without a tolerance the noise moves it"
+    assert abs(restless[-1] - restless[-20]) < 1e-3, "and uses up its moves"
 
 
 def test_a_tolerance_is_as_large_as_it_is() -> None:
@@ -115,7 +113,7 @@ numbers = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), s
 entries = st.fixed_dictionaries({"eval_signed_gap": numbers, "grad_norm": numbers, "step": st.integers(0, 30)})
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(history=st.lists(entries, max_size=25), gain=st.floats(-1e9, 1e9), limit=st.floats(1e-3, 2),
        ends=st.tuples(st.floats(-1, 1), st.floats(-1, 1)), relative=st.sampled_from(["", "grad_norm"]))  # fmt: skip
 def test_it_stays_in_its_bounds_and_reads_no_future(
