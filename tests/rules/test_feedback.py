@@ -17,7 +17,7 @@ GAINS = [1.0, 20.0, 1e3, 1e6]
 
 
 def run(feedback: Feedback, looks: int, slope: float, gap: float, lag: float = 0.0, noise: float = 0.0) -> list[Any]:
-    """Return knob and signal at each look of a plant: the signal tends to ``gap - slope * knob``, slowly with a lag."""
+    """Return knob and signal at each look at a plant: the signal tends to ``gap - slope * knob``, late with a lag."""
     history: list[dict[str, float]] = []
     signal, found, chance = gap, [], random.Random(0)
     for step in range(looks):
