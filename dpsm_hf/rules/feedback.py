@@ -4,9 +4,9 @@ After each evaluation the knob u moves against a signal y of held-out data, posi
 
     u <- clip(u + clip(K_n * s * y, -D_n, D_n), low, high)        K_n = gain / 2**n    D_n = limit / 2**n
 
-n counts how often the signal has changed its sign so far, where `halving` is on. So it cannot swing for ever: where a
+n counts how often the move has turned round so far, where `halving` is on. So it cannot swing for ever: where a
 larger u lowers the signal, the n-th overshoot is at most D_n, whatever the gain, until a move is small enough not to
-overshoot. What many changes of sign have used up does not come back: the knob settles, and does not follow what keeps
+overshoot. What many turns have used up does not come back: the knob settles, and does not follow what keeps
 moving. (Halving at a change of sign is that of RPROP, Riedmiller & Braun 1993, without its growth; Kesten, 1958, lets
 the gain of stochastic approximation fall with the changes of sign.) s is 1, or the last logged value of one number, or
 of one divided by another. Signals within `tolerance` of 0 are taken as 0.
@@ -34,7 +34,7 @@ class Feedback:
         relative_to: the logged number that the gain is multiplied by, such as ``grad_norm``, or two of them as a
             quotient, ``grad_norm/grad_norm_ce``; empty for none.
         tolerance: signals of at most this size move nothing.
-        halving: whether each change of the signal's sign halves gain and limit.
+        halving: whether each turn of the knob's way, from up to down or back, halves gain and limit.
     """
 
     start: float
@@ -63,13 +63,15 @@ class Feedback:
             signal = _number(entry.get(self.signal))
             if signal is None or abs(signal) <= self.tolerance:
                 continue
-            if self.halving and signal * last < 0:
+            move = self.gain * _quotient(*scale.values()) * signal
+            if math.isnan(move):  # without a logged number to scale by there is no move
+                continue
+            if self.halving and move * last < 0:
                 factor /= 2
-            last = math.copysign(1.0, signal)
-            move = factor * self.gain * _quotient(*scale.values()) * signal
-            if not math.isnan(move):  # without a logged number to scale by there is no move
-                limit = factor * self.limit
-                value = min(self.high, max(self.low, value + min(limit, max(-limit, move))))
+            limit = factor * self.limit
+            before, value = value, min(self.high, max(self.low, value + min(limit, max(-limit, factor * move))))
+            if value != before:  # at a bound the signal may change its sign without anything having overshot
+                last = value - before
         return value
 
     def scale_names(self) -> list[str]:
@@ -83,7 +85,7 @@ class Feedback:
     def describe(self, knob: str) -> str:
         """Return in a line how the knob moves."""
         scale = f" * {self.relative_to}" if self.relative_to else ""
-        tail = ", halved at each change of sign" if self.halving else ""
+        tail = ", halved at each turn" if self.halving else ""
         tail += f", not for signals within {self.tolerance:g}" if self.tolerance else ""
         return (
             f"feedback: {knob} starts at {self.start:g} and moves by {self.gain:g}{scale} * {self.signal} after each "

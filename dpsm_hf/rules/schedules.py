@@ -276,7 +276,7 @@ def get_alpha_schedule(
         hold: length of the phase before the ramp or the switch, in the same unit as ``warmup_steps``; None takes the
             schedule's default.
         gain, limit, metric: of "feedback": see `Feedback`. The gain stays what it is; in ``knob_schedules`` it is
-            halved at each change of sign.
+            halved at each turn.
 
     Raises:
         ValueError: for an unknown name (with the list), an alpha outside [0, 1], a negative length, a hold given to

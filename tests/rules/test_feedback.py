@@ -68,6 +68,14 @@ def test_a_target_out_of_reach_leaves_it_at_its_bound() -> None:
     assert found[-1][0] == 0.1
 
 
+def test_a_change_of_sign_at_a_bound_costs_nothing() -> None:
+    """Nothing has overshot where nothing could move."""
+    waits = [{"eval_signed_gap": -0.1, "step": i} for i in range(3)]
+    assert made(gain=1.0).value(9, [*waits, {"eval_signed_gap": 0.08, "step": 4}]) == pytest.approx(0.08)
+    there_and_back = [{"eval_signed_gap": gap, "step": i} for i, gap in enumerate((0.08, -0.06, -0.02, 0.04))]
+    assert made(gain=1.0).value(9, there_and_back) == pytest.approx(0.08 - 0.03 - 0.01 + 0.01)
+
+
 def test_noise_around_zero_moves_nothing_within_the_tolerance() -> None:
     noisy = [knob for knob, _ in run(made(tolerance=0.02), 80, slope=1.0, gap=0.13, noise=0.004)]
     assert abs(noisy[-1] - 0.13) < 0.03 and len(set(noisy[20:])) == 1

@@ -87,7 +87,7 @@ def test_feedback_fills_in_what_is_left_out() -> None:
     said = parse_knob_schedules(given, "ce")["z_loss"].describe(100)
     assert said == (
         "feedback: z_loss starts at 0.1 and moves by 2 * eval_signed_gap after each evaluation, at most 0.05 at a "
-        "time, halved at each change of sign, between 0.1 and 0.6"
+        "time, halved at each turn, between 0.1 and 0.6"
     )
 
 
