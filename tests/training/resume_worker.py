@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
                 "high": 5,
                 "start": 1,
                 "gain": -40,
-                "limit": 1.5,
+                "limit": 0.3,
                 "relative_to": "grad_norm",
             },
             "label_smoothing_factor": "linear 0 -> 0.1 over 6",

@@ -145,8 +145,7 @@ def text_rows(split: str, rows: int, length: int = 64) -> Dataset:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gain", [3.0, 1e6])
-def test_a_feedback_settles_in_a_real_training(gain: float, tmp_path: Path) -> None:
+def test_a_feedback_settles_in_a_real_training(tmp_path: Path) -> None:
     """A few rows of text are learned by heart, and label smoothing is to take the over-confidence away."""
     set_seed(1)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0,
@@ -155,7 +154,7 @@ def test_a_feedback_settles_in_a_real_training(gain: float, tmp_path: Path) -> N
         output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=6, max_steps=120,
         per_device_train_batch_size=8, per_device_eval_batch_size=16, learning_rate=8e-3, lr_scheduler_type="constant",
         eval_strategy="steps", eval_steps=6, reliability_diagrams="none", dataloader_pin_memory=False,
-        scoring_rule="ce", knob_schedules={"label_smoothing_factor": feedback(high=0.6, gain=gain, limit=0.2)},
+        scoring_rule="ce", knob_schedules={"label_smoothing_factor": feedback(high=0.6, gain=3.0, limit=0.2)},
     )  # fmt: skip
     made = DPSMTrainer(model, args, train_dataset=text_rows("train", 16), eval_dataset=text_rows("validation", 16))
     made.train()
