@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from .head.scoring_loss import linear_scoring_loss
     from .plots.reliability import ReliabilityDisplay
     from .rules.losses import DPSMLoss, TokenScores, score_tokens
-    from .rules.schedules import AlphaSchedule, available_alpha_schedules, get_alpha_schedule, register_alpha_schedule
+    from .rules.schedules import (
+        AlphaSchedule,
+        KnobSchedule,
+        available_alpha_schedules,
+        get_alpha_schedule,
+        register_alpha_schedule,
+    )
     from .rules.scoring_rules import Objective
     from .training.arguments import DPSMArguments, DPSMConfig, DPSMSeq2SeqConfig
     from .training.callbacks import AlphaScheduleCallback, CalibrationCallback
@@ -37,6 +43,7 @@ __all__ = [
     "DPSMSeq2SeqConfig",
     "DPSMSeq2SeqTrainer",
     "DPSMTrainer",
+    "KnobSchedule",
     "Objective",
     "ReliabilityDisplay",
     "TemperatureScaler",
@@ -59,7 +66,10 @@ _MODULES = {
     "head.scoring_loss": ("linear_scoring_loss",),
     "rules.losses": ("DPSMLoss", "TokenScores", "score_tokens"),
     "plots.reliability": ("ReliabilityDisplay",),
-    "rules.schedules": ("AlphaSchedule", "available_alpha_schedules", "get_alpha_schedule", "register_alpha_schedule"),
+    "rules.schedules": (
+        *("AlphaSchedule", "KnobSchedule", "available_alpha_schedules", "get_alpha_schedule"),
+        "register_alpha_schedule",
+    ),
     "rules.scoring_rules": ("Objective",),
     "evaluation.temperature": ("TemperatureScaler",),
     "training.trainer": ("DPSMMixin", "DPSMSeq2SeqTrainer", "DPSMTrainer"),

@@ -62,11 +62,18 @@ def constants(
     if objective is None:
         off = dict.fromkeys(("HAS_Z_LOSS", "HAS_BONUS", "HAS_POWER", "HAS_TOP", "HAS_GRADIENT"), False)
         return {**found, "RULE": None, "SMOOTHING": 0, **off}
-    needs = objective.needs
-    found |= {"HAS_BONUS": needs.entropy, "HAS_POWER": needs.exponent != 2.0, "HAS_TOP": needs.top_entropy}
-    found["SMOOTHING"] = 1 if objective.label_smoothing else 2 if objective.score_smoothing else 0
+    found["HAS_BONUS"] = objective.uses("entropy_weight")
+    found["HAS_POWER"] = objective.rule.exponent is not None
+    found["HAS_TOP"] = objective.rule.top_entropy
+    found["SMOOTHING"] = _smoothing(objective)
     rule = _triton_functions()[objective.scoring_rule]
-    return {**found, "RULE": rule, "HAS_Z_LOSS": objective.z_loss > 0, "HAS_GRADIENT": gradient}
+    return {**found, "RULE": rule, "HAS_Z_LOSS": objective.uses("z_loss"), "HAS_GRADIENT": gradient}
+
+
+def _smoothing(objective: Objective) -> int:
+    if objective.label_smoothing or objective.score_smoothing:  # at most one of them
+        return 1 if objective.label_smoothing else 2
+    return 1 if objective.uses("label_smoothing") else 2 if objective.uses("score_smoothing") else 0
 
 
 @functools.cache

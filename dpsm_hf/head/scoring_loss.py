@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def linear_scoring_loss(
         raise ValueError(
             f"num_items_in_batch is the denominator of a mean, but reduction={reduction!r} takes none; leave one out."
         )
-    own = further_parameters(scoring_rule, rule_parameters)
+    own: dict[str, Any] = {**further_parameters(scoring_rule, rule_parameters)}
     objective = Objective(
         scoring_rule, alpha, label_smoothing, score_smoothing, focal_gamma, z_loss, entropy_weight, **own
     )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..runtime.ranges import ROW_PASS, ranged
 from .extra_statistics import ExtraStatistics
+from .knob_schedules import parse_knob_schedules
+from .knobs import KNOBS, objective_with
 from .registry import further_parameters
 from .rows import (
     RowScore,
@@ -21,7 +23,7 @@ from .rows import (
     statistics_names,
     tail_statistics,
 )
-from .schedules import AlphaSchedule, get_alpha_schedule
+from .schedules import KnobSchedule, get_alpha_schedule
 from .scoring_rules import Objective, score_rows, tail_threshold
 
 IGNORE_INDEX = -100
@@ -205,7 +207,7 @@ class DPSMLoss(nn.Module):
         vocab_size: V; logits of any other width are refused.
         warmup_steps: training calls over which alpha rises from ``alpha_start`` to ``alpha_end`` (a number below 1
             is a share of ``total_steps``).
-        schedule: a name that `get_alpha_schedule` knows, or an `AlphaSchedule`. "feedback" is refused: it needs
+        schedule: a name that `get_alpha_schedule` knows, or a `KnobSchedule` of alpha. "feedback" is refused: it needs
             held-out metrics and therefore a trainer.
         reduction: "mean" over the scored tokens (0 when there is none), "sum", or "none" for one value per token in
             the shape of the targets, 0 where ignored.
@@ -215,6 +217,7 @@ class DPSMLoss(nn.Module):
         fixed_alpha: the same alpha at every call, in place of a schedule.
         scoring_rule, label_smoothing, score_smoothing, focal_gamma, z_loss, entropy_weight: as in `Objective`.
         rule_parameters: values of the rule's other parameters by name, such as ``{"gce_q": 0.5}``.
+        knob_schedules: schedules of other numbers than alpha, as `parse_knob_schedules` takes them.
 
     The buffer ``global_step`` counts the calls in training mode and is part of the state dict, so that a resumed loop
     continues at the same alpha. A call counts itself: with ``warmup_steps=W`` the first training call has alpha 1/W,
@@ -233,7 +236,7 @@ class DPSMLoss(nn.Module):
         self,
         vocab_size: int,
         warmup_steps: float = 10000,
-        schedule: str | AlphaSchedule = "linear",
+        schedule: str | KnobSchedule = "linear",
         *,
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = IGNORE_INDEX,
@@ -249,6 +252,7 @@ class DPSMLoss(nn.Module):
         z_loss: float = 0.0,
         entropy_weight: float = 0.0,
         rule_parameters: Mapping[str, float] | None = None,
+        knob_schedules: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < 2:
@@ -260,10 +264,12 @@ class DPSMLoss(nn.Module):
                 raise ValueError(f"fixed_alpha={fixed_alpha} takes the place of a schedule: leave out schedule, "
                                  "alpha_start, alpha_end and hold.")  # fmt: skip
             schedule, alpha_end = "constant", fixed_alpha
-        if not isinstance(schedule, AlphaSchedule):
+        if not isinstance(schedule, KnobSchedule):
             schedule = get_alpha_schedule(
                 schedule, warmup_steps=warmup_steps, start=alpha_start, end=alpha_end, hold=hold
             )
+        if schedule.knob != "alpha":
+            raise ValueError(f"schedule moves {schedule.knob}, not alpha; give it in knob_schedules.")
         if schedule.name == "feedback":
             raise ValueError(
                 "schedule='feedback' reads held-out metrics, which a loss does not have; use DPSMTrainer."
@@ -276,7 +282,17 @@ class DPSMLoss(nn.Module):
             "focal_gamma": focal_gamma, "z_loss": z_loss, "entropy_weight": entropy_weight,
             **further_parameters(scoring_rule, rule_parameters),
         }  # fmt: skip
-        Objective(**self.options)
+        plain = Objective(**self.options)
+        self.knob_schedules = parse_knob_schedules(knob_schedules or {}, scoring_rule)
+        for name, knob in self.knob_schedules.items():
+            if name == "alpha" or knob.name == "feedback":
+                remedy = "alpha's is schedule" if name == "alpha" else "use DPSMTrainer, which has held-out metrics"
+                raise ValueError(f"knob_schedules: {name}: {knob.name} is not for here: {remedy}.")
+            if getattr(plain, KNOBS[name].field) != KNOBS[name].default:
+                raise ValueError(
+                    f"knob_schedules has a schedule of {name}, which is given a value too; leave one out."
+                )
+            knob.check(total_steps)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -293,6 +309,10 @@ class DPSMLoss(nn.Module):
             raise ValueError(f"the logits have {logits.shape[-1]} entries a token, but DPSMLoss was made for "
                              f"vocab_size={self.vocab_size}.")  # fmt: skip
         objective = Objective(alpha=self.alpha, **self.options)
+        if self.knob_schedules:
+            step = int(self.global_step) + self.training
+            values = {name: knob(step, self.total_steps) for name, knob in self.knob_schedules.items()}
+            objective = objective_with(objective, values)
         scores = score_tokens(logits, targets, objective, ignore_index=self.ignore_index)
         assert scores.loss is not None  # an objective was given
         if self.training:

@@ -1,33 +1,40 @@
-"""Schedules of the mixing weight alpha: pure functions of the step, the total steps and the held-out metrics.
+"""Schedules of the numbers of an objective: pure functions of the step, the total steps and the held-out metrics.
 
-A schedule keeps no state, so training that resumes at a step has exactly the alpha of that step. With ``s`` the
-optimizer steps done, ``T`` their total, ``H`` the hold (steps before alpha moves) and ``W`` the warm-up (steps of the
-ramp), ``alpha = start * (1 - shape(s)) + end * shape(s)`` with ``shape(s)`` in [0, 1]:
+A schedule keeps no state, so training that resumes at a step has exactly the value of that step. With ``s`` the
+optimizer steps done, ``T`` their total, ``H`` the hold (steps before the value moves) and ``W`` the warm-up (steps of
+the ramp), ``value = start * (1 - shape(s)) + end * shape(s)`` with ``shape(s)`` in [0, 1]:
 
 =============  ===========================================================================================
 ``linear``     ``min(1, (s - H) / W)``, 0 before H
 ``cosine``     ``(1 - cos(pi * min(1, (s - H) / W))) / 2``, 0 before H
-``constant``   1 at every step: alpha is ``end`` throughout (the fixed-alpha ablations)
+``constant``   1 at every step: the value is ``end`` throughout (the fixed-alpha ablations)
 ``late_linear``  as ``linear``, with a hold of half of training unless given: CE first, then a ramp
 ``step``       0 before H, 1 from H on (half of training unless given): a hard switch
 ``triangle``   up over W after H, then down to 0 at the last step: CE, mix, CE
-``feedback``   moved after each evaluation by ``clip(gain * gap, -limit, limit)``, see `feedback_alpha`
+``feedback``   moved after each evaluation against a signal of the held-out data, see `dpsm_hf.rules.feedback`
 =============  ===========================================================================================
+
+Alpha, the weight of the Brier score in the mix, is the knob that is scheduled by default; `dpsm_hf.rules.knobs` lists
+the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-LogHistory = Sequence[Mapping[str, Any]]
+from .feedback import Feedback, LogHistory
+from .knobs import KNOBS
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """The options of a schedule as the user gave them; a length is in steps if >= 1, a share of the total if < 1."""
+    """The options of a schedule as the user gave them; a length is in steps if >= 1, a share of the total if < 1.
+
+    From ``gain`` on they are those of "feedback": see `Feedback`. It moves between ``low`` and ``high``, or, where
+    these are not given, between the smaller and the larger of ``start`` and ``end``.
+    """
 
     start: float = 0.0
     end: float = 1.0
@@ -36,6 +43,20 @@ class ScheduleOptions:
     gain: float = 2.0
     limit: float = 0.1
     metric: str = "eval_signed_gap"
+    low: float | None = None
+    high: float | None = None
+    relative_to: str = ""
+    tolerance: float = 0.0
+    halving: bool = False
+
+    def feedback(self) -> Feedback:
+        """Return what these options mean to "feedback"."""
+        low, high = sorted((self.start, self.end))
+        return Feedback(
+            start=self.start, low=low if self.low is None else self.low, high=high if self.high is None else self.high,
+            gain=self.gain, limit=self.limit, signal=self.metric, relative_to=self.relative_to,
+            tolerance=self.tolerance, halving=self.halving,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class ScheduleSpan:
     hold: int
 
 
-AlphaFunction = Callable[[int, ScheduleSpan, ScheduleOptions, LogHistory], float]
+ScheduleFunction = Callable[[int, ScheduleSpan, ScheduleOptions, LogHistory], float]
 
 
 def _ramp(step: int, span: ScheduleSpan) -> float:
@@ -60,44 +81,32 @@ def _up_and_down(step: int, span: ScheduleSpan) -> float:
     peak = span.hold + span.warmup
     if step < peak:
         return _ramp(step, span)
-    # the last step has number T - 1: there alpha is back at its start
+    # the last step has number T - 1: there the value is back at its start
     return max(0.0, 1.0 - (step - peak) / max(1, span.total - 1 - peak))
 
 
-def _along(shape: Callable[[int, ScheduleSpan], float]) -> AlphaFunction:
+def _along(shape: Callable[[int, ScheduleSpan], float]) -> ScheduleFunction:
     """Return the schedule ``start * (1 - shape) + end * shape``."""
 
-    def alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    def value(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
         share = shape(step, span)
         # in this form shapes 0 and 1 give start and end exactly
         return options.start * (1.0 - share) + options.end * share
 
-    return alpha
+    return value
 
 
 _constant = _along(lambda step, span: 1.0)
 _switch = _along(lambda step, span: float(step >= span.hold))
 
 
-def feedback_alpha(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
-    """Move alpha after each evaluation by a bounded multiple of the held-out signed calibration gap.
-
-    ``alpha <- clip(alpha + clip(gain * gap, -limit, limit), low, high)`` for every entry of the log history that has
-    the metric, in order, from ``start`` on. The gap is mean confidence minus accuracy; low and high are the smaller
-    and the larger of ``start`` and ``end``. An over-confident model (gap > 0) gets more of the Brier score.
-    """
-    alpha, (low, high) = options.start, sorted((options.start, options.end))
-    for entry in history:
-        gap = entry.get(options.metric)
-        if gap is not None and math.isfinite(gap) and entry.get("step", 0) <= step:
-            move = min(options.limit, max(-options.limit, options.gain * gap))
-            alpha = min(high, max(low, alpha + move))
-    return alpha
+def _feedback(step: int, span: ScheduleSpan, options: ScheduleOptions, history: LogHistory) -> float:
+    return options.feedback().value(step, history)
 
 
 @dataclass(frozen=True)
 class _Registered:
-    function: AlphaFunction
+    function: ScheduleFunction
     start: float
     hold: float
     uses_warmup: bool
@@ -116,12 +125,12 @@ def register_alpha_schedule(
     uses_warmup: bool = True,
     uses_hold: bool = True,
     needs_total: bool = False,
-) -> Callable[[AlphaFunction], AlphaFunction]:
-    """Make a function of your own available as ``alpha_schedule=name``; a decorator.
+) -> Callable[[ScheduleFunction], ScheduleFunction]:
+    """Make a function of your own available as ``alpha_schedule=name`` and in ``knob_schedules``; a decorator.
 
     Args:
         name: the value of ``alpha_schedule`` that selects it.
-        start, hold: defaults of ``alpha_start`` and ``alpha_hold`` for this schedule.
+        start, hold: defaults of ``alpha_start`` and of the hold for this schedule.
         uses_warmup, uses_hold: whether the function reads ``span.warmup`` and ``span.hold``; a user's hold that is
             not read is an error.
         needs_total: whether the function reads ``span.total``.
@@ -136,9 +145,9 @@ def register_alpha_schedule(
         ValueError: if the name is taken.
     """
     if name in _SCHEDULES:
-        raise ValueError(f"an alpha schedule named {name!r} exists already; choose another name.")
+        raise ValueError(f"a schedule named {name!r} exists already; choose another name.")
 
-    def register(function: AlphaFunction) -> AlphaFunction:
+    def register(function: ScheduleFunction) -> ScheduleFunction:
         _SCHEDULES[name] = _Registered(function, start, hold, uses_warmup, uses_hold, needs_total)
         return function
 
@@ -151,7 +160,7 @@ register_alpha_schedule("constant", uses_warmup=False, uses_hold=False)(_constan
 register_alpha_schedule("late_linear", hold=0.5)(_along(_ramp))
 register_alpha_schedule("step", hold=0.5, uses_warmup=False)(_switch)
 register_alpha_schedule("triangle", needs_total=True)(_along(_up_and_down))
-register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(feedback_alpha)
+register_alpha_schedule("feedback", uses_warmup=False, uses_hold=False)(_feedback)
 
 
 def available_alpha_schedules() -> list[str]:
@@ -159,12 +168,24 @@ def available_alpha_schedules() -> list[str]:
     return list(_SCHEDULES)
 
 
+def schedule_lengths(name: str) -> dict[str, bool]:
+    """Return whether a schedule reads ``warmup_steps`` and ``hold``."""
+    return {"warmup_steps": _SCHEDULES[name].uses_warmup, "hold": _SCHEDULES[name].uses_hold}
+
+
 @dataclass(frozen=True)
-class AlphaSchedule:
-    """A named schedule with its options; call it with the step and the total steps to get alpha."""
+class KnobSchedule:
+    """A named schedule with its options; call it with the step and the total steps to get the knob's value.
+
+    Args:
+        name: of the schedule.
+        options: of the schedule.
+        knob: the number of the objective that it moves, a name of `KNOBS`.
+    """
 
     name: str
     options: ScheduleOptions
+    knob: str = "alpha"
 
     def resolve(self, total_steps: int) -> ScheduleSpan:
         """Return the schedule's lengths in steps; shares are rounded up, as Transformers rounds ``warmup_steps``.
@@ -191,28 +212,26 @@ class AlphaSchedule:
         self(0, total_steps)
 
     def __call__(self, step: int, total_steps: int, log_history: LogHistory = ()) -> float:
-        """Return alpha of the optimizer step that follows ``step`` finished ones.
+        """Return the value in the optimizer step that follows ``step`` finished ones.
 
         Raises:
-            ValueError: if the schedule returns an alpha outside [0, 1], which only a registered one of your own can.
+            ValueError: if the schedule returns a value out of the knob's range, which only a registered one of your
+                own can.
         """
-        alpha = float(_SCHEDULES[self.name].function(step, self.resolve(total_steps), self.options, log_history))
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"the {self.name!r} schedule gave alpha={alpha} at step {step}, outside [0, 1].")
-        return alpha
+        value = float(_SCHEDULES[self.name].function(step, self.resolve(total_steps), self.options, log_history))
+        if problem := KNOBS[self.knob].problem(value):
+            what = problem.removeprefix("lies ") if problem.startswith("lies ") else f"but it {problem}"
+            raise ValueError(f"the {self.name!r} schedule gave {self.knob}={value} at step {step}, {what}.")
+        return value
 
     def describe(self, total_steps: int) -> str:
-        """Return a one-line description of how alpha moves, in steps, for the log."""
+        """Return a one-line description of how the knob moves, in steps, for the log."""
         span, options, registered = self.resolve(total_steps), self.options, _SCHEDULES[self.name]
         if self.name == "constant":
-            return f"constant: alpha = {options.end:g} at every step"
+            return f"constant: {self.knob} = {options.end:g} at every step"
         if self.name == "feedback":
-            low, high = sorted((options.start, options.end))
-            return (
-                f"feedback: alpha starts at {options.start:g} and moves by {options.gain:g} * {options.metric} after "
-                f"each evaluation, at most {options.limit:g} at a time, between {low:g} and {high:g}"
-            )
-        parts = [f"{self.name}: alpha {options.start:g} -> {options.end:g}"]
+            return options.feedback().describe(self.knob)
+        parts = [f"{self.name}: {self.knob} {options.start:g} -> {options.end:g}"]
         if registered.uses_hold and span.hold:
             parts.append(f"from step {span.hold}")
         if registered.uses_warmup:
@@ -222,15 +241,19 @@ class AlphaSchedule:
         return " ".join(parts) + f" (of {total_steps})"
 
     def reaches_end(self, total_steps: int) -> bool:
-        """Return whether training gets as far as ``alpha_end``: at the end of the ramp or at the last step.
+        """Return whether training gets as far as the end: at the end of the ramp or at the last step.
 
-        For "feedback", whose alpha depends on the measurements, it is always True.
+        For "feedback", whose value depends on the measurements, it is always True.
         """
         if self.name == "feedback":
             return True
         span, last = self.resolve(total_steps), max(0, total_steps - 1)
         steps = (min(span.hold + span.warmup, last), last)
         return any(abs(self(step, total_steps) - self.options.end) < 1e-12 for step in steps)
+
+
+#: The former name, from when only alpha had a schedule.
+AlphaSchedule = KnobSchedule
 
 
 def get_alpha_schedule(
@@ -243,7 +266,7 @@ def get_alpha_schedule(
     gain: float = 2.0,
     limit: float = 0.1,
     metric: str = "eval_signed_gap",
-) -> AlphaSchedule:
+) -> KnobSchedule:
     """Return a schedule of alpha by name, with its options checked.
 
     Args:
@@ -252,32 +275,67 @@ def get_alpha_schedule(
         start, end: alpha before and after the ramp, in [0, 1]; ``start`` defaults to 0.
         hold: length of the phase before the ramp or the switch, in the same unit as ``warmup_steps``; None takes the
             schedule's default.
-        gain, limit, metric: of "feedback": see `feedback_alpha`.
+        gain, limit, metric: of "feedback": see `Feedback`. The gain stays what it is; in ``knob_schedules`` it is
+            halved at each turn.
 
     Raises:
         ValueError: for an unknown name (with the list), an alpha outside [0, 1], a negative length, a hold given to
             a schedule without one, or a ``start`` given to "constant".
     """
+    options = ScheduleOptions(
+        0.0 if start is None else start, end, warmup_steps, 0.0 if hold is None else hold, gain, limit, metric
+    )
+    return checked_schedule("alpha", name, options, start=start, hold=hold, prefix="alpha_")
+
+
+def checked_schedule(
+    knob: str, name: str, options: ScheduleOptions, *, start: float | None, hold: float | None, prefix: str
+) -> KnobSchedule:
+    """Return a schedule of a knob with its options checked.
+
+    Args:
+        knob: a name of `KNOBS`.
+        name: one of `available_alpha_schedules`.
+        options: of the schedule, without the defaults of ``start`` and ``hold`` that the schedule has.
+        start, hold: as the user gave them; None for the schedule's default.
+        prefix: of the options' names in messages.
+
+    Raises:
+        ValueError: see `get_alpha_schedule`; the message has the option's name, its value and the remedy.
+    """
     if name not in _SCHEDULES:
         raise ValueError(
-            f"alpha_schedule={name!r} is unknown; choose one of {', '.join(_SCHEDULES)} "
+            f"{prefix}schedule={name!r} is unknown; choose one of {', '.join(_SCHEDULES)} "
             "(or register your own with register_alpha_schedule)."
         )
     registered = _SCHEDULES[name]
+    end = options.end
     if name == "constant" and start is not None and start != end:
-        raise ValueError(f"alpha_start={start} contradicts alpha_schedule='constant', which stays at alpha_end={end}.")
+        raise ValueError(
+            f"{prefix}start={start} contradicts {prefix}schedule='constant', which stays at {prefix}end={end}."
+        )
     if hold is not None and not registered.uses_hold:
-        raise ValueError(f"alpha_hold={hold} has no effect on alpha_schedule={name!r}; leave it out.")
-    start = registered.start if start is None else start
-    hold = registered.hold if hold is None else hold
-    for label, value in (("alpha_start", start), ("alpha_end", end)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{label}={value} lies outside [0, 1]; it is the weight of the Brier score in the mix.")
-    for label, value in (("alpha_warmup_steps", warmup_steps), ("alpha_hold", hold)):
+        raise ValueError(f"{prefix}hold={hold} has no effect on {prefix}schedule={name!r}; leave it out.")
+    options = replace(
+        options,
+        start=registered.start if start is None else start,
+        hold=registered.hold if hold is None else hold,
+    )
+    levels = {"low": options.low, "high": options.high, "start": options.start, "end": end}
+    for label, level in levels.items():
+        if level is not None and (problem := KNOBS[knob].problem(level)):
+            raise ValueError(f"{prefix}{label}={level} {problem}.")
+    for label, value in (("warmup_steps", options.warmup_steps), ("hold", options.hold)):
         if not 0.0 <= value < math.inf:
-            raise ValueError(f"{label}={value} must be 0 or more: >= 1 is steps, below 1 a share of all steps.")
+            raise ValueError(
+                f"{prefix}{label}={value} must be 0 or more: >= 1 is steps, below 1 a share of all steps."
+            )
         if value > 1.0 and value != int(value):
-            raise ValueError(f"{label}={value} is neither a share (below 1) nor a whole number of steps.")
-    if not limit > 0.0 or not math.isfinite(gain):
-        raise ValueError(f"feedback needs a positive limit and a finite gain, not limit={limit}, gain={gain}.")
-    return AlphaSchedule(name, ScheduleOptions(start, end, warmup_steps, hold, gain, limit, metric))
+            raise ValueError(f"{prefix}{label}={value} is neither a share (below 1) nor a whole number of steps.")
+    if not options.limit > 0.0 or not math.isfinite(options.gain):
+        place = "" if prefix == "alpha_" else prefix
+        raise ValueError(
+            f"{place}feedback needs a positive limit and a finite gain, not limit={options.limit}, "
+            f"gain={options.gain}."
+        )
+    return KnobSchedule(name, options, knob)

@@ -47,6 +47,7 @@ class Objective:
         z_loss: weight of ``log(sum_j exp z_j)**2``, at least 0.
         entropy_weight: lambda of the entropy bonus ``-lambda * H(p)``, added to any rule (Pereyra et al. 2017); below
             0 it makes predictions surer.
+        scheduled: fields whose value changes during training; see `uses`.
 
     The parameters of the other rules, such as ``gce_q``, are further fields.
 
@@ -61,6 +62,7 @@ class Objective:
     focal_gamma: float = rule_parameter("focal_gamma")
     z_loss: float = 0.0
     entropy_weight: float = 0.0
+    scheduled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.scoring_rule not in RULES:
@@ -103,6 +105,14 @@ class Objective:
     def rule(self) -> Rule:
         """Return the scoring rule."""
         return RULES[self.scoring_rule]
+
+    def uses(self, name: str) -> bool:
+        """Return whether the objective has the part whose weight is a field: the weight is not 0, or not always.
+
+        Kernels are compiled for the parts that there are. With this, a scheduled weight that begins at 0 compiles
+        nothing anew when it has grown.
+        """
+        return bool(getattr(self, name)) or name in self.scheduled
 
     @property
     def parameters(self) -> tuple[float, ...]:

@@ -27,6 +27,8 @@ AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "dataloader_num_workers", "seed"), 0),
     **dict.fromkeys(("data_seed", "logging_steps", "eval_steps", "save_steps", "label_smoothing_factor"), 0),
 }
+# no path may stand for them; with an example
+_JSON_ALONE = {"knob_schedules": '{"z_loss": "linear 0 -> 1e-3 over 0.1"}'}
 # the norm of gradients is measured without clipping them where this is infinite
 _UNBOUNDED = ("max_grad_norm",)
 
@@ -160,8 +162,8 @@ def _as_list(value: Any) -> Any:
 def _check_json(name: str, text: str) -> None:
     """Refuse a text for keys with values that is neither JSON nor, where files are read, possibly the path of one."""
     if not text.startswith("{"):
-        if name.endswith("_kwargs"):
-            raise ValueError("should be keys with values as JSON, for instance '{\"num_cycles\": 2}'")
+        if example := _JSON_ALONE.get(name, '{"num_cycles": 2}' if name.endswith("_kwargs") else ""):
+            raise ValueError(f"should be keys with values as JSON, for instance '{example}'")
         path = Path(text)  # of another machine, perhaps: it need not be here
         if text and not (path.suffix in (".json", ".yaml", ".yml") or len(path.parts) > 1 or path.is_file()):
             raise ValueError("should be keys with values as JSON, or the path of a JSON file")

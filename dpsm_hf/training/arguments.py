@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import typing
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..calibration import GRID_BINS, lower_is_better
 from ..head.options import FUSED_MODES
+from ..rules.knob_schedules import parse_knob_schedules
+from ..rules.knobs import KNOBS, objective_with
 from ..rules.registry import PARAMETERS, RULES, SCORING_RULES, rule_parameter, with_rule_parameters
-from ..rules.schedules import AlphaSchedule, get_alpha_schedule
+from ..rules.schedules import KnobSchedule, get_alpha_schedule
 from ..rules.scoring_rules import Objective
 from ..runtime.options import option
 from ..runtime.typed_values import typed_value
@@ -62,6 +66,13 @@ class DPSMArguments:
     alpha_feedback_limit: float = option("dpsm_hf: feedback: the most that alpha moves after one evaluation.", 0.1)
     alpha_feedback_metric: str = option(
         "dpsm_hf: feedback: the logged gap of the evaluation set that moves alpha.", "eval_signed_gap"
+    )
+    knob_schedules: dict[str, Any] | str | None = option(
+        "dpsm_hf: schedules of other numbers of the objective than alpha (label_smoothing_factor, score_smoothing, "
+        "z_loss, a rule's own such as focal_gamma), keys with values or JSON: "
+        '\'{"focal_gamma": "linear 0 -> 2 over 0.1"}\' or, of each, schedule, start, end, warmup_steps and hold; '
+        '\'{"z_loss": {"schedule": "feedback", "low": 0, "high": 0.01}}\' is moved by a signal of the evaluations '
+        "(docs/schedules.md)."
     )
     score_smoothing: float = option(
         "dpsm_hf: epsilon of score smoothing (Shao et al. 2024), Brier or spherical; 0 is off.", 0.0
@@ -144,6 +155,8 @@ class DPSMArguments:
                 raise ValueError(f"{name}={value!r} {error}.") from None
             if not (isinstance(value, int) and value == converted):  # 5 steps are reported as 5, not as 5.0
                 setattr(self, name, converted)
+        if isinstance(self.knob_schedules, str):
+            self.knob_schedules = _from_json("knob_schedules", self.knob_schedules)
         parent: Any = super()
         own: Any = self
         metric = getattr(own, "metric_for_best_model", None)
@@ -152,8 +165,7 @@ class DPSMArguments:
             own.greater_is_better = False
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
-        self.schedule()
-        self.objective()
+        self._check_schedules()
         for parameter in PARAMETERS.values():
             value = getattr(self, parameter.name)
             owners = [rule.name for rule in RULES.values() if parameter in rule.parameters]
@@ -182,16 +194,44 @@ class DPSMArguments:
                 f"log_component_grad_norms measures at the steps that are logged; logging_strategy="
                 f"{getattr(self, 'logging_strategy', None)!s} does not say which: set logging_strategy='steps'."
             )
-        if self.scoring_rule == "dpsm" and self.alpha_schedule == "feedback":
-            if getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
+
+    def _check_schedules(self) -> None:
+        """Look for a schedule that is wrong by itself, or that contradicts another argument.
+
+        Raises:
+            ValueError: naming knob, value and remedy.
+        """
+        self.schedule()
+        self.objective()
+        schedules = self.schedules()
+        for name in self.knob_schedules or {}:
+            fields = _alpha_fields() if name == "alpha" else [name]
+            given = {field: getattr(self, field, KNOBS[name].default) for field in fields}
+            defaults = {field: getattr(DPSMArguments, field, KNOBS[name].default) for field in fields}
+            if twice := [f"{field}={value}" for field, value in given.items() if value != defaults[field]]:
                 raise ValueError(
-                    "alpha_schedule='feedback' moves alpha after evaluations, but eval_strategy='no' makes none; "
+                    f"knob_schedules has a schedule of {name}, which {', '.join(twice)} says something else about; "
+                    "leave one of them out."
+                )
+        for name, schedule in schedules.items():
+            if schedule.name == "feedback" and getattr(self, "eval_strategy", None) == IntervalStrategy.NO:
+                where = f"knob_schedules: {name}: " if name in (self.knob_schedules or {}) else "alpha_"
+                raise ValueError(
+                    f"{where}schedule='feedback' moves {name} after evaluations, but eval_strategy='no' makes none; "
                     "set eval_strategy='steps' and eval_steps."
                 )
 
-    def objective(self, alpha: float | None = None) -> Objective:
-        """Return the training objective, at a given alpha or at ``alpha_end``."""
-        return Objective(
+    def objective(self, alpha: float | None = None, knobs: Mapping[str, float] | None = None) -> Objective:
+        """Return the training objective, at a given alpha or at ``alpha_end``.
+
+        Args:
+            alpha: weight of the Brier score in the mix.
+            knobs: values of scheduled numbers, by name, in place of those of the arguments; alpha may be among them.
+
+        Raises:
+            ValueError: for a value out of its range, or values that contradict each other.
+        """
+        plain = Objective(
             scoring_rule=self.scoring_rule,
             alpha=self.alpha_end if alpha is None else alpha,
             label_smoothing=getattr(self, "label_smoothing_factor", 0.0),
@@ -200,9 +240,33 @@ class DPSMArguments:
             entropy_weight=self.entropy_weight,
             **{name: getattr(self, name) for name in PARAMETERS},
         )
+        return objective_with(plain, knobs) if knobs else plain
 
-    def schedule(self) -> AlphaSchedule:
+    def is_cross_entropy(self) -> bool:
+        """Return whether the objective is plain cross-entropy throughout, with label smoothing at most."""
+        smoothing = getattr(self, "label_smoothing_factor", 0.0)
+        plain = self.scoring_rule == "ce" and not self.knob_schedules
+        return plain and self.objective(0.0) == Objective("ce", label_smoothing=smoothing)
+
+    def schedules(self) -> dict[str, KnobSchedule]:
+        """Return the schedule of every number of the objective that has one; alpha's first, if the rule is a mix."""
+        given = self._knob_schedules()
+        return {"alpha": self.schedule(), **given} if self.scoring_rule == "dpsm" else dict(given)
+
+    def _knob_schedules(self) -> Mapping[str, KnobSchedule]:
+        if not self.knob_schedules:
+            return {}
+        try:
+            text = json.dumps(self.knob_schedules)
+        except TypeError as error:
+            raise ValueError(f"knob_schedules={self.knob_schedules!r} should hold plain numbers ({error}).") from None
+        return _parsed(text, self.scoring_rule)
+
+    def schedule(self) -> KnobSchedule:
         """Return the alpha schedule these arguments describe."""
+        given = self._knob_schedules()
+        if "alpha" in given:
+            return given["alpha"]
         return get_alpha_schedule(
             self.alpha_schedule,
             warmup_steps=self.alpha_warmup_steps,
@@ -236,6 +300,26 @@ class _FormerNames:
             own.scoring_rule = given
         parent: Any = super()
         parent.__post_init__()
+
+
+def _from_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}={text!r} should be keys with values as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={text!r} should be keys with values as JSON.")
+    return found
+
+
+# asked for at every micro-batch
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str, scoring_rule: str) -> Mapping[str, KnobSchedule]:
+    return parse_knob_schedules(json.loads(text), scoring_rule)
+
+
+def _alpha_fields() -> list[str]:
+    return [name for name in dpsm_field_names() if name.startswith("alpha_")]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..evaluation.panel import EvaluationPanel, names_in
 from ..models.language_model import align_targets, label_alignment
 from ..rules.losses import TokenScores, score_tokens
-from ..rules.schedules import AlphaSchedule
+from ..rules.schedules import KnobSchedule
 from ..runtime.distributed import sum_over_processes
 from ..runtime.files import read_json, write_json
 from .arguments import CALIBRATION_METRICS, RELIABILITY_DIAGRAMS, dpsm_arguments
@@ -31,11 +31,12 @@ _LONGEST_NAME = 50
 
 
 class AlphaScheduleCallback(TrainerCallback):
-    """Say in one line what will be trained, and warn where the alpha schedule will not do what was meant.
+    """Say in one line what will be trained, and warn where a schedule will not do what was meant.
 
-    It warns when alpha never reaches ``alpha_end`` in this many steps, and when a resumed run resolves to another
-    schedule than the one its checkpoint was trained with. The first entry of ``state.log_history`` that is written
-    afterwards holds the resolved schedule as ``alpha_schedule``.
+    It warns when alpha never reaches ``alpha_end`` in this many steps, or another scheduled number its end, and when a
+    resumed run resolves to other schedules than those its checkpoint was trained with. The first entry of
+    ``state.log_history`` that is written afterwards holds the resolved schedule of alpha as ``alpha_schedule``, and
+    those of other numbers as ``knob_schedules``.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class AlphaScheduleCallback(TrainerCallback):
         #: The class of arguments that is named where plain ones were given.
         self.config_name = "DPSMConfig"
         self._said = ""
-        self._unlogged: str | None = None
+        self._unlogged: dict[str, str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Describe the schedule of this run."""
@@ -56,27 +57,42 @@ class AlphaScheduleCallback(TrainerCallback):
         if loss_of is not None:
             self._print(state, f"the loss is that of {loss_of}: scoring_rule and the alpha schedule have no effect")
             return
-        dpsm = dpsm_arguments(args)
-        description, rest = f"scoring_rule {dpsm.scoring_rule}: a fixed rule, the alpha schedule is not used", ""
-        if dpsm.scoring_rule == "dpsm":
-            schedule = dpsm.schedule()
-            description = schedule.describe(state.max_steps)
-            rest = _after_the_ramp(schedule, state.max_steps)
-            if not schedule.reaches_end(state.max_steps):
+        dpsm, steps = dpsm_arguments(args), state.max_steps
+        schedules = dpsm.schedules()
+        fixed = "" if schedules else "a fixed rule, "
+        described = {"alpha_schedule": f"scoring_rule {dpsm.scoring_rule}: {fixed}the alpha schedule is not used"}
+        rest = ""
+        if (alpha := schedules.pop("alpha", None)) is not None:
+            described["alpha_schedule"] = alpha.describe(steps)
+            rest = _after_the_ramp(alpha, steps)
+            if not alpha.reaches_end(steps):
                 logger.warning(
-                    f"alpha never reaches alpha_end={dpsm.alpha_end:g} in {state.max_steps} steps ({description}). "
-                    "Shorten alpha_warmup_steps or alpha_hold, or train longer."
+                    f"alpha never reaches alpha_end={alpha.options.end:g} in {steps} steps "
+                    f"({described['alpha_schedule']}). Shorten alpha_warmup_steps or alpha_hold, or train longer."
                 )
-        earlier = next((e["alpha_schedule"] for e in reversed(state.log_history) if "alpha_schedule" in e), None)
-        if earlier is not None and earlier != description:
-            logger.warning(
-                f"the checkpoint was trained with another alpha schedule: it was '{earlier}' and goes on as "
-                f"'{description}'. Resume with the arguments and max_steps of the first run to go on exactly."
-            )
-        self._unlogged = None if earlier == description else description
+        for name, schedule in schedules.items():
+            if not schedule.reaches_end(steps):
+                logger.warning(
+                    f"{name} never reaches its end={schedule.options.end:g} in {steps} steps "
+                    f"({schedule.describe(steps)}). Shorten its warmup_steps or hold in knob_schedules, or train "
+                    "longer."
+                )
+        if schedules:
+            described["knob_schedules"] = "; ".join(schedule.describe(steps) for schedule in schedules.values())
+            rest += f"; {described['knob_schedules']}"
+        self._unlogged = {}
+        for key, now in described.items():
+            earlier = next((e[key] for e in reversed(state.log_history) if key in e), None)
+            if earlier is not None and earlier != now:
+                logger.warning(
+                    f"the checkpoint was trained with another {key.replace('_', ' ')}: it was '{earlier}' and goes on "
+                    f"as '{now}'. Resume with the arguments and max_steps of the first run to go on exactly."
+                )
+            if earlier != now:
+                self._unlogged[key] = now
         plain = f". To change it: args={self.config_name}(scoring_rule=..., alpha_schedule=...)"
         where = "" if dpsm is args else plain
-        self._print(state, description + rest + where)
+        self._print(state, described["alpha_schedule"] + rest + where)
 
     def _print(self, state: TrainerState, sentence: str) -> None:
         if state.is_world_process_zero and sentence != self._said:  # auto_find_batch_size begins again and again
@@ -88,13 +104,14 @@ class AlphaScheduleCallback(TrainerCallback):
         self._said = ""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Add the schedule to the entry that was just written: not to what trackers draw as numbers."""
-        if self._unlogged is not None and state.log_history:
+        """Add the schedules to the entry that was just written: not to what trackers draw as numbers."""
+        if self._unlogged and state.log_history:
             entry: dict[str, Any] = state.log_history[-1]
-            entry["alpha_schedule"], self._unlogged = self._unlogged, None
+            entry.update(self._unlogged)
+            self._unlogged = {}
 
 
-def _after_the_ramp(schedule: AlphaSchedule, steps: int) -> str:
+def _after_the_ramp(schedule: KnobSchedule, steps: int) -> str:
     """Return in words what is trained once alpha has arrived and stays; nothing where it does not."""
     end, span = schedule.options.end, schedule.resolve(steps)
     if steps < 1 or schedule.name == "feedback" or schedule(steps - 1, steps) != end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
 from ..calibration import METRICS
 from ..evaluation.panel import better_direction, reported_names
 from ..rules.losses import IGNORE_INDEX, TokenScores, describe_invalid_labels
+from ..rules.scoring_rules import Objective
 from .arguments import DPSMArguments
 from .clock import CLOCK
 
@@ -25,6 +27,11 @@ logger = logging.get_logger(__name__)
 # Reading is a pass over memory-mapped integers, about a second for this many; what lies beyond is checked batch by
 # batch while training.
 _MOST_TOKENS = 200_000_000
+# Steps at which the values of schedules are looked at.
+_LOOKED_AT = 200
+
+#: Of the names of what is measured on the calibration set during training.
+CALIBRATION_PREFIX = "eval_calibration"
 
 
 def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
@@ -51,12 +58,12 @@ def integer_labels(labels: Tensor, model: nn.Module) -> Tensor:
     return labels.long()
 
 
-def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: bool) -> None:
+def check_batch_labels(inputs: Mapping[str, Any], arguments: DPSMArguments, *, flips: bool) -> None:
     """Check whether a training batch has labels, where something has to be computed from them.
 
     Args:
         inputs: the batch.
-        scoring_rule: that is trained.
+        arguments: the DPSM fields in force.
         flips: whether targets are flipped.
 
     Raises:
@@ -64,10 +71,11 @@ def check_batch_labels(inputs: Mapping[str, Any], scoring_rule: str, *, flips: b
     """
     if "labels" in inputs:
         return
-    if scoring_rule != "ce":
+    if not arguments.is_cross_entropy():
         raise ValueError(
-            f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={scoring_rule!r} cannot be "
-            "computed; let the data collator name them so, or use scoring_rule='ce' for the model's own loss."
+            f"the batch has no 'labels', only {', '.join(inputs)}, so scoring_rule={arguments.scoring_rule!r}"
+            f"{_added_to_ce(arguments)} cannot be computed; let the data collator name them so, or use "
+            "scoring_rule='ce' alone for the model's own loss."
         )
     if flips:
         raise ValueError(f"flipped targets need a batch with 'labels'; this one has only {', '.join(inputs)}.")
@@ -151,25 +159,39 @@ def _same_rows(one: Any, other: Any) -> bool:
     return all(one[i : i + 1000].equals(other[i : i + 1000]) for i in range(0, len(one), 1000))
 
 
-def check_other_losses(trainer: Trainer, scoring_rule: str) -> None:
-    """Check whether something else would compute the loss of a trainer in place of a scoring rule.
+def check_other_losses(trainer: Trainer, arguments: DPSMArguments) -> None:
+    """Check whether something else would compute the loss of a trainer in place of the objective.
+
+    Args:
+        trainer: not trained yet.
+        arguments: the DPSM fields in force.
 
     Raises:
         ValueError: if so.
     """
-    if scoring_rule == "ce":
+    if arguments.is_cross_entropy():
         return
+    scoring_rule, added = arguments.scoring_rule, _added_to_ce(arguments)
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            f"compute_loss_func would replace scoring_rule={scoring_rule!r}, which could then have no effect; "
-            "leave one of them out (scoring_rule='ce' honours compute_loss_func as Trainer does)."
+            f"compute_loss_func would replace scoring_rule={scoring_rule!r}{added}, which could then have no effect; "
+            "leave one of them out (scoring_rule='ce' alone honours compute_loss_func as Trainer does)."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.sp_backend == "deepspeed" and parallelism.sp_enabled:
         raise ValueError(
-            f"scoring_rule={scoring_rule!r} does not run under DeepSpeed sequence parallelism, which computes "
+            f"scoring_rule={scoring_rule!r}{added} does not run under DeepSpeed sequence parallelism, which computes "
             "the loss itself; use scoring_rule='ce' or another parallelism."
         )
+
+
+def _added_to_ce(arguments: DPSMArguments) -> str:
+    """Return in words what makes an objective more than cross-entropy, if that is its rule."""
+    if arguments.scoring_rule != "ce":
+        return ""
+    given, plain = arguments.objective(), Objective("ce", alpha=arguments.alpha_end)
+    set_ = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(plain, f.name)]
+    return f" with {', '.join([*set_, *(arguments.knob_schedules or {})])}"
 
 
 def check_best_metric(args: TrainingArguments, eval_dataset: Any, *, own_metrics: bool = False) -> None:
@@ -204,24 +226,97 @@ def check_best_metric(args: TrainingArguments, eval_dataset: Any, *, own_metrics
         logger.warning(f"Less {metric} is better: greater_is_better is set to False, so that the best model is kept.")
 
 
-def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any) -> None:
-    """Check whether any evaluation reports the metric that a feedback schedule reads.
+def check_schedules(arguments: DPSMArguments, steps: int) -> None:
+    """Check the objective at every step of a training, or at two hundred, as far as it is known beforehand.
+
+    Of a number that evaluations move, the ends of its range are looked at.
+
+    Args:
+        arguments: the DPSM fields in force.
+        steps: about how many optimizer steps there will be.
+
+    Raises:
+        ValueError: naming the step and the values of the schedules, of which one is out of its range or two exclude
+            each other.
+    """
+    schedules = arguments.schedules()
+    ends = {name: s.options.feedback() for name, s in schedules.items() if s.name == "feedback"}
+    moved = [{name: getattr(end, side) for name, end in ends.items()} for side in ("low", "high")] if ends else [{}]
+    last = max(0, steps - 1)
+    for step in sorted({round(i * last / _LOOKED_AT) for i in range(_LOOKED_AT + 1)}) if schedules else ():
+        ramps = {name: schedule(step, steps) for name, schedule in schedules.items() if name not in ends}
+        for values in ({**ramps, **each} for each in moved):
+            try:
+                arguments.objective(knobs=values)
+            except ValueError as error:
+                shown = ", ".join(f"{name}={value:g}" for name, value in values.items())
+                raise ValueError(f"the schedules do not go together at step {step} ({shown}): {error}") from None
+
+
+def check_feedback_metric(arguments: DPSMArguments, eval_dataset: Any, calibration_dataset: Any = None) -> None:
+    """Check whether any evaluation reports the number that a feedback schedule is moved by.
 
     Args:
         arguments: the DPSM fields in force.
         eval_dataset: of the trainer; a dict evaluates each entry under ``eval_<name>``.
+        calibration_dataset: of the trainer, evaluated under ``eval_calibration`` where a schedule reads that.
 
     Raises:
         ValueError: naming the metric and those that are reported.
     """
-    if arguments.scoring_rule != "dpsm" or arguments.alpha_schedule != "feedback":
-        return
     prefixes = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
-    if arguments.alpha_feedback_metric not in {f"{prefix}_{name}" for prefix in prefixes for name in METRICS}:
-        raise ValueError(
-            f"alpha_feedback_metric={arguments.alpha_feedback_metric!r} is reported by no evaluation, so alpha would "
-            f"never move; use {' or '.join(f'{prefix}_signed_gap' for prefix in prefixes)}."
-        )
+    if calibration_dataset is not None and CALIBRATION_PREFIX not in prefixes:
+        prefixes.append(CALIBRATION_PREFIX)
+    reported = {f"{prefix}_{name}" for prefix in prefixes for name in METRICS}
+    for knob, schedule in arguments.schedules().items():
+        if schedule.name == "feedback" and schedule.options.metric not in reported:
+            of_alpha = knob not in (arguments.knob_schedules or {})
+            place = "alpha_feedback_metric" if of_alpha else f"knob_schedules: {knob}: signal"
+            without = ", for which calibration_dataset= is missing" if reads_calibration(arguments) else ""
+            raise ValueError(
+                f"{place}={schedule.options.metric!r} is reported by no evaluation{without}, so {knob} would never "
+                f"move; use {' or '.join(f'{prefix}_signed_gap' for prefix in prefixes)}."
+            )
+
+
+def reads_calibration(arguments: DPSMArguments) -> bool:
+    """Return whether a feedback schedule is moved by the calibration set, which is then evaluated in training too."""
+    return any(
+        name.startswith(f"{CALIBRATION_PREFIX}_")
+        for schedule in arguments.schedules().values()
+        if schedule.name == "feedback"
+        for name in schedule.options.feedback().read()
+    )
+
+
+def check_feedback_scale(arguments: DPSMArguments, training: TrainingArguments) -> None:
+    """Check whether the numbers are logged that a feedback schedule multiplies its gain by.
+
+    Only numbers that are the same in every process will do, or each would train with a knob of its own.
+
+    Args:
+        arguments: the DPSM fields in force.
+        training: arguments of the trainer.
+
+    Raises:
+        ValueError: naming the one that is not, with the remedy.
+    """
+    trained = ["loss", "grad_norm", "nll", "brier", "token_accuracy", "confidence"]
+    trained += ["grad_norm_ce", "grad_norm_brier"]
+    for knob, schedule in arguments.schedules().items():
+        for name in schedule.options.feedback().scale_names() if schedule.name == "feedback" else ():
+            place = f"knob_schedules: {knob}: relative_to={schedule.options.relative_to!r}"
+            if name.startswith("eval_") and any(name.endswith(f"_{metric}") for metric in METRICS):
+                continue
+            if name not in trained:
+                raise ValueError(
+                    f"{place}: {name!r} is not logged; use one of {', '.join(trained)} or a metric of an evaluation "
+                    "(eval_brier)."
+                )
+            if training.logging_strategy == IntervalStrategy.NO:
+                raise ValueError(f"{place} needs a training log, but logging_strategy='no'; set it to 'steps'.")
+            if name in ("grad_norm_ce", "grad_norm_brier") and not arguments.log_component_grad_norms:
+                raise ValueError(f"{place}: {name} is logged with log_component_grad_norms=True only; set that.")
 
 
 def describe_non_finite(

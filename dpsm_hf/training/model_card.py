@@ -254,6 +254,13 @@ def _objective(arguments: DPSMArguments, max_steps: int) -> str:
     names = ("label_smoothing_factor", "score_smoothing", "z_loss", "entropy_weight")
     if options := [f"`{name}={value:g}`" for name in names if (value := getattr(arguments, name, 0.0))]:
         sentence += " Options: " + ", ".join(options) + "."
+    knobs = (
+        [s.describe(max_steps) for name, s in arguments.schedules().items() if name != "alpha"]
+        if max_steps > 0
+        else []
+    )
+    if knobs:
+        sentence += f" Schedules: {'; '.join(knobs)}."
     return sentence
 
 

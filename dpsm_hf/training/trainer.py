@@ -32,18 +32,23 @@ from ..evaluation.temperature import FittedTemperature, TemperatureScaler
 from ..evaluation.temperature_search import Sums
 from ..evaluation.token_frequency import TrainingFrequency
 from ..models.language_model import core_model, vocabulary_size
+from ..rules.schedules import KnobSchedule
 from ..rules.scoring_rules import Objective
 from ..runtime.ranges import BACKWARD, FORWARD, active, calls_named, name_steps, ranged
 from .arguments import DPSMArguments, dpsm_arguments
 from .callbacks import AlphaScheduleCallback, CalibrationCallback
 from .checks import (
+    CALIBRATION_PREFIX,
     check_batch_labels,
     check_best_metric,
     check_calibration_dataset,
     check_feedback_metric,
+    check_feedback_scale,
     check_other_losses,
+    check_schedules,
     check_train_dataset,
     integer_labels,
+    reads_calibration,
 )
 from .clock import TrainingClock
 from .component_gradients import active_terms, check_component_norms, component_norms, next_step_is_logged
@@ -75,12 +80,13 @@ class DPSMMixin(_Base):
 
     - Training: one denominator, the number of scored tokens of the whole optimizer step over all processes, so the
       gradient is the same at any split of the batch into accumulation steps and processes.
-    - alpha is a function of ``state.global_step``, ``state.max_steps`` and ``state.log_history`` alone: resuming is
-      exact.
+    - alpha, and every other number of the objective that has a schedule, is a function of ``state.global_step``,
+      ``state.max_steps`` and ``state.log_history`` alone: resuming is exact.
     - Evaluation keeps sufficient statistics, never logits.
 
     Args:
-        calibration_dataset: where a temperature is fitted; neither trained nor tested on.
+        calibration_dataset: where a temperature is fitted, and what a "feedback" schedule can be moved by
+            (``eval_calibration_...``); neither trained nor tested on.
         corruption: of the training targets; None trains on the data as they are.
     """
 
@@ -137,7 +143,7 @@ class DPSMMixin(_Base):
 
     def _check_arguments(self) -> None:
         dpsm, dataset = self.dpsm, self._calibration_dataset
-        check_other_losses(self, dpsm.scoring_rule)
+        check_other_losses(self, dpsm)
         check_best_metric(self.args, self.eval_dataset, own_metrics=self.compute_metrics is not None)
         if dataset is not None:
             check_calibration_dataset(dataset, self.train_dataset, self.eval_dataset)
@@ -162,9 +168,22 @@ class DPSMMixin(_Base):
         """
         if self.dpsm.scoring_rule != "dpsm":
             return None
+        return self._value_of(self.dpsm.schedule())
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Return the scheduled numbers of the objective at the next optimizer step, by name: alpha of a mix, others.
+
+        Before training they are those of the first step.
+        """
+        found = {name: self._value_of(s) for name, s in self.dpsm.schedules().items() if name != "alpha"}
+        alpha = self.alpha
+        return found if alpha is None else {"alpha": alpha, **found}
+
+    def _value_of(self, schedule: KnobSchedule) -> float:
         state = self.state
         # of an unknown length any will do: at step 0 the shares of a schedule are all still to come
-        return self.dpsm.schedule()(state.global_step, state.max_steps or self._planned_steps(), state.log_history)
+        return schedule(state.global_step, state.max_steps or self._planned_steps(), state.log_history)
 
     def _planned_steps(self) -> int:
         """Return about how many optimizer steps `train` would take; a large number where the data do not tell."""
@@ -194,7 +213,7 @@ class DPSMMixin(_Base):
     def _owns_loss(self) -> bool:
         """Return whether the loss is computed here: always, but for clean CE on a model whose logits are unknown."""
         known = (
-            self._scorer.alignment is not None or self.dpsm.scoring_rule != "ce" or self.corruption.flips is not None
+            self._scorer.alignment is not None or not self.dpsm.is_cross_entropy() or self.corruption.flips is not None
         )
         return self.compute_loss_func is None and known
 
@@ -234,7 +253,7 @@ class DPSMMixin(_Base):
         """
         inputs = _without_missing_labels(inputs)
         if model.training:
-            check_batch_labels(inputs, self.dpsm.scoring_rule, flips=self.corruption.flips is not None)
+            check_batch_labels(inputs, self.dpsm, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self._with_integer_labels(inputs)
@@ -243,7 +262,7 @@ class DPSMMixin(_Base):
             num_items_in_batch, divided = self._accumulation.denominator_for(num_items_in_batch)
         batch = self._current_scorer().batch(self.model, inputs, num_items_in_batch)
         if training:
-            self._training_log.alpha = self.alpha
+            self._training_log.knobs = self.knobs
             batch = self._corruptor.flipped(batch, self.state.global_step)
         logits_needed = return_outputs and (evaluation is None or evaluation.logits_needed)
         extra = None if training or evaluation is None else evaluation.extra
@@ -278,8 +297,8 @@ class DPSMMixin(_Base):
         """Return the rule of a batch; an evaluation's loss is cross-entropy, smoothed where `Trainer` smooths it."""
         smoother: Any = self.label_smoother
         if training:
-            plain = self.dpsm.scoring_rule == "ce" and not self.dpsm.z_loss and not self.dpsm.entropy_weight
-            return BatchRule(self.dpsm.objective(self._training_log.alpha), plain, smoother)
+            objective = self.dpsm.objective(knobs=self._training_log.knobs)
+            return BatchRule(objective, self.dpsm.is_cross_entropy(), smoother)
         return BatchRule(
             Objective("ce", label_smoothing=0.0 if smoother is None else smoother.epsilon), True, smoother
         )
@@ -349,8 +368,10 @@ class DPSMMixin(_Base):
         """
         if self.train_dataset is not None:
             check_train_dataset(self.train_dataset, vocabulary_size(self.model))
+        check_schedules(self.dpsm, self._planned_steps())
         if self.compute_metrics is None:
-            check_feedback_metric(self.dpsm, self.eval_dataset)
+            check_feedback_metric(self.dpsm, self.eval_dataset, self.calibration_dataset)
+        check_feedback_scale(self.dpsm, self.args)
         self._finite.forget()
         resume_from_checkpoint = self._checkpoints.settle(self, self.dpsm, resume_from_checkpoint)
         self._scorer.release()  # it would keep a model alive that model_init is about to replace
@@ -620,6 +641,14 @@ class DPSMMixin(_Base):
         with self._clock.evaluating():
             return super().evaluate(*args, **kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate within a training as `Trainer` does, after the calibration set where a schedule is moved by it."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if self.calibration_dataset is not None and "calibration" not in sets:
+            if reads_calibration(self.dpsm):
+                self.evaluate(self.calibration_dataset, metric_key_prefix=CALIBRATION_PREFIX)
+        return super()._evaluate(*args, **kwargs)
+
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict as the trainer does, with the training clock standing still."""
         with self._clock.evaluating():
@@ -687,8 +716,9 @@ class DPSMMixin(_Base):
         if self.dpsm.calibration_metrics == "all":
             return panel.metrics()
         also = names_in(self.args.metric_for_best_model or "")
-        if self.dpsm.alpha_schedule == "feedback":
-            also |= names_in(self.dpsm.alpha_feedback_metric)
+        for schedule in self.dpsm.schedules().values():
+            if schedule.name == "feedback":
+                also |= set().union(*map(names_in, schedule.options.feedback().read()))
         return panel.core_metrics(also)
 
     def _callbacks(self, kind: type[_Callback]) -> list[_Callback]:

@@ -1,4 +1,4 @@
-"""What the next entry of the training log says: token means since the last one, alpha, gradient norms."""
+"""What the next entry of the training log says: token means since the last one, scheduled numbers, gradient norms."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TrainingLog:
     """
 
     def __init__(self) -> None:
-        #: The Brier weight of the last micro-batch; None if the loss is not a mix.
-        self.alpha: float | None = None
+        #: What the schedules gave for the last micro-batch, by name: alpha of a mix, and others that have one.
+        self.knobs: dict[str, float] = {}
         #: The gradient norms of the components, for the next entry.
         self.component_norms: dict[str, float] = {}
         self._sums: Tensor | None = None
@@ -71,7 +71,7 @@ class TrainingLog:
             sums = torch.zeros(3 + len(_COLUMNS), dtype=widest_float(device), device=device)
         self.reset()
         tokens, *totals, gap, known = sum_over_processes(sums).tolist()
-        found = {} if self.alpha is None else {"alpha": self.alpha}
+        found = dict(self.knobs)
         for name, total in zip(_COLUMNS, totals, strict=True) if tokens else ():
             found[_NAMES.get(name, name)] = total / tokens
         if tokens and known == tokens:

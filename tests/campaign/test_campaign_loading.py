@@ -78,6 +78,18 @@ def test_a_scale_replaces_lists_and_adds_to_the_base(tmp_path: Path) -> None:
     assert "max_steps" not in arguments and arguments["num_train_epochs"] == 2.0
 
 
+def test_schedules_of_any_number_are_an_argument_like_others(tmp_path: Path) -> None:
+    schedule = "{label_smoothing_factor: {start: 0, end: 0.1}, z_loss: linear 0 -> 0.01 over 0.2}"
+    scaled = "  scaled:\n    of: ce\n"
+    text = edit(scaled, f"  moving:\n    arguments: {{scoring_rule: ce, knob_schedules: {schedule}}}\n{scaled}")
+    run = run_at(load(tmp_path, text), study="main", variation="moving", seed=1)
+    assert run.arguments["knob_schedules"] == {
+        "label_smoothing_factor": {"start": 0, "end": 0.1}, "z_loss": "linear 0 -> 0.01 over 0.2",
+    }  # fmt: skip
+    (said,) = wrong(tmp_path, text.replace("end: 0.1", "end: 1.5"))
+    assert "knob_schedules: label_smoothing_factor: end=1.5 lies outside [0, 1)" in said
+
+
 def test_variations_by_role_and_pattern(tmp_path: Path) -> None:
     for given, expected in (
         ("main", {"ce", "brier", "dpsm", "scaled"}),

@@ -122,6 +122,11 @@ def main(path: str) -> None:
         results[f"varentropy/{post}/{kind}/{vocab}"] = case(
             buffer, vocab, labels, objective=None, post=POSTS[post], entropy=True, varentropy=True, gradient=False
         )
+    for name, scheduled in (("none", ()), ("z_loss", ("z_loss",)), ("label", ("label_smoothing",)),
+                            ("score", ("score_smoothing",))):  # fmt: skip
+        buffer, labels = chunk(7, 123, torch.float32)
+        objective = Objective("dpsm", 0.3, scheduled=frozenset(scheduled))
+        results[f"scheduled/{name}"] = case(buffer, 123, labels, objective=objective, post=PostOps())
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(123, 16, generator=generator)
     labels = torch.randint(0, 123, (30,), generator=generator)

@@ -166,6 +166,24 @@ def test_alpha_and_weight_are_no_part_of_what_is_compiled() -> None:
     assert one == two
 
 
+@pytest.mark.parametrize("field", ["label_smoothing", "score_smoothing", "z_loss"])
+def test_a_scheduled_weight_that_leaves_zero_compiles_nothing_anew(field: str) -> None:
+    def compiled(value: float, scheduled: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {field: value, "scheduled": frozenset({field} if scheduled else ())}
+        return kernels.constants(
+            Objective("dpsm", 0.3, **options), PostOps(), row_weight=False, entropy=False, gradient=True
+        )
+
+    assert compiled(0.0, True) == compiled(0.1, True) == compiled(0.1, False) != compiled(0.0, False)
+
+
+@pytest.mark.parametrize("name", ["z_loss", "label", "score"])
+def test_a_part_whose_weight_is_still_zero_changes_nothing(name: str, results: dict[str, Any]) -> None:
+    without, with_it = results["scheduled/none"], results[f"scheduled/{name}"]
+    for key in ("value", "statistics", "buffer"):
+        torch.testing.assert_close(with_it[key], without[key], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("variant", ["statistics", *SCORING_RULES, "dpsm, softcap"])
 def test_it_compiles_ahead_of_time(variant: str, architecture: int) -> None:

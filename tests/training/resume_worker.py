@@ -35,6 +35,21 @@ RUNS: dict[str, dict[str, Any]] = {
     "triangle": {"alpha_schedule": "triangle", "alpha_warmup_steps": 3},
     "feedback": {"alpha_schedule": "feedback", "alpha_start": 0.3, "alpha_feedback_gain": -3.0},
     "ce": {"scoring_rule": "ce"},
+    "knobs": {
+        "scoring_rule": "focal",
+        "knob_schedules": {
+            "focal_gamma": {
+                "schedule": "feedback",
+                "low": 0,
+                "high": 5,
+                "start": 1,
+                "gain": -40,
+                "limit": 0.3,
+                "relative_to": "grad_norm",
+            },
+            "label_smoothing_factor": "linear 0 -> 0.1 over 6",
+        },
+    },
 }
 
 
@@ -57,6 +72,7 @@ def train(name: str, folder: Path, *, kill: bool = False, resume: bool = False) 
     result = {
         "parameters": [p.detach().clone() for p in trainer.model.parameters()],
         "alpha": [(e["step"], e.get("alpha")) for e in trainer.state.log_history if "loss" in e],
+        "gamma": [(e["step"], e.get("focal_gamma")) for e in trainer.state.log_history if "loss" in e],
     }
     torch.save(result, folder / f"{'resumed' if resume else 'whole'}-{name}.pt")
 

@@ -104,7 +104,13 @@ def test_command_line(config: type, tmp_path: Path) -> None:
     assert args.generated_calibration is False and args.expected_depth is True
     assert args.log_component_grad_norms is True and args.frequency_buckets is True
     assert args.fused_head == "off" and args.chunk_tokens == 64 and type(args.chunk_tokens) is int
-    assert set(TYPED) | set(PARAMETERS) == set(dpsm_field_names()), "a new field has no test"
+    apart = {*PARAMETERS, "knob_schedules"}  # they contradict what is typed above
+    assert set(TYPED) | apart == set(dpsm_field_names()), "a new field has no test"
+    (knobs,) = HfArgumentParser(config).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--knob_schedules", '{"z_loss": "linear 0 -> 1e-3 over 4"}']
+    )
+    assert knobs.schedules()["z_loss"](2, 10) == 5e-4
+    assert knobs.knob_schedules == {"z_loss": "linear 0 -> 1e-3 over 4"}
     (focal,) = HfArgumentParser(config).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--scoring_rule", "focal", "--focal_gamma", "1.5"]
     )
@@ -134,6 +140,8 @@ def test_round_trips(config: type, tmp_path: Path) -> None:
         output_dir=str(tmp_path), alpha_schedule="step", alpha_hold=0.3, alpha_start=0.1, z_loss=0.01,
         label_smoothing_factor=0.1, calibration_bins=20, eval_strategy="steps", eval_steps=5,
     )  # fmt: skip
+    scheduled = config(output_dir=str(tmp_path), knob_schedules={"z_loss": {"start": 0, "end": 0.1, "hold": 3}})
+    assert config(**scheduled.to_dict()).schedules() == scheduled.schedules()
     kept = {name: getattr(args, name) for name in dpsm_field_names()}
     plain = json.loads(args.to_json_string())
     assert {name: plain[name] for name in kept} == kept
@@ -188,6 +196,19 @@ def test_label_smoothing_reaches_the_objective(tmp_path: Path) -> None:
         ({"z_loss": -1e-4}, r"z_loss=-0.0001 must be a finite number of at least 0"),
         ({"calibration_bins": 7}, r"calibration_bins=7 does not divide 3000; use 10, 15"),
         ({"calibration_bins": 0}, r"calibration_bins=0 does not divide"),
+        ({"knob_schedules": {"z_loss": "linear 0 -> 1"}, "z_loss": 0.1},
+         r"knob_schedules has a schedule of z_loss, which z_loss=0.1 says something else about; leave one"),
+        ({"knob_schedules": {"label_smoothing_factor": "linear 0 -> .1"}, "label_smoothing_factor": 0.2},
+         r"of label_smoothing_factor, which label_smoothing_factor=0.2 says"),
+        ({"knob_schedules": {"alpha": "linear 0 -> 1"}, "alpha_end": 0.5, "alpha_hold": 3},
+         r"alpha_end=0.5, alpha_hold=3"),
+        ({"knob_schedules": {"alpha": "linear 0 -> 1"}, "scoring_rule": "ce"},
+         r"alpha has no effect on scoring_rule='ce'"),
+        ({"knob_schedules": {"z_loss": {"schedule": "feedback", "low": 0, "high": 1}}},
+         r"knob_schedules: z_loss: schedule='feedback' moves z_loss after evaluations, but eval_strategy='no'"),
+        ({"knob_schedules": "schedules.json"}, r"knob_schedules='schedules.json' should be keys with values as JSON"),
+        ({"knob_schedules": '{"z_loss": '}, r"knob_schedules='{\"z_loss\": ' should be keys with values as JSON"),
+        ({"knob_schedules": {"z_loss": {"start": 0, "end": {1}}}}, r"knob_schedules=.* should hold plain numbers"),
         ({"alpha_schedule": "feedback"}, r"'feedback' moves alpha after evaluations, but eval_strategy='no'"),
     ],
 )  # fmt: skip

@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_run_ends_with_the_same_parameters(name: str, runs: Path) -> None:
     whole, resumed = (torch.load(runs / f"{kind}-{name}.pt", weights_only=True) for kind in ("whole", "resumed"))
     assert all(torch.equal(a, b) for a, b in zip(whole["parameters"], resumed["parameters"], strict=True))
-    assert whole["alpha"] == resumed["alpha"]
+    assert whole["alpha"] == resumed["alpha"] and whole["gamma"] == resumed["gamma"]
     assert [step for step, _ in whole["alpha"]] == list(range(1, STEPS + 1))
 
 
@@ -41,3 +41,6 @@ def test_the_schedules_moved_alpha_after_the_kill(runs: Path) -> None:
     for name in ("linear", "cosine", "late_linear", "step", "triangle", "feedback"):
         alphas = dict(torch.load(runs / f"whole-{name}.pt", weights_only=True)["alpha"])
         assert len({alphas[step] for step in range(KILL_AFTER, STEPS + 1)}) > 1, name
+    gammas = dict(torch.load(runs / "whole-knobs.pt", weights_only=True)["gamma"])
+    assert len({gammas[step] for step in range(1, STEPS + 1)}) > 3
+    assert len({gammas[step] for step in range(KILL_AFTER, STEPS + 1)}) > 1
