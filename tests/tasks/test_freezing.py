@@ -230,12 +230,12 @@ def test_rows_padded_batch_by_batch(side: str, base: Path, tmp_path: Path, caplo
         with counted("llama") as calls:
             trainer.train()
         trained.append(({k: v.detach().clone() for k, v in trainer.model.state_dict().items()}, calls()))
-    (one, without), (two, with_cache) = trained
+    (one, _), (two, with_cache) = trained
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6, msg=key)
     if side == "right":
         assert "are not kept" not in caplog.text
-        assert with_cache[0] < without[0]
+        assert with_cache[0] < with_cache[-1], "the frozen layers run in fewer batches than the upper one"
     else:
         # with other rows beside it a row begins at another position, so it may be another one to the lower layers
         assert "pad on the left" in caplog.text
