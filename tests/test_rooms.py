@@ -39,6 +39,8 @@ THIRD_PARTY: Mapping[str, str] = {
     "_forward_hooks": "nn.Module has no public list of its hooks",
     "_version": "a tensor's count of changes in place",
     "_indices": "whether a data set was shuffled or selected from",
+    "_remove_unused_columns": "which columns of a set reach Trainer's collator",
+    "_attn_implementation": "a configuration tells nowhere else how attention is computed",
     "_is_accelerate_prepared": "Accelerate prepares a model only once, also one that it prepared for evaluation alone",
     "_prepare_inputs": "Trainer's hook for moving a batch to the device, which subclasses override",
     "_get_num_items_in_batch": "Trainer's own denominator, which subclasses override",

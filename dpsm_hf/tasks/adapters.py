@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..evaluation.temperature import FILE_NAME, TemperatureScaler
+from ..models.frozen_layers import decoder_layers, modules_within
 from ..models.pretrained import (
     BASE_NAME,
     SMOLLM2,
@@ -118,13 +119,16 @@ class AdapterArguments:
         return {"quantization_config": config}
 
 
-def add_adapter(model: PreTrainedModel, arguments: AdapterArguments, *, encoder_decoder: bool) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel, arguments: AdapterArguments, *, encoder_decoder: bool, without_lowest: int = 0
+) -> PeftModel:
     """Put a fresh LoRA adapter on a model, whose own weights are then no longer trained.
 
     Args:
         model: changed in place.
         arguments: with ``lora_r``.
         encoder_decoder: the kind of the model.
+        without_lowest: layers of a decoder, counted from the embeddings up, that get no adapter.
 
     Raises:
         ValueError: a layer that is named is not there, or the layers of the model's type are unknown to PEFT.
@@ -140,6 +144,7 @@ def add_adapter(model: PreTrainedModel, arguments: AdapterArguments, *, encoder_
         target_modules=_ALL_LINEAR if names == [_ALL_LINEAR] else names,
         modules_to_save=arguments.lora_modules_to_save,
         use_dora=arguments.use_dora,
+        exclude_modules=modules_within(decoder_layers(model)[0], without_lowest) if without_lowest else None,
     )
     _check_names(model, "lora_target_modules", [] if names in (None, [_ALL_LINEAR]) else names or [])
     _check_names(model, "lora_modules_to_save", arguments.lora_modules_to_save or [])

@@ -43,6 +43,13 @@ REMOVED_ARGUMENTS = {
     "per_gpu_eval_batch_size": "write --per_device_eval_batch_size",
 }
 
+# Options of one task alone, with what to say in the others.
+ELSEWHERE = dict.fromkeys(
+    ("freeze_layers", "frozen_cache", "remove_frozen_cache"),
+    "is an option of dpsm clm alone: the lower layers of a decoder-only model can be frozen, not those of an "
+    "encoder-decoder. Leave it out",
+)
+
 
 def parse_script_arguments(
     dataclass_types: Sequence[type], argv: Sequence[str] | None = None, prog: str | None = None
@@ -257,6 +264,8 @@ def _explain_unknown(names: Sequence[str], known: Sequence[str], place: str) -> 
         close = difflib.get_close_matches(name, known, n=1)
         if name in REMOVED_ARGUMENTS:
             parts.append(f"{name} is gone from transformers 5: {REMOVED_ARGUMENTS[name]}")
+        elif name in ELSEWHERE:
+            parts.append(f"{name} {ELSEWHERE[name]}")
         else:
             parts.append(f"{name} is unknown" + (f"; did you mean {close[0]}?" if close else ""))
     return f"Arguments {place} that this script does not have: " + "; ".join(parts)

@@ -40,6 +40,7 @@ from ..training.arguments import DPSMConfig
 from ..training.trainer import DPSMTrainer
 from .adapters import AdapterArguments
 from .arguments import DataSource, ModelSource
+from .freezing import FreezingArguments
 from .model_building import check_block_size
 from .samples import continuation_rouge, continuations
 from .stopping import StoppingArguments
@@ -53,7 +54,7 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 
 @dataclass
-class ModelArguments(AdapterArguments, ModelSource):
+class ModelArguments(FreezingArguments, AdapterArguments, ModelSource):
     """Which model, configuration and tokenizer to use."""
 
     dtype: str | None = option(
@@ -268,6 +269,7 @@ class LanguageModelling(Task):
         if model.model_type is not None and (model.model_name_or_path or model.config_name):
             logger.warning("--model_type has no effect beside --model_name_or_path or --config_name.")
         super().check()
+        model.check_freezing(trains=training.do_train, pretrained=model.model_name_or_path is not None)
 
     @staticmethod
     def row_tokens(arguments: Mapping[str, Any]) -> tuple[int, int]:

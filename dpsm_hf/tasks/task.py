@@ -13,16 +13,19 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTra
 
 from ..data.loading import AnyDataset, load_text_datasets
 from ..data.tokenizer import resolve_tokenizer
+from ..models.frozen_layers import FrozenLayers
 from ..models.language_model import core_model
 from ..models.pretrained import SMOLLM2_ON_HUB, is_smollm2, named_model
 from ..runtime.child_process import end_with_runner
 from ..runtime.content import content_hash
 from ..runtime.secrets import hide_in_logs
+from ..training.frozen_states import FrozenStates
 from ..training.run_facts import RunFacts
 from .adapters import add_adapter, base_as_on_hub, base_of, load_with_adapter, save_merged, tokenizer_source
 from .arguments import OutcomeArguments, settle_best_checkpoint
 from .checkpoints import best_weights, check_output_dir, detect_checkpoint, note_start, train_and_save
 from .command_line import parse_script_arguments, setup_logging
+from .freezing import FreezingArguments
 from .model_building import build_config_from_scratch, hub_options, load_config, source_of
 from .outcome import Outcome, discard_outcome
 from .stopping import early_stopping, stopping
@@ -67,6 +70,8 @@ class Task(ABC):
         self.training_args = training_args
         #: The texts of each split and further set, once loaded.
         self.texts: dict[str, Any] = {}
+        #: The layers of the loaded model that are not trained; None where all are.
+        self.frozen_layers: FrozenLayers | None = None
 
     # ---- arguments -------------------------------------------------------------------------------------------------
 
@@ -134,6 +139,11 @@ class Task(ABC):
             if value is not None and Path(value).exists():
                 facts[name] = f"{Path(value).name} ({content_hash(Path(value))[:23]})"
         return {name: value for name, value in facts.items() if value is not None}
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what decides which part of the model is trained, for the run's checkpoints."""
+        arguments = self.model_args
+        return {"freeze_layers": arguments.freeze_layers} if isinstance(arguments, FreezingArguments) else {}
 
     @property
     def most_extra_rows(self) -> int | None:
@@ -272,14 +282,21 @@ class Task(ABC):
         return load_config(self.model_args) or self.scratch_config(tokenizer)
 
     def load_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Load the model or make a fresh one, fit it to the tokenizer, and put the adapter on it that is asked for.
+        """Load the model or make a fresh one, fit it to the tokenizer, put an adapter on it and freeze lower layers.
 
         Args:
             tokenizer: Of the run.
 
         Raises:
-            ValueError: As `add_adapter`; or an adapter is to be trained on weights that are not those of its base.
+            ValueError: As `add_adapter` and `FreezingArguments.freeze`; or an adapter is to be trained on weights that
+                are not those of its base.
         """
+        model = self._load_model(tokenizer)
+        if isinstance(self.model_args, FreezingArguments):
+            self.frozen_layers = self.model_args.freeze(model)
+        return model
+
+    def _load_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         config = self.make_config(tokenizer)
         model: PreTrainedModel
         if (source := source_of(self.model_args, self.model_args.model_name_or_path)) is not None:
@@ -303,7 +320,8 @@ class Task(ABC):
                 )
         if self.model_args.lora_r is None:
             return model
-        adapted: Any = add_adapter(model, self.model_args, encoder_decoder=self.encoder_decoder)
+        below = getattr(self.model_args, "freeze_layers", None) or 0
+        adapted: Any = add_adapter(model, self.model_args, encoder_decoder=self.encoder_decoder, without_lowest=below)
         return adapted  # type: ignore[no-any-return]
 
     def _load_pretrained(self, source: str, config: PreTrainedConfig) -> PreTrainedModel:
@@ -442,7 +460,11 @@ class Task(ABC):
         model = self.load_model(tokenizer)
         rows, collator = self.prepare_rows(tokenizer, model)
         trainer = self.make_trainer(model, tokenizer, rows, collator)
-        trainer.run_facts = RunFacts(self.data_facts(), strict=strict)
+        trainer.run_facts = RunFacts(self.data_facts() | self.model_facts(), strict=strict)
+        frozen: FrozenStates | None = None
+        if self.frozen_layers is not None:
+            frozen = self.model_args.frozen_states(self.frozen_layers, str(training.output_dir))
+            trainer.frozen_states = frozen
         results: dict[str, float] = {}
         if training.do_train:
             samples = number_of_rows(rows["train"], self.wanted_splits()["train"])
@@ -461,6 +483,10 @@ class Task(ABC):
                 if found:
                     results |= self._evaluate_all(trainer, rows, "best", outcome)
         outcome.write()
+        if frozen is not None and self.model_args.remove_frozen_cache:
+            trainer.accelerator.wait_for_everyone()
+            if training.should_save:
+                frozen.remove()
         return results
 
     def _evaluate_all(self, trainer: Any, rows: Mapping[str, Any], weights: str, outcome: Outcome) -> dict[str, float]:

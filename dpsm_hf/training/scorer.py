@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from ..rules.scoring_rules import Objective
 from ..runtime.distributed import sum_over_processes
 from ..runtime.ranges import HEAD, ROW_PASS, HeadRanges, active, named
 from .arguments import DPSMArguments
+from .frozen_states import FrozenStates
 
 logger = logging.get_logger(__name__)
 
@@ -130,6 +132,8 @@ class Scorer:
         self.alignment: Alignment | None = label_alignment(model)
         #: The head that scores; None before the first batch and where logits are made.
         self.head: FusedHead | None = None
+        #: The frozen lower layers of the model, where it has them.
+        self.frozen_states: FrozenStates | None = None
         self._not_fused: weakref.ref[nn.Module] | None = None
         # whether a wrapper around the model adds to its loss (AdaLoRA's regularisation), in training and evaluation
         self._added_around: dict[bool, bool] = {}
@@ -234,14 +238,24 @@ class Scorer:
             ValueError: with ``fused_head="on"``, if the model cannot be scored inside its head.
         """
         failure: Exception | None = None
-        if not logits_needed and self._may_fuse(model, batch):
-            scored, failure = self._score_in_head(model, batch, rule, extra)
-            if scored is not None:
-                return scored
-        scored = self._score_from_logits(model, batch, rule, extra)
+        with self.below(model, batch.inputs):
+            if not logits_needed and self._may_fuse(model, batch):
+                scored, failure = self._score_in_head(model, batch, rule, extra)
+                if scored is not None:
+                    return scored
+            scored = self._score_from_logits(model, batch, rule, extra)
         if failure is not None:  # of the head, since the batch itself is sound
             self._give_up_fusing(batch.trainer_model, failure)
         return scored
+
+    def below(self, model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return the context of a forward on a batch, which takes the kept outputs of frozen lower layers.
+
+        Args:
+            model: that is called, possibly wrapped.
+            inputs: of the batch, without labels.
+        """
+        return nullcontext() if self.frozen_states is None else self.frozen_states.below(model, inputs)
 
     # ---- inside the head -------------------------------------------------------------------------------------------
 

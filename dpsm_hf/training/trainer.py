@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
+    IntervalStrategy,
     PredictionOutput,
     TrainOutput,
     default_compute_objective,
@@ -55,6 +56,7 @@ from .component_gradients import active_terms, check_component_norms, component_
 from .corruption import Corruption, Corruptor
 from .evaluation_report import EvaluationReport, gathered_rows
 from .finite import FiniteNumbers, engine_steps
+from .frozen_states import FrozenStates
 from .gradient_accumulation import LossAccumulation
 from .model_card import CardFacts, finish_card, last_evaluated
 from .resuming import CheckpointKeeper
@@ -205,6 +207,32 @@ class DPSMMixin(_Base):
         self._corruptor = Corruptor(what)
         self._corruptor.check(self)
 
+    @property
+    def frozen_states(self) -> FrozenStates | None:
+        """Return the frozen lower layers of the model with what is kept of their outputs; None where none are."""
+        return self._scorer.frozen_states
+
+    @frozen_states.setter
+    def frozen_states(self, states: FrozenStates | None) -> None:
+        if states is not None:
+            states.check(self)
+        self._scorer.frozen_states = states
+
+    def _prepare_frozen_states(self) -> dict[str, float]:
+        """Compute and keep what frozen layers put out for the sets of a training; return the metrics of that."""
+        states, args = self.frozen_states, self.args
+        if states is None or states.folder is None:
+            return {}
+        states.check(self)
+        sets = [(self.train_dataset, args.per_device_train_batch_size)]
+        if args.eval_strategy != IntervalStrategy.NO or args.eval_on_start:
+            evaluated = self.eval_dataset
+            listed = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+            listed += [self.calibration_dataset] if self.dpsm.fit_temperature else []
+            sets += [(dataset, args.per_device_eval_batch_size) for dataset in listed]
+        states.prepare(self, [(dataset, size) for dataset, size in sets if dataset is not None])
+        return {"train_frozen_cache_seconds": states.seconds, "train_frozen_cache_mb": states.bytes / 2**20}
+
     def _current_scorer(self) -> Scorer:
         """Return the scorer with the arguments of now, which may have been replaced since it was made."""
         self._scorer.args, self._scorer.dpsm = self.args, self.dpsm
@@ -255,7 +283,9 @@ class DPSMMixin(_Base):
         if model.training:
             check_batch_labels(inputs, self.dpsm, flips=self.corruption.flips is not None)
         if "labels" not in inputs or not self._owns_loss():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            given = {key: value for key, value in inputs.items() if key not in _LABELS}
+            with self._scorer.below(model, given):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self._with_integer_labels(inputs)
         training, evaluation, divided = model.training, self._evaluation, False
         if training:
@@ -364,7 +394,8 @@ class DPSMMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, after looking at the labels and the schedule for errors.
 
-        With corruption the metrics get the counts of what was corrupted, as ``train_...``.
+        With corruption the metrics get the counts of what was corrupted, as ``train_...``; with frozen layers whose
+        outputs are kept, the seconds that this took before training and its size, as ``train_frozen_cache_...``.
         """
         if self.train_dataset is not None:
             check_train_dataset(self.train_dataset, vocabulary_size(self.model))
@@ -378,12 +409,14 @@ class DPSMMixin(_Base):
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
+        kept = self._prepare_frozen_states()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             for callback in self._callbacks(CalibrationCallback):
                 callback.interrupted()
             raise
+        output.metrics.update(kept)
         if self._corruptor.active:
             self._corruptor.gather(self.args.device)
             output.metrics.update({f"train_{name}": value for name, value in (self.corruption_record() or {}).items()})

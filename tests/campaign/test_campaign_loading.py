@@ -55,6 +55,20 @@ def test_the_former_name_of_scoring_rule_makes_the_same_runs(tmp_path: Path) -> 
         load(tmp_path, FILE.replace("{scoring_rule: ce}", "{scoring_rule: ce, loss_type: ce}"))
 
 
+def test_runs_share_a_cache_of_frozen_layers_in_a_folder_beside_the_file(tmp_path: Path) -> None:
+    scratch = FILE[FILE.index("      model_type: gpt2") : FILE.index("data:\n")]
+    frozen = "      model_name_or_path: smollm2-135m\n      freeze_layers: 26\n"
+    without, beside, off = (
+        load(tmp_path, edit(scratch, frozen + more))
+        for more in ("", "      frozen_cache: ../kept\n", "      frozen_cache: 'off'\n")
+    )
+    given = {run.arguments["frozen_cache"] for run in beside.runs.values()}
+    assert given == {str(tmp_path.parent / "kept")}
+    assert {run.arguments["frozen_cache"] for run in off.runs.values()} == {"off"}
+    assert beside.runs.keys() == without.runs.keys() == off.runs.keys(), "where outputs are kept changes no number"
+    assert load(tmp_path, edit(scratch, frozen.replace("26", "25"))).runs.keys().isdisjoint(without.runs)
+
+
 def test_arguments_of_a_run(tmp_path: Path) -> None:
     campaign = load(tmp_path, FILE)
     arguments = dict(run_at(campaign, study="main", variation="dpsm", seed=2).arguments)

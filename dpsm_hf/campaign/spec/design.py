@@ -15,11 +15,11 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 #: Main variations, which the claims are about, are never pruned; ablations may be.
 ROLES = ("main", "ablation")
 
-#: Arguments that change only what is logged or shown; they are not part of a run's id.
+#: Arguments that change only what is logged, shown or kept; they are not part of a run's id.
 DISPLAY = frozenset((
-    "disable_tqdm", "log_component_grad_norms", "log_level", "log_level_replica", "log_on_each_node",
+    "disable_tqdm", "frozen_cache", "log_component_grad_norms", "log_level", "log_level_replica", "log_on_each_node",
     "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "project",
-    "trackio_space_id",
+    "remove_frozen_cache", "trackio_space_id",
 ))  # fmt: skip
 
 # Arguments that determine the model and the tokenizer.

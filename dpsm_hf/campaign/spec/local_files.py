@@ -10,6 +10,8 @@ from pathlib import Path
 FILE_ARGUMENTS = ("train_file", "validation_file", "test_file", "calibration_file", "deepspeed", "fsdp_config")
 #: Arguments that name a local folder if their value looks like a path, and otherwise something on the hub.
 SOURCE_ARGUMENTS = ("dataset_name", "tokenizer_name", "model_name_or_path", "config_name", "bertscore_model")
+#: The argument that names a folder for files that runs write and share, or this word for none.
+CACHE_ARGUMENT, NO_CACHE = "frozen_cache", "off"
 #: The argument that is a list of such sources, each as ``NAME=SOURCE``.
 EXTRA_ARGUMENT = "extra_eval_datasets"
 

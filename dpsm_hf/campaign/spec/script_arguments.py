@@ -23,7 +23,7 @@ from ...runtime import typed_values
 from ...runtime.typed_values import describe, options_of, words_of
 from ...runtime.yaml_lines import Located, suggestion
 from ...tasks import TASKS, get_task
-from ...tasks.command_line import REMOVED_ARGUMENTS
+from ...tasks.command_line import ELSEWHERE, REMOVED_ARGUMENTS
 
 #: Arguments that the campaign itself sets for every run, and why a file may not.
 RESERVED = {
@@ -61,6 +61,8 @@ def check_name(task: str, name: str) -> str | None:
         return f"the campaign sets this argument itself; leave it out: {RESERVED[name]}"
     if name in REMOVED_ARGUMENTS:
         return f"this argument is gone from transformers 5; {REMOVED_ARGUMENTS[name]}"
+    if name not in argument_fields(task) and name in ELSEWHERE:
+        return f"{name} {ELSEWHERE[name]}"
     if name not in argument_fields(task):
         lists = f"dpsm {TASKS[task].command} --help lists them"
         known = suggestion(name, argument_fields(task)).replace("look it up", lists)

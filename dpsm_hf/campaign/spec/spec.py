@@ -6,6 +6,7 @@ Every mistake is noted with its line, and reading continues.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from ...runtime.yaml_lines import Located, Place, Problems, located, suggestion, with_keys
 from ...tasks import TASKS
 from .design import ROLES, TRACKERS, Budget, Campaign, Variation
-from .local_files import EXTRA_ARGUMENT, expand_variables, local_path
+from .local_files import CACHE_ARGUMENT, EXTRA_ARGUMENT, NO_CACHE, expand_variables, local_path
 from .script_arguments import check_name, typed_value
 
 T = TypeVar("T")
@@ -349,6 +350,8 @@ class SpecReader:
         text = expand_variables(value)
         # paths given on the command line are relative to the working directory
         folder = self.folder if place.line is not None else Path.cwd()
+        if name == CACHE_ARGUMENT and text != NO_CACHE:  # nothing that a run reads before it has written it
+            return os.path.normpath(folder.absolute() / Path(text).expanduser())
         head, source, tail = "", text, ""
         if name == EXTRA_ARGUMENT:
             head, equals, rest = text.partition("=")
