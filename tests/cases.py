@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import tempfile
 from typing import Any
@@ -12,8 +13,24 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from dpsm_hf import CalibrationCallback, DPSMConfig, DPSMSeq2SeqConfig, DPSMSeq2SeqTrainer, DPSMTrainer
 from tests.tiny import SEQ2SEQ, make_data, make_model
 
-# removed when this process ends
-FOLDER = tempfile.TemporaryDirectory()
+
+class _OwnFolder:
+    """A folder that is made when it is first asked for and removed when this process ends.
+
+    Not earlier: processes that are forked after the import (`tests.warm`) would share it, and the first to end would
+    take it from the others.
+    """
+
+    @functools.cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
+
+FOLDER = _OwnFolder()
 
 # Trainer collects garbage when it begins to train: leave the modules imported so far out of that
 gc.freeze()
