@@ -96,7 +96,7 @@ def _for_sums_of(total: Tensor, score: RowScore, exponent: float) -> RowScore:
     if isinstance(f, Tensor) or f:  # p log p with p = p' / total
         f = f / total
         a = a - f * total.log()
-    return score._replace(a=a, b=b, f=f)
+    return RowScore(score.value, a, b, score.d, score.e, score.target, f)
 
 
 def _reduce(

@@ -191,9 +191,8 @@ class _TokenObjective(torch.autograd.Function):
         for rows in row_blocks(logits, _CHUNK_ENTRIES):
             row_max, normalizer = row_scalars[:, rows]
             # scaling the coefficients scales the whole row: [N] multiplications instead of [N, V]
-            score = RowScore(grad_loss[rows], *(coefficients[:, rows] * grad_loss[rows]))
-            if not ctx.has_f:
-                score = score._replace(f=0.0)
+            a, b, d, e, target, f = coefficients[:, rows] * grad_loss[rows]
+            score = RowScore(grad_loss[rows], a, b, d, e, target, f if ctx.has_f else 0.0)
             part = logits_gradient(logits[rows], labels[rows], row_max, normalizer, score, ctx.threshold, ctx.exponent)
             # set to 0, not multiplied by 0: the logits of a padding position may be NaN
             gradient[rows] = part.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)

@@ -105,7 +105,7 @@ def commands(path: Path) -> list[str]:
     """Return the command lines of a page, joined over their ends, without comments."""
     text = "\n".join(code for _, code in blocks(path, "bash"))
     lines = text.replace("\\\n", " ").splitlines()
-    return [" ".join(shlex.split(line, comments=True)) for line in lines if shlex.split(line, comments=True)]
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.stem)
@@ -118,7 +118,7 @@ def test_commands_are_what_the_parsers_take(path: Path, outside: Path) -> None:
         "summarization": "dataset_name: python-docstrings\nmodel_type: bart\n",
     }
     for command in commands(path):
-        words = command.split()
+        words = shlex.split(command)
         if words[:2] == ["accelerate", "launch"] or words[:2] == ["nsys", "profile"]:  # a program that starts another
             words = words[next(place for place, word in enumerate(words) if word in scripts) :]
         match words:
