@@ -237,5 +237,5 @@ def test_shapes_that_disagree() -> None:
 
 def test_token_scores_document_their_fields() -> None:
     fields = set(TokenScores.__dataclass_fields__)
-    assert fields == {"loss", "scored", "extra", *TENSORS}
+    assert fields == {"loss", "scored", "extra", "varentropy", *TENSORS}
     assert all(f"{name}:" in (TokenScores.__doc__ or "") for name in fields)
