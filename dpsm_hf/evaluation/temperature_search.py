@@ -7,6 +7,7 @@ They run side by side: one pass over the data takes the sums at the next tempera
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Moments(NamedTuple):
 Sums = tuple[Mapping[str, Sequence[float]], int]
 
 
-class TemperatureSearch:
+class TemperatureSearch(ABC):
     """Look for the zero on log T of a derivative, from T = 1 on; where it changes from falling to rising.
 
     A bracket around it, and a half step where the slope is not positive, make Newton's method safe.
@@ -63,13 +64,13 @@ class TemperatureSearch:
         """Return the temperature that sums are wanted at; None when the search has ended."""
         return None if self.temperature is not None or self.failure else math.exp(self._x)
 
+    @abstractmethod
     def take(self, sums: Sequence[float], tokens: int) -> None:
         """Go on from the sums at the temperature that was asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, x: float) -> None:
         """End without a temperature, x being the last log T."""
-        raise NotImplementedError
 
     def _move(self, gradient: float, curvature: float) -> float | None:
         """Take a step; return its length in log T if it was the last one."""

@@ -18,17 +18,13 @@ from transformers import AutoModelForCausalLM
 from dpsm_hf.tasks.adapters import AdapterArguments
 from dpsm_hf.tasks.calibrate import main as calibrate
 from dpsm_hf.tasks.language_modelling import LanguageModelling
+from tests.tasks.adapter_run import CALM, command, save_base, words
 from tests.tasks.clm_run import real_texts, write
-from tests.tasks.saved_models import save_language_model
-from tests.tasks.test_adapters import CALM, command, words
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_language_model(folder / "model")
-    write(folder, "txt", real_texts()[:20])
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..rows import RowScore, RowStatistics, Rule, RuleOptions
-from . import ce
-
-tl: Any = None  # triton.language, once the Triton functions are made
+from . import gce
 
 
 def score(row: RowStatistics, options: RuleOptions) -> RowScore:
@@ -18,25 +14,12 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
     Source: arXiv:2602.11424 (2026).
     """
-    concentration = row.p_target.square() + row.off_norm
-    log_power = -concentration * row.nll
-    power = log_power.exp()
-    plain = RowScore(-log_power.expm1() / concentration, power, 0.0, 0.0, 0.0, -power * row.miss)
-    return ce.with_uniform_share(plain, row, options)
+    return gce.with_exponent(row.p_target.square() + row.off_norm, row, options)
 
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, power, top, size, epsilon, share, parameters, alpha, SMOOTHING):
     """Compute the same for one row, in Triton."""
-    part = weight * (1.0 - epsilon) if SMOOTHING == 1 else weight  # the rest is the uniform share
-    concentration = norm * norm
-    x = concentration * nll
-    own = tl.exp(-x)
-    # 1 - exp(-x) by Kahan's correction: accurate for small x, where exp(-x) loses the digits of x
-    near = (own > 0.5) & (own < 1.0)
-    log_own = tl.log(tl.where(near, own, 0.5))
-    loss = tl.where(near, (own - 1.0) * x / log_own, tl.where(own < 1.0, 1.0 - own, x))
-    value, a, target = part * loss / concentration, part * own, -(part * own * q)
-    return ce.uniform_kernel(value, a, target, weight, p, log_sum, mean, size, epsilon, share, SMOOTHING)
+    return gce.exponent_kernel(norm * norm, weight, p, q, nll, log_sum, mean, size, epsilon, share, SMOOTHING)
 
 
 RULE = Rule(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..rows import Parameter, RowScore, RowStatistics, Rule, RuleOptions
 from . import ce
 
@@ -17,6 +19,11 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
     (NeurIPS 2018), section 3.2.
     """
     (exponent,) = options.parameters
+    return with_exponent(exponent, row, options)
+
+
+def with_exponent(exponent: float | Tensor, row: RowStatistics, options: RuleOptions) -> RowScore:
+    """Return the score for an exponent, one for all rows or one for each, ``[N]``; no gradient goes through it."""
     # computed from log p_y, which is accurate where p_y is close to 1 and where p_y underflows
     log_power = -exponent * row.nll
     power = log_power.exp()
@@ -26,7 +33,11 @@ def score(row: RowStatistics, options: RuleOptions) -> RowScore:
 
 def kernel(weight, p, q, r, nll, log_sum, norm, mean, power, top, size, epsilon, share, parameters, alpha, SMOOTHING):
     """Compute the same for one row, in Triton."""
-    exponent = parameters[0]
+    return exponent_kernel(parameters[0], weight, p, q, nll, log_sum, mean, size, epsilon, share, SMOOTHING)
+
+
+def exponent_kernel(exponent, weight, p, q, nll, log_sum, mean, size, epsilon, share, SMOOTHING):
+    """Compute `with_exponent` for one row, in Triton."""
     part = weight * (1.0 - epsilon) if SMOOTHING == 1 else weight  # the rest is the uniform share
     x = exponent * nll
     power = tl.exp(-x)
