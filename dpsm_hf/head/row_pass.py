@@ -63,8 +63,7 @@ def row_pass(
     entries = _CPU_BLOCK_ENTRIES if logits.device.type == "cpu" else _DEVICE_BLOCK_ENTRIES
     size = max(1, min(rows, entries // vocab_size))  # the rows of a block, as `row_blocks` cuts them
     varentropy = varentropy and entropy
-    buffers = (2 if post.softcap is None else 3) + varentropy
-    work = torch.empty(buffers, size, vocab_size, dtype=dtype, device=logits.device)
+    work = torch.empty(2 if post.softcap is None else 3, size, vocab_size, dtype=dtype, device=logits.device)
     values, columns = [], []
     for part in row_blocks(logits, entries):
         block, target = logits[part], labels[part].unsqueeze(-1)
@@ -111,12 +110,18 @@ def _reduce(
     """
     n = len(block)
     p, spare = work[0, :n], work[1, :n]
-    z = block
     if post.softcap is not None:
-        capped = work[2, :n].copy_(block).mul_(post.scale / post.softcap).tanh_()
-        z = torch.mul(capped, post.softcap, out=spare)
-    elif post.scale != 1.0:
-        z = torch.mul(spare.copy_(block), post.scale, out=spare)
+        work[2, :n].copy_(block).mul_(post.scale / post.softcap).tanh_()
+
+    def logits() -> Tensor:  # in the free buffer, unless the block holds them as they are
+        if post.softcap is not None:
+            return torch.mul(work[2, :n], post.softcap, out=spare)
+        return block if post.scale == 1.0 else torch.mul(spare.copy_(block), post.scale, out=spare)
+
+    def below_largest(z: Tensor) -> Tensor:
+        return torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
+
+    z = logits()
     z_max = z.amax(-1, keepdim=True)
     z_target = z.gather(-1, target)
     needs = RowNeeds() if objective is None else objective.needs
@@ -129,15 +134,12 @@ def _reduce(
     shifted = (z_target.to(p.dtype) - z_max.to(p.dtype)).squeeze(-1)
     entropy_sum = torch.zeros_like(largest)
     spread: Tensor | None = None
-    if varentropy:
-        distance = torch.sub(z, z_max, out=work[-1, :n]) if z.dtype == p.dtype else work[-1, :n].copy_(z).sub_(z_max)
     if entropy or needs.entropy:
         # a masked logit is -inf with p = 0, and 0 * -inf would be NaN
-        below = torch.sub(z, z_max, out=spare) if z.dtype == p.dtype else spare.copy_(z).sub_(z_max)
-        entropy_sum = below.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
+        entropy_sum = below_largest(z).clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1)
     if varentropy:  # log p_j is the shifted logit less a constant of the row, so the variances are equal
-        distance.clamp_min_(LEAST_SHIFTED).sub_(entropy_sum.unsqueeze(-1)).square_()
-        spread = distance.mul_(p).sum(-1)
+        distance = below_largest(logits()).clamp_min_(LEAST_SHIFTED).sub_(entropy_sum.unsqueeze(-1))
+        spread = distance.square_().mul_(p).sum(-1)
     p.scatter_(-1, target, 0.0)
     others = p.sum(-1)
     total = others + p_target

@@ -315,6 +315,7 @@ class Shapes:
 
 def test_evaluation_makes_logits_only_for_those_who_read_them() -> None:
     trainer = cases.build("gpt2", rows=6, fused_head="on", per_device_eval_batch_size=3)
+    trainer.evaluate()  # the first batch of a class asks the model for its own loss
     shapes = Shapes(trainer.model)
     without = trainer.evaluate()
     assert shapes.seen == [None, None]
@@ -334,7 +335,7 @@ def test_evaluation_makes_logits_only_for_those_who_read_them() -> None:
         if isinstance(value, float) and not any(
             part in key for part in ("runtime", "second", "time", "scaled", "ece")
         ):
-            assert with_metrics[key] == pytest.approx(value, rel=1e-6), key
+            assert with_metrics[key] == pytest.approx(value, rel=1e-6, abs=rounding(key, without)), key
 
     output = trainer.predict(trainer.eval_dataset)
     assert np.shape(output.predictions) == (6, LENGTH, VOCAB)
@@ -342,11 +343,22 @@ def test_evaluation_makes_logits_only_for_those_who_read_them() -> None:
     assert np.shape(trainer.predict(trainer.eval_dataset).predictions) == (6, LENGTH, VOCAB)
 
 
+def rounding(key: str, metrics: dict[str, float]) -> float:
+    """How far apart a difference of two figures may be that are equal to 1e-6 each, absolutely; else 0."""
+    part = key.partition("eval_")[2]
+    if part.startswith("nll_entropy_gap"):
+        return 1e-6 * metrics["eval_nll"]
+    if part.startswith("first_order_log_temperature"):
+        return 1e-6 * metrics["eval_nll"] / metrics["eval_varentropy"]
+    return 0.0
+
+
 def assert_same_metrics(mine: dict[str, float], theirs: dict[str, float]) -> None:
     assert mine.keys() == theirs.keys()
     for key in theirs:
         if not any(part in key for part in ("runtime", "second", "preparation")):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-7), key
+            apart = max(1e-7, rounding(key, theirs))
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=apart), key
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bart", "t5"])
