@@ -219,31 +219,38 @@ def _serve(connection: socket.socket) -> None:
         between = os.fork()
         if between == 0:
             if (child := os.fork()) == 0:
-                _end_with(partial(_become, request, files))
+                _end_with(partial(_become, request, files, writing))
             os.write(writing, child.to_bytes(8, "little"))
             os._exit(0)
+        os.close(writing)
         os.waitpid(between, 0)  # from here on its child is the other side's
-        connection.sendall(os.read(reading, 8))
-        for file in (*files, reading, writing):
+        child_id = os.read(reading, 8)
+        os.read(reading, 1)  # it has called preexec_fn, which Popen waits for too, or has failed and ended
+        connection.sendall(child_id)
+        for file in (*files, reading):
             os.close(file)
 
 
 # ---- in the child --------------------------------------------------------------------------------------------------
 
 
-def _become(request: Mapping[str, Any], files: Sequence[int]) -> None:
-    """Make this process what was asked for, and run its program."""
+def _become(request: Mapping[str, Any], files: Sequence[int], ready: int) -> None:
+    """Make this process what was asked for, write a byte to the file `ready`, and run the program."""
     while os.getppid() != request["parent"]:
+        os.kill(request["parent"], 0)  # an error where it has been killed meanwhile
         time.sleep(0.0005)
     for number, file in enumerate(files):
         os.dup2(file, number)
-    os.closerange(3, 4096)
+    os.closerange(3, ready)
+    os.closerange(ready + 1, 4096)
     os.chdir(request["directory"])
     if request["new_session"]:
         os.setsid()
-    _start_own_server()
     if request["first"] is not None:
         request["first"]()
+    os.write(ready, b"r")
+    os.close(ready)
+    _start_own_server()
     command = request["command"]
     _write_command_line(command)
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -27,7 +27,7 @@ class DPSMSFTConfig(DPSMArguments, SFTConfig):
     """TRL's SFTConfig with the fields of `DPSMArguments`; no default of SFTConfig but ``loss_type`` is changed.
 
     ``scoring_rule`` chooses the loss. TRL's ``loss_type`` has nothing to say here: leave it out. Its default in TRL,
-    ``"nll"``, is taken too, since scripts often spell it out.
+    ``"nll"``, is taken too, since scripts often spell it out, and so is the scoring rule's own name (``"dft"``).
 
     Raises:
         ValueError: for another ``loss_type``, and as `DPSMArguments` and SFTConfig do.
@@ -44,9 +44,11 @@ def check_loss_type(loss_type: str, scoring_rule: str) -> None:
     """Look whether TRL's ``loss_type`` asks for another loss than the scoring rule.
 
     Raises:
-        ValueError: if so, or if it is the name of a scoring rule.
+        ValueError: if so.
     """
-    if loss_type in (LEFT_TO_THE_RULE, TRLS_DEFAULT) or (loss_type in _SAME_AS_CE and scoring_rule == "ce"):
+    if loss_type in (LEFT_TO_THE_RULE, TRLS_DEFAULT, scoring_rule) or (
+        loss_type in _SAME_AS_CE and scoring_rule == "ce"
+    ):
         return
     if loss_type in SCORING_RULES:
         remedy = f"the argument that chooses the loss is scoring_rule here: write scoring_rule={loss_type!r}"

@@ -23,7 +23,8 @@ def test_every_number_of_the_objective_is_a_knob() -> None:
     assert set(PARAMETERS) <= set(KNOBS)
     for knob in KNOBS.values():
         assert knob.rules and knob.default == getattr(Objective(knob.rules[0]), knob.field)
-        assert knob.problem(math.nan) and knob.problem(-5.0) and not knob.problem(knob.default)
+        assert knob.problem(math.nan) and knob.problem(-math.inf) and not knob.problem(knob.default)
+        assert bool(knob.problem(-5.0)) == (knob.name != "entropy_weight")  # below 0 it is a penalty
 
 
 def test_a_knob_knows_the_rules_that_it_has_an_effect_on() -> None:

@@ -214,7 +214,7 @@ def test_a_target_that_is_certain_in_floating_point(case: dict[str, Any]) -> Non
     logits, labels = torch.zeros(1, 5), torch.tensor([2])
     logits[0, 2] = 300.0  # exp(-300) is 0 in float32
     value, gradient = value_and_gradient(logits, labels, Objective(**{**case, "z_loss": 0.0}))
-    share = case.get("score_smoothing", 0.0) / 5 * (case["alpha"] if case["scoring_rule"] == "dpsm" else 1.0)
+    share = case.get("score_smoothing", 0.0) / 5 * (case.get("alpha", 0.0) if case["scoring_rule"] == "dpsm" else 1.0)
     if not case.get("score_smoothing"):
         assert value.item() == 0 and (gradient == 0).all()
     else:  # the others are all in the tail: -share * log p_j each, on top of the Brier score of smoothed labels

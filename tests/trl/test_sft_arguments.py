@@ -52,13 +52,15 @@ def test_trls_own_default_is_taken(tmp_path: Path) -> None:
     assert make(DPSMSFTConfig(**settings(tmp_path, loss_type="nll"))).args.loss_type == "nll"
     with pytest.warns(FutureWarning, match="chunked_nll"):
         assert DPSMSFTConfig(**settings(tmp_path, loss_type="chunked_nll", scoring_rule="ce")).loss_type == "nll"
+    both = DPSMSFTConfig(**settings(tmp_path, loss_type="dft", scoring_rule="dft"))  # TRL has this rule too
+    assert make(both).args.scoring_rule == "dft"
 
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"loss_type": "dft"}, r"loss_type='dft' .*scoring_rule='dpsm'.*leave loss_type out.*trl.SFTTrainer"),
-        ({"loss_type": "dft", "scoring_rule": "ce"}, r"loss_type='dft' .*scoring_rule='ce'"),
+        ({"loss_type": "sdft"}, r"loss_type='sdft' .*scoring_rule='dpsm'.*leave loss_type out.*trl.SFTTrainer"),
+        ({"loss_type": "dft", "scoring_rule": "ce"}, r"loss_type='dft' .*scoring_rule='ce'.*write scoring_rule='dft'"),
         ({"loss_type": "chunked_nll"}, r"loss_type='chunked_nll' .*choose scoring_rule='ce'"),
         ({"loss_type": "brier"}, r"loss_type='brier' .*write scoring_rule='brier'"),
     ],
