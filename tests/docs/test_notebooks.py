@@ -48,6 +48,7 @@ def test_runs_and_shows_what_it_says(path: Path, request: pytest.FixtureRequest,
     assert kept == made and any(made)
     assert sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ()))
     if made_by == platform.python_version():  # another version brings other docstrings
-        # a training carries the order of sums, another on each processor, into the second or third digit
+        # A training carries the order of sums, another on each processor, into the second digit: an ECE or a gap
+        # differed by up to 0.014 between four instruction sets, everything else by less than 2 %.
         for cell, before in zip(notebook.cells, kept_numbers, strict=True):
-            assert numbers(cell) == pytest.approx(before, rel=0.05, abs=0.005), cell.source
+            assert numbers(cell) == pytest.approx(before, rel=0.05, abs=0.015), cell.source
