@@ -25,6 +25,7 @@ _COMMANDS = {
     ),
     "demo": ("dpsm_hf.campaign.demo", "train a small model three times on real text and compare"),
     "doctor": ("dpsm_hf.tasks.doctor", "say what is installed here, and which path a model would take"),
+    "split": ("dpsm_hf.tasks.split", "divide a file into splits so that no text is in two of them"),
     "report": ("dpsm_hf.campaign.report.side_by_side", "compare finished runs in one HTML page"),
 }
 

@@ -19,7 +19,7 @@ from .hashing import text_hash
 from .loading import AnyDataset
 
 # Different salts, so that a small subset is spread evenly over the folds.
-_SUBSET, _FOLD = "dpsm-hf-subset", "dpsm-hf-fold"
+_SUBSET, _FOLD, _SPLIT = "dpsm-hf-subset", "dpsm-hf-fold", "dpsm-hf-split"
 
 
 def low_resource(
@@ -56,6 +56,65 @@ def low_resource(
     enough = -(-int(reached[-1]) * part.numerator // part.denominator)
     kept = order[: int(np.searchsorted(reached, enough)) + 1]
     return dataset.select(np.flatnonzero(np.isin(documents, kept)))
+
+
+def drawn_rows(dataset: Dataset, number: int, seed: int) -> Dataset:
+    """Return so many rows drawn at random without replacement, in their order; fewer are among more of one seed.
+
+    Args:
+        dataset: the training set.
+        number: of rows; all where there are no more.
+        seed: of the draw.
+    """
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(np.sort(order[:number]))
+
+
+def split_by_group(
+    dataset: Dataset, columns: Sequence[str], sizes: Mapping[str, int | None], salt: str = ""
+) -> dict[str, Dataset]:
+    """Divide a data set into splits so that rows with the same text are in the same one.
+
+    Groups of equal rows are taken in the order of the hashes of their texts, whatever the order of the data: the first
+    split gets them until it has its number of rows, the next one what follows, and so on.
+
+    Args:
+        dataset: to be divided.
+        columns: whose texts, white space at their ends aside, make a group.
+        sizes: rows of each split, in order; None for one split that gets what the others leave. A split is larger by
+            the rows of its last group that were too many.
+        salt: another one gives another division.
+
+    Returns:
+        The splits, rows in the order of the data.
+
+    Raises:
+        ValueError: if there are not enough rows, or no row is left for the split that gets what is left.
+    """
+    if not sizes or sum(size is None for size in sizes.values()) > 1:
+        raise ValueError("splits need a size each; one of them may be what the others leave.")
+    groups: dict[int, list[int]] = {}
+    for index, (texts, _) in enumerate(_single_rows(dataset, columns)):
+        key = text_hash([(text or "").strip() for text in texts], f"{_SPLIT}{salt}")
+        groups.setdefault(key, []).append(index)
+    ordered = iter(sorted(groups))
+    found: dict[str, list[int]] = {}
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        rows = found[name] = []
+        while len(rows) < size:
+            group = next(ordered, None)
+            if group is None:
+                raise ValueError(f"there are {len(dataset):,} rows, too few for {size:,} in the split {name!r}.")
+            rows += groups[group]
+    rest = [index for group in ordered for index in groups[group]]
+    for name, size in sizes.items():
+        if size is None:
+            if not rest:
+                raise ValueError(f"no row of {len(dataset):,} is left for the split {name!r}: take smaller ones.")
+            found[name] = rest
+    return {name: dataset.select(sorted(found[name])) for name in sizes}
 
 
 def fold_of(texts: Sequence[str | None], folds: int) -> int:

@@ -62,6 +62,11 @@ class DataSource:
     validation_file: str | None = option("File to evaluate on, of the same kind.")
     test_file: str | None = option("File that --do_predict evaluates on, of the same kind.")
     calibration_file: str | None = option("dpsm_hf: file that --fit_temperature fits on, of the same kind.")
+    draw_train_samples: bool = option(
+        "dpsm_hf: draw the rows of --max_train_samples at random, by --data_seed or else --seed, instead of taking "
+        "the first: each seed then trains on rows of its own.",
+        False,
+    )
     calibration_split_percentage: int = option(
         "dpsm_hf: share of the train split, its last rows, that --fit_temperature sets aside to fit on "
         "where there is no calibration split.",
@@ -76,6 +81,19 @@ class DataSource:
         """Give the local files by split."""
         given = {split: getattr(self, f"{split}_file") for split in ("train", "validation", "test", "calibration")}
         return {split: path for split, path in given.items() if path is not None}
+
+    def check_draw(self) -> None:
+        """Refuse to draw training rows where there is no number of them, or no number to draw from.
+
+        Raises:
+            ValueError: naming the options.
+        """
+        if not self.draw_train_samples:
+            return
+        if getattr(self, "max_train_samples", None) is None:
+            raise ValueError("--draw_train_samples draws so many rows as --max_train_samples says: pass it too.")
+        if getattr(self, "streaming", False):
+            raise ValueError("--draw_train_samples cannot draw from a stream: leave out --streaming.")
 
     def check_calibration(self, fit_temperature: bool) -> None:
         """Refuse a file to fit on where nothing is fitted.

@@ -354,7 +354,7 @@ class LanguageModelling(Task):
                 for name, most in limits.items():
                     if name in self.texts:
                         rows = prepare_completions(self.texts[name], tokenizer, pairs, block_size, split=name, **how)
-                        found[name] = rows if most is None else rows.take(min(most, len(rows)))
+                        found[name] = self.cut(rows, name, most)
             return found, CompletionCollator(pad)
         own = {split: self.texts[split] for split in self.wanted_splits() if split in self.texts}
         with self.training_args.main_process_first(desc="preparing the texts"):
@@ -362,7 +362,7 @@ class LanguageModelling(Task):
             for name, (column, boundary) in self.extra_kinds.items():
                 of_kind = replace(options, document_boundary=boundary)
                 rows |= prepare_clm_datasets({name: self.texts[name]}, tokenizer, of_kind, text_column=column, **how)
-        cut = {split: rows[split] if most is None else rows[split].take(most) for split, most in limits.items()}
+        cut = {split: self.cut(rows[split], split, most) for split, most in limits.items()}
         return cut, ClmCollator(block_size, pad)
 
     @classmethod

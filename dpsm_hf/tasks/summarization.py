@@ -219,7 +219,7 @@ class Summarization(Task):
         if name == "train":
             kept = data.take_low_resource(kept, columns)
         self.columns[name] = columns
-        self.texts[name] = kept if most is None else kept.select(range(min(most, len(kept))))
+        self.texts[name] = self.cut(kept, name, most)
 
     def _load_bert_scorer(self) -> Any:
         """Load the scorer of --bertscore, or return None without it."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import DataCollator, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data.loading import AnyDataset, load_text_datasets
-from ..data.tokenizer import resolve_tokenizer
+from ..data.subsets import drawn_rows
+from ..data.tokenizer import TRAIN_BPE, resolve_tokenizer
 from ..models.frozen_layers import FrozenLayers
 from ..models.language_model import core_model
 from ..models.pretrained import SMOLLM2_ON_HUB, is_smollm2, named_model
@@ -101,6 +102,12 @@ class Task(ABC):
         """
         settle_best_checkpoint(self.outcome_args, self.training_args)
         model = self.model_args
+        self.data_args.check_draw()
+        if self.data_args.draw_train_samples and model.tokenizer_name == TRAIN_BPE:
+            raise ValueError(
+                f"--draw_train_samples would give each seed another tokenizer with --tokenizer_name {TRAIN_BPE}: name "
+                "a saved tokenizer, or leave it out."
+            )
         if model.lora_r is not None and model.model_name_or_path is None:
             raise ValueError(
                 f"--lora_r {model.lora_r} adapts a pretrained model: give --model_name_or_path, or leave it out to "
@@ -144,6 +151,21 @@ class Task(ABC):
         """Return what decides which part of the model is trained, for the run's checkpoints."""
         arguments = self.model_args
         return {"freeze_layers": arguments.freeze_layers} if isinstance(arguments, FreezingArguments) else {}
+
+    def cut(self, rows: Any, split: str, most: int | None) -> Any:
+        """Return the rows of a split that the run takes: all, the first, or of training those that are drawn.
+
+        Args:
+            rows: Of the split.
+            split: Its name.
+            most: As `wanted_splits` says.
+        """
+        if most is None:
+            return rows
+        if split == "train" and self.data_args.draw_train_samples:
+            seed = self.training_args.data_seed
+            return drawn_rows(rows, most, self.training_args.seed if seed is None else seed)
+        return rows.take(most if not hasattr(rows, "__len__") else min(most, len(rows)))
 
     @property
     def most_extra_rows(self) -> int | None:
@@ -464,6 +486,8 @@ class Task(ABC):
         frozen: FrozenStates | None = None
         if self.frozen_layers is not None:
             frozen = self.model_args.frozen_states(self.frozen_layers, str(training.output_dir))
+            if self.model_args.frozen_cache is not None:  # where other runs that evaluate the same sets find them
+                frozen.further = [found for split, found in rows.items() if split != "train"]
             trainer.frozen_states = frozen
         results: dict[str, float] = {}
         if training.do_train:

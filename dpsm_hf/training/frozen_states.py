@@ -111,6 +111,8 @@ class FrozenStates:
 
     def __init__(self, layers: FrozenLayers, folder: Path | None) -> None:
         self.layers, self.folder = layers, folder
+        #: Sets whose states are to be kept too, though they are evaluated after training alone: for other runs.
+        self.further: Sequence[Any] = ()
         #: Seconds that the last `prepare` took, and the bytes of the files it needed and of those it wrote.
         self.seconds, self.bytes, self.written = 0.0, 0, 0
         self._where: dict[bytes, tuple[int, int]] = {}  # of a row: file, first token in it

@@ -230,6 +230,7 @@ class DPSMMixin(_Base):
             listed = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
             listed += [self.calibration_dataset] if self.dpsm.fit_temperature else []
             sets += [(dataset, args.per_device_eval_batch_size) for dataset in listed]
+        sets += [(dataset, args.per_device_eval_batch_size) for dataset in states.further]
         states.prepare(self, [(dataset, size) for dataset, size in sets if dataset is not None])
         return {"train_frozen_cache_seconds": states.seconds, "train_frozen_cache_mb": states.bytes / 2**20}
 

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from dpsm_hf.data.python_text import load_python_docs, load_python_docstrings
-from dpsm_hf.data.subsets import fold_of, low_resource, split_fold
+from dpsm_hf.data.subsets import drawn_rows, fold_of, low_resource, split_fold
 
 PAIR = ("document", "summary")
 
@@ -40,6 +40,18 @@ def test_smaller_subsets_are_parts_of_larger_ones_in_the_same_order(pairs: Datas
         assert set(part) <= set(larger) and places == sorted(places)
         larger = part
     assert summaries(low_resource(pairs, 0.1, PAIR)) != whole[:100]
+
+
+def test_drawn_rows_are_of_the_seed_and_nested(pairs: Dataset) -> None:
+    whole = summaries(pairs)
+    drawn = {seed: summaries(drawn_rows(pairs, 100, seed)) for seed in (0, 1)}
+    for part in drawn.values():
+        places = [whole.index(text) for text in part]
+        assert len({*places}) == 100 and places == sorted(places)
+    # 10 % of 100 are expected in both, with a standard deviation of 3
+    assert len({*drawn[0]} & {*drawn[1]}) < 25
+    assert {*summaries(drawn_rows(pairs, 40, 0))} < {*drawn[0]} == {*summaries(drawn_rows(pairs, 100, 0))}
+    assert summaries(drawn_rows(pairs, 5000, 0)) == whole
 
 
 def test_the_order_of_the_data_does_not_matter(pairs: Dataset) -> None:

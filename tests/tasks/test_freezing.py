@@ -154,6 +154,25 @@ def test_another_rule_and_seed_share_the_files_and_another_number_has_its_own(
     assert not cache.exists()
 
 
+def test_what_is_evaluated_at_the_end_is_shared_where_the_folder_is_named(base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "test_file": base / "train.txt", "do_predict": True, "max_predict_samples": 8, "evaluate_best": True,
+        "save_strategy": "epoch", "eval_strategy": "epoch", "fit_temperature": True, "block_size": 16,
+    }  # fmt: skip
+    found, calls = {}, {}
+    for name in ("first", "second"):
+        with counted("llama") as calls_of:
+            found[name] = run(base, "llama", tmp_path / name, frozen_cache=tmp_path / "cache", **options)
+            calls[name] = calls_of()
+    off = run(base, "llama", tmp_path / "off", frozen_cache="off", **options)
+    assert figures(found["second"]) == figures(found["first"])
+    for key, value in figures(off).items():
+        assert found["first"][key] == pytest.approx(value, rel=1e-5), key
+    # No evaluation of the second run runs the frozen layers: they run twice as they are frozen, once to see what they
+    # put out, and twice in the comparison at the first batch.
+    assert calls["second"][0] == 2 + 1 + 2 < calls["first"][0], calls
+
+
 @pytest.mark.parametrize("damage", [flipped("states.safetensors"), cut("states.safetensors"), shutil.rmtree])
 def test_a_damaged_part_is_found_by_its_hash_and_computed_again(
     damage: Any, base: Path, kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
