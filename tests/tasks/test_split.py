@@ -1,4 +1,4 @@
-"""``dpsm split``: no text is in two splits, whatever the order of the data; sizes and files are as they are said to be."""
+"""``dpsm split``: no text is in two splits, whatever the order of the data; sizes and files are as they are said."""
 
 from __future__ import annotations
 
