@@ -1,6 +1,7 @@
 """Time and memory of the output layer, forward and backward: ours, Transformers' cross-entropy, and others.
 
 python -m benchmarks.head --dims 256 768 --dtypes fp32 bf16
+python -m benchmarks.head --rules --dims 576 --vocab 49152 --dtypes fp32    # every scoring rule against cross-entropy
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.hidden import hidden_states
 from dpsm_hf import linear_scoring_loss
 from dpsm_hf.head.matmul import by_onednn, product
 from dpsm_hf.measuring.processes import peak_above
+from dpsm_hf.rules.registry import RULES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFERENCE = "transformers CE"
@@ -61,13 +63,13 @@ def torch_linear_ce(rows: int | None) -> Variant:
     return run
 
 
-def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None) -> Variant:
+def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None, **more: float) -> Variant:
     """The fused head, with alpha as a tensor on the device, so that nothing synchronises with it."""
     alpha: dict[torch.device, Tensor] = {}
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         mixed = alpha.setdefault(hidden.device, torch.full((), 0.5, device=hidden.device))
-        options: dict[str, Any] = {"scoring_rule": scoring_rule, "impl": impl, "chunk_tokens": chunk}
+        options: dict[str, Any] = {"scoring_rule": scoring_rule, "impl": impl, "chunk_tokens": chunk, **more}
         return linear_scoring_loss(hidden, weight, labels, alpha=mixed, **options).loss
 
     return run
@@ -129,6 +131,19 @@ def all_variants(device: torch.device, dtype: torch.dtype) -> dict[str, Variant 
     return found
 
 
+def rule_variants() -> dict[str, Variant | str]:
+    """Return the fused head with every scoring rule, and with what can be added to one; cross-entropy first."""
+    added: dict[str, tuple[str, dict[str, float]]] = {
+        "ce, label smoothing": ("ce", {"label_smoothing": 0.1}),
+        "ce, entropy bonus": ("ce", {"entropy_weight": 0.1}),
+        "dpsm, norm weight": ("dpsm", {"norm_weight": 1.5}),
+        "dpsm, entropy bonus": ("dpsm", {"entropy_weight": 0.1}),
+        "brier, score smoothing": ("brier", {"score_smoothing": 0.1}),
+    }
+    plain = {name: (name, dict[str, float]()) for name in ("ce", *RULES)}
+    return {f"ours, {name}": ours(rule, **more) for name, (rule, more) in {**plain, **added}.items()}
+
+
 def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
     """Measure every combination of width, vocabulary and dtype."""
     for vocabulary in arguments.vocab:
@@ -139,10 +154,12 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 hidden, weight, labels = hidden_states(tokens, width, vocabulary, device, DTYPES[dtype])
                 hidden.requires_grad_()
                 weight.requires_grad_()
+                reference = "ours, ce" if arguments.rules else REFERENCE
+                found_here = rule_variants() if arguments.rules else all_variants(device, DTYPES[dtype])
                 variants = {
                     name: variant
-                    for name, variant in all_variants(device, DTYPES[dtype]).items()
-                    if not arguments.only or name == REFERENCE or any(part in name for part in arguments.only)
+                    for name, variant in found_here.items()
+                    if not arguments.only or name == reference or any(part in name for part in arguments.only)
                 }
                 inputs = (hidden, weight, labels)
                 calls = {name: bound(v, inputs) for name, v in variants.items() if not isinstance(v, str)}
@@ -153,11 +170,13 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
                 # on a CPU a call of a wide head takes seconds: take fewer samples (the table shows how many)
                 samples = arguments.samples if width <= 1024 or device.type == "cuda" else min(5, arguments.samples)
                 peak = peak_of(dtype, tokens, width, vocabulary) if device.type == "cpu" else None
-                found = measure(calls, REFERENCE, samples=samples, budget=arguments.budget, device=device, clean=clean,
+                found = measure(calls, reference, samples=samples, budget=arguments.budget, device=device, clean=clean,
                                 peak=peak)  # fmt: skip
                 for name, variant in variants.items():
                     columns: dict[str, Any] = found.get(name, {"note": variant})
-                    table.add(Row("head", name, dtype, tokens, width, vocabulary, **columns))
+                    table.add(
+                        Row("rules" if arguments.rules else "head", name, dtype, tokens, width, vocabulary, **columns)
+                    )
                 del hidden, weight, labels, inputs, calls
 
 
@@ -182,7 +201,7 @@ def own_peak(name: str, dtype: str, tokens: int, width: int, vocabulary: int) ->
     hidden = torch.randn(tokens, width).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocabulary, width) * 0.02).to(DTYPES[dtype]).requires_grad_()
     cpu = torch.device("cpu")
-    variant = all_variants(cpu, DTYPES[dtype])[name]
+    variant = (rule_variants() | all_variants(cpu, DTYPES[dtype]))[name]
     assert not isinstance(variant, str)
     call = bound(variant, (hidden, weight, torch.randint(vocabulary, (tokens,))))
     for _ in range(2):  # warm-up: compilation, and buffers that libraries keep
@@ -205,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, nargs="+", default=[50257, 128256], help="rows of the output layer")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     p.add_argument("--tokens", type=int, help="scored tokens (CPU: 1024, 256 for a wide or tall head; GPU: 8192)")
+    p.add_argument("--rules", action="store_true", help="compare the scoring rules with cross-entropy, all fused")
     p.add_argument("--only", nargs="+", help="variants whose name contains one of these, and the reference")
     rounds = "rounds; at most 5 for widths above 1024 on a CPU; 0 measures memory only"
     add_options(p, samples=20, rounds=rounds, budget=240)

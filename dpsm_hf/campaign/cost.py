@@ -9,7 +9,8 @@ the width of its attention, and S and T the tokens of a source and a target, one
                            + 6 N_dec T + 12 L_dec d (T^2 + S T)
 
 where N_cross are the cross-attention's key and value matrices, which read the source. 6 is 2 operations for each
-multiplication and addition, times 1 for forward and 2 for backward; attention counts as if it were not causal.
+multiplication and addition, times 1 for forward and 2 for backward; attention counts as if it were not causal. Of
+layers that are frozen (``freeze_layers``) nothing is counted: what they put out is computed once and kept.
 
 Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1; Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
 """
@@ -21,7 +22,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,9 +49,16 @@ class ModelSize:
     decoder: int  # those of matrices that read the target's tokens; of a language model, all
     encoder: int
     cross: int  # those of the cross-attention's key and value matrices
+    head: int  # of the decoder's, those of the output layer
     decoder_layers: int
     encoder_layers: int
     width: int
+
+    def above(self, frozen: int) -> ModelSize:
+        """Return the size of what is run where so many of the lowest layers of a language model are frozen."""
+        layers = max(0, self.decoder_layers - frozen)
+        body = (self.decoder - self.head) * layers // max(1, self.decoder_layers)
+        return replace(self, decoder=body + self.head, decoder_layers=layers)
 
     def row_flops(self, source: int, target: int) -> float:
         """Return the operations of forward and backward of one row by the module's formula.
@@ -76,6 +84,8 @@ def run_cost(campaign: Campaign, run: Run, size: str | None = None, data: str | 
     """Return what a run costs; under ``size`` and ``data`` the file may say more about model and data."""
     given = run.arguments
     model = model_size(campaign, run, size)
+    if model is not None and given.get("freeze_layers") is not None:
+        model = model.above(int(given["freeze_layers"]))
     micro = int(given.get("per_device_train_batch_size", 8)) * int(given.get("gradient_accumulation_steps", 1))
     rows = micro * run.processes
     steps = _steps(given, rows, campaign.planned.get("data", {}).get(data or "", {}))
@@ -148,11 +158,13 @@ def measure(config: PreTrainedConfig) -> ModelSize:
             part = "encoder" if id(module) in inside else "cross" if name.endswith(_CROSS) else "decoder"
             parts[part] += module.weight.numel()
     layers, named = int(config.num_hidden_layers), config.to_dict()
+    output: Any = model.get_output_embeddings()
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         decoder=parts["decoder"],
         encoder=parts["encoder"],
         cross=parts["cross"],
+        head=0 if output is None else output.weight.numel(),
         decoder_layers=int(named.get("decoder_layers") or named.get("num_decoder_layers") or layers),
         encoder_layers=int(named.get("encoder_layers") or layers) if config.is_encoder_decoder else 0,
         width=int(config.hidden_size),

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: for a source, column or size that there is not, and for files that are there already.
     """
-    options = _parser().parse_args(argv)
-    sizes = _sizes(options.sizes)
+    options = parser().parse_args(argv)
+    sizes = check_sizes(options.sizes)
     folder = check_folder(options.output_dir, "--output_dir")
     paths = {name: folder / f"{name}.jsonl" for name in sizes}
     if there := [str(path) for path in (*paths.values(), folder / RECORD_NAME) if path.exists()]:
@@ -66,28 +66,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    made = argparse.ArgumentParser(
         prog="dpsm split", description=(__doc__ or "").replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("source", help="a csv, json, jsonl, txt or parquet file, or what --dataset_name takes")
-    parser.add_argument("--config", help="configuration of a data set of the hub")
-    parser.add_argument("--split", default="train", help="split of a named data set that is divided (train)")
-    parser.add_argument(
+    made.add_argument("source", help="a csv, json, jsonl, txt or parquet file, or what --dataset_name takes")
+    made.add_argument("--config", help="configuration of a data set of the hub")
+    made.add_argument("--split", default="train", help="split of a named data set that is divided (train)")
+    made.add_argument(
         "--group_by", nargs="+", required=True, metavar="COLUMN",
         help="columns whose text decides: rows with the same stay together",
     )  # fmt: skip
-    parser.add_argument(
+    made.add_argument(
         "--sizes", nargs="+", required=True, metavar="NAME=ROWS",
         help=f"splits in the order in which they are filled; one of them may be NAME={_REST}",
     )  # fmt: skip
-    parser.add_argument("--salt", default="", help="any word; another one gives another division")
-    parser.add_argument("--output_dir", required=True, help="folder for the files")
-    return parser
+    made.add_argument("--salt", default="", help="any word; another one gives another division")
+    made.add_argument("--output_dir", required=True, help="folder for the files")
+    return made
 
 
-def _sizes(words: Sequence[str]) -> Mapping[str, int | None]:
+def check_sizes(words: Sequence[str]) -> Mapping[str, int | None]:
+    """Return the rows of each split, None for what is left, from words like ``test=500`` and ``train=rest``.
+
+    Raises:
+        ValueError: naming the word that is not one.
+    """
     sizes: dict[str, int | None] = {}
     for word in words:
         name, _, size = word.partition("=")

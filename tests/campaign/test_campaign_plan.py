@@ -76,6 +76,10 @@ def test_a_language_model_by_hand() -> None:
     assert size.decoder == matrices and size.encoder == size.cross == 0
     assert size.row_flops(0, 16) == 6 * matrices * 16 + 12 * 3 * 8 * 16**2
     assert size.parameters == matrices + 16 * 8 + 3 * (24 + 8 + 32 + 8 + 4 * 8) + 2 * 8
+    # above two frozen layers one is left, and the output layer
+    upper = size.above(2)
+    assert upper.row_flops(0, 16) == 6 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8 + 8 * 50) * 16 + 12 * 8 * 16**2
+    assert upper.parameters == size.parameters
 
 
 def test_an_encoder_decoder_by_hand() -> None:

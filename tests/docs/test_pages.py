@@ -19,7 +19,7 @@ from transformers import default_data_collator
 from dpsm_hf import DPSMConfig, DPSMSeq2SeqConfig, DPSMTrainer
 from dpsm_hf.campaign.cli import build_parser
 from dpsm_hf.rules import schedules
-from dpsm_hf.tasks import TASKS, calibrate, get_task
+from dpsm_hf.tasks import TASKS, calibrate, get_task, split
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +134,8 @@ def test_commands_are_what_the_parsers_take(path: Path, outside: Path) -> None:
                 build_parser().parse_args(rest)
             case ["dpsm", "doctor", *rest]:
                 assert {word for word in rest if word.startswith("--")} <= {"--model", "--json"}, command
+            case ["dpsm", "split", *rest]:
+                split.check_sizes(split.parser().parse_args(rest).sizes)
             case ["dpsm", "calibrate", *rest]:
                 calibrate.parser().parse_args(rest)
             case ["python", script] if script.startswith("examples/"):
