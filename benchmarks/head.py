@@ -63,7 +63,7 @@ def torch_linear_ce(rows: int | None) -> Variant:
     return run
 
 
-def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None, **more: float) -> Variant:
+def ours(scoring_rule: str, impl: str = "auto", chunk: int | None = None, **more: Any) -> Variant:
     """The fused head, with alpha as a tensor on the device, so that nothing synchronises with it."""
     alpha: dict[torch.device, Tensor] = {}
 
@@ -133,14 +133,14 @@ def all_variants(device: torch.device, dtype: torch.dtype) -> dict[str, Variant 
 
 def rule_variants() -> dict[str, Variant | str]:
     """Return the fused head with every scoring rule, and with what can be added to one; cross-entropy first."""
-    added: dict[str, tuple[str, dict[str, float]]] = {
+    added: dict[str, tuple[str, dict[str, Any]]] = {
         "ce, label smoothing": ("ce", {"label_smoothing": 0.1}),
         "ce, entropy bonus": ("ce", {"entropy_weight": 0.1}),
-        "dpsm, norm weight": ("dpsm", {"norm_weight": 1.5}),
+        "dpsm, norm weight": ("dpsm", {"rule_parameters": {"norm_weight": 1.5}}),
         "dpsm, entropy bonus": ("dpsm", {"entropy_weight": 0.1}),
         "brier, score smoothing": ("brier", {"score_smoothing": 0.1}),
     }
-    plain = {name: (name, dict[str, float]()) for name in ("ce", *RULES)}
+    plain = {name: (name, dict[str, Any]()) for name in ("ce", *RULES)}
     return {f"ours, {name}": ours(rule, **more) for name, (rule, more) in {**plain, **added}.items()}
 
 
