@@ -20,7 +20,13 @@ from dpsm_hf import DPSMConfig, DPSMTrainer
 from dpsm_hf.measuring.processes import peak_above
 
 REFERENCE = "Trainer, loss alone"
-VARIANTS = (REFERENCE, "ours", "ours, temperature and classes")
+VARIANTS = (REFERENCE, "ours", "ours, temperature and classes", "ours, with its picture")
+#: Shapes of the timed model: GPT-2 small, the demo's, and a very small one for a trial run.
+SHAPES: dict[str, dict[str, int]] = {
+    "gpt2": {},
+    "demo": {"n_embd": 128, "n_layer": 4, "n_head": 4},
+    "tiny": {"n_embd": 64, "n_layer": 1, "n_head": 1},
+}
 LENGTH = 256
 VOCABULARY = 50257
 ENTRIES = 4096  # of the tokenizer, where the vocabulary has so many
@@ -43,12 +49,14 @@ def make_rows(tokens: int, vocabulary: int = VOCABULARY) -> Dataset:
 
 
 def make_evaluation(
-    variant: str, dtype: str, tokens: int, small: bool = False, vocabulary: int = VOCABULARY
+    variant: str, dtype: str, tokens: int, shape: str = "gpt2", vocabulary: int = VOCABULARY
 ) -> Callable[[], Any]:
-    """Return a function that evaluates a GPT-2 small, or a very small one, on so many tokens."""
+    """Return a function that evaluates a GPT-2 of one of `SHAPES` on so many tokens.
+
+    Ours is what an evaluation in a training does; outside of one it also draws a picture, a variant of its own.
+    """
     torch.manual_seed(0)
-    shape = {"n_embd": 64, "n_layer": 1, "n_head": 1} if small else {}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **shape))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **SHAPES[shape]))
     cuda = torch.cuda.is_available()
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "bf16": dtype == "bf16", "per_device_eval_batch_size": 8,
@@ -60,14 +68,11 @@ def make_evaluation(
         trainer = Trainer(model=model, args=TrainingArguments(prediction_loss_only=True, **common))
     else:
         classes = 50 if variant == VARIANTS[2] else 0
-        args = (
-            TrainingArguments(**common)
-            if not classes
-            else DPSMConfig(classwise_tokens=classes, calibration_metrics="all", **common)
-        )
-        ours = trainer = DPSMTrainer(model=model, args=args)
         if classes:
-            ours.callback_handler.callbacks = []  # no pictures: they are not part of the comparison
+            common |= {"classwise_tokens": classes, "calibration_metrics": "all"}
+        drawn = "final" if variant == VARIANTS[3] else "none"
+        ours = trainer = DPSMTrainer(model=model, args=DPSMConfig(reliability_diagrams=drawn, **common))
+        if classes:
             ours.use_temperature(1.1)
     trainer.args.prediction_loss_only = True
     trainer.log = lambda *arguments, **keywords: None  # type: ignore[method-assign]
@@ -81,9 +86,10 @@ def measure_memory(case: list[Any]) -> float | None:
 
 def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> None:
     """Measure the time for each dtype, and the memory for each size of the evaluation set."""
-    label, width = ("evaluation, small", 64) if arguments.small else ("evaluation", 768)
+    label = "evaluation" if arguments.model == "gpt2" else f"evaluation, {arguments.model}"
+    width = SHAPES[arguments.model].get("n_embd", 768)
     for dtype in arguments.dtypes:
-        how = (dtype, arguments.tokens, arguments.small, arguments.vocabulary)
+        how = (dtype, arguments.tokens, arguments.model, arguments.vocabulary)
         calls = {variant: make_evaluation(variant, *how) for variant in VARIANTS}
         found = measure(calls, REFERENCE, samples=arguments.samples, budget=arguments.budget, device=device,
                         clean=lambda: None, peak=lambda variant: None)  # fmt: skip
@@ -91,7 +97,7 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
             table.add(Row(label, variant, dtype, arguments.tokens, width, arguments.vocabulary, **found[variant]))
     base: float | None = None
     for tokens in arguments.sizes if arguments.memory else ():
-        peak = measure_memory(["ours", "fp32", tokens, True])
+        peak = measure_memory(["ours", "fp32", tokens, "tiny"])
         base = peak if base is None else base
         columns: dict[str, Any] = {"peak_mib": peak, "peak_ratio": peak / base if peak and base else None}
         if peak is None:
@@ -99,10 +105,10 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> No
         table.add(Row("evaluation memory", "ours", "fp32", tokens, 64, VOCABULARY, **columns))
 
 
-def own_peak(device: torch.device, variant: str, dtype: str, tokens: int, small: bool) -> float | None:
+def own_peak(device: torch.device, variant: str, dtype: str, tokens: int, shape: str) -> float | None:
     """Return the peak of an evaluation in this process."""
-    make_evaluation(variant, dtype, 8 * LENGTH, small)()  # warm-up: allocations of the first evaluation only
-    return peak_above(make_evaluation(variant, dtype, tokens, small), device)
+    make_evaluation(variant, dtype, 8 * LENGTH, shape)()  # warm-up: allocations of the first evaluation only
+    return peak_above(make_evaluation(variant, dtype, tokens, shape), device)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,9 +116,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the set whose evaluation is timed")
     p.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    p.add_argument(
-        "--small", action="store_true", help="time a very small model instead of a GPT-2 small: a trial run"
-    )
+    p.add_argument("--model", choices=list(SHAPES), default="gpt2", help="shape of the timed model (%(default)s)")
     p.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"of the timed model (default: {VOCABULARY})")
     p.add_argument(
         "--sizes", nargs="+", type=int, default=list(SIZES), help="tokens of the sets whose memory is measured, with "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +49,7 @@ _LARGEST_EXPONENT = 700.0  # exp of 710 overflows a float64
 
 _LAST_DEVIATION = 9.0  # standard deviations at which a Gaussian is below 1e-17
 
+_LEAST_WIDTH = 1e-6  # of the kernel, where a bracket of the smooth ECE begins
 _COARSE_CELLS = 1000  # cells for the smooth ECE of resamples, in place of 3000, to save time
 
 
@@ -282,17 +284,49 @@ def smooth_ece(totals: Totals, *, near: float | None = None) -> Array:
         smoothed = fft.idct(series[:, :number] * kernel, n=cells, axis=-1, overwrite_x=True)
         return np.abs(smoothed, out=smoothed).sum(-1)
 
-    # bisection: smECE_s falls as s grows, so smECE_s = s has one solution
-    low, high, steps = np.zeros(len(residual)), np.ones(len(residual)), 30
+    # smECE_s falls as s grows, so smECE_s = s has one solution
     if near is not None:
-        bracket, steps = np.full(len(residual), max(near, 1e-4)), 12
-        low, high = np.where(error(bracket / 4) > bracket / 4, bracket / 4, 0.0), np.minimum(bracket * 4, 1.0)
-        high = np.where(error(high) <= high, high, 1.0)
-    for _ in range(steps):
+        return _crossing(lambda width: error(width) - width, max(near, 1e-4), len(residual)).reshape(lead)
+    low, high = np.zeros(len(residual)), np.ones(len(residual))
+    for _ in range(30):
         width = (low + high) / 2
         above = error(width) > width
         low, high = np.where(above, width, low), np.where(above, high, width)
     return ((low + high) / 2).reshape(lead)
+
+
+def _crossing(excess: Callable[[Array], Array], near: float, rows: int, steps: int = 5) -> Array:
+    """Return where falling functions cross 0 in (0, 1], ``[rows]``, by regula falsi (Illinois) from a bracket of 16.
+
+    After five steps the error was at most 7e-4 of the value, mostly below 1e-4; a bisection takes twelve for 1e-3.
+    """
+    low, high = np.full(rows, near / 4), np.full(rows, min(4 * near, 1.0))
+    below, beyond = excess(low), excess(high)
+    if (below <= 0).any():
+        low = np.where(below > 0, low, _LEAST_WIDTH)
+        below = excess(low)
+    if (beyond > 0).any():
+        high = np.where(beyond > 0, 1.0, high)
+        beyond = excess(high)
+
+    def chord() -> Array:  # where the straight line between both ends crosses 0
+        found: Array = low + (high - low) * below / np.maximum(below - beyond, 1e-300)
+        return np.maximum(found, _LEAST_WIDTH)
+
+    side = np.zeros(rows)
+    for _ in range(steps):
+        width = chord()
+        here = excess(width)
+        above = here > 0
+        # an end that stays twice is given half its weight, or the other one would creep
+        beyond, below = (
+            np.where(above & (side > 0), beyond / 2, beyond),
+            np.where(~above & (side < 0), below / 2, below),
+        )
+        low, below = np.where(above, width, low), np.where(above, here, below)
+        high, beyond = np.where(above, high, width), np.where(above, beyond, here)
+        side = np.where(above, 1.0, -1.0)
+    return chord()
 
 
 def confidence_auroc(totals: Totals) -> Array:

@@ -167,34 +167,47 @@ def evaluation_memory_in_this_process(case: list[Any]) -> float | None:
 
 def test_evaluations(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "measure_memory", evaluation_memory_in_this_process)
-    options = ["--tokens", "512", "--small", "--dtypes", "fp32", "bf16", "--samples", "3", "--sizes", "256", "512",
-               "--device", "cpu"]  # fmt: skip
+    options = ["--tokens", "512", "--model", "tiny", "--dtypes", "fp32", "bf16", "--samples", "3", "--sizes", "256",
+               "512", "--device", "cpu"]  # fmt: skip
     evaluation.run(evaluation.parser().parse_args(options), table, CPU)
     rows = common.read(table.path)
     assert all(set(row) == COLUMNS for row in rows)
     assert [(row["benchmark"], row["variant"], row["dtype"], row["tokens"]) for row in rows] == [
         *(
-            ("evaluation, small", variant, dtype, "512")
+            ("evaluation, tiny", variant, dtype, "512")
             for dtype in ("fp32", "bf16")
             for variant in evaluation.VARIANTS
         ),
         *(("evaluation memory", "ours", "fp32", size) for size in ("256", "512")),
     ]
-    for row in rows[:6]:
+    for row in rows[:8]:
         assert row["samples"] == "3" and float(row["median_ms"]) > 0 and float(row["ratio"]) > 0
         assert (row["width"], row["vocabulary"], row["peak_mib"]) == ("64", "50257", "")
-    for row in rows[6:]:
+    for row in rows[8:]:
         assert not row["median_ms"] and float(row["peak_mib"]) >= 0
-    options = ["--tokens", "256", "--small", "--dtypes", "fp32", "--samples", "1", "--no-memory", "--device", "cpu"]
+    options = [
+        "--tokens",
+        "256",
+        "--model",
+        "tiny",
+        "--dtypes",
+        "fp32",
+        "--samples",
+        "1",
+        "--no-memory",
+        "--device",
+        "cpu",
+    ]
     evaluation.run(evaluation.parser().parse_args(options), table, CPU)
-    assert len(common.read(table.path)) == len(rows) + 3
+    assert len(common.read(table.path)) == len(rows) + 4
 
 
 def test_evaluations_do_the_same_work() -> None:
     # what is compared are evaluations of the same tokens by the same weights
-    plain, ours, all_of_it = (evaluation.make_evaluation(v, "fp32", 600, True)() for v in evaluation.VARIANTS)
+    made = [evaluation.make_evaluation(v, "fp32", 600, "tiny")() for v in evaluation.VARIANTS]
+    plain, ours, all_of_it, drawn = made
     assert all_of_it["eval_tokens"] == 2 * (evaluation.LENGTH - 1)
-    assert ours["eval_nll"] == pytest.approx(all_of_it["eval_nll"], rel=1e-9)
+    assert ours["eval_nll"] == pytest.approx(all_of_it["eval_nll"], rel=1e-9) == drawn["eval_nll"]
     assert ours["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
     assert "eval_nll" not in plain and "eval_ece_15" in ours and "eval_classwise_ece" not in ours
     assert all_of_it["eval_temperature"] == 1.1 and all_of_it["eval_classwise_ece"] > 0
@@ -204,15 +217,28 @@ def test_evaluations_do_the_same_work() -> None:
 
 def test_an_evaluation_without_a_whole_sequence() -> None:
     with pytest.raises(ValueError, match="255 tokens are less than one sequence of 256"):
-        evaluation.make_evaluation("ours", "fp32", 255, True)
+        evaluation.make_evaluation("ours", "fp32", 255, "tiny")
 
 
 def test_memory_of_an_evaluation_comes_from_its_own_process(table: common.Table, monkeypatch: Any) -> None:
-    peak = evaluation.measure_memory(["ours", "fp32", 512, True])
+    peak = evaluation.measure_memory(["ours", "fp32", 512, "tiny"])
     # the tallies of the calibration metrics are 10 MiB; a batch of all logits would be 98
     assert peak is not None and 5 < peak < 90
     monkeypatch.setattr(evaluation, "measure_memory", lambda case: None)
-    options = ["--tokens", "256", "--small", "--dtypes", "fp32", "--samples", "1", "--sizes", "512", "--device", "cpu"]
+    options = [
+        "--tokens",
+        "256",
+        "--model",
+        "tiny",
+        "--dtypes",
+        "fp32",
+        "--samples",
+        "1",
+        "--sizes",
+        "512",
+        "--device",
+        "cpu",
+    ]
     evaluation.run(evaluation.parser().parse_args(options), table, CPU)
     assert common.read(table.path)[-1]["note"] == "memory: not measured"
 
