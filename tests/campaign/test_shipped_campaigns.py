@@ -59,6 +59,25 @@ def test_shipped_campaigns(path: Path, scale: str, points: dict[str, int], runs:
         assert run.arguments["fit_temperature"] and run.id in campaign.runs
 
 
+def test_the_study_takes_its_splits_from_a_folder_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = SHIPPED / "study-dialogsum.yaml"
+    monkeypatch.delenv("DPSM_STUDIES", raising=False)
+    with pytest.raises(SpecError, match="the environment variable DPSM_STUDIES is not set"):
+        load_campaign(study)
+    monkeypatch.setenv("DPSM_STUDIES", str(tmp_path))
+    (tmp_path / "dialogsum").mkdir()
+    for split in ("train", "validation", "calibration", "test"):
+        (tmp_path / "dialogsum" / f"{split}.jsonl").write_text('{"document": "a", "summary": "b"}\n', encoding="utf-8")
+    campaign = load_campaign(study)
+    arms = [variation.name for variation in campaign.variations if variation.of is None and variation.role == "main"]
+    assert arms == ["ce", "brier", "dpsm", "half", "half-k15"]  # those of docs/protocol.md
+    main = [campaign.runs[point.run_id] for point in campaign.points if not point.scaled and point.seed > 10]
+    assert Counter(run.arguments["scoring_rule"] for run in main) >= Counter(ce=6, brier=6, dpsm=18)
+    assert all(run.arguments["draw_train_samples"] and run.arguments["freeze_layers"] == 26 for run in main)
+
+
 def test_a_shipped_campaign_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in (EXP_1.stem, EXP_1.name):
