@@ -273,6 +273,12 @@ def check_buckets(record: dict[str, Any], counts: Counter[int], trainer: Any, da
     assert sum(bucket["gap"] for bucket in record["buckets"]) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_token_that_was_never_counted_is_among_the_rarest() -> None:
+    frequency = TokenFrequency.of_counts(torch.tensor([1, 0, 90]), "here")
+    # 90 of 91 labels make up the first bucket; one beyond all counted ids is as rare as one that was counted 0 times
+    assert frequency.of(torch.tensor([2, 0, 1, 3, 1000])).tolist() == [0, 3, 3, 3, 3]
+
+
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 def test_mass_and_labels_by_frequency_in_the_training_set(fused_head: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, frequency_buckets=True, fused_head=fused_head)
