@@ -280,6 +280,8 @@ def test_set_changes_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert late("variations.late.arguments.alpha_hold=0.7")["alpha_hold"] == 0.7
     assert "alpha_warmup_steps" not in late("base.alpha_warmup_steps=null")
     assert {p.seed for p in load(tmp_path, FILE, overrides=["seeds=[5]"]).points} == {5}
+    without = load(tmp_path, FILE, overrides=["variations.scaled=null", "base.fit_temperature=false"])
+    assert {p.variation for p in without.points} == {"ce", "brier", "dpsm", "late"}
     assert load(tmp_path, FILE, overrides=["budget.limit=3"]).budget.limit == 3.0
     (tmp_path / "x.txt").write_text("x\n")
     monkeypatch.chdir(tmp_path)
@@ -309,6 +311,7 @@ def test_set_with_dots_in_a_name(tmp_path: Path) -> None:
             "--set: base.max_steps: '[' is no value; write a number, a word or a list as in the file",
         ),
         ("base.max_steps=many", "--set: base.max_steps: text ('many') where the script takes a whole number"),
+        ("variations.late=1", "--set: variations.late: write variations.late.KEY=VALUE, or variations.late=null, which"),
         ("seeds.first=1", "--set: seeds.first: seeds has no keys of its own; write seeds=VALUE"),
     ],
 )

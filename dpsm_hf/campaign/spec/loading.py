@@ -237,6 +237,12 @@ def _set(tree: dict[str, Located], path: str, value: Located, problems: Problems
         return
     names = [rest]
     if section in ENTRY_KEYS:
+        if rest in holder.value:
+            if value.value is None:
+                tree[section] = Located({n: e for n, e in holder.value.items() if n != rest}, holder.place)
+            else:
+                problems.add(value.place, path, f"write {path}.KEY=VALUE, or {path}=null, which takes it out")
+            return
         # names may contain dots: take the longest that fits
         name = max((n for n in holder.value if rest.startswith(f"{n}.")), key=len, default=None)
         if name is None:
