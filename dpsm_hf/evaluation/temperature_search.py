@@ -72,8 +72,8 @@ class TemperatureSearch(ABC):
     def fail(self, x: float) -> None:
         """End without a temperature, x being the last log T."""
 
-    def _move(self, gradient: float, curvature: float) -> float | None:
-        """Take a step; return its length in log T if it was the last one."""
+    def _move(self, gradient: float, curvature: float) -> bool:
+        """Take a step; return whether it was the last one."""
         self._passes += 1
         x = self._x
         if gradient > 0:
@@ -88,13 +88,13 @@ class TemperatureSearch(ABC):
         if abs(following - x) < _TOLERANCE:
             if min(x - math.log(LEAST), math.log(MOST) - x) < _AT_THE_END:
                 self.fail(x)
-                return None
+                return False
             self.temperature = math.exp(following)
-            return following - x
+            return True
         self._x = following
         if self._passes == _MOST_PASSES:
             self.fail(following)
-        return None
+        return False
 
 
 class NllSearch(TemperatureSearch):
@@ -130,10 +130,8 @@ class NllSearch(TemperatureSearch):
         nll, gradient, curvature = (value / tokens for value in sums)
         if not self._passes:
             self.before = nll
-        step = self._move(gradient, curvature)
-        if step is not None:
-            # the value at the last step, to second order
-            self.after = nll + gradient * step / 2
+        if self._move(gradient, curvature):
+            self.after = nll  # so near the least that nothing is left to add
 
     def fail(self, x: float) -> None:
         """Raise UnfittableError: without this temperature none is reported."""

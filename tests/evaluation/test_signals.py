@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from dpsm_hf import CalibrationCallback, TemperatureScaler
-from dpsm_hf.evaluation.temperature_search import MomentSums
+from dpsm_hf.evaluation.temperature_search import BrierSearch, MomentSums, search
 from dpsm_hf.evaluation.token_frequency import TokenFrequency, TrainingFrequency
 from tests.evaluation_trainers import float64_logits, make_trainer
 from tests.tiny import SEQ2SEQ, VOCAB, make_data
@@ -271,6 +272,19 @@ def check_buckets(record: dict[str, Any], counts: Counter[int], trainer: Any, da
         assert found["interval"][0] < found["gap"] < found["interval"][1]
     assert sum(bucket["mass"] for bucket in record["buckets"]) == pytest.approx(1)
     assert sum(bucket["gap"] for bucket in record["buckets"]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("least", [-1.7, 1.2])
+def test_the_search_goes_downhill_where_the_score_is_not_convex(least: float) -> None:
+    # -exp(-u^2), u the distance in log T from the least: at T = 1 it bends downwards, as a Brier score may
+    def one_pass(wanted: Mapping[str, float]) -> tuple[dict[str, list[float]], int]:
+        u = math.log(wanted["brier"]) - least
+        value = -math.exp(-(u**2))
+        return {"brier": [value, -2 * u * value, (4 * u**2 - 2) * value]}, 1
+
+    found = BrierSearch()
+    search(one_pass, found)
+    assert found.temperature == pytest.approx(math.exp(least), rel=1e-6) and not found.failure
 
 
 def test_a_token_that_was_never_counted_is_among_the_rarest() -> None:
