@@ -162,7 +162,7 @@ def _reduce(
         entropy=log_normalizer - entropy_sum / total,
         other_power=other_power,
         top_entropy=top,
-        # taken about a mean that is off by what p adds up to
-        varentropy=None if spread is None else spread / total - (entropy_sum / total - entropy_sum).square(),
+        # taken about a mean that is off by 3e-5 of it, whose square is below rounding
+        varentropy=None if spread is None else spread / total,
     )
     return row, p, total, spare
