@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
 from ..models.frozen_layers import FrozenLayers, FrozenLayersError
@@ -157,6 +157,28 @@ class FrozenStates:
             raise ValueError("the frozen layers are those of another model than the trainer's: freeze its own.")
 
     # ---- computing and writing -------------------------------------------------------------------------------------
+
+    def prepare_training(self, trainer: Trainer) -> dict[str, float]:
+        """Prepare the sets that a training sees again and again, and those of `further`; return the metrics of that.
+
+        Args:
+            trainer: about to train; its ``calibration_dataset`` too is seen where a temperature is fitted.
+
+        Raises:
+            ValueError, OSError, FrozenLayersError: as `check` and `prepare`.
+        """
+        if self.folder is None:
+            return {}
+        self.check(trainer)
+        args, evaluated = trainer.args, trainer.eval_dataset
+        sets = [(trainer.train_dataset, args.per_device_train_batch_size)]
+        listed = list(self.further)
+        if args.eval_strategy != IntervalStrategy.NO or args.eval_on_start:
+            listed += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+            listed += [trainer.calibration_dataset] if trainer.dpsm.fit_temperature else []  # type: ignore[attr-defined]
+        sets += [(dataset, args.per_device_eval_batch_size) for dataset in {id(d): d for d in listed}.values()]
+        self.prepare(trainer, [(dataset, size) for dataset, size in sets if dataset is not None])
+        return {"train_frozen_cache_seconds": self.seconds, "train_frozen_cache_mb": self.bytes / 2**20}
 
     def prepare(self, trainer: Trainer, datasets: Sequence[tuple[Any, int]]) -> None:
         """Compute what is not kept yet of the rows of data sets, and open the files.

@@ -17,7 +17,6 @@ from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
-    IntervalStrategy,
     PredictionOutput,
     TrainOutput,
     default_compute_objective,
@@ -218,22 +217,6 @@ class DPSMMixin(_Base):
             states.check(self)
         self._scorer.frozen_states = states
 
-    def _prepare_frozen_states(self) -> dict[str, float]:
-        """Compute and keep what frozen layers put out for the sets of a training; return the metrics of that."""
-        states, args = self.frozen_states, self.args
-        if states is None or states.folder is None:
-            return {}
-        states.check(self)
-        sets = [(self.train_dataset, args.per_device_train_batch_size)]
-        if args.eval_strategy != IntervalStrategy.NO or args.eval_on_start:
-            evaluated = self.eval_dataset
-            listed = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
-            listed += [self.calibration_dataset] if self.dpsm.fit_temperature else []
-            sets += [(dataset, args.per_device_eval_batch_size) for dataset in listed]
-        sets += [(dataset, args.per_device_eval_batch_size) for dataset in states.further]
-        states.prepare(self, [(dataset, size) for dataset, size in sets if dataset is not None])
-        return {"train_frozen_cache_seconds": states.seconds, "train_frozen_cache_mb": states.bytes / 2**20}
-
     def _current_scorer(self) -> Scorer:
         """Return the scorer with the arguments of now, which may have been replaced since it was made."""
         self._scorer.args, self._scorer.dpsm = self.args, self.dpsm
@@ -410,7 +393,7 @@ class DPSMMixin(_Base):
         self._forget_preparation_for_evaluation()
         if self._corruptor.active:
             self._corruptor.begin(resume_from_checkpoint, str(self.args.output_dir))
-        kept = self._prepare_frozen_states()
+        kept = {} if self.frozen_states is None else self.frozen_states.prepare_training(self)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
