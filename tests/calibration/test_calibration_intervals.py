@@ -14,7 +14,7 @@ from scipy.stats import binom, binomtest
 from benchmarks.coverage import World
 from dpsm_hf import TokenCalibration
 from dpsm_hf.calibration.intervals import basic_interval, bootstrap, error_interval, wilson
-from dpsm_hf.calibration.metrics import all_metrics
+from dpsm_hf.calibration.metrics import _crossing, all_metrics
 
 ERRORS = ("ece_15", "smooth_ece")
 COVERED = (*ERRORS, "nll", "brier", "token_accuracy", "signed_gap")
@@ -185,8 +185,25 @@ def test_resampled_smooth_errors_are_those_of_the_full_search() -> None:
         exact = float(all_metrics(whole)["smooth_ece"])
         for start in (exact, exact / 3, 3 * exact, 0.0, 1.0):
             coarse = float(all_metrics(whole, smooth_near=start)["smooth_ece"])
-            # cells of 1/1000, and twelve halvings of at most [0, 1]
+            # cells of 1/1000, and a search that ends after seven looks
             assert coarse == pytest.approx(exact, abs=1e-3), start
+
+
+def test_the_short_search_is_a_long_bisection() -> None:
+    random = np.random.default_rng(0)
+    height, slope = random.uniform(0.005, 0.9, 2000), random.uniform(0, 60, 2000)
+
+    def excess(width: np.ndarray) -> np.ndarray:  # falls as the smooth error less its width does, from flat to steep
+        return height * np.exp(-slope * width) - width
+
+    low, high = np.zeros(2000), np.ones(2000)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = np.where(excess(middle) > 0, middle, low), np.where(excess(middle) > 0, high, middle)
+    for near in (0.01, 0.05, 0.2):
+        error = np.abs(_crossing(excess, near, 2000) / low - 1)
+        assert error.max() < 2e-3, (near, error.max())
+        assert not _crossing(lambda width: -width, near, 3).max() > 2e-6  # no error at all
 
 
 def test_the_basic_interval_mirrors_the_tails() -> None:
