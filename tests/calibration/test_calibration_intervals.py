@@ -189,12 +189,15 @@ def test_resampled_smooth_errors_are_those_of_the_full_search() -> None:
             assert coarse == pytest.approx(exact, abs=1e-3), start
 
 
-def test_the_short_search_is_a_long_bisection() -> None:
+@pytest.mark.parametrize("bend", [1.0, -1.0])
+def test_the_short_search_is_a_long_bisection(bend: float) -> None:
     random = np.random.default_rng(0)
     height, slope = random.uniform(0.005, 0.9, 2000), random.uniform(0, 60, 2000)
 
-    def excess(width: np.ndarray) -> np.ndarray:  # falls as the smooth error less its width does, from flat to steep
-        return height * np.exp(-slope * width) - width
+    def excess(width: np.ndarray) -> np.ndarray:  # falls as the smooth error less its width does, bent either way
+        if bend > 0:
+            return height * np.exp(-slope * width) - width
+        return height - (np.expm1(slope / 10 * width) / 5 + width)
 
     low, high = np.zeros(2000), np.ones(2000)
     for _ in range(50):
