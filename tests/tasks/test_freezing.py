@@ -22,6 +22,7 @@ from dpsm_hf.tasks.summarization import Summarization
 from dpsm_hf.training import frozen_states
 from dpsm_hf.training.frozen_states import FOLDER_NAME, FrozenStates
 from tests.damage import cut, flipped
+from tests.tasks.clm_run import real_texts, write
 from tests.tasks.frozen_run import FROZEN, UPPER, arguments, counted, run, same, save_models, weights
 
 
@@ -155,8 +156,9 @@ def test_another_rule_and_seed_share_the_files_and_another_number_has_its_own(
 
 
 def test_what_is_evaluated_at_the_end_is_shared_where_the_folder_is_named(base: Path, tmp_path: Path) -> None:
+    test_file = write(tmp_path, "txt", real_texts()[40:43], name="test")  # other rows than those trained on
     options: dict[str, Any] = {
-        "test_file": base / "train.txt", "do_predict": True, "max_predict_samples": 8, "evaluate_best": True,
+        "test_file": test_file, "do_predict": True, "max_predict_samples": 8, "evaluate_best": True,
         "save_strategy": "epoch", "eval_strategy": "epoch", "fit_temperature": True, "block_size": 16,
     }  # fmt: skip
     found, calls = {}, {}
