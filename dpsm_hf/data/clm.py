@@ -101,6 +101,15 @@ def choose_text_column(
             f"The column {column!r} of the {split} split holds {feature}, not text. Name a text column with "
             f"{option}; the columns are {', '.join(map(repr, names))}."
         )
+    if wanted is None and column != "text" and isinstance(dataset, Dataset) and len(dataset):
+        row = dataset[0]
+        longer = [name for name in names if isinstance(row[name], str) and len(row[name]) > len(row[column] or "")]
+        if longer:
+            logger.warning(
+                "The %s split has no column 'text', and its first, %r, is taken, though %s has more text: name a "
+                "column with %s.",
+                split, column, " and ".join(map(repr, longer)), option,
+            )  # fmt: skip
     return column
 
 

@@ -54,6 +54,28 @@ class CompletionFormat:
                 "completion."
             )
 
+    @classmethod
+    def of(
+        cls, prompt_column: str | None, completion_column: str | None, prompt_template: str | None, use_chat: bool
+    ) -> CompletionFormat | None:
+        """Return the format that the options of these names ask for; None where rows are cut from texts.
+
+        Raises:
+            ValueError: One column is given without the other, or how a prompt is written without any.
+        """
+        columns = {"prompt_column": prompt_column, "completion_column": completion_column}
+        given = [name for name, value in columns.items() if value is not None]
+        if len(given) == 1:
+            missing = next(name for name in columns if name not in given)
+            raise ValueError(f"--{given[0]} {columns[given[0]]} needs --{missing} too.")
+        if prompt_column is None or completion_column is None:
+            for name, used in (("prompt_template", prompt_template is not None), ("use_chat_template", use_chat)):
+                if used:
+                    raise ValueError(f"--{name} needs --prompt_column and --completion_column.")
+            return None
+        template = PLACE if prompt_template is None else prompt_template
+        return cls(prompt_column, completion_column, template, use_chat)
+
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise unless a tokenizer can write this format.
 
@@ -80,19 +102,34 @@ class CompletionFormat:
         if not self.chat:
             asked: list[int] = tokenizer(text, verbose=False)["input_ids"]
             end: int = tokenizer.eos_token_id  # type: ignore[assignment]
-            if asked and asked[-1] == end:  # a tokenizer that ends every text
+            if asked and asked[-1] == end and _ends_every_text(tokenizer):
                 asked = asked[:-1]
+            if not asked:  # something has to stand before the first token of the completion, or nothing predicts it
+                asked = [end if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
             return asked, [*tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], end]
         user = {"role": "user", "content": text}
-        answer = {"role": "assistant", "content": completion}
-        apply: Any = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
-        asked, whole = list(apply([user], add_generation_prompt=True)), list(apply([user, answer]))
-        if whole[: len(asked)] != asked:
+        messages = [user, {"role": "assistant", "content": completion}]
+        apply: Any = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+        asked, whole = list(apply([user], add_generation_prompt=True)), list(apply(messages))
+        if whole[: len(asked)] == asked:
+            return asked, whole[len(asked) :]
+        before, both = (
+            apply([user], add_generation_prompt=True, tokenize=False),
+            apply(messages, tokenize=False),
+        )
+        if not both.startswith(before):
             raise ValueError(
                 "--use_chat_template: this tokenizer's chat template does not begin a conversation with an answer as "
                 "it begins one without, so it cannot be told where the completion starts; leave the option out."
             )
-        return asked, whole[len(asked) :]
+        # white space at the beginning of a completion may join the end of the prompt in one token
+        return asked, tokenizer(both[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _ends_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer puts its end-of-sequence token behind a text."""
+    marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return bool(len(marked) > len(plain) and marked[-1] == tokenizer.eos_token_id != plain[-1])
 
 
 def prepare_completions(

@@ -288,6 +288,10 @@ def _load_named(
     name: str, config_name: str | None, streaming: bool, cache_dir: str | None, token: str | None, remedy: str
 ) -> AnyDatasetDict:
     folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{name!r} is a file, where the name of a data set or a folder belongs. {remedy}")
+    if "/" not in name and {suffix.lstrip(".") for suffix in folder.suffixes} & {*FILE_BUILDERS, "gz"}:
+        raise FileNotFoundError(f"There is no file {name!r} in {Path.cwd()}.")
     if (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(name)
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in saved.items()}) if streaming else saved

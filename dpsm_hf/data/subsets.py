@@ -8,6 +8,7 @@ trained on and validated on.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,8 @@ def split_by_group(
 
     Args:
         dataset: to be divided.
-        columns: whose texts, white space at their ends aside, make a group.
+        columns: whose values make a group: texts, white space at their ends aside, or anything that JSON can hold.
+            Rows without any are groups of their own.
         sizes: rows of each split, in order; None for one split that gets what the others leave. A split is larger by
             the rows of its last group that were too many.
         salt: another one gives another division.
@@ -94,9 +96,11 @@ def split_by_group(
     if not sizes or sum(size is None for size in sizes.values()) > 1:
         raise ValueError("splits need a size each; one of them may be what the others leave.")
     groups: dict[int, list[int]] = {}
-    for index, (texts, _) in enumerate(_single_rows(dataset, columns)):
-        key = text_hash([(text or "").strip() for text in texts], f"{_SPLIT}{salt}")
-        groups.setdefault(key, []).append(index)
+    for index, (values, _) in enumerate(_single_rows(dataset, columns)):
+        texts = [_as_text(value) for value in values]
+        if not any(texts):  # rows of nothing have nothing in common
+            texts = [*texts, str(index)]
+        groups.setdefault(text_hash(texts, f"{_SPLIT}{salt}"), []).append(index)
     ordered = iter(sorted(groups))
     found: dict[str, list[int]] = {}
     for name, size in sizes.items():
@@ -115,6 +119,13 @@ def split_by_group(
                 raise ValueError(f"no row of {len(dataset):,} is left for the split {name!r}: take smaller ones.")
             found[name] = rest
     return {name: dataset.select(sorted(found[name])) for name in sizes}
+
+
+def _as_text(value: Any) -> str:
+    """Return a value of a column as a text that equal values share; "" for none."""
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def fold_of(texts: Sequence[str | None], folds: int) -> int:

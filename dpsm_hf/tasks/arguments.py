@@ -62,6 +62,9 @@ class DataSource:
     validation_file: str | None = option("File to evaluate on, of the same kind.")
     test_file: str | None = option("File that --do_predict evaluates on, of the same kind.")
     calibration_file: str | None = option("dpsm_hf: file that --fit_temperature fits on, of the same kind.")
+    max_calibration_samples: int | None = option(
+        "dpsm_hf: --fit_temperature fits on this many rows at most; it takes about five passes over them."
+    )
     draw_train_samples: bool = option(
         "dpsm_hf: draw the rows of --max_train_samples at random, by --data_seed or else --seed, instead of taking "
         "the first: each seed then trains on rows of its own.",
@@ -103,6 +106,11 @@ class DataSource:
         """
         if self.calibration_file is not None and not fit_temperature:
             raise ValueError("--calibration_file has no effect without --fit_temperature: pass it too.")
+        if self.max_calibration_samples is not None:
+            if not fit_temperature:
+                raise ValueError("--max_calibration_samples has no effect without --fit_temperature: pass it too.")
+            if self.max_calibration_samples < 1:
+                raise ValueError(f"--max_calibration_samples {self.max_calibration_samples} must be at least 1.")
 
 
 @dataclass

@@ -68,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--calibration_file", help="instead of a data set: txt, csv, json, jsonl or parquet to fit on")
     data.add_argument("--test_file", help="instead of a data set: file of the same kind to report on")
     data.add_argument("--text_column", help="column with the text (encoder-decoders: the full texts)")
+    data.add_argument("--prompt_column", help="language models: column of prompts, as dpsm clm takes it; see there")
+    data.add_argument("--completion_column", help="language models: column of the completions, which alone are scored")
+    data.add_argument("--prompt_template", help="text of the prompt, in which {prompt} stands for the column's text")
+    text = "put prompt and completion into the tokenizer's chat template"
+    data.add_argument("--use_chat_template", action="store_true", help=text)
     data.add_argument("--summary_column", help="encoder-decoders: column with the summaries")
     data.add_argument("--max_samples", type=int, help="use at most this many rows of each split")
     data.add_argument("--block_size", type=int, help="tokens of a row (default: the model's positions, 1024 at most)")
@@ -120,7 +125,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, float]:
         if options.apply != "none":  # the copy with the temperature is a whole model
             model = merged(adapted, options.model, f"leave out --apply {options.apply}")
     for name, remedy in task.without_effect.items():
-        if getattr(options, name) not in (None, ""):
+        if getattr(options, name) not in (None, "", False):
             raise ValueError(f"--{name} {getattr(options, name)!r} has no effect on {type(model).__name__}: {remedy}.")
     rows, collator = task.calibration_rows(options, _splits(options), tokenizer, model)
     # only what is exact may be asked for: find out before the long part

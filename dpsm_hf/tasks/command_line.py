@@ -261,7 +261,8 @@ def _field_names(dataclass_types: Sequence[type]) -> list[str]:
 def _explain_unknown(names: Sequence[str], known: Sequence[str], place: str) -> str:
     parts = []
     for name in names:
-        close = difflib.get_close_matches(name, known, n=1)
+        alike = [option for option in known if option.partition("_")[0] == name.partition("_")[0]]
+        close = difflib.get_close_matches(name, alike, n=1, cutoff=0.5) or difflib.get_close_matches(name, known, n=1)
         if name in REMOVED_ARGUMENTS:
             parts.append(f"{name} is gone from transformers 5: {REMOVED_ARGUMENTS[name]}")
         elif name in ELSEWHERE:

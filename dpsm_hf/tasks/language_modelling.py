@@ -32,7 +32,7 @@ from ..data.clm import (
     choose_text_column,
     prepare_clm_datasets,
 )
-from ..data.completions import PLACE, CompletionCollator, CompletionFormat, prepare_completions
+from ..data.completions import CompletionCollator, CompletionFormat, prepare_completions
 from ..data.loading import EMBEDDED_DATASETS, AnyDataset, column_names, file_builder
 from ..data.tokenizer import DEFAULT_MAX_LENGTH, TRAIN_BPE, check_vocab_size, column_texts
 from ..runtime.options import option
@@ -168,11 +168,6 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
         self.preprocessing(self.block_size if self.block_size is not None else _DEFAULT_BLOCK_SIZE)
 
     def _check_completions(self) -> None:
-        pair = {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
-        given = [name for name, value in pair.items() if value is not None]
-        if len(given) == 1:
-            raise ValueError(f"--{given[0]} {pair[given[0]]} needs --{next(n for n in pair if n not in given)} too.")
-        alone = {"prompt_template": self.prompt_template is not None, "use_chat_template": self.use_chat_template}
         beside = {
             "text_column_name": self.text_column_name is not None,
             "add_eos_between_documents": self.add_eos_between_documents is not None,
@@ -180,19 +175,15 @@ class DataTrainingArguments(StoppingArguments, StressArguments, DataSource):
             "packing": self.packing != "split",
             **{n: getattr(self, n) for n in ("streaming", "drop_empty_lines", "lowercase", "unicode_nfkc")},
         }
-        for name, used in alone.items() if not given else beside.items():
-            if used and given:
-                raise ValueError(f"--{name} has no effect on rows of --prompt_column and --completion_column.")
-            if used:
-                raise ValueError(f"--{name} needs --prompt_column and --completion_column.")
-        self.completions()
+        used = next((name for name, given in beside.items() if given), None)
+        if self.completions() is not None and used is not None:
+            raise ValueError(f"--{used} has no effect on rows of --prompt_column and --completion_column.")
 
     def completions(self) -> CompletionFormat | None:
         """Return how pairs become rows; None where the rows are cut from texts."""
-        if self.prompt_column is None or self.completion_column is None:
-            return None
-        template = PLACE if self.prompt_template is None else self.prompt_template
-        return CompletionFormat(self.prompt_column, self.completion_column, template, self.use_chat_template)
+        return CompletionFormat.of(
+            self.prompt_column, self.completion_column, self.prompt_template, self.use_chat_template
+        )
 
     def preprocessing(self, block_size: int) -> ClmPreprocessing:
         """Return the options of `prepare_clm_datasets`; ValueError if one is out of range."""
@@ -372,16 +363,29 @@ class LanguageModelling(Task):
         positions = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_BLOCK_SIZE
         check_block_size(model.config, options.block_size)
         block_size = options.block_size or min(_DEFAULT_BLOCK_SIZE, positions, tokenizer.model_max_length)
-        rows: Any = prepare_clm_datasets(
-            texts,
-            tokenizer,
-            ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
-            text_column=options.text_column,
-            text_column_option="--text_column",
+        pairs = CompletionFormat.of(
+            options.prompt_column, options.completion_column, options.prompt_template, options.use_chat_template
         )
+        rows: Any
+        if pairs is not None:
+            if options.text_column is not None:
+                raise ValueError("--text_column has no effect on rows of --prompt_column and --completion_column.")
+            rows = {
+                split: prepare_completions(part, tokenizer, pairs, block_size, split=split)
+                for split, part in texts.items()
+            }
+        else:
+            rows = prepare_clm_datasets(
+                texts,
+                tokenizer,
+                ClmPreprocessing(block_size, add_eos_between_documents=options.dataset in EMBEDDED_DATASETS),
+                text_column=options.text_column,
+                text_column_option="--text_column",
+            )
         if options.max_samples is not None:
             rows = {split: part.take(min(options.max_samples, len(part))) for split, part in rows.items()}
-        return rows, ClmCollator(block_size, tokenizer.pad_token_id or 0)
+        pad = tokenizer.pad_token_id or 0
+        return rows, ClmCollator(block_size, pad) if pairs is None else CompletionCollator(pad)
 
     # ---- tokenizer and model ---------------------------------------------------------------------------------------
 

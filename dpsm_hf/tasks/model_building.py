@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -37,6 +41,28 @@ def source_of(model_args: ModelSource, name: str | None) -> str | None:
         PretrainedModelError: As `named_model`.
     """
     return None if name is None else named_model(name, model_args.cache_dir)
+
+
+@contextlib.contextmanager
+def explained_where_unreachable(name: str | None) -> Iterator[None]:
+    """Say what to give instead where a model that is loaded in this context cannot be had from the hub.
+
+    Args:
+        name: of the model, as it was given.
+
+    Raises:
+        OSError: with the remedies, for a name that is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if name is None or Path(name).exists() or not re.search("couldn't connect|is not a local folder", str(error)):
+            raise
+        raise OSError(
+            f"The model {name!r} is no folder here and cannot be had from the Hugging Face hub (no connection, or no "
+            "such model). Give the folder of a saved model; or smollm2-135m, a pretrained model that needs no hub; or "
+            "train from scratch with --model_type and --tokenizer_name."
+        ) from error
 
 
 def load_config(model_args: ModelSource) -> PreTrainedConfig | None:

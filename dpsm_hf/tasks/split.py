@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 
-from ..data.loading import check_columns, column_names, file_builder, load_text_datasets
+from ..data.loading import check_columns, file_builder, load_text_datasets
 from ..data.subsets import split_by_group
 from ..runtime.files import check_folder, write_json
 
 #: The file that says what the splits are made of.
 RECORD_NAME = "splits.json"
-_REST = "rest"
+_REST, _TRAIN = "rest", "train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if there := [str(path) for path in (*paths.values(), folder / RECORD_NAME) if path.exists()]:
         raise ValueError(f"{there[0]} is there already: name another --output_dir, or delete it.")
     source, is_file = options.source, Path(options.source).is_file()
-    data = _load(source, options.config, None if is_file else options.split)
+    data = _load(options, is_file=is_file)
     columns = [*options.group_by]
-    check_columns(data, {f"--group_by {name}": name for name in columns}, "source's")
+    check_columns(data, {f"--group_by {name}": name for name in columns}, options.split or _TRAIN)
     try:
         splits = split_by_group(data, columns, sizes, options.salt)
     except ValueError as error:
@@ -58,12 +61,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "group_by": columns, "sizes": {name: _REST if n is None else n for name, n in sizes.items()},
         "salt": options.salt, "splits": {},
     }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as draft:  # what is killed leaves no split behind
+        for name, rows in splits.items():
+            _write(rows, Path(draft) / paths[name].name)
+        for path in paths.values():
+            (Path(draft) / path.name).replace(path)
     for name, rows in splits.items():
-        rows.to_json(paths[name], force_ascii=False)
         record["splits"][name] = {"rows": len(rows), "sha256": _sha256(paths[name])}
         print(f"{paths[name]}: {len(rows):,} rows")
     write_json(record, folder / RECORD_NAME)
     return 0
+
+
+def _write(rows: Dataset, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in tqdm(rows, desc=path.stem, disable=None):
+            try:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except TypeError as error:
+                bad = next(name for name, value in row.items() if not _is_json(value))
+                raise ValueError(f"the column {bad!r} holds what JSON cannot ({error}): leave it out first.") from None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
         prog="dpsm split", description=(__doc__ or "").replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("source", help="a csv, json, jsonl, txt or parquet file, or what --dataset_name takes")
-    made.add_argument("--config", help="configuration of a data set of the hub")
-    made.add_argument("--split", default="train", help="split of a named data set that is divided (train)")
+    made.add_argument("source", help="a csv, json, jsonl or parquet file, or what --dataset_name takes")
+    made.add_argument("--config", help="configuration of a named data set")
+    made.add_argument("--split", help="split of a named data set that is divided (train)")
     made.add_argument(
         "--group_by", nargs="+", required=True, metavar="COLUMN",
         help="columns whose text decides: rows with the same stay together",
@@ -97,9 +122,9 @@ def check_sizes(words: Sequence[str]) -> Mapping[str, int | None]:
     sizes: dict[str, int | None] = {}
     for word in words:
         name, _, size = word.partition("=")
-        if not name.isidentifier() or not (size == _REST or (size.isdecimal() and int(size) > 0)):
+        if not (word.isascii() and name.isidentifier()) or not (size == _REST or (size.isdecimal() and int(size) > 0)):
             raise ValueError(f"--sizes {word}: write NAME=ROWS with a whole number above 0, or NAME={_REST}.")
-        if name in sizes:
+        if name.lower() in map(str.lower, sizes):
             raise ValueError(f"--sizes {word}: there are two sizes of {name}.")
         sizes[name] = None if size == _REST else int(size)
     if list(sizes.values()).count(None) > 1:
@@ -107,18 +132,22 @@ def check_sizes(words: Sequence[str]) -> Mapping[str, int | None]:
     return sizes
 
 
-def _load(source: str, config: str | None, split: str | None) -> Dataset:
-    if split is None:
-        file_builder(source)
-        options: dict[str, Any] = {"train_file": source}
-    else:
-        options = {"dataset_name": source, "dataset_config_name": config}
-    wanted = split or "train"
-    loaded = load_text_datasets(**options, required_splits=[wanted], validation_split_percentage=None)
-    found: Any = loaded[wanted]
-    if not column_names(found):
-        raise ValueError(f"{source} has no columns.")
-    return found
+def _load(options: argparse.Namespace, *, is_file: bool) -> Dataset:
+    source, split = options.source, options.split
+    if is_file:
+        for name in ("split", "config"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} {getattr(options, name)} is for a named data set, and {source} is a file.")
+        if file_builder(source) == "text":
+            raise ValueError(
+                f"{source} has lines, which may be parts of longer texts: give a csv, json, jsonl or parquet file "
+                "with a text in each row."
+            )
+        return load_text_datasets(train_file=source, validation_split_percentage=None)[_TRAIN]  # type: ignore[return-value]
+    loaded = load_text_datasets(source, options.config, required_splits=[], validation_split_percentage=None)
+    if (split or _TRAIN) not in loaded:
+        raise ValueError(f"--split: {source} has no split {split or _TRAIN!r}; it has {', '.join(map(repr, loaded))}.")
+    return loaded[split or _TRAIN]  # type: ignore[return-value]
 
 
 def _sha256(path: Path) -> str:

@@ -125,7 +125,13 @@ class Summarization(Task):
     encoder_decoder = True
     hub_task = "summarization"
     test_prefix = "predict"
-    without_effect = {"block_size": "its rows have --max_source_length and --max_target_length tokens; leave it out"}
+    without_effect = {
+        "block_size": "its rows have --max_source_length and --max_target_length tokens; leave it out",
+        **dict.fromkeys(
+            ("prompt_column", "completion_column", "prompt_template", "use_chat_template"),
+            "its pairs are --text_column and --summary_column; leave it out",
+        ),
+    }
 
     # ---- arguments -------------------------------------------------------------------------------------------------
 

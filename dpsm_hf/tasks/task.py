@@ -27,7 +27,13 @@ from .arguments import OutcomeArguments, settle_best_checkpoint
 from .checkpoints import best_weights, check_output_dir, detect_checkpoint, note_start, train_and_save
 from .command_line import parse_script_arguments, setup_logging
 from .freezing import FreezingArguments
-from .model_building import build_config_from_scratch, hub_options, load_config, source_of
+from .model_building import (
+    build_config_from_scratch,
+    explained_where_unreachable,
+    hub_options,
+    load_config,
+    source_of,
+)
 from .outcome import Outcome, discard_outcome
 from .stopping import early_stopping, stopping
 
@@ -134,7 +140,7 @@ class Task(ABC):
             ("train", training.do_train, data.max_train_samples),
             ("validation", training.do_eval, data.max_eval_samples),
             ("test", training.do_predict, data.max_predict_samples),
-            ("calibration", training.fit_temperature, None),
+            ("calibration", training.fit_temperature, data.max_calibration_samples),
         )
         return {split: most for split, wanted, most in candidates if wanted}
 
@@ -478,8 +484,9 @@ class Task(ABC):
         discard_outcome(training)
         self.load_data()
         set_seed(training.seed)
-        tokenizer = self.load_tokenizer(self.training_texts, resuming=checkpoint is not None)
-        model = self.load_model(tokenizer)
+        with explained_where_unreachable(self.model_args.model_name_or_path):
+            tokenizer = self.load_tokenizer(self.training_texts, resuming=checkpoint is not None)
+            model = self.load_model(tokenizer)
         rows, collator = self.prepare_rows(tokenizer, model)
         trainer = self.make_trainer(model, tokenizer, rows, collator)
         trainer.run_facts = RunFacts(self.data_facts() | self.model_facts(), strict=strict)

@@ -292,7 +292,8 @@ def reads_calibration(arguments: DPSMArguments) -> bool:
 def check_feedback_scale(arguments: DPSMArguments, training: TrainingArguments) -> None:
     """Check whether the numbers are logged that a feedback schedule multiplies its gain by.
 
-    Only numbers that are the same in every process will do, or each would train with a knob of its own.
+    Only numbers that are the same in every process will do, or each would train with a knob of its own; and only those
+    of one step: means over the steps since the last entry begin anew when a training goes on from a checkpoint.
 
     Args:
         arguments: the DPSM fields in force.
@@ -301,8 +302,7 @@ def check_feedback_scale(arguments: DPSMArguments, training: TrainingArguments) 
     Raises:
         ValueError: naming the one that is not, with the remedy.
     """
-    trained = ["loss", "grad_norm", "nll", "brier", "token_accuracy", "confidence"]
-    trained += ["grad_norm_ce", "grad_norm_brier"]
+    trained = ["grad_norm", "grad_norm_ce", "grad_norm_brier"]
     for knob, schedule in arguments.schedules().items():
         for name in schedule.options.feedback().scale_names() if schedule.name == "feedback" else ():
             place = f"knob_schedules: {knob}: relative_to={schedule.options.relative_to!r}"
@@ -310,8 +310,8 @@ def check_feedback_scale(arguments: DPSMArguments, training: TrainingArguments) 
                 continue
             if name not in trained:
                 raise ValueError(
-                    f"{place}: {name!r} is not logged; use one of {', '.join(trained)} or a metric of an evaluation "
-                    "(eval_brier)."
+                    f"{place}: {name!r} is not logged of a single step; use one of {', '.join(trained)} or a metric "
+                    "of an evaluation (eval_brier)."
                 )
             if training.logging_strategy == IntervalStrategy.NO:
                 raise ValueError(f"{place} needs a training log, but logging_strategy='no'; set it to 'steps'.")

@@ -63,7 +63,8 @@ class EvaluationReport:
             return
         self._loss_explained = True
         logger.warning(
-            f"{prefix}_loss ({loss:.4g}) is Trainer's mean over batches, {prefix}_nll ({nll:.4g}) over tokens."
+            f"{prefix}_nll ({nll:.4g}) is the mean over tokens; {prefix}_loss ({loss:.4g}) is what Trainer makes of "
+            "it: a mean over batches, and for models like GPT-2 divided by one label too many a row."
         )
 
 

@@ -142,6 +142,9 @@ class FrozenStates:
         }
         if self.folder is not None:
             refused |= {
+                "bf16_full_eval or fp16_full_eval, for which Trainer converts the frozen weights": (
+                    args.bf16_full_eval or args.fp16_full_eval
+                ),
                 "torch_compile": bool(args.torch_compile) or is_compiled(trainer.model_wrapped or self.layers.core),
                 "FSDP": trainer.is_fsdp_enabled,
                 "DeepSpeed": trainer.is_deepspeed_enabled,

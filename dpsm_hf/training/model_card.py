@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _ROWS = (
     ("signed_gap", "confidence less accuracy", None, 4),
 )
 
+# Fields of an adapter's configuration that say where it lies and how it was saved, not what it is.
+_OF_THE_FILE = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision")
 # Always shown among the arguments; of the others those that are not at their default.
 _SHOWN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "seed")
 
@@ -351,15 +354,41 @@ def _reproduce(facts: CardFacts) -> str:
     if facts.args.max_steps <= 0:
         found.pop("max_steps", None)
     lines = [f"    {name}={value!r}," for name, value in found.items()]
+    imported, wrapped = _adapter_lines(facts.model) if facts.adapter else ([], [])
     return "\n".join(
         [
             f"from dpsm_hf import {config}, {facts.trainer}",
+            *imported,
             "",
+            *wrapped,
             f'args = {config}(\n    output_dir="out",',
             *lines,
             ")",
             f"{facts.trainer}(model, args, train_dataset=train, eval_dataset=validation).train()",
         ]
+    )
+
+
+def _adapter_lines(model: Any) -> tuple[list[str], list[str]]:
+    """Return the lines that import and make the adapter of a PEFT model, what is at its default left out."""
+    adapter = model.peft_config[model.active_adapter]
+    defaults = type(adapter)()
+    given = {
+        field.name: getattr(adapter, field.name)
+        for field in dataclasses.fields(adapter)
+        if field.init
+        and field.name not in _OF_THE_FILE
+        and getattr(adapter, field.name) != getattr(defaults, field.name)
+    }
+    kind = type(adapter).__name__
+    plain = {
+        name: sorted(value) if isinstance(value, set) else value.value if isinstance(value, Enum) else value
+        for name, value in given.items()
+    }
+    lines = [f"    {name}={value!r}," for name, value in plain.items()]
+    return (
+        [f"from peft import {kind}, get_peft_model"],
+        [f"adapter = {kind}(", *lines, ")", "model = get_peft_model(model, adapter)"],
     )
 
 

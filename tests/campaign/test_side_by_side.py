@@ -233,7 +233,7 @@ def test_the_row_before_training_is_of_one_run_where_the_others_began_alike(tmp_
 def test_schedule_cost_and_overfitting_are_derived_from_the_log() -> None:
     slow = record("dpsm", efficiency={**EFFICIENCY, "tokens_per_second": 3600.0})
     said = text(record("ce"), slow)
-    assert "α reached 1 after 10 of 20 steps, so the last 50 % of training was pure Brier score." in said
+    assert "DPSM: α reached 1 after 10 of 20 steps, so the last 50 % of training was pure Brier score." in said
     assert "DPSM trained 3,600 scored tokens a second and cross-entropy 4,000 (median of the log, 0.90 times" in said
     rising = record("ce", metrics={**METRICS, "nll": 5.5})
     risen = "The NLL of cross-entropy on the validation split was lowest at step 20 (4.6052) and has risen to 5.5000"

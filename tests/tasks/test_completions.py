@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpsm_hf.data.completions import CompletionCollator, CompletionFormat, prepare_completions, split_row
@@ -70,6 +72,39 @@ def test_a_chat_template_writes_both_messages(pairs: Dataset, tokenizer: Any) ->
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--use_chat_template needs a tokenizer with a chat template"):
         prepare_completions(pairs, tokenizer, how, 400, split="train")
+
+
+def test_white_space_that_joins_the_end_of_the_prompt(pairs: Dataset, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    how = CompletionFormat("document", "summary", chat=True)
+    asked, answer = how.tokens("hi", "    indented code", tokenizer)
+    plain, _ = how.tokens("hi", "code", tokenizer)
+    assert asked == plain and tokenizer.decode(answer) == "    indented code\n"
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "    indented code"}], return_dict=False
+    )
+    assert whole[: len(asked)] != asked, "this tokenizer joins them, or the test says nothing"
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_the_end_token_of_a_prompt_is_dropped_only_where_the_tokenizer_put_it(marks: bool, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    end, first = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if marks:  # as T5's does
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, end)]
+        )
+    how = CompletionFormat("document", "summary")
+    plain = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert how.tokens("hi", "you", tokenizer)[0] == plain
+    asked, answer = how.tokens(f"hi{tokenizer.eos_token}", "you", tokenizer)
+    assert asked == [*plain, end]
+    # an empty prompt: something has to stand before what is scored
+    asked, answer = how.tokens("", "you", tokenizer)
+    assert asked == [end if first is None else first] and answer[-1] == end
 
 
 def test_a_run_scores_completions_alone(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ import gzip
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,23 @@ def test_what_cannot_be_divided(sizes: dict[str, int | None], said: str, pairs: 
         split_by_group(pairs, ["document"], sizes)
 
 
+def test_rows_of_nothing_and_columns_of_other_kinds() -> None:
+    rows = [
+        {"text": text, "id": place // 2, "tags": [place // 3]}
+        for place, text in enumerate(["", None, " ", "a", "a"] * 20)
+    ]
+    data = Dataset.from_list(rows)
+    found = split_by_group(data, ["text"], {"test": 5, "train": None})
+    assert 5 <= len(found["test"]) <= 44 and len(found["test"]) + len(found["train"]) == 100
+    assert sum(text == "a" for text in found["test"]["text"]) in (0, 40), "rows with a text stay together"
+    blank = split_by_group(data.filter(lambda row: row["text"] != "a"), ["text"], {"test": 5, "train": None})
+    assert len(blank["test"]) == 5, "rows without one do not"
+    for column in ("id", "tags"):
+        split = split_by_group(data, [column], {"test": 9, "train": None})
+        assert len(split["test"]) < 12
+        assert not {str(value) for value in split["test"][column]} & {str(value) for value in split["train"][column]}
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +137,11 @@ def test_the_command_divides_a_named_set(tmp_path: Path) -> None:
         (["--group_by", "document", "--sizes", "../a=3"], "--sizes ../a=3: write NAME=ROWS"),
         (["--group_by", "document", "--sizes", "a=1", "a=2"], "two sizes of a"),
         (["--group_by", "document", "--sizes", "a=rest", "b=rest"], "only one split"),
+        (["--group_by", "document", "--sizes", "a=1", "A=2"], "two sizes of A"),
+        (
+            ["--group_by", "document", "--sizes", "a=1", "--split", "dev"],
+            "--split: .* has no split 'dev'; it has 'train'",
+        ),
         (["--group_by", "document", "--sizes", "a=999999"], "--sizes a=999999: there are .* rows, too few"),
     ],
 )
@@ -131,3 +157,66 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     words = ["split", str(tmp_path / "none.jsonl"), "--group_by", "a", "--sizes", "b=1", "--output_dir", str(tmp_path)]
     assert main(words) == 2
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_numbers_keep_every_digit(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "score": 0.12345678901234568 + i, "large": 2**60 + i, "one": None} for i in range(6)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    words = [str(source), "--group_by", "text", "--sizes", "test=2", "train=rest", "--output_dir", str(tmp_path / "o")]
+    assert main(["split", *words]) == 0
+    written = [json.loads(line) for name in ("test", "train") for line in (tmp_path / "o" / f"{name}.jsonl").open()]
+    assert sorted(written, key=lambda row: row["text"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words", "said"),
+    [
+        ("a\n\nb\n", "a.txt", [], "a.txt has lines, which may be parts of longer texts"),
+        (
+            '{"text": "a"}\n',
+            "a.jsonl",
+            ["--split", "test"],
+            "--split test is for a named data set, and .*a.jsonl is a file",
+        ),
+        ('{"text": "a"}\n', "a.jsonl", ["--config", "x"], "--config x is for a named data set"),
+    ],
+)
+def test_what_a_file_is_not_asked(
+    content: str, name: str, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    given = [str(tmp_path / name), "--group_by", "text", "--sizes", "a=1", "--output_dir", str(tmp_path / "o"), *words]
+    assert main(["split", *given]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_bytes_are_named_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Dataset.from_dict({"text": ["a", "b"], "raw": [b"\xff", b"\x00"]}).to_parquet(str(tmp_path / "a.parquet"))
+    words = [str(tmp_path / "a.parquet"), "--group_by", "text", "--sizes", "a=1", "b=rest"]
+    assert main(["split", *words, "--output_dir", str(tmp_path / "o")]) == 2
+    assert "the column 'raw' holds what JSON cannot" in capsys.readouterr().err
+    assert not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_what_is_killed_leaves_no_part_of_a_split(sent: signal.Signals, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", [{"text": f"row {i} " * 20} for i in range(60_000)])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dpsm_hf", "split", str(source), "--group_by", "text", "--sizes", "test=30000",
+               "train=rest", "--output_dir", str(out)]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while (
+        not (draft := next(out.glob(".draft-*/*.jsonl"), None) if out.is_dir() else None) or not draft.stat().st_size
+    ):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(sent)
+    assert process.wait() != 0
+    assert not list(out.glob("*.json*"))
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0, "the next call is not in its way"
+    assert json.loads((out / "splits.json").read_text())["splits"]["test"]["rows"] == 30_000

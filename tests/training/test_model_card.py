@@ -120,6 +120,22 @@ def test_its_lines_of_use_run_and_apply_the_temperature(
     assert ("PEFT" in card.text) == adapter
 
 
+def test_the_lines_to_repeat_it_make_the_same_adapter(tmp_path: Path) -> None:
+    modules = ["c_attn", "c_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=modules, fan_in_fan_out=True)
+    trainer = make(tmp_path / "tiny", get_peft_model(make_model("gpt2"), config))
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    lines = code(card_of(trainer), "Reproduce").split("args =")[0]
+    names: dict[str, Any] = {"model": make_model("gpt2")}
+    exec(lines, names)
+    made = names["model"].peft_config["default"]
+    assert (made.r, made.lora_alpha, set(made.target_modules), made.fan_in_fan_out) == (3, 5, {*modules}, True)
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (trainer.model, names["model"])]
+    assert shapes[0] == shapes[1]
+
+
 def test_the_arguments_to_repeat_it_make_the_same_config(tmp_path: Path) -> None:
     trainer = make(tmp_path / "tiny", alpha_schedule="cosine", alpha_end=0.5, weight_decay=0.1, seed=7)
     trainer.train()

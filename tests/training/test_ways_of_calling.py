@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_the_mean_over_tokens_is_explained_where_it_is_report
         trainer = build(DPSMTrainer, name, tmp_path)
         metrics = trainer.evaluate()
         trainer.evaluate()
-        words = f"is Trainer's mean over batches, eval_nll ({metrics['eval_nll']:.4g}) over tokens."
+        words = f"eval_nll ({metrics['eval_nll']:.4g}) is the mean over tokens; eval_loss ("
         said = [record for record in caplog.records if words in record.getMessage()]
         assert len(said) == explained, "once where they differ"
         assert all(record.levelno == logging.WARNING for record in said), "seen where the figures are printed"

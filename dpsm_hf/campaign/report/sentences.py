@@ -264,16 +264,18 @@ def _schedule(run: SingleRun) -> str | None:
         return None
     if highest < 1:
         return (
-            f"α, the weight of the Brier score, never exceeded {highest:.2f}: part of the loss stayed cross-entropy."
+            f"{run.title}: α, the weight of the Brier score, never exceeded {highest:.2f}; part of the loss stayed "
+            "cross-entropy."
         )
     described = next((str(e["alpha_schedule"]) for e in run.record.history if "alpha_schedule" in e), "")
     ramp = re.fullmatch(r"(?:linear|cosine): alpha \S+ -> 1 over (\d+) steps \(of (\d+)\)", described)
     if ramp is None:
-        return f"α followed the schedule {described!r}." if described else None
+        return f"{run.title}: α followed the schedule {described!r}." if described else None
     warmup, total = int(ramp[1]), int(ramp[2])
+    rest = f"{100 * (total - warmup) / total:.0f} %"
     return (
-        f"α reached 1 after {warmup:,} of {total:,} steps, so the last {100 * (total - warmup) / total:.0f} % of "
-        "training was pure Brier score."
+        f"{run.title}: α reached 1 after {warmup:,} of {total:,} steps, so the last {rest} of training was pure Brier "
+        "score."
     )
 
 
