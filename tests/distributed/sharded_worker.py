@@ -29,7 +29,7 @@ MODELS = {
     "fsdp2": ("gpt2", "llama", "llama_lora"),
     "zero1": ("llama",),
     "zero2": ("llama",),
-    "zero3": ("gpt2", "llama", "llama_lora", "bart"),
+    "zero3": ("gpt2", "llama", "llama_lora", "llama_dora", "llama_saved_head", "llama_prompt", "bart"),
 }
 # nothing may stay gathered because it is small, or nothing here would ever be sharded
 _ZERO3 = {
