@@ -205,6 +205,35 @@ def test_text_column(language_model: Saved, tmp_path: Path) -> None:
     assert run(language_model.folder, tmp_path / "other", *files)["test_nll"] != expected["test_nll"]
 
 
+def test_prompts_and_completions(language_model: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = load_python_docstrings()["train"].select(range(40))
+    columns = {"module": pairs["module"], "summary": pairs["summary"]}
+    files = []
+    for option, rows in (("--calibration_file", slice(0, 30)), ("--test_file", slice(30, 40))):
+        path = rows_file(tmp_path / f"{option[2:]}.jsonl", **{name: values[rows] for name, values in columns.items()})
+        files += [option, path]
+    pair = ["--prompt_column", "module", "--completion_column", "summary"]
+    found = run(language_model.folder, tmp_path / "1", *files, *pair, "--prompt_template", "In {prompt}:")
+    tokenizer = AutoTokenizer.from_pretrained(language_model.folder)
+    rows, starts = [], []
+    for module, summary in zip(columns["module"][30:], columns["summary"][30:], strict=True):
+        asked, answer = tokenizer(f"In {module}:")["input_ids"], tokenizer(summary)["input_ids"]
+        rows.append([*asked, *answer, tokenizer.eos_token_id])
+        starts.append(len(asked))
+    assert found["test_tokens"] == sum(len(row) - start for row, start in zip(rows, starts, strict=True))
+    model = AutoModelForCausalLM.from_pretrained(language_model.folder).eval()
+    total = 0.0
+    with torch.no_grad():
+        for row, start in zip(rows, starts, strict=True):
+            log_p = model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
+            total -= log_p.gather(1, torch.tensor(row[1:])[:, None])[start - 1 :].sum().item()
+    assert found["test_nll"] == pytest.approx(total / found["test_tokens"], rel=1e-5)
+    # what is taken for the text where nothing is named is said
+    caplog.clear()
+    calibrate([str(language_model.folder), "--use_cpu", "--output_dir", str(tmp_path / "2"), *files])
+    assert "its first, 'module', is taken, though 'summary' has more text" in caplog.text
+
+
 def test_columns_of_pairs(summarizer: Path, tmp_path: Path) -> None:
     # without the options the first two columns are taken
     expected = run(summarizer, tmp_path / "1", *pair_files(tmp_path / "a", "document", "summary"))
@@ -316,6 +345,8 @@ def test_trust_remote_code(language_model: Saved, tmp_path: Path, capsys: pytest
         (["--summary_column", "text"], ["--summary_column", "'text'", "LlamaForCausalLM", "leave it out"]),
         (["--source_prefix", "summarize: "], ["--source_prefix", "'summarize: '", "LlamaForCausalLM"]),
         (["--max_source_length", "30"], ["--max_source_length 30", "LlamaForCausalLM"]),
+        (["--prompt_column", "text"], ["--prompt_column text needs --completion_column too"]),
+        (["--use_chat_template"], ["--use_chat_template needs --prompt_column and --completion_column"]),
     ],
     ids=lambda value: " ".join(value) if value and str(value[0]).startswith("--") and len(value) == 2 else "",
 )
@@ -337,6 +368,7 @@ def test_a_wrong_value_for_a_language_model(
         (["--text_column", "boddy"], ["--text_column is 'boddy'", "'body'", "'headline'"]),
         (["--summary_column", "summary"], ["--summary_column is 'summary'", "Pass --summary_column with one of them"]),
         (["--text_column", "headline"], ["both come from column 'headline'", "--summary_column"]),
+        (["--prompt_column", "body"], ["--prompt_column 'body'", "BartForConditionalGeneration", "--summary_column"]),
         (["--block_size", "32"], ["--block_size 32", "BartForConditionalGeneration", "--max_target_length"]),
         (["--max_source_length", "129"], ["--max_source_length 129", f"{SUMMARIZER_POSITIONS} positions"]),
         (["--max_target_length", "200"], ["--max_target_length 200", f"{SUMMARIZER_POSITIONS} positions"]),
