@@ -282,6 +282,7 @@ class CalibrationCallback(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".png").unlink(missing_ok=True)  # of an earlier run: it would not show this evaluation
         write_json(record, path)
+        del panel  # Matplotlib's first picture leaves this frame in a cycle, which would hold 20 MB for a while
         if self._diagrams_of(args) == "all" or not self._training:
             self._draw(args, state, record)
 
