@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -833,7 +834,11 @@ class DPSMMixin(_Base):
                 "there is no data to fit a temperature on: pass a dataset, or calibration_dataset= to the trainer."
             )
         dataloader = self.get_eval_dataloader(self.prepared_for_evaluation(dataset))
-        scaler = TemperatureScaler.fit_passes(lambda wanted: self._moments(dataloader, wanted), split=split)
+        number = itertools.count(1)
+        scaler = TemperatureScaler.fit_passes(
+            lambda wanted: self._moments(dataloader, wanted, f"temperature fit, pass {next(number)} (of about five)"),
+            split=split,
+        )
         if scaler.left_out:
             logger.warning(f"of the temperatures beside that of NLL one is left out: {scaler.left_out}")
         if self.is_world_process_zero():
@@ -841,14 +846,14 @@ class DPSMMixin(_Base):
         self._temperature.keep(self.model, scaler)
         return scaler
 
-    def _moments(self, dataloader: Any, wanted: Mapping[str, float]) -> Sums:
+    def _moments(self, dataloader: Any, wanted: Mapping[str, float], description: str = "temperature fit") -> Sums:
         """Return the sums that temperatures are fitted with, at one of each search, from a pass over the data."""
         ignored = self.dpsm.ignore_forced_tokens
         moments = MomentPass(
             wanted, forced_token_ids(core_model(self.model), self.processing_class) if ignored else ()
         )
         with self._collecting(moments):
-            super().evaluation_loop(dataloader, "temperature fit", prediction_loss_only=True)
+            super().evaluation_loop(dataloader, description, prediction_loss_only=True)
         for callback in self.callback_handler.callbacks:
             bar = getattr(callback, "prediction_bar", None)
             if bar is not None:  # as at the end of every evaluation; there is one a pass

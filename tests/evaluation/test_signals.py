@@ -143,7 +143,7 @@ def test_temperatures_by_brier_score_and_gap_are_those_of_brute_force(
     trainer.train()
     passes = []
     moments = trainer._moments
-    trainer._moments = lambda loader, wanted: (passes.append(dict(wanted)), moments(loader, wanted))[1]
+    trainer._moments = lambda loader, wanted, *more: (passes.append(dict(wanted)), moments(loader, wanted, *more))[1]
     metrics = trainer.evaluate()
     logits, labels = float64_logits(trainer.model, held_out, shifted=name not in SEQ2SEQ)
     grid = [x / 50 for x in range(-230, 231)]

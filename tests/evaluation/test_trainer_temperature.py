@@ -103,7 +103,10 @@ def count_passes(trainer: Any) -> list[float]:
     """Return a list that grows with every pass over the calibration split."""
     passes: list[float] = []
     moments = trainer._moments
-    trainer._moments = lambda loader, temperature: (passes.append(temperature), moments(loader, temperature))[1]
+    trainer._moments = lambda loader, temperature, *more: (
+        passes.append(temperature),
+        moments(loader, temperature, *more),
+    )[1]
     return passes
 
 

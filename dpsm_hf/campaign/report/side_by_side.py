@@ -197,7 +197,7 @@ def _against(runs: Sequence[SingleRun]) -> Table | None:
         return None
     note = (
         "Better or worse is said where the 95 % intervals of the two evaluations do not overlap. They cover the "
-        "choice of the test text, not that of the seed."
+        "choice of the evaluated text, not that of the seed."
     )
     return Table(f"Against {base.title}", ["loss", *(measure.words for measure in shown)], rows, [note])
 
