@@ -28,15 +28,21 @@ def content_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of every byte of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_PART):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @functools.cache
 def _file_hash(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if size <= _LARGEST:
-            while block := file.read(_PART):
-                digest.update(block)
-        else:
-            digest.update(f"{size}\0".encode() + file.read(_PART))
-            file.seek(-_PART, os.SEEK_END)
-            digest.update(file.read(_PART))
+    if size <= _LARGEST:
+        return f"sha256:{file_sha256(path)}"
+    with path.open("rb") as file:
+        digest = hashlib.sha256(f"{size}\0".encode() + file.read(_PART))
+        file.seek(-_PART, os.SEEK_END)
+        digest.update(file.read(_PART))
     return f"sha256:{digest.hexdigest()}"

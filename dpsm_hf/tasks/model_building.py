@@ -44,24 +44,26 @@ def source_of(model_args: ModelSource, name: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def explained_where_unreachable(name: str | None) -> Iterator[None]:
-    """Say what to give instead where a model that is loaded in this context cannot be had from the hub.
+def explained_where_unreachable(model_args: ModelSource) -> Iterator[None]:
+    """Say what to give instead where what is loaded in this context cannot be had from the hub.
 
     Args:
-        name: of the model, as it was given.
+        model_args: Of the run.
 
     Raises:
-        OSError: with the remedies, for a name that is no folder.
+        OSError: With the names that are no folders, and the remedies.
     """
     try:
         yield
     except OSError as error:
-        if name is None or Path(name).exists() or not re.search("couldn't connect|is not a local folder", str(error)):
+        given = {name: getattr(model_args, name) for name in ("model_name_or_path", "tokenizer_name", "config_name")}
+        named = [f"--{name} {source}" for name, source in given.items() if source and not Path(source).exists()]
+        if not named or not re.search("couldn't connect|is not a local folder", str(error)):
             raise
         raise OSError(
-            f"The model {name!r} is no folder here and cannot be had from the Hugging Face hub (no connection, or no "
-            "such model). Give the folder of a saved model; or smollm2-135m, a pretrained model that needs no hub; or "
-            "train from scratch with --model_type and --tokenizer_name."
+            f"{' and '.join(named)}: no folder here, and not to be had from the Hugging Face hub (no connection, or "
+            "nothing of that name). Give a folder; or --model_name_or_path smollm2-135m, a pretrained model that "
+            "needs no hub; or train from scratch with --model_type and --tokenizer_name train-bpe."
         ) from error
 
 

@@ -12,7 +12,6 @@ differ in one word do not.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data.loading import check_columns, file_builder, load_text_datasets
 from ..data.subsets import split_by_group
+from ..runtime.content import file_sha256
 from ..runtime.files import check_folder, write_json
 
 #: The file that says what the splits are made of.
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "source": Path(source).name if is_file else source,
-        "source_sha256": _sha256(Path(source)) if is_file else None,
+        "source_sha256": file_sha256(Path(source)) if is_file else None,
         "group_by": columns, "sizes": {name: _REST if n is None else n for name, n in sizes.items()},
         "salt": options.salt, "splits": {},
     }  # fmt: skip
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in paths.values():
             (Path(draft) / path.name).replace(path)
     for name, rows in splits.items():
-        record["splits"][name] = {"rows": len(rows), "sha256": _sha256(paths[name])}
+        record["splits"][name] = {"rows": len(rows), "sha256": file_sha256(paths[name])}
         print(f"{paths[name]}: {len(rows):,} rows")
     write_json(record, folder / RECORD_NAME)
     return 0
@@ -79,16 +79,8 @@ def _write(rows: Dataset, path: Path) -> None:
             try:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             except TypeError as error:
-                bad = next(name for name, value in row.items() if not _is_json(value))
-                raise ValueError(f"the column {bad!r} holds what JSON cannot ({error}): leave it out first.") from None
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+                kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+                raise ValueError(f"a column holds what JSON cannot ({error}); there are {kinds}.") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,14 +140,6 @@ def _load(options: argparse.Namespace, *, is_file: bool) -> Dataset:
     if (split or _TRAIN) not in loaded:
         raise ValueError(f"--split: {source} has no split {split or _TRAIN!r}; it has {', '.join(map(repr, loaded))}.")
     return loaded[split or _TRAIN]  # type: ignore[return-value]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -484,7 +484,7 @@ class Task(ABC):
         discard_outcome(training)
         self.load_data()
         set_seed(training.seed)
-        with explained_where_unreachable(self.model_args.model_name_or_path):
+        with explained_where_unreachable(self.model_args):
             tokenizer = self.load_tokenizer(self.training_texts, resuming=checkpoint is not None)
             model = self.load_model(tokenizer)
         rows, collator = self.prepare_rows(tokenizer, model)

@@ -8,9 +8,10 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..runtime.content import file_sha256
+
 # What torch writes is an archive that holds a checksum of each tensor already; safetensors hold none.
 _ARCHIVES = frozenset({".pt", ".pth", ".bin"})
-_BLOCK = 1 << 20
 
 
 def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -53,8 +54,4 @@ def _digest(path: Path, size: int, changed: int) -> str:
         with zipfile.ZipFile(path) as archive:
             table = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
         return f"crc32:{hashlib.sha256(repr(table).encode()).hexdigest()}"
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            whole.update(block)
-    return f"sha256:{whole.hexdigest()}"
+    return f"sha256:{file_sha256(path)}"

@@ -372,14 +372,13 @@ def _reproduce(facts: CardFacts) -> str:
 def _adapter_lines(model: Any) -> tuple[list[str], list[str]]:
     """Return the lines that import and make the adapter of a PEFT model, what is at its default left out."""
     adapter = model.peft_config[model.active_adapter]
-    defaults = type(adapter)()
-    given = {
-        field.name: getattr(adapter, field.name)
-        for field in dataclasses.fields(adapter)
-        if field.init
-        and field.name not in _OF_THE_FILE
-        and getattr(adapter, field.name) != getattr(defaults, field.name)
-    }
+    given = {}
+    for field in dataclasses.fields(adapter):
+        # not those of an adapter made without arguments, which AdaLoRA refuses
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = getattr(adapter, field.name)
+        if field.init and field.name not in _OF_THE_FILE and value != default:
+            given[field.name] = value
     kind = type(adapter).__name__
     plain = {
         name: sorted(value) if isinstance(value, set) else value.value if isinstance(value, Enum) else value

@@ -75,6 +75,15 @@ def test_the_study_takes_its_splits_from_a_folder_that_is_named(
     assert arms == ["ce", "brier", "dpsm", "half", "half-k15"]  # those of docs/protocol.md
     main = [campaign.runs[point.run_id] for point in campaign.points if not point.scaled and point.seed > 10]
     assert Counter(run.arguments["scoring_rule"] for run in main) >= Counter(ce=6, brier=6, dpsm=18)
+    # the tuning has the same settings, but for what comes after training
+    tuning = load_campaign(SHIPPED / "study-dialogsum-tuning.yaml")
+    apart = {"learning_rate", "save_strategy", "save_only_model", "do_predict", "evaluate_best", "fit_temperature",
+             "continuation_rouge", "sample_outputs", "calibration_file", "test_file", "seed"}  # fmt: skip
+    settings = [
+        {frozenset((k, str(v)) for k, v in run.arguments.items() if k not in apart) for run in found}
+        for found in (main, tuning.runs.values())
+    ]
+    assert settings[0] == settings[1] and len(settings[0]) == 5
     assert all(run.arguments["draw_train_samples"] and run.arguments["freeze_layers"] == 26 for run in main)
 
 

@@ -153,6 +153,15 @@ def test_a_saved_dataset_is_found_by_its_folder(tmp_path):
     assert list(load_text_datasets(str(tmp_path / "saved"))["validation"]["text"]) == LINES[:2]
 
 
+def test_a_file_is_no_name_of_a_data_set(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="a.jsonl' is a file, where the name of a data set.*--train_file"):
+        load_text_datasets(str(tmp_path / "a.jsonl"))
+    for name in ("none.jsonl", "none.csv.gz"):  # at once, and not after asking the hub
+        with pytest.raises(FileNotFoundError, match=f"There is no file '{name}'"):
+            load_text_datasets(name)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--train_file '.*nowhere.txt'"):
         load_text_datasets(train_file=str(tmp_path / "nowhere.txt"))

@@ -165,6 +165,10 @@ def evaluation_memory_in_this_process(case: list[Any]) -> float | None:
     return common.peak_above(evaluate, CPU)
 
 
+#: One evaluation of each variant, of the very small model.
+ONE_TINY = "--tokens 256 --model tiny --dtypes fp32 --samples 1 --device cpu".split()
+
+
 def test_evaluations(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "measure_memory", evaluation_memory_in_this_process)
     options = ["--tokens", "512", "--model", "tiny", "--dtypes", "fp32", "bf16", "--samples", "3", "--sizes", "256",
@@ -185,19 +189,7 @@ def test_evaluations(table: common.Table, monkeypatch: pytest.MonkeyPatch) -> No
         assert (row["width"], row["vocabulary"], row["peak_mib"]) == ("64", "50257", "")
     for row in rows[8:]:
         assert not row["median_ms"] and float(row["peak_mib"]) >= 0
-    options = [
-        "--tokens",
-        "256",
-        "--model",
-        "tiny",
-        "--dtypes",
-        "fp32",
-        "--samples",
-        "1",
-        "--no-memory",
-        "--device",
-        "cpu",
-    ]
+    options = [*ONE_TINY, "--no-memory"]
     evaluation.run(evaluation.parser().parse_args(options), table, CPU)
     assert len(common.read(table.path)) == len(rows) + 4
 
@@ -225,20 +217,7 @@ def test_memory_of_an_evaluation_comes_from_its_own_process(table: common.Table,
     # the tallies of the calibration metrics are 10 MiB; a batch of all logits would be 98
     assert peak is not None and 5 < peak < 90
     monkeypatch.setattr(evaluation, "measure_memory", lambda case: None)
-    options = [
-        "--tokens",
-        "256",
-        "--model",
-        "tiny",
-        "--dtypes",
-        "fp32",
-        "--samples",
-        "1",
-        "--sizes",
-        "512",
-        "--device",
-        "cpu",
-    ]
+    options = [*ONE_TINY, "--sizes", "512"]
     evaluation.run(evaluation.parser().parse_args(options), table, CPU)
     assert common.read(table.path)[-1]["note"] == "memory: not measured"
 

@@ -294,6 +294,7 @@ def test_frozen_weights_that_were_changed_stop_the_training(base: Path, tmp_path
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha, which changes the embeddings"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ({"bf16_full_eval": True}, "bf16_full_eval or fp16_full_eval, .*keep no outputs of them"),
         ({"torch_compile": True}, r"torch_compile: leave it out, or keep no outputs of them \(frozen_cache off\)"),
     ],
 )

@@ -15,6 +15,9 @@ import run_clm_dpsm
 from dpsm_hf.__main__ import main as dpsm
 from dpsm_hf.runtime.mistakes import exit_status
 from dpsm_hf.tasks import get_task
+from dpsm_hf.tasks.arguments import ModelSource
+from dpsm_hf.tasks.language_modelling import LanguageModelling
+from dpsm_hf.tasks.model_building import explained_where_unreachable
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ["--model_type", "gpt2", "--tokenizer_name", "train-bpe", "--use_cpu", "--do_train", "--max_steps", "1"]
@@ -76,6 +79,24 @@ def test_mistakes_are_said_in_one_message(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert "usage:" not in said, "two hundred options above the message"
+
+
+def test_a_model_that_the_hub_cannot_give_is_named_with_what_to_give_instead(tmp_path: Path) -> None:
+    said = "We couldn't connect to 'https://huggingface.co' to load the files"
+    cases = ({"model_name_or_path": "gpt3"}, {"model_name_or_path": str(tmp_path), "tokenizer_name": "gpt3"})
+    for given in cases:
+        with pytest.raises(OSError, match=r"^--\w+ gpt3: no folder here, .*smollm2-135m.*train-bpe"):
+            with explained_where_unreachable(ModelSource(**given)):
+                raise OSError(said)
+    for given, error in (({"model_name_or_path": str(tmp_path)}, said), ({"model_name_or_path": "gpt3"}, "disk full")):
+        with pytest.raises(OSError, match=f"^{error}"):
+            with explained_where_unreachable(ModelSource(**given)):
+                raise OSError(error)
+
+
+def test_an_option_that_begins_alike_is_meant_before_one_that_looks_alike(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_rank is unknown; did you mean lora_r"):
+        LanguageModelling.parse(["--lora_rank", "8", "--output_dir", str(tmp_path)])
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import run_clm_dpsm
 import run_summarization_dpsm
 from dpsm_hf import TemperatureScaler
 from dpsm_hf.data.loading import load_text_datasets
+from dpsm_hf.tasks.language_modelling import LanguageModelling
 
 COMMON = {
     "tokenizer_name": "train-bpe",
@@ -167,6 +168,24 @@ def test_a_file_without_its_option(tmp_path: Path) -> None:
     options = {**CLM, "train_file": train, "calibration_file": held_out, "fit_temperature": None}
     with pytest.raises(ValueError, match="--calibration_file has no effect without --fit_temperature"):
         run_clm_dpsm.main(words(tmp_path, options))
+
+
+def test_a_cap_of_the_rows_to_fit_on(tmp_path: Path) -> None:
+    train, held_out = lines(tmp_path / "a.jsonl", ["a text"] * 9000), lines(tmp_path / "b.jsonl", ["b text"] * 900)
+    files = {**CLM, "train_file": train, "calibration_file": held_out, "dataset_name": None}
+
+    def rows(**options: Any) -> int:
+        task = LanguageModelling.parse(words(tmp_path, {**files, **options}))
+        task.check()
+        task.load_data()
+        tokenizer = task.load_tokenizer(task.training_texts)
+        return len(task.prepare_rows(tokenizer, task.load_model(tokenizer))[0]["calibration"])
+
+    assert rows(max_calibration_samples=2) == 2 < rows()
+    with pytest.raises(ValueError, match="--max_calibration_samples 0 must be at least 1"):
+        rows(max_calibration_samples=0)
+    with pytest.raises(ValueError, match="--max_calibration_samples has no effect without --fit_temperature"):
+        rows(max_calibration_samples=2, fit_temperature=None, calibration_file=None)
 
 
 def test_evaluating_alone_needs_a_file_to_fit_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -120,18 +120,24 @@ def test_its_lines_of_use_run_and_apply_the_temperature(
     assert ("PEFT" in card.text) == adapter
 
 
-def test_the_lines_to_repeat_it_make_the_same_adapter(tmp_path: Path) -> None:
-    modules = ["c_attn", "c_proj"]
-    config = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=modules, fan_in_fan_out=True)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        AdaLoraConfig(task_type="CAUSAL_LM", total_step=9, init_r=3, target_modules=["c_attn"], fan_in_fan_out=True),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_lines_to_repeat_it_make_the_same_adapter(config: Any, tmp_path: Path) -> None:
     trainer = make(tmp_path / "tiny", get_peft_model(make_model("gpt2"), config))
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_model()
+    trainer.create_model_card()
     lines = code(card_of(trainer), "Reproduce").split("args =")[0]
     names: dict[str, Any] = {"model": make_model("gpt2")}
     exec(lines, names)
-    made = names["model"].peft_config["default"]
-    assert (made.r, made.lora_alpha, set(made.target_modules), made.fan_in_fan_out) == (3, 5, {*modules}, True)
+    own, made = (model.peft_config["default"].to_dict() for model in (trainer.model, names["model"]))
+    apart = ("base_model_name_or_path",)
+    assert {k: v for k, v in made.items() if k not in apart} == {k: v for k, v in own.items() if k not in apart}
     shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (trainer.model, names["model"])]
     assert shapes[0] == shapes[1]
 
